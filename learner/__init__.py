@@ -1,0 +1,1 @@
+"""The policy that learns: objectives, the DeepSpeed ranks, the controller."""

@@ -1,0 +1,1 @@
+"""The policy that acts: models, denoising, engines, actors, ledger and replay."""

@@ -1,0 +1,1 @@
+"""What people watch: the run store (and, later, the dashboard)."""
