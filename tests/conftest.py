@@ -13,3 +13,30 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"no recorded cases at {path}; set UNMASK_SHARED to the folder that holds golden/ and data/")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small random LLaDA with its tokenizer (d 64, 2 layers)."""
+    import torch
+
+    from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+    from rollout.models.tokenizer import build_tokenizer
+
+    path = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = build_tokenizer()
+    config = LLaDAConfig(
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        mlp_hidden_size=128,
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LLaDAModelLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

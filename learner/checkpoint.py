@@ -1,0 +1,138 @@
+"""Checkpoints: everything a run needs to go on as if it had not stopped, in safetensors and JSON.
+
+A checkpoint is a folder ``iteration-000040`` with the adapter in PEFT format, one optimizer shard per rank, and
+``state.json``. ``manifest.json`` holds the sha256 of every other file. The folder appears by one rename, so it is there
+whole or not at all. Random generators have no state to save: every stream is derived from its name (``rollout.seeds``),
+and the names (run seed, group ids, versions) are in the settings and in ``state.json``.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from learner.atomic import atomic_dir
+from rewards.errors import CheckpointError, DataError
+from rollout.adapters import AdapterState, digest, read_peft_folder, write_peft_folder
+
+FORMAT = 1
+_PREFIX = "iteration-"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after an iteration; the JSON part of a checkpoint."""
+
+    iteration: int
+    """iterations completed"""
+    policy_version: int
+    adapter_digest: str
+    updates: int
+    """optimizer updates taken"""
+    nonfinite_in_a_row: int
+    ledger: dict[str, Any]
+    layout: dict[str, Any]
+    """ranks, zero_stage, dtype: an optimizer shard fits no other"""
+    best: dict[str, Any]
+    """iteration and solve rate of the best evaluation so far; empty before the first"""
+    evaluations: dict[str, Any]
+    """evaluations that the summary needs, by name (base, ...)"""
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    progress: Progress
+    adapter: AdapterState
+    peft_config: dict[str, Any]
+    shards: Sequence[bytes]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint below ``folder`` and return its path; an older one of the same iteration is replaced."""
+    path = folder / f"{_PREFIX}{checkpoint.progress.iteration:06d}"
+    with atomic_dir(path) as inside:
+        (inside / "adapter").mkdir()
+        write_peft_folder(inside / "adapter", checkpoint.adapter, checkpoint.peft_config)
+        for rank, shard in enumerate(checkpoint.shards):
+            (inside / f"optimizer-{rank:04d}.safetensors").write_bytes(shard)
+        (inside / "state.json").write_text(json.dumps(asdict(checkpoint.progress), indent=2) + "\n")
+        sums = {name: _sha256(inside / name) for name in _files(inside)}
+        manifest = {"format": FORMAT, "ranks": len(checkpoint.shards), "sha256": sums}
+        (inside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return path
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: when it is damaged, naming the file.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}")
+        for name, expected in manifest["sha256"].items():
+            if _sha256(path / name) != expected:
+                raise CheckpointError(f"{path / name} is damaged (its sha256 is not the recorded one)")
+        progress = Progress(**json.loads((path / "state.json").read_text()))
+        adapter, peft_config = read_peft_folder(path / "adapter")
+        shards = [(path / f"optimizer-{rank:04d}.safetensors").read_bytes() for rank in range(manifest["ranks"])]
+    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+    if digest(adapter) != progress.adapter_digest:
+        raise CheckpointError(f"the adapter in {path} is not the one that its state.json names")
+    return Checkpoint(progress, adapter, peft_config, shards)
+
+
+def newest_good(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) -> Checkpoint | None:
+    """The newest checkpoint below ``folder`` that reads whole; damaged ones on the way are reported, not hidden."""
+    for path in reversed(saved(folder)):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            on_damaged(error)
+    return None
+
+
+def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
+    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    paths = saved(folder)
+    spared = {f"{_PREFIX}{best_iteration:06d}"} if best_iteration is not None else set()
+    for path in paths[: max(0, len(paths) - keep)]:
+        if path.name not in spared:
+            shutil.rmtree(path)
+
+
+def require_layout(progress: Progress, layout: dict[str, Any]) -> None:
+    """Refuse to continue with optimizer shards of another layout.
+
+    Raises:
+        CheckpointError: naming the setting that changed.
+    """
+    for key, value in layout.items():
+        if progress.layout.get(key) != value:
+            raise CheckpointError(
+                f"the checkpoint of iteration {progress.iteration} was made with learner.{key}={progress.layout.get(key)} "
+                f"and this run has {value}; set it back, or start a new run with lora.adapter=<checkpoint>/adapter"
+            )
+
+
+def saved(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,239 @@
+"""Every setting of a run, checked together before anything starts.
+
+``load_config`` builds a ``RunConfig`` from a recipe and ``key.sub=value`` arguments; the sections are in
+``learner.settings``. Imports no torch and no Ray.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeInt, model_validator
+
+from learner import overrides
+from learner.settings import (
+    CheckpointSection,
+    EvaluationSection,
+    LearnerSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveConfig,
+    ResourcesSection,
+    RolloutSection,
+    RunSection,
+    Section,
+    TaskSection,
+    TimeoutsSection,
+)
+from rewards.errors import ConfigError
+
+DEFAULT_RECIPE = "sudoku"
+
+
+class RunConfig(Section):
+    """The resolved settings of a run."""
+
+    run: RunSection = RunSection()
+    task: TaskSection = TaskSection()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    rollout: RolloutSection = RolloutSection()
+    learner: LearnerSection = LearnerSection()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    resources: ResourcesSection = ResourcesSection()
+    timeouts: TimeoutsSection = TimeoutsSection()
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also report to these: tensorboard, wandb."""
+    samples_per_iteration: NonNegativeInt = 2
+    """Trajectories kept per iteration for playback."""
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "RunConfig":
+        problems = [*_run_problems(self), *_sampler_problems(self), *_rollout_problems(self), *_resource_problems(self)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return self
+
+
+def load_config(argv: Sequence[str]) -> RunConfig:
+    """The settings of a run from its arguments: ``recipe=NAME_OR_PATH`` (default sudoku) and ``key.sub=value``.
+
+    Raises ConfigError with one sentence (one line) per problem.
+    """
+    recipes = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")]
+    if len(recipes) > 1:
+        raise ConfigError(f"recipe is given {len(recipes)} times ({', '.join(recipes)}); give one")
+    data = overrides.read_recipe(recipes[0] if recipes else DEFAULT_RECIPE)
+    for argument in argv:
+        if not argument.startswith("recipe="):
+            overrides.apply_override(data, argument, RunConfig)
+    return overrides.validated(data, RunConfig, source="")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The settings as JSON, in the order of the models, ending in a newline; ``load_dumped`` reads it back."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def load_dumped(path: str | Path) -> RunConfig:
+    """The settings that ``dump_config`` wrote to ``path``. Raises ConfigError."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"'{path}' is not a saved configuration: {error}") from None
+    return overrides.validated(data, RunConfig, source=f"'{path}'")
+
+
+def help_text() -> str:
+    """The recipes, and every key with its meaning, unit and default."""
+    lines = ["recipes (recipe=NAME, or the path of a .yaml file):"]
+    lines += [f"  {name:<16}{overrides.recipe_summary(name)}" for name in overrides.recipe_names()]
+    lines += ["", "keys (key.sub=value; what is shown is the default before the recipe):"]
+    for key, field in overrides.leaf_fields(RunConfig):
+        default = json.dumps(field.get_default())
+        lines.append(f"  {key + '=' + default:<44}{field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the entry point of ``ray job submit`` (which sets this variable, unlike RAY_JOB_ID)."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_paths(config: RunConfig, in_job: bool) -> None:
+    """Refuses relative paths inside a Ray job: its working directory is a temporary copy that Ray may delete."""
+    if not in_job:
+        return
+    paths = {
+        "run.dir": config.run.dir,
+        "run.resume": None if config.run.resume in ("never", "auto") else config.run.resume,
+        "task.train_path": config.task.train_path,
+        "task.test_path": config.task.test_path,
+        "model.path": config.model.path,
+        "model.cache_dir": config.model.cache_dir,
+        "UNMASK_CACHE": None if config.model.cache_dir else os.environ.get("UNMASK_CACHE"),
+        "lora.adapter": config.lora.adapter,
+    }
+    relative = [(key, path) for key, path in paths.items() if path and not Path(path).expanduser().is_absolute()]
+    if relative:
+        raise ConfigError(
+            "\n".join(
+                f"{key}={path} is relative, and a Ray job works in a temporary copy that Ray may delete; "
+                "give an absolute path"
+                for key, path in relative
+            )
+        )
+
+
+def required_resources(config: RunConfig) -> tuple[float, float]:
+    """(logical CPUs, GPUs) that all actors and ranks together ask for."""
+    actors, ranks, resources = config.rollout.actors, config.learner.ranks, config.resources
+    cpus = actors * resources.cpus_per_actor + ranks * resources.cpus_per_rank
+    return cpus, actors * resources.gpus_per_actor + ranks * resources.gpus_per_rank
+
+
+def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
+    """Refuses a run that asks for more than the Ray cluster's ``cpus`` (logical) and ``gpus``. Raises ConfigError."""
+    actors, ranks = config.rollout.actors, config.learner.ranks
+    for name, needed, present in zip(("CPUs", "GPUs"), required_resources(config), (cpus, gpus), strict=True):
+        if needed > present:
+            raise ConfigError(
+                f"learner.ranks={ranks} and rollout.actors={actors} ask for {needed:g} {name} and Ray has {present:g}; "
+                f"lower one of them, or resources.{name.lower()}_per_rank or resources.{name.lower()}_per_actor"
+            )
+
+
+# ---- contradictions, each as one sentence
+
+
+def _run_problems(config: RunConfig) -> list[str]:
+    name = config.run.name
+    if name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        return []
+    return [f"run.name={name} names a folder; use letters, digits, '.', '_' and '-', beginning with a letter or digit"]
+
+
+def _sampler_problems(config: RunConfig) -> list[str]:
+    sampler, prefix = config.rollout.sampler, "rollout.sampler"
+    length, block, steps = sampler.completion_length, sampler.block_length, sampler.steps
+    problems = []
+    if sampler.temperature == 0:
+        problems.append(
+            f"{prefix}.temperature=0 leaves nothing to learn from, every completion of a group being the same; "
+            "set it above 0 (evaluation is greedy anyway)"
+        )
+    if length % block:
+        problems.append(
+            f"{prefix}.completion_length={length} is not a multiple of {prefix}.block_length={block}; "
+            "take a block length that divides it"
+        )
+        return problems
+    blocks = length // block
+    if steps % blocks or length % steps:
+        allowed = [m for m in range(blocks, length + 1, blocks) if length % m == 0]
+        problems.append(
+            f"{prefix}.steps={steps} does not reveal the same number of tokens in every step (it must divide "
+            f"{prefix}.completion_length={length} and be a multiple of the number of blocks, {blocks}); "
+            f"take one of {', '.join(map(str, allowed))}"
+        )
+    else:
+        problems += [
+            f"evaluation.step_divisors holds {d}, and {prefix}.steps={steps} ({blocks} block(s)) can't be cut by it; "
+            f"take divisors of {steps // blocks}"
+            for d in config.evaluation.step_divisors
+            if steps % (d * blocks)
+        ]
+    if 1 not in config.evaluation.step_divisors:
+        problems.append("evaluation.step_divisors lacks 1, the full number of steps, which picks the best checkpoint")
+    return problems
+
+
+def _rollout_problems(config: RunConfig) -> list[str]:
+    rollout, problems = config.rollout, []
+    if rollout.groups_per_lease > rollout.prompts_per_iteration:
+        problems.append(
+            f"rollout.groups_per_lease={rollout.groups_per_lease} is more than "
+            f"rollout.prompts_per_iteration={rollout.prompts_per_iteration}; lower it"
+        )
+    if rollout.buffer_size < rollout.prompts_per_iteration:
+        problems.append(
+            f"rollout.buffer_groups={rollout.buffer_groups} can't hold one iteration of "
+            f"{rollout.prompts_per_iteration} groups; raise it to at least that"
+        )
+    if rollout.second_lease_after_s is not None and rollout.max_staleness == 0:
+        problems.append(
+            f"rollout.second_lease_after_s={rollout.second_lease_after_s:g} would make a synchronous run "
+            "unrepeatable; leave it null, or set rollout.max_staleness to 1 or more"
+        )
+    if config.evaluation.problems > config.task.test_size:
+        problems.append(
+            f"evaluation.problems={config.evaluation.problems} is more than task.test_size={config.task.test_size}; "
+            "lower the one or raise the other"
+        )
+    if config.model.base.d_model % (2 * config.model.base.n_heads):
+        problems.append(
+            f"model.base.d_model={config.model.base.d_model} does not split into "
+            f"model.base.n_heads={config.model.base.n_heads} heads of even width; change one of them"
+        )
+    return problems
+
+
+def _resource_problems(config: RunConfig) -> list[str]:
+    resources, device, problems = config.resources, config.learner.device, []
+    if device == "cpu" and resources.gpus_per_rank > 0:
+        problems.append(
+            f"resources.gpus_per_rank={resources.gpus_per_rank:g} contradicts learner.device=cpu; drop one of them"
+        )
+    if device == "cuda" and resources.gpus_per_rank == 0:
+        problems.append(
+            "learner.device=cuda needs resources.gpus_per_rank above 0, or Ray hides the GPUs from the ranks"
+        )
+    address = resources.ray_address
+    if address is not None and not re.fullmatch(r"auto|local|(\[[^\]]+\]|[^\s:/]+):\d+", address):
+        problems.append(f"resources.ray_address={address} must be auto, local or host:port")
+    return problems

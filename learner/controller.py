@@ -1,0 +1,444 @@
+"""The controller: one process that plans, leases, learns, publishes, evaluates, checkpoints and reports.
+
+An iteration i (from 0) trains on its own groups at learner version i, whatever the mode. Synchronous runs
+(``rollout.max_staleness`` 0) lease its groups only after version i was published. Asynchronous ones lease up to
+``max_staleness`` iterations ahead, so that actors write while the ranks learn; how stale a group may become is then
+bounded by construction, and checked again when it is consumed.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from learner import checkpoint as checkpoints
+from learner.atomic import atomic_dir
+from learner.config import RunConfig, check_paths, dump_config, in_ray_job
+from learner.evaluate import greedy_solve_rates
+from learner.feed import Feed, StopRequested
+from learner.group import LearnerGroup
+from learner.objectives import Statistics, make_objective
+from learner.optim import learning_rate
+from learner.plan import plan_update
+from learner.plots import plot_run
+from learner.rank import UpdateReport, lora_spec
+from learner.reporting import Reporter
+from learner.rundir import RunDirectory
+from learner.runs import changed_settings, open_run, starting_adapter, task_problems
+from learner.session import ray_session
+from learner.sft import ensure_base, print_progress
+from learner.stopping import StopFlag
+from learner.trackers import build_trackers
+from learner.weights import BASE, publish
+from rewards.errors import TrainingDiverged, WeightMismatch
+from rewards.task import get_task
+from rollout.actor import ActorSettings, Weights, code_identity
+from rollout.adapters import write_peft_folder
+from rollout.engines.torch import TorchEngine
+from rollout.ledger import Ledger
+from rollout.models import load_tokenizer, policy_adapter
+from rollout.pool import RolloutPool
+from rollout.replay import ReplayBuffer, ReplayItem
+from rollout.trajectory import TrajectoryGroup
+from rollout.waits import bounded_get
+from services.store.writer import StoreWriter
+
+
+def run(config: RunConfig, *, dry_run: bool = False) -> int:
+    """Train as the settings say and return the process's exit status: 0, or 128 + signal when asked to stop.
+
+    With ``dry_run``, draw and grade the first iteration, print two rollouts and the batch's statistics, and end without
+    a trace.
+
+    Raises:
+        UnmaskError: whatever ends the run; the run directory then says ``failed``.
+    """
+    check_paths(config, in_ray_job())
+    code_identity()
+    with contextlib.ExitStack() as stack:
+        if dry_run:
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-dry-run-"))
+            changes = {"dir": place, "name": "dry-run", "resume": "never"}
+            config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
+        run_dir, resumed = open_run(config)
+        stack.enter_context(run_dir)
+        reporter = stack.enter_context(_reporter(config, run_dir, resumed))
+        return _train(config, run_dir, reporter, resumed, dry_run)
+
+
+class Controller:
+    """One run, from its first lease to its summary. ``run`` and ``dry_run`` use it as a sequence of phases."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDirectory,
+        reporter: Reporter,
+        model_path: str,
+        resumed: checkpoints.Checkpoint | None,
+        stop: Callable[[], bool],
+        closing: contextlib.ExitStack,
+    ) -> None:
+        self.config, self.run_dir, self.reporter = config, run_dir, reporter
+        self.task = get_task(config.task.name)
+        self.tokenizer = load_tokenizer(model_path)
+        self.eos_ids = (policy_adapter(model_path).eos_token_id,)
+        train, self.held_out = task_problems(config, self.task, on_event=reporter.event)
+        rollout = config.rollout
+        ledger = Ledger(
+            capacity=rollout.buffer_size,
+            groups_per_lease=rollout.groups_per_lease,
+            max_staleness=rollout.max_staleness,
+        )
+        if resumed is not None:
+            checkpoints.require_layout(resumed.progress, self._layout())
+            ledger.restore(resumed.progress.ledger)
+        pool = RolloutPool(
+            self._actor_settings(model_path),
+            size=rollout.actors,
+            resources={"CPU": config.resources.cpus_per_actor, "GPU": config.resources.gpus_per_actor},
+            threads=config.resources.threads_per_process,
+            start_timeout_s=config.timeouts.start,
+            max_restarts=3,
+        )
+        closing.callback(pool.close)
+        self.feed = Feed(config, train, pool, ReplayBuffer(ledger), on_event=reporter.event, stop=stop)
+        adapter = resumed.adapter if resumed is not None else starting_adapter(config)
+        shards = resumed.shards if resumed is not None else None
+        self.learner = LearnerGroup(config, model_path, adapter=adapter, shards=shards)
+        closing.callback(self.learner.close)
+        pool.wait_ready()
+        self.progress = resumed.progress if resumed is not None else self._no_progress()
+        self.saved_at = self.progress.iteration if resumed is not None else -1
+        self.adapter = self.learner.publish()
+        if resumed is not None and self.adapter.digest != resumed.progress.adapter_digest:
+            raise WeightMismatch(
+                f"the ranks hold adapter {self.adapter.digest[:12]} after loading {resumed.progress.adapter_digest[:12]}"
+            )
+        self.weights = publish(self.progress.iteration, self.adapter)
+        self._report_workers()
+
+    def evaluate_base(self) -> None:
+        """Solve rates of the bare base, once per run; nothing may have been published to the actors yet."""
+        if "base" not in self.progress.evaluations:
+            self._evaluate("base", BASE, iteration=0)
+
+    def train(self) -> None:
+        """All remaining iterations. Raises StopRequested in the middle of one when the run is asked to stop."""
+        started, before = time.monotonic(), self.progress.train_seconds
+        evaluating = 0.0
+        for iteration in range(self.progress.iteration, self.config.run.iterations):
+            spent = time.monotonic() - started - evaluating
+            self._iterate(iteration, train_seconds=before + spent)
+            done, last = iteration + 1, iteration + 1 == self.config.run.iterations
+            every = self.config.evaluation.every
+            if last or (every and done % every == 0):
+                begin = time.monotonic()
+                self._evaluate("trained", self.weights, iteration=done)
+                evaluating += time.monotonic() - begin
+            if last or done % self.config.checkpoint.every == 0:
+                self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Save where the run stands, if it has moved since the last time."""
+        if self.saved_at == self.progress.iteration:
+            return
+        self.reporter.flush()
+        progress = dataclasses.replace(self.progress, ledger=self.feed.replay.ledger.state())
+        saved = checkpoints.Checkpoint(progress, self.adapter.state, self.adapter.peft_config, self.learner.export())
+        path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
+        best = progress.best.get("iteration")
+        checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
+        self.saved_at = progress.iteration
+        self.reporter.store.checkpoint(progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
+
+    def finish(self) -> dict[str, Any]:
+        """Leave adapter, summary and plots behind; returns the summary."""
+        with atomic_dir(self.run_dir.adapter_dir) as folder:
+            write_peft_folder(folder, self.adapter.state, self.adapter.peft_config)
+        summary = {
+            **{name: {"greedy": rates} for name, rates in self.progress.evaluations.items()},
+            "best": self.progress.best,
+            "iterations": self.progress.iteration,
+            "train_seconds": self.progress.train_seconds,
+            "task": self.task.name,
+            "seed": self.config.run.seed,
+            "held_out_problems": len(self.held_out),
+        }
+        self.run_dir.write_summary(summary)
+        self.reporter.flush()
+        plot_run(self.run_dir.path)
+        return summary
+
+    def dry_run(self) -> None:
+        """Print two rollouts of the first iteration and the batch's statistics."""
+        self.feed.issue_through(0)
+        items = self.feed.gather(0, self.weights)
+        groups = self._groups(items)
+        for group in groups[:2]:
+            print(f"\nproblem {group.problem_id}\nprompt: {self._prompt(group)!r}\ncompletion: {self._text(group, 0)!r}")
+            rewards = ", ".join(f"{n} {v:.3f}" for n, v in zip(group.reward_names, group.rewards[0], strict=True))
+            print(f"right: {bool(group.correct[0])}; reward {group.rewards[0].sum():.3f} ({rewards})")
+        plan = plan_update(
+            groups,
+            objective=make_objective(self.config.objective),
+            run_seed=self.config.run.seed,
+            update_index=0,
+            eos_ids=self.eos_ids,
+            ranks=self.config.learner.ranks,
+            views_per_forward=self.config.learner.views_per_forward,
+        )
+        print(f"\nfirst batch ({len(groups)} groups of {groups[0].size}):")
+        for name, value in plan.statistics.items():
+            print(f"  {name:<32}{value:>12.5g}")
+
+    def _iterate(self, iteration: int, *, train_seconds: float) -> None:
+        """Gather, learn, publish, commit, report."""
+        begin = time.monotonic()
+        self.feed.issue_through(iteration + self.config.rollout.max_staleness)
+        items = self.feed.gather(iteration, self.weights)
+        gathered = time.monotonic()
+        refs = [item.ref for item in items]
+        reports = [self._update(refs, iteration, index) for index in range(self.config.learner.updates_per_batch)]
+        updated = time.monotonic()
+        self.adapter = self.learner.publish()
+        version = iteration + 1
+        self.feed.replay.commit(items, self.weights.version)
+        self.weights = publish(version, self.adapter)
+        groups = self._groups(items)
+        seconds = {"rollout_wait": gathered - begin, "update": updated - gathered, "publish": time.monotonic() - updated}
+        total = time.monotonic() - begin
+        metrics = {
+            **self._metrics(iteration, items, reports),
+            **{f"time/{name}_s": value for name, value in seconds.items()},
+            "time/iteration_s": total,
+            "machine/tokens_per_s": sum(item.report.tokens for item in items) / total,
+        }
+        self.progress = dataclasses.replace(
+            self.progress,
+            iteration=version,
+            policy_version=version,
+            adapter_digest=self.adapter.digest,
+            updates=self.progress.updates + sum(report.applied for report in reports),
+            nonfinite_in_a_row=self._nonfinite_in_a_row(reports),
+            train_seconds=train_seconds + total,
+        )
+        self.reporter.iteration(version, metrics)
+        for group in groups[: self.config.samples_per_iteration]:
+            self.reporter.sample(version, group, 0, self._prompt(group), self._text(group, 0))
+        self._report_workers()
+        self._check_health(version, items, reports)
+
+    def _update(self, refs: Sequence[Any], iteration: int, index: int) -> UpdateReport:
+        """One optimizer step; meanwhile the actors are kept busy with what may be drawn ahead."""
+        learner = self.config.learner
+        number = iteration * learner.updates_per_batch + index
+        total = self.config.run.iterations * learner.updates_per_batch
+        lr = learning_rate(
+            number, total, peak=learner.lr, schedule=learner.lr_schedule, warmup_fraction=learner.warmup_fraction
+        )
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            update = thread.submit(self.learner.update, refs, index, lr)
+            while not concurrent.futures.wait([update], timeout=0.05).done:
+                self.feed.pump(self.weights, timeout_s=0.0)
+            return update.result(timeout=0)
+
+    def _metrics(self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]) -> dict[str, float]:
+        staleness = [item.staleness for item in items]
+        counts = self.feed.replay.ledger.counts()
+        states = ("issued", "pending", "leased", "ready", "consumed", "dropped")
+        recoveries = {name: value for name, value in counts.items() if name not in (*states, "dropped_by_reason")}
+        metrics = {
+            **reports[0].plan_statistics,
+            **Statistics.merged(report.statistics for report in reports).values(),
+            "loss": sum(report.loss for report in reports) / len(reports),
+            "grad_norm": reports[-1].grad_norm,
+            "lr": reports[-1].learning_rate,
+            "updates/applied": float(sum(report.applied for report in reports)),
+            "updates/forwards": float(sum(report.forwards for report in reports)),
+            "staleness/mean": sum(staleness) / len(staleness),
+            "staleness/max": float(max(staleness)),
+            **{f"ledger/{name}": float(counts[name]) for name in states},
+            **{f"ledger/dropped/{reason}": float(n) for reason, n in counts["dropped_by_reason"].items()},
+            # Recoveries depend on what went wrong on the machine, not on the run: a repeated run needn't have them.
+            **{f"machine/ledger_{name}": float(value) for name, value in recoveries.items()},
+            "machine/grader_failures": float(self.feed.grader_failures),
+        }
+        if max(staleness) == 0:
+            metrics["log_ratio/unupdated_abs_max"] = reports[0].statistics.maxima.get("log_ratio/abs_max", 0.0)
+        return metrics
+
+    def _nonfinite_in_a_row(self, reports: Sequence[UpdateReport]) -> int:
+        row = self.progress.nonfinite_in_a_row
+        for report in reports:
+            row = 0 if report.applied else row + 1
+        return row
+
+    def _check_health(self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]) -> None:
+        unupdated = reports[0].statistics.maxima.get("log_ratio/abs_max", 0.0)
+        alarm = self.config.learner.log_ratio_alarm
+        if unupdated > alarm and max(item.staleness for item in items) == 0:
+            self.reporter.event(
+                "warning",
+                "log_ratio",
+                f"iteration {iteration}: learner and rollout disagree about un-updated weights by up to {unupdated:.2g} nats "
+                f"(learner.log_ratio_alarm={alarm:g}); their dtype or kernels differ",
+            )
+        skipped = [report.grad_norm for report in reports if not report.applied]
+        if skipped:
+            self.reporter.event(
+                "warning", "nonfinite", f"iteration {iteration}: {len(skipped)} updates skipped, gradient norm {skipped[-1]}"
+            )
+        if self.progress.nonfinite_in_a_row >= self.config.learner.max_nonfinite:
+            raise TrainingDiverged(
+                f"{self.progress.nonfinite_in_a_row} updates in a row had a gradient that isn't finite (iteration {iteration}); "
+                f"lower learner.lr, or go on from an earlier checkpoint in {self.run_dir.checkpoints_dir}"
+            )
+
+    def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
+        rates = greedy_solve_rates(self.config, self.feed, self.held_out, weights)
+        evaluations = {**self.progress.evaluations, name: rates}
+        best = self.progress.best
+        if rates["m"] > best.get("solve_rate", -1.0):
+            best = {"iteration": iteration, "solve_rate": rates["m"]}
+        self.progress = dataclasses.replace(self.progress, evaluations=evaluations, best=best)
+        self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
+
+    def _groups(self, items: Sequence[ReplayItem]) -> list[TrajectoryGroup]:
+        limit = self.config.timeouts.publish
+        return bounded_get([item.ref for item in items], who="the replay buffer's objects", timeout_s=limit)
+
+    def _prompt(self, group: TrajectoryGroup) -> str:
+        return self.tokenizer.decode(group.prompt_ids.tolist())
+
+    def _text(self, group: TrajectoryGroup, row: int) -> str:
+        return self.tokenizer.decode(group.completion_ids[row].tolist(), skip_special_tokens=True)
+
+    def _actor_settings(self, model_path: str) -> ActorSettings:
+        config = self.config
+        make_engine = partial(
+            TorchEngine,
+            model_path=model_path,
+            lora=lora_spec(config),
+            max_rows=config.rollout.max_rows,
+            threads=config.resources.threads_per_process,
+            device="cuda" if config.resources.gpus_per_actor > 0 else "cpu",
+            dtype=config.learner.dtype,
+        )
+        return ActorSettings(
+            make_engine=make_engine,
+            task=config.task.name,
+            graders=config.rollout.graders_per_actor,
+            grade_timeout_s=config.rollout.grade_timeout_s,
+            pull_timeout_s=config.timeouts.publish,
+            run_seed=config.run.seed,
+            code_digest=code_identity().digest,
+        )
+
+    def _layout(self) -> dict[str, Any]:
+        learner = self.config.learner
+        return {"ranks": learner.ranks, "zero_stage": learner.zero_stage, "dtype": learner.dtype}
+
+    def _no_progress(self) -> checkpoints.Progress:
+        return checkpoints.Progress(
+            iteration=0,
+            policy_version=0,
+            adapter_digest="",
+            updates=0,
+            nonfinite_in_a_row=0,
+            ledger={},
+            layout=self._layout(),
+            best={},
+            evaluations={},
+            train_seconds=0.0,
+        )
+
+    def _report_workers(self) -> None:
+        store = self.reporter.store
+        for worker in self.feed.pool.workers():
+            store.worker(
+                worker["actor_id"],
+                role="rollout",
+                status=worker["state"],
+                node=str(worker["host"]),
+                pid=worker["pid"],
+                policy_version=worker["policy_version"],
+                restarts=worker["restarts"],
+                last_error=worker["last_error"],
+                data={"node_id": worker["node_id"], "engine": worker["engine"]},
+            )
+        for rank in self.learner.descriptions:
+            store.worker(
+                f"learner-{rank['rank']}",
+                role="learner",
+                status="ready",
+                node=rank["host"],
+                pid=rank["pid"],
+                policy_version=self.weights.version,
+            )
+
+
+def _train(
+    config: RunConfig, run_dir: RunDirectory, reporter: Reporter, resumed: checkpoints.Checkpoint | None, dry_run: bool
+) -> int:
+    try:
+        model_path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
+        with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
+            reporter.event("info", "start", f"run {run_dir.id}: {told}; base model {model_path}")
+            controller = Controller(config, run_dir, reporter, model_path, resumed, stop.is_set, closing)
+            if dry_run:
+                controller.dry_run()
+                return 0
+            try:
+                controller.evaluate_base()
+                controller.train()
+            except StopRequested:
+                reporter.event("info", "stop", f"asked to stop by {stop.name}; saving iteration {controller.progress.iteration}")
+                controller.checkpoint()
+                controller.finish()
+                reporter.store.status("stopped")
+                return stop.exit_status
+            summary = controller.finish()
+            reporter.store.status("finished", summary)
+            reporter.closing_table(summary, steps=config.rollout.sampler.steps)
+            return 0
+    except BaseException as error:
+        reporter.event("error", "failed", f"the run failed: {type(error).__name__}: {error}")
+        reporter.store.status("failed")
+        raise
+
+
+@contextlib.contextmanager
+def _reporter(
+    config: RunConfig, run_dir: RunDirectory, resumed: checkpoints.Checkpoint | None
+) -> Iterator[Reporter]:
+    changes = changed_settings(run_dir, config) if resumed is not None else []
+    run_dir.write_config(dump_config(config))
+    dumped = config.model_dump(mode="json")
+    store = StoreWriter(
+        run_dir.store_url,
+        run_dir.id,
+        task=config.task.name,
+        objective=config.objective.type,
+        total_iterations=config.run.iterations,
+        config=dumped,
+    )
+    iteration = resumed.progress.iteration if resumed is not None else None
+    trackers = build_trackers(
+        config.trackers, run_dir=Path(run_dir.path), run_id=run_dir.id, config=dumped, resumed_at=iteration
+    )
+    reporter = Reporter(run_dir, store, trackers, total_iterations=config.run.iterations)
+    try:
+        if iteration is not None:
+            reporter.truncate_after(iteration)
+            reporter.event("info", "resume", f"run {run_dir.id} goes on after iteration {iteration}")
+        for change in changes:
+            reporter.event("warning", "settings", f"resumed with another setting: {change}")
+        yield reporter
+    finally:
+        reporter.close()

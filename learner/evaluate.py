@@ -1,0 +1,36 @@
+"""Held-out evaluation: the greedy exact-solve rate by number of denoising steps."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from learner.config import RunConfig
+from learner.feed import Feed
+from rewards.task import Problem
+from rollout.actor import Weights
+
+
+def greedy_solve_rates(config: RunConfig, feed: Feed, problems: Sequence[Problem], weights: Weights) -> dict[str, float]:
+    """Share of problems whose verdict is right, by step count: ``{"m": 0.41, "m/2": ..., "m/4": ...}``.
+
+    Every completion is decoded at temperature 0, without truncation, in the order that ``evaluation.position_rule`` says.
+    """
+    rates = {}
+    for divisor in config.evaluation.step_divisors:
+        sampler = dataclasses.replace(
+            feed.sampler,
+            steps=feed.sampler.steps // divisor,
+            position_rule=config.evaluation.position_rule,
+            temperature=0.0,
+            top_k=None,
+            top_p=1.0,
+        )
+        results = feed.pool.evaluate(
+            problems,
+            sampler,
+            weights,
+            chunk_size=config.rollout.max_rows,
+            timeout_s=config.timeouts.evaluate,
+            expire=feed.replay.ledger.expire,
+        )
+        rates["m" if divisor == 1 else f"m/{divisor}"] = sum(result.correct for result in results) / len(results)
+    return rates

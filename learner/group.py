@@ -1,0 +1,136 @@
+"""The learner group: DeepSpeed ranks as Ray actors, reserved together in one placement group."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from learner.config import RunConfig
+from learner.objectives import Statistics
+from learner.rank import LearnerRank, PublishedAdapter, UpdateReport
+from rewards.errors import WaitTimeout, WorkerLost
+from rollout.adapters import AdapterState
+from rollout.waits import bounded_get, bounded_wait
+
+
+class LearnerGroup:
+    """Starts the ranks and speaks to all of them at once. Every call is bounded; a rank that dies ends the run.
+
+    Args:
+        config: the run's settings.
+        model_path: folder or hub name of the base, readable on every node with a rank.
+        adapter: weights to start from; None for a fresh adapter.
+        shards: each rank's optimizer state from a checkpoint, in rank order; None for a fresh optimizer.
+
+    Raises:
+        WaitTimeout: when the cluster can't hold the ranks, naming what is missing, or they don't start in time.
+    """
+
+    def __init__(
+        self, config: RunConfig, model_path: str, *, adapter: AdapterState | None, shards: Sequence[bytes] | None
+    ) -> None:
+        self.config = config
+        world = config.learner.ranks
+        resources = config.resources
+        bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
+        bundle = {name: amount for name, amount in bundle.items() if amount > 0}
+        self._placement = placement_group([bundle] * world, strategy="PACK") if bundle else None
+        try:
+            self._reserve(bundle)
+            self._ranks = [self._launch(model_path, rank) for rank in range(world)]
+            self.descriptions = self._start(adapter, shards)
+        except BaseException:
+            self.close()
+            raise
+
+    def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
+        """One optimizer step on the groups behind ``refs`` (ascending group id); the ranks' reports as one."""
+        reports: list[UpdateReport] = self._all("update", list(refs), update_index, lr, limit=self.config.timeouts.update)
+        first = reports[0]
+        return UpdateReport(
+            statistics=Statistics.merged(report.statistics for report in reports),
+            plan_statistics=first.plan_statistics,
+            loss=sum(report.loss for report in reports),
+            grad_norm=first.grad_norm,
+            applied=first.applied,
+            learning_rate=first.learning_rate,
+            forwards=sum(report.forwards for report in reports),
+            seconds=max(report.seconds for report in reports),
+        )
+
+    def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> AdapterState:
+        """The whole gradient of an update, whose step is not taken."""
+        return self._all("gradient", list(refs), update_index, limit=self.config.timeouts.update)[0]
+
+    def publish(self) -> PublishedAdapter:
+        """The adapter as rank 0 holds it."""
+        return self._all("publish", limit=self.config.timeouts.publish)[0]
+
+    def export(self) -> list[bytes]:
+        """Every rank's optimizer state, in rank order."""
+        return self._all("export", limit=self.config.timeouts.checkpoint)
+
+    def close(self) -> None:
+        """End the ranks and give their resources back."""
+        for actor in getattr(self, "_ranks", []):
+            ray.kill(actor)
+        self._ranks = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    def _reserve(self, bundle: dict[str, float]) -> None:
+        if self._placement is None:
+            return
+        timeout_s = self.config.timeouts.start
+        if not bounded_wait([self._placement.ready()], who="the learner ranks' placement", timeout_s=timeout_s)[0]:
+            wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in bundle)
+            raise WaitTimeout(
+                f"the cluster did not give {self.config.learner.ranks} learner ranks {wanted} each within {timeout_s:g} s "
+                f"(free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
+            )
+
+    def _launch(self, model_path: str, rank: int) -> Any:
+        resources = self.config.resources
+        strategy: Any = "DEFAULT"
+        if self._placement is not None:
+            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+        threads = str(resources.threads_per_process)
+        options = {
+            "name": None,
+            "num_cpus": resources.cpus_per_rank,
+            "num_gpus": resources.gpus_per_rank,
+            "max_restarts": 0,
+            "scheduling_strategy": strategy,
+            # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}},
+        }
+        remote = ray.remote(LearnerRank).options(**options)
+        return remote.remote(self.config, model_path, rank, self.config.learner.ranks)
+
+    def _start(self, adapter: AdapterState | None, shards: Sequence[bytes] | None) -> list[dict[str, Any]]:
+        timeout_s = self.config.timeouts.start
+        address = self._answers([self._ranks[0].address.remote()], "address", timeout_s)[0]
+        given = shards if shards is not None else [None] * len(self._ranks)
+        starts = [actor.start.remote(address, adapter, shard) for actor, shard in zip(self._ranks, given, strict=True)]
+        return self._answers(starts, "start", timeout_s)
+
+    def _all(self, method: str, *args: Any, limit: float) -> list[Any]:
+        return self._answers([getattr(actor, method).remote(*args) for actor in self._ranks], method, limit)
+
+    def _answers(self, refs: list[ray.ObjectRef], method: str, timeout_s: float) -> list[Any]:
+        """All ranks' answers; the first rank that fails is named at once, since the others wait for it in vain."""
+        pending = list(refs)
+        while pending:
+            done, pending = bounded_wait(pending, who="learner ranks", timeout_s=timeout_s)
+            if not done:
+                late = ", ".join(str(refs.index(ref)) for ref in pending)
+                raise WaitTimeout(f"learner rank {late} did not finish '{method}' within {timeout_s:g} s")
+            try:
+                bounded_get(done[0], who=f"learner rank {refs.index(done[0])} ({method})", timeout_s=timeout_s)
+            except ray.exceptions.RayActorError as error:
+                raise WorkerLost(f"learner rank {refs.index(done[0])} died during '{method}': {error}") from error
+        return bounded_get(refs, who=f"the learner ranks ({method})", timeout_s=timeout_s)

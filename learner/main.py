@@ -1,0 +1,46 @@
+"""Train: ``python -m learner.main [recipe=NAME] [key.sub=value ...] [--dry-run | --print-config | --help]``.
+
+Only parses; the work is in ``learner.controller``, whose classes must not be called ``__main__.X`` on Ray's workers.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from learner.config import dump_config, help_text, load_config
+from rewards.errors import ConfigError, UnmaskError
+
+USAGE = """usage: python -m learner.main [recipe=NAME] [key.sub=value ...] [option]
+
+options:
+  --dry-run        draw and grade the first batch, print two rollouts and its statistics, and end
+  --print-config   print the resolved settings as JSON, and end
+  --help           this text
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0, 1 when the run failed, 2 for wrong settings, 128 + signal when asked to stop."""
+    options = {argument for argument in argv if argument.startswith("-")}
+    try:
+        if options & {"--help", "-h"}:
+            print(f"{USAGE}\n{help_text()}")
+            return 0
+        if unknown := options - {"--dry-run", "--print-config"}:
+            raise ConfigError(f"unknown option {min(unknown)}; see --help")
+        config = load_config([argument for argument in argv if argument not in options])
+        if "--print-config" in options:
+            print(dump_config(config), end="")
+            return 0
+        from learner.controller import run  # torch and Ray take seconds to import
+
+        return run(config, dry_run="--dry-run" in options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UnmaskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""AGRPO: policy gradients from the exact stepwise likelihood of sampled denoising steps (arXiv 2510.04019).
+
+Completion b has advantage A_b. Its i-th drawn step t has weight w and reveals tokens j. The loss, over S completions
+with k draws each, is
+
+    (1 / (S k)) * sum over b, i, j of  w * l_j
+    l_j   = -min(rho_j A_b, clip(rho_j, 1 - clip_low, 1 + clip_high) A_b) + beta * rho_j * k3_j
+    rho_j = exp(logp_j - logp_rollout_j)
+    k3_j  = exp(d_j) - d_j - 1,  d_j = logp_reference_j - logp_j
+
+It is a sum over the tokens of a step, not a mean: a step's likelihood is the product of its tokens'. rho_j is taken
+against the log-prob that the rollout recorded, never a recomputed one, and its factor in the KL term is neither
+detached nor clipped: tokens drawn from the rollout policy then give the current policy's KL, value and gradient
+(DeepSeek-V3.2).
+
+On the policy that drew the batch, with position rules that don't look at the policy, the ``all`` step range, its
+expectation is the gradient of expected reward times -(G-1)/(G m). After an update, or on stale rollouts, rho_j
+corrects a token's probability but not the probability of the state it was drawn in: a surrogate.
+
+Shapes: G completions of a group, N scored tokens of a batch.
+"""
+
+import numpy as np
+import torch
+
+from learner.objectives import Statistics
+from learner.settings import AgrpoConfig
+from learner.timesteps import draw_timesteps, draw_uniforms, step_table
+from learner.views import View, ViewBatch
+from rollout.seeds import numpy_generator
+from rollout.trajectory import TrajectoryGroup
+
+
+class Agrpo:
+    """The method as ``learner.objectives.Objective`` wants it."""
+
+    def __init__(self, config: AgrpoConfig) -> None:
+        self.config = config
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.config.beta > 0
+
+    @property
+    def draws_per_completion(self) -> int:
+        return self.config.k
+
+    def views(
+        self,
+        index: int,
+        group: TrajectoryGroup,
+        advantages_G: np.ndarray,
+        *,
+        run_seed: int,
+        update_index: int,
+        eos_ids: tuple[int, ...],
+    ) -> tuple[list[View], Statistics]:
+        """Drawn steps of the rows that have a gradient: those with an advantage, all of them when there is a KL term.
+
+        The draws are made for every row first, so they don't depend on which rows are left out.
+        """
+        config = self.config
+        table = step_table(group, config.step_range, eos_ids)
+        stream = numpy_generator(run_seed, int(group.group_id), int(group.policy_version), update_index, "timesteps")
+        u_Gk = draw_uniforms(stream, group.size, config.k, low_discrepancy=config.low_discrepancy)
+        drawn = draw_timesteps(table, u_Gk, config.timestep_sampling, config.weight_floor)
+        live = [row for row in range(group.size) if advantages_G[row] != 0 or self.needs_reference]
+        views = [
+            View(index, row, int(step), float(advantages_G[row]), float(weight))
+            for row in live
+            for step, weight in zip(drawn[row].steps, drawn[row].weights, strict=True)
+        ]
+        largest = [float((drawn[row].weights / drawn[row].counts).max()) for row in live]
+        return views, Statistics(
+            maxima={"importance_weight/max": max(largest)} if live else {},
+            totals={"draws_merged": float(len(live) * config.k - len(views)), "live_completions": float(len(live))},
+        )
+
+    def loss(
+        self, logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, batch: ViewBatch
+    ) -> tuple[torch.Tensor, Statistics]:
+        """The sum over scores of w * l_j, and the figures of the scores that aren't pads.
+
+        Args:
+            logp_N: [N] log-probs of the targets under the current policy, on the recorded support, with gradient.
+            ref_logp_N: [N] the same without adapter; needed when beta > 0.
+            batch: the views that were scored.
+        """
+        rollout_logp_N, advantage_N, weight_N = (
+            torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device)
+            for array in (batch.logp, batch.advantage, batch.weight)
+        )
+        low, high = 1.0 - self.config.clip_low, 1.0 + self.config.clip_high
+        log_ratio_N = logp_N - rollout_logp_N
+        ratio_N = log_ratio_N.exp()
+        loss_N = -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(low, high) * advantage_N)
+        kl_N = None
+        if self.needs_reference:
+            assert ref_logp_N is not None, "beta > 0 needs the reference's log-probs"
+            d_N = ref_logp_N.detach() - logp_N
+            kl_N = ratio_N * (torch.expm1(d_N) - d_N)
+            loss_N = loss_N + self.config.beta * kl_N
+        real_N = weight_N > 0
+        averages = {
+            "ratio/mean": ratio_N,
+            "clip_fraction/low": (ratio_N < low) & (advantage_N < 0),
+            "clip_fraction/high": (ratio_N > high) & (advantage_N > 0),
+        }
+        if kl_N is not None:
+            averages["kl"] = kl_N
+        return (weight_N * loss_N).sum(), _statistics(averages, log_ratio_N, real_N)
+
+
+def _statistics(averages: dict[str, torch.Tensor], log_ratio_N: torch.Tensor, real_N: torch.Tensor) -> Statistics:
+    scores = int(real_N.sum())
+    if not scores:
+        return Statistics()
+    log_ratio = log_ratio_N.detach()[real_N]
+    figures = [value.detach()[real_N].to(log_ratio.dtype).sum() for value in averages.values()]
+    figures += [log_ratio.square().sum(), log_ratio.abs().max(), log_ratio.max().exp()]
+    *sums, squares, largest, ratio_max = torch.stack(figures).tolist()
+    return Statistics(
+        means={name: (total, float(scores)) for name, total in zip(averages, sums, strict=True)},
+        rms={"log_ratio/rms": (squares, float(scores))},
+        maxima={"log_ratio/abs_max": largest, "ratio/max": ratio_max},
+        totals={"scored_tokens": float(scores)},
+    )

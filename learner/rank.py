@@ -1,0 +1,244 @@
+"""One DeepSpeed rank of the learner group; ``learner.group`` runs it as a Ray actor."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch
+from safetensors.torch import save as save_safetensors
+
+from learner.build_ops import prepare_environment
+from learner.config import RunConfig
+from learner.objectives import Statistics, make_objective
+from learner.optim import FiniteAdamW, deepspeed_config, export_state, import_state, inner_optimizer, updates_applied
+from learner.plan import UpdatePlan, plan_update
+from learner.scorer import score
+from learner.views import build_batch
+from rewards.errors import TrajectoryError
+from rollout.adapters import AdapterState, PackedTensor, adapter_parameters, digest, load_state, pack
+from rollout.models import load_model, policy_adapter
+from rollout.models.lora import LoraSpec, attach_lora
+from rollout.seeds import derive_seed
+from rollout.trajectory import TrajectoryGroup
+from rollout.waits import bounded_get
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one rank did in one update."""
+
+    statistics: Statistics
+    """Figures of this rank's forwards; they add up over ranks."""
+    plan_statistics: dict[str, float]
+    """Figures of the whole update, the same on every rank."""
+    loss: float
+    """This rank's share of the loss."""
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping; nan or inf when it isn't finite."""
+    applied: bool
+    """False when the step was skipped because the gradient wasn't finite."""
+    learning_rate: float
+    forwards: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """The adapter as the learner's forward uses it."""
+
+    state: dict[str, PackedTensor]
+    digest: str
+    peft_config: dict[str, Any]
+
+
+def lora_spec(config: RunConfig) -> LoraSpec:
+    """The shape of this run's adapter, the same in learner and actors."""
+    seed = derive_seed(config.run.seed, "lora")
+    return LoraSpec(config.lora.r, config.lora.alpha, config.lora.include_head, init_seed=seed)
+
+
+class LearnerRank:
+    """Loads the model, joins the group, and turns groups of trajectories into optimizer steps.
+
+    Args:
+        config: the run's settings.
+        model_path: folder or hub name of the base.
+        rank, world: this rank's number and how many there are.
+    """
+
+    def __init__(self, config: RunConfig, model_path: str, rank: int, world: int) -> None:
+        self.config, self.model_path, self.rank, self.world = config, model_path, rank, world
+        self.objective = make_objective(config.objective)
+        torch.set_num_threads(config.resources.threads_per_process)
+
+    def address(self) -> str:
+        """host:port that the ranks can meet at; asked of rank 0."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((host, 0))
+            return f"{host}:{s.getsockname()[1]}"
+
+    def start(self, address: str, adapter: AdapterState | None, shard: bytes | None) -> dict[str, Any]:
+        """Load the weights, then join the group (DeepSpeed copies weights when it is initialised, not later).
+
+        Args:
+            address: where rank 0 listens.
+            adapter: weights to start from; None for a fresh adapter.
+            shard: this rank's optimizer state from a checkpoint, or None.
+        """
+        prepare_environment()
+        device = self._device()
+        os.environ["DS_ACCELERATOR"] = device.type
+        import deepspeed  # picks its accelerator from the environment when it is imported
+
+        host, port = address.rsplit(":", 1)
+        os.environ.update(
+            RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world), MASTER_ADDR=host, MASTER_PORT=port
+        )
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=self.config.timeouts.update),
+            verbose=False,
+        )
+        learner = self.config.learner
+        self.family = policy_adapter(self.model_path)
+        model = attach_lora(load_model(self.model_path, learner.dtype), self.family, lora_spec(self.config)).to(device)
+        if learner.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if adapter is not None:
+            load_state(model, adapter)
+        self.peft_config = model.peft_config["default"].to_dict()
+        parameters = list(adapter_parameters(model).values())
+        optimizer = FiniteAdamW(
+            parameters, lr=learner.lr, betas=learner.betas, eps=learner.adam_eps, weight_decay=learner.weight_decay
+        )
+        settings = deepspeed_config(
+            zero_stage=learner.zero_stage, dtype=learner.dtype, max_grad_norm=learner.max_grad_norm
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameters, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.engine.train()
+        if shard is not None:
+            import_state(self.engine, shard)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        return {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "trained_parameters": trained}
+
+    def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
+        """One optimizer step on these groups.
+
+        Args:
+            refs: the iteration's groups by ascending group id.
+            update_index: number of this update among those on the same groups.
+            lr: learning rate of this step.
+        """
+        started = time.perf_counter()
+        groups = self._groups(refs)
+        plan = self._plan(groups, update_index)
+        for group in inner_optimizer(self.engine).param_groups:
+            group["lr"] = lr
+        statistics, loss = self._accumulate(plan, groups)
+        before = updates_applied(self.engine)
+        local_norm = self._stage0_grad_norm()
+        self.engine.step()
+        taken = updates_applied(self.engine) - before
+        assert taken in (0, 1), f"rank {self.rank} took {taken} optimizer steps in one update"
+        return UpdateReport(
+            statistics=statistics,
+            plan_statistics=plan.statistics,
+            loss=loss,
+            grad_norm=float(self.engine.get_global_grad_norm()) if local_norm is None else local_norm,
+            applied=taken == 1,
+            learning_rate=lr,
+            forwards=len(plan.forwards[self.rank]),
+            seconds=time.perf_counter() - started,
+        )
+
+    def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> dict[str, PackedTensor]:
+        """The whole gradient of this update, without taking the step (for parity checks)."""
+        from deepspeed.utils import safe_get_full_grad
+
+        groups = self._groups(refs)
+        self._accumulate(self._plan(groups, update_index), groups)
+        full = {
+            name: p.grad if self.config.learner.zero_stage == 0 else safe_get_full_grad(p)
+            for name, p in adapter_parameters(self.engine.module).items()
+        }
+        packed = pack(full)
+        self.engine.optimizer.zero_grad()
+        return packed
+
+    def publish(self) -> PublishedAdapter | None:
+        """The adapter, from rank 0; the others take part where weights are partitioned, and return None."""
+        with self._whole_weights():
+            state = pack(adapter_parameters(self.engine.module)) if self.rank == 0 else None
+        return None if state is None else PublishedAdapter(state, digest(state), self.peft_config)
+
+    def export(self) -> bytes:
+        """This rank's optimizer state as safetensors."""
+        return save_safetensors(export_state(self.engine))
+
+    def _device(self) -> torch.device:
+        wanted = self.config.learner.device
+        use_gpu = wanted == "cuda" or (wanted == "auto" and self.config.resources.gpus_per_rank > 0)
+        return torch.device("cuda" if use_gpu else "cpu")
+
+    def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
+        who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
+        groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
+        if any(group.sampler.temperature <= 0 for group in groups):
+            raise TrajectoryError("a group was decoded greedily (temperature 0): it has no law to learn from")
+        return groups
+
+    def _plan(self, groups: Sequence[TrajectoryGroup], update_index: int) -> UpdatePlan:
+        return plan_update(
+            groups,
+            objective=self.objective,
+            run_seed=self.config.run.seed,
+            update_index=update_index,
+            eos_ids=(self.family.eos_token_id,),
+            ranks=self.world,
+            views_per_forward=self.config.learner.views_per_forward,
+        )
+
+    def _accumulate(self, plan: UpdatePlan, groups: Sequence[TrajectoryGroup]) -> tuple[Statistics, float]:
+        """All of this rank's forwards and backwards; the last backward reduces over ranks."""
+        forwards = plan.forwards[self.rank]
+        temperature = groups[0].sampler.temperature
+        parts, total = [], 0.0
+        for i, views in enumerate(forwards):
+            batch = build_batch(views, groups, mask_id=self.family.mask_token_id, pad_id=self.family.pad_token_id)
+            reference_N = None
+            if self.objective.needs_reference:
+                with torch.no_grad(), self.engine.module.disable_adapter():
+                    reference_N = score(self.engine, batch, family=self.family, temperature=temperature).logp_N
+            scores = score(self.engine, batch, family=self.family, temperature=temperature)
+            loss, statistics = self.objective.loss(scores.logp_N, reference_N, batch)
+            # DeepSpeed averages over ranks; ours is a sum over ranks with one divisor for the whole iteration.
+            self.engine.set_gradient_accumulation_boundary(i == len(forwards) - 1)
+            self.engine.backward(loss * (self.world / plan.normaliser), scale_wrt_gas=False)
+            total += float(loss.detach()) / plan.normaliser
+            real_N = torch.from_numpy(batch.weight > 0).to(scores.mass_N.device)
+            inside = Statistics(means={"support_mass": (float(scores.mass_N[real_N].sum()), float(real_N.sum()))})
+            parts += [statistics, inside]
+        return Statistics.merged(parts), total
+
+    def _stage0_grad_norm(self) -> float | None:
+        """L2 norm of the reduced gradient where DeepSpeed computes none that can be read; None where it does."""
+        if self.config.learner.zero_stage > 0:
+            return None
+        norms = [p.grad.norm() for p in adapter_parameters(self.engine.module).values() if p.grad is not None]
+        return float(torch.stack(norms).norm())
+
+    def _whole_weights(self) -> Any:
+        if self.config.learner.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(adapter_parameters(self.engine.module).values()))

@@ -1,0 +1,45 @@
+"""The Ray that a run works on: a cluster that is there, or a local one started for the run."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+
+import ray
+
+from learner.config import RunConfig, check_resources, in_ray_job, required_resources
+from rewards.errors import ConfigError
+
+
+@contextlib.contextmanager
+def ray_session(config: RunConfig) -> Iterator[str]:
+    """Join the Ray that ``resources.ray_address``, RAY_ADDRESS or a Ray job names, or start a local one; yields a
+    sentence that says which.
+
+    A local Ray declares as many logical CPUs as the run asks for: two cores can hold two ranks and two actors, which
+    take turns in a synchronous run.
+
+    Raises:
+        ConfigError: when the Ray named can't be reached, or has less than the run asks for.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    wanted = config.resources.ray_address
+    join = wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
+    quiet = {"log_to_driver": False, "logging_level": "WARNING"}
+    if join:
+        address = wanted or os.environ.get("RAY_ADDRESS") or "auto"
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"no Ray answers at {address} ({error}); start one, or set resources.ray_address=local") from error
+        told = f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
+    else:
+        cpus, _ = required_resources(config)
+        ray.init(address="local", num_cpus=max(1, math.ceil(cpus)), include_dashboard=False, **quiet)
+        told = f"started a local Ray with {math.ceil(cpus)} logical CPUs"
+    try:
+        have = ray.cluster_resources()
+        check_resources(config, have.get("CPU", 0.0), have.get("GPU", 0.0))
+        yield told
+    finally:
+        ray.shutdown()

@@ -1,0 +1,284 @@
+"""The sections of a run's settings, one frozen model each; ``learner.config`` puts them together and checks them.
+
+The text under a field is its help; it names the unit.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+PositionRule = Literal["random", "low_confidence", "entropy", "left_to_right"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, nothing changes after the check, field docstrings are help."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class RunSection(Section):
+    """Name, place and length of the run."""
+
+    name: str | None = None
+    """Name of the run's folder; null: made from the task and the time of the start."""
+    dir: str = "runs"
+    """Folder that holds the runs' folders."""
+    seed: NonNegativeInt = 0
+    """Every random choice derives from it."""
+    iterations: PositiveInt = 50
+    """Rollout batches to train on."""
+    resume: str = "never"
+    """never; auto (the newest good checkpoint); or the path of a checkpoint."""
+
+
+class TaskSection(Section):
+    """Where the prompts come from and how they are graded."""
+
+    name: str = "sudoku"
+    """A shipped task, or module:Class of your own."""
+    train_path: str | None = None
+    """File of training problems (.csv or .jsonl, also .gz); null: generated from the seed."""
+    test_path: str | None = None
+    """File of held-out problems; null: generated from the seed."""
+    train_size: PositiveInt = 2000
+    """Training problems."""
+    test_size: PositiveInt = 256
+    """Held-out problems."""
+
+
+class BaseSpec(Section):
+    """The small base model that is built, and cached, when model.path is null."""
+
+    d_model: PositiveInt = 128
+    """Width."""
+    n_layers: PositiveInt = 4
+    """Transformer blocks."""
+    n_heads: PositiveInt = 4
+    """Attention heads."""
+    mlp_hidden: PositiveInt = 256
+    """Width of the MLP's hidden layer."""
+    sft_steps: PositiveInt = 1200
+    """Optimizer steps of masked-diffusion pre-training."""
+    sft_batch: PositiveInt = 64
+    """Demonstrations per step."""
+    sft_lr: PositiveFloat = 2e-3
+    """Peak learning rate of the pre-training."""
+    sft_examples: PositiveInt = 4000
+    """Demonstrations generated."""
+    right_fraction: Fraction = 0.35
+    """Share of the demonstrations that are right; the others follow one consistent wrong rule."""
+    seed: NonNegativeInt = 0
+    """Seed of the base: its weights and demonstrations don't depend on run.seed."""
+
+
+class ModelSection(Section):
+    """The policy's base model."""
+
+    path: str | None = None
+    """Folder with the model in Hugging Face layout; null: build the small base, or reuse the cached one."""
+    base: BaseSpec = BaseSpec()
+    cache_dir: str | None = None
+    """Folder of built bases; null: the environment variable UNMASK_CACHE, or ~/.cache/unmask."""
+
+    @property
+    def cache_path(self) -> Path:
+        """Absolute folder of built bases."""
+        return Path(self.cache_dir or os.environ.get("UNMASK_CACHE") or "~/.cache/unmask").expanduser().absolute()
+
+
+class LoraSection(Section):
+    """The trained adapter: LoRA on the seven linear maps of every block."""
+
+    r: PositiveInt = 16
+    """Rank."""
+    alpha: PositiveFloat = 16.0
+    """Scale: the update is multiplied by alpha / r."""
+    include_head: bool = False
+    """Adapt the LM head too."""
+    adapter: str | None = None
+    """Folder of an existing PEFT adapter to start from."""
+
+
+class SamplerConfig(Section):
+    """How training completions are denoised."""
+
+    completion_length: PositiveInt = 24
+    """C, tokens."""
+    block_length: PositiveInt = 24
+    """Tokens of one semi-autoregressive block; divides C."""
+    steps: PositiveInt = 8
+    """m, denoising steps for the whole completion; divides C, and the blocks divide it."""
+    position_rule: PositionRule = "random"
+    """Which positions a step reveals; AGRPO is exact for random and left_to_right only."""
+    temperature: NonNegative = 1.0
+    """Of the law that tokens are drawn from; above 0 in training."""
+    top_k: PositiveInt | None = None
+    """Tokens kept before drawing; null: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability mass kept after top_k; 1: all."""
+
+
+class RolloutSection(Section):
+    """The actors that draw and grade completions."""
+
+    actors: PositiveInt = 2
+    """Rollout actors."""
+    prompts_per_iteration: PositiveInt = 16
+    """Prompt groups of one iteration."""
+    group_size: AtLeastTwo = 8
+    """G, completions of one prompt."""
+    groups_per_lease: PositiveInt = 4
+    """Prompt groups that an actor takes, computes and delivers together."""
+    max_rows: PositiveInt = 32
+    """Completions that an actor denoises at once."""
+    sampler: SamplerConfig = SamplerConfig()
+    max_staleness: NonNegativeInt = 0
+    """Policy versions a group may be behind when it is learned from; 0: synchronous and strictly on-policy."""
+    buffer_groups: PositiveInt | None = None
+    """Groups issued and not yet learned from, at most; null: prompts_per_iteration * (max_staleness + 1)."""
+    graders_per_actor: PositiveInt = 1
+    """Grading workers beside each actor."""
+    grade_timeout_s: PositiveFloat = 2.0
+    """Seconds for grading one completion; it counts as wrong afterwards."""
+    second_lease_after_s: PositiveFloat | None = None
+    """Seconds until a straggler's groups are leased a second time; null: never, which bitwise repetition needs."""
+
+    @property
+    def buffer_size(self) -> int:
+        """``buffer_groups``, its default filled in."""
+        return self.buffer_groups or self.prompts_per_iteration * (self.max_staleness + 1)
+
+
+class LearnerSection(Section):
+    """The DeepSpeed ranks and their optimizer (AdamW)."""
+
+    ranks: PositiveInt = 1
+    """Learner processes."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when the rank was given a GPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and forwards, in learner and actors alike."""
+    views_per_forward: PositiveInt = 16
+    """Sampled states that share one forward; memory only, the numbers are the same for any value."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps on each rollout batch; above 1 the later ones are off-policy."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to 0 at the last update."""
+    warmup_fraction: Fraction = 0.0
+    """Share of the updates over which the rate rises from 0."""
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """AdamW's decay rates."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this L2 norm."""
+    max_nonfinite: PositiveInt = 3
+    """Updates with a non-finite gradient in a row that stop the run."""
+    log_ratio_alarm: PositiveFloat = 1e-3
+    """Largest |log ratio| on un-updated weights that passes without an alarm event, nats."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time."""
+
+
+class AgrpoConfig(Section):
+    """AGRPO (arXiv 2510.04019)."""
+
+    type: Literal["agrpo"] = "agrpo"
+    """The method."""
+    k: PositiveInt = 4
+    """Denoising steps sampled per completion and update."""
+    timestep_sampling: Literal["uniform", "entropy"] = "uniform"
+    """Law of the sampled steps; entropy draws by the entropy that the rollout recorded."""
+    low_discrepancy: bool = True
+    """Stratify the draws over a group."""
+    step_range: Literal["all", "until_last_token"] = "all"
+    """Steps that can be sampled; until_last_token is the published range, all is the unbiased one."""
+    weight_floor: Fraction = 0.0
+    """Share a of the uniform law mixed into the entropy law; bounds the importance weight by 1/a."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 0.0
+    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+
+
+# The second method makes this a union: Annotated[AgrpoConfig | ..., Field(discriminator="type")].
+ObjectiveConfig = AgrpoConfig
+
+
+class EvaluationSection(Section):
+    """Greedy solve rate on held-out problems."""
+
+    every: NonNegativeInt = 10
+    """Iterations between evaluations; 0: only the base and the end."""
+    problems: PositiveInt = 128
+    """Held-out problems used."""
+    step_divisors: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4)
+    """Evaluate at steps / divisor denoising steps, for each."""
+    position_rule: PositionRule = "low_confidence"
+    """Which positions a step reveals."""
+
+
+class CheckpointSection(Section):
+    """Resumable checkpoints."""
+
+    every: PositiveInt = 10
+    """Iterations between checkpoints; the last iteration always gets one."""
+    keep: PositiveInt = 3
+    """Newest checkpoints kept, the best one beside them."""
+
+
+class ResourcesSection(Section):
+    """What the processes ask Ray for."""
+
+    threads_per_process: PositiveInt = 1
+    """Compute threads of every actor and rank."""
+    cpus_per_actor: NonNegative = 1.0
+    """Logical CPUs of a rollout actor."""
+    cpus_per_rank: NonNegative = 1.0
+    """Logical CPUs of a learner rank."""
+    gpus_per_actor: NonNegative = 0.0
+    """GPUs of a rollout actor; above 0 it samples on cuda."""
+    gpus_per_rank: NonNegative = 0.0
+    """GPUs of a learner rank."""
+    ray_address: str | None = None
+    """auto, local or host:port; null: join what RAY_ADDRESS or a Ray job names, otherwise start a local Ray."""
+
+
+class TimeoutsSection(Section):
+    """Longest waits, in seconds; when one runs out the error names who was awaited."""
+
+    lease: PositiveFloat = 600.0
+    """For an actor to deliver a lease."""
+    update: PositiveFloat = 1800.0
+    """For the ranks to finish an update."""
+    publish: PositiveFloat = 300.0
+    """For an adapter to be returned by rank 0, and loaded by an actor."""
+    start: PositiveFloat = 300.0
+    """For a process to start and load its model."""
+    evaluate: PositiveFloat = 1800.0
+    """For one evaluation."""
+    checkpoint: PositiveFloat = 300.0
+    """For the ranks to hand over their state."""
+    stop: PositiveFloat = 10.0
+    """For processes to end when asked to."""

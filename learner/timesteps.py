@@ -1,0 +1,129 @@
+"""Which denoising steps of each completion are scored, and with which weight.
+
+The exact log-likelihood of a completion is a sum over its m denoising steps. AGRPO (arXiv 2510.04019) draws k of them
+and weights each so that the mean over draws estimates, without bias, the mean over steps:
+
+    E_t[ w_t * f_t ] = (1/D) * sum over eligible t of f_t
+
+D is m when every drawn action counts (step range ``all``), and the published T_eff = last + 1 for
+``until_last_token``. All draws of a group come from one generator, before any row is filtered or sent to a rank, so
+that skipping and sharding can't change them.
+
+Shapes: G completions of a group, C completion positions, m steps, k draws per completion. Arithmetic is float64.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rollout.trajectory import TrajectoryGroup
+
+StepRange = Literal["all", "until_last_token"]
+TimestepSampling = Literal["uniform", "entropy"]
+
+# Keeps a step of zero entropy drawable (published value).
+ENTROPY_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The steps of a group's completions that may be drawn."""
+
+    eligible_Gm: np.ndarray
+    """[G, m] bool: the step is in range and reveals at least one drawn token."""
+    denominator_G: np.ndarray
+    """[G] int64, D: a row's estimate is the sum over its eligible steps divided by this."""
+    entropy_Gm: np.ndarray
+    """[G, m] float64, nats: summed entropy of the tokens drawn at the step."""
+
+
+class RowSteps(NamedTuple):
+    """The steps drawn for one completion. Repeated draws are merged: a step is scored once, with its summed weight."""
+
+    steps: np.ndarray
+    """[n] int64, ascending, distinct."""
+    counts: np.ndarray
+    """[n] int64, how often each was drawn; they sum to k."""
+    weights: np.ndarray
+    """[n] float64, count times the importance weight of one draw."""
+
+
+def step_table(group: TrajectoryGroup, step_range: StepRange, eos_ids: tuple[int, ...]) -> StepTable:
+    """Eligible steps of every row.
+
+    ``all``: every step with a drawn token; D = m, whatever was filled. This one is unbiased for expected reward.
+    ``until_last_token`` (published): steps up to the one that revealed the last token that is not EOS; EOS drawn at
+    these steps is scored, later EOS is not, and D depends on the completion. A completion of EOS only keeps its step
+    0, D = 1.
+    """
+    G, m = group.size, group.sampler.steps
+    rows_GC, steps_GC = np.indices(group.unmask_step.shape)[0], group.unmask_step.astype(np.int64)
+    entropy_Gm = np.zeros((G, m), dtype=np.float64)
+    # A degenerate law's entropy may come out as -1e-9; a negative probability must not follow from it.
+    entropy_GC = np.maximum(group.entropy.astype(np.float64), 0.0)
+    np.add.at(entropy_Gm, (rows_GC[group.drawn], steps_GC[group.drawn]), entropy_GC[group.drawn])
+    eligible_Gm = np.zeros((G, m), dtype=bool)
+    eligible_Gm[rows_GC[group.drawn], steps_GC[group.drawn]] = True
+    denominator_G = np.full(G, m, dtype=np.int64)
+    if step_range == "until_last_token":
+        denominator_G = last_token_step(group, eos_ids).clip(min=0) + 1
+        eligible_Gm &= np.arange(m) < denominator_G[:, None]
+    assert eligible_Gm.any(axis=1).all(), f"group {group.group_id} has a completion without a drawn token in range"
+    return StepTable(eligible_Gm, denominator_G, entropy_Gm)
+
+
+def last_token_step(group: TrajectoryGroup, eos_ids: tuple[int, ...]) -> np.ndarray:
+    """[G] int64, the largest step that revealed a token other than EOS; -1 where all tokens are EOS."""
+    is_token_GC = ~np.isin(group.completion_ids, eos_ids)
+    return np.where(is_token_GC, group.unmask_step, -1).max(axis=1).astype(np.int64)
+
+
+def draw_uniforms(generator: np.random.Generator, completions: int, k: int, *, low_discrepancy: bool) -> np.ndarray:
+    """[G, k] float64: k uniforms per completion.
+
+    With ``low_discrepancy`` the S = G*k numbers fall one in each of S equal strata, in random order: each is still
+    uniform on its own, which is all that unbiasedness needs.
+    """
+    S = completions * k
+    order_S, jitter_S = generator.permutation(S), generator.random(S)
+    return (stratify(order_S, jitter_S) if low_discrepancy else jitter_S).reshape(completions, k)
+
+
+def stratify(order_S: np.ndarray, jitter_S: np.ndarray) -> np.ndarray:
+    """u = (order + jitter) / S. May round to exactly 1.0 in the last stratum."""
+    return (order_S + jitter_S) / order_S.shape[-1]
+
+
+def step_probabilities(table: StepTable, sampling: TimestepSampling, weight_floor: float = 0.0) -> np.ndarray:
+    """[G, m] float64: the probability that one draw picks the step; 0 where it isn't eligible.
+
+    ``uniform``: equal. ``entropy``: proportional to the step's entropy, so that steps with something to decide are
+    scored more often. ``weight_floor`` a mixes in the uniform law, (1-a) p + a/T for T eligible steps: still unbiased,
+    and no importance weight exceeds 1/a.
+    """
+    uniform_Gm = table.eligible_Gm / table.eligible_Gm.sum(axis=1, keepdims=True)
+    if sampling == "uniform":
+        return uniform_Gm
+    mass_Gm = np.where(table.eligible_Gm, table.entropy_Gm + ENTROPY_FLOOR, 0.0)
+    entropy_Gm = mass_Gm / mass_Gm.sum(axis=1, keepdims=True)
+    return (1.0 - weight_floor) * entropy_Gm + weight_floor * uniform_Gm
+
+
+def draw_timesteps(
+    table: StepTable, u_Gk: np.ndarray, sampling: TimestepSampling, weight_floor: float = 0.0
+) -> list[RowSteps]:
+    """Turn each completion's uniforms into steps and weights w = (1/D) / p."""
+    p_Gm = step_probabilities(table, sampling, weight_floor)
+    rows = []
+    for eligible_m, p_m, u_k, denominator in zip(table.eligible_Gm, p_Gm, u_Gk, table.denominator_G, strict=True):
+        eligible_T = np.flatnonzero(eligible_m)
+        if sampling == "uniform":
+            index_k = np.floor(u_k * len(eligible_T)).astype(np.int64)
+        else:
+            index_k = np.searchsorted(np.cumsum(p_m[eligible_T]), u_k, side="left")
+        # u may round to 1.0 and the cumulative sum may end just below it.
+        drawn_k = eligible_T[np.minimum(index_k, len(eligible_T) - 1)]
+        steps, counts = np.unique(drawn_k, return_counts=True)
+        rows.append(RowSteps(steps, counts, counts / (denominator * p_m[steps])))
+    return rows

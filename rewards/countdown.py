@@ -1,0 +1,178 @@
+"""Countdown: an arithmetic expression that uses every given number exactly once and equals the target.
+
+Reward components (AGRPO's table, 4.0 in all). In a tagged answer with at least one ``=``: ``one_equals`` -0.5 when
+there are more; ``right_side`` 1/3 when the text after the last ``=`` is the target in digits; ``left_side`` 1/3 when
+the text before the first is made of digits, spaces and ``+ - * / ( )``; ``numbers`` 1/3 when the integers in it are the
+given ones. And ``value`` 3.0 when the verdict is right.
+
+The verdict: the submission is an expression, with or without a trailing ``= target``, that uses every number exactly
+once and has the target as its exact rational value. A wrong, empty or computed right-hand side is wrong, and so is a
+second ``=``. ``rewards.arithmetic`` says what an expression is; ``\\times \\cdot \\div`` and the two signs count as *
+and /, other LaTeX is not read.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import cache
+from itertools import combinations, combinations_with_replacement
+from typing import Any, ClassVar
+
+from rewards.arithmetic import MAX_CHARACTERS, ExpressionError, evaluate
+from rewards.errors import ConfigError, DataError
+from rewards.files import problems_from_file
+from rewards.parsing import plain_operators, shorten, submission
+from rewards.task import Grade, Problem, Split, Task
+
+MAX_NUMBERS = 16
+LARGEST_FIELD = 10**9
+
+_INTEGER = re.compile(r"-?[0-9]{1,12}")
+_LEFT_SIDE = re.compile(r"[0-9 +\-*/()]+")
+
+
+class Countdown(Task):
+    """Fields: ``numbers`` (1 to 16 integers of at least 0) and ``target`` (an integer). Problems have three numbers;
+    the grader takes any count. Whole multisets of numbers go to train or to test."""
+
+    name: ClassVar[str] = "countdown"
+    components: ClassVar[tuple[str, ...]] = ("one_equals", "right_side", "left_side", "numbers", "value")
+
+    COUNT: ClassVar[int] = 3
+    """Numbers in a problem; rows of a file with another count are passed over."""
+    LARGEST_NUMBER: ClassVar[int] = 20
+    LARGEST_TARGET: ClassVar[int] = 100
+    """Generated problems have numbers from 1 and targets from 1 to these."""
+    TEST_SHARE: ClassVar[float] = 0.2
+    """Share of the number multisets whose problems are test problems."""
+
+    def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
+        if path is not None:
+            return problems_from_file(path, task=self.name, size=size, convert=self._fields_from_row)
+        if size < 1:
+            raise ConfigError(f"countdown: size is {size}; ask for at least 1 problem")
+        problems: list[Problem] = []
+        for fields in self._generate(split, seed):
+            problems.append(Problem(f"countdown-{split}-{seed}-{len(problems)}", fields))
+            if len(problems) == size:
+                return problems
+        raise ConfigError(
+            f"countdown: size is {size}; the {split} split of seed {seed} has {len(problems)} problems, ask for fewer"
+        )
+
+    def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
+        numbers = ",".join(map(str, fields["numbers"]))
+        return [{"role": "user", "content": f"Numbers: {numbers} Target: {fields['target']}"}]
+
+    def grade(self, fields: dict[str, Any], completion: str) -> Grade:
+        self.validate_fields(fields)
+        numbers, target = sorted(fields["numbers"]), fields["target"]
+        answer = submission(completion)
+        text = plain_operators(answer.text)
+        error = _fault(text, numbers, target)
+        components = dict.fromkeys(self.components, 0.0)
+        components["value"] = 3.0 * (error is None)
+        if answer.tagged and "=" in text and len(text) <= MAX_CHARACTERS:
+            left, *_, right = (side.strip() for side in text.split("="))
+            components["one_equals"] = -0.5 if text.count("=") > 1 else 0.0
+            components["right_side"] = (_integer(right) == target) / 3
+            components["left_side"] = bool(_LEFT_SIDE.fullmatch(left)) / 3
+            components["numbers"] = (sorted(map(int, re.findall("[0-9]+", left))) == numbers) / 3
+        return Grade(error is None, components, error)
+
+    def validate_fields(self, fields: dict[str, Any]) -> None:
+        numbers, target = fields.get("numbers"), fields.get("target")
+        if not isinstance(numbers, list | tuple) or not 1 <= len(numbers) <= MAX_NUMBERS:
+            raise DataError(f"numbers must be a list of 1 to {MAX_NUMBERS} integers, not {shorten(numbers)}")
+        for number in numbers:
+            if type(number) is not int or not 0 <= number <= LARGEST_FIELD:
+                raise DataError(f"each of numbers must be an integer from 0 to {LARGEST_FIELD}, not {shorten(number)}")
+        if type(target) is not int or abs(target) > LARGEST_FIELD:
+            raise DataError(f"target must be an integer of at most {LARGEST_FIELD}, not {shorten(target)}")
+
+    def leak_key(self, fields: dict[str, Any]) -> tuple[int, ...]:
+        """The numbers without their order."""
+        return tuple(sorted(fields["numbers"]))
+
+    def _generate(self, split: Split, seed: int) -> Iterator[dict[str, Any]]:
+        """One target of every multiset of the split, then a second of each, and so on: no pair comes twice."""
+        sets = list(combinations_with_replacement(range(1, self.LARGEST_NUMBER + 1), self.COUNT))
+        random.Random(f"countdown/{seed}/split").shuffle(sets)
+        tests = round(self.TEST_SHARE * len(sets))
+        sets = sets[:tests] if split == "test" else sets[tests:]
+        rng = random.Random(f"countdown/{seed}/{split}/problems")
+        left: dict[tuple[int, ...], list[int]] = {}
+        for turn in range(self.LARGEST_TARGET):
+            for numbers in sets:
+                if turn == 0:
+                    left[numbers] = [target for target in _reachable(numbers) if target <= self.LARGEST_TARGET]
+                    rng.shuffle(left[numbers])
+                if left[numbers]:
+                    yield {"numbers": rng.sample(numbers, self.COUNT), "target": left[numbers].pop()}
+
+    def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        numbers: Any = row.get("numbers", row.get("nums", row.get("input")))
+        if isinstance(numbers, str):
+            numbers = [_integer(part.strip()) for part in numbers.split(",")]
+        target = row.get("target", row.get("output"))
+        fields = {"numbers": numbers, "target": _integer(target) if isinstance(target, str) else target}
+        self.validate_fields(fields)
+        return fields if len(numbers) == self.COUNT else None
+
+
+def expressions(numbers: Sequence[int]) -> dict[Fraction, str]:
+    """Every value that ``numbers`` reach, each used once, with one expression for it, such as ``(3+5)*2``.
+
+    By exhaustion: quick for three or four numbers. The first expression found is kept, in a fixed order.
+    """
+    found: dict[Fraction, str] = {}
+    states: list[list[tuple[Fraction, str]]] = [[(Fraction(number), str(number)) for number in numbers]]
+    for state in states:  # grows while it is read
+        if len(state) == 1:
+            found.setdefault(*state[0])
+        for first, second in combinations(range(len(state)), 2):
+            rest = [item for index, item in enumerate(state) if index not in (first, second)]
+            states += [[result, *rest] for result in _combinations(state[first], state[second])]
+    return found
+
+
+def _combinations(one: tuple[Fraction, str], other: tuple[Fraction, str]) -> Iterator[tuple[Fraction, str]]:
+    (a, a_text), (b, b_text) = [(value, text if text.isdigit() else f"({text})") for value, text in (one, other)]
+    yield a + b, f"{a_text}+{b_text}"
+    yield a * b, f"{a_text}*{b_text}"
+    yield a - b, f"{a_text}-{b_text}"
+    yield b - a, f"{b_text}-{a_text}"
+    if b:
+        yield a / b, f"{a_text}/{b_text}"
+    if a:
+        yield b / a, f"{b_text}/{a_text}"
+
+
+@cache
+def _reachable(numbers: tuple[int, ...]) -> list[int]:
+    return sorted(value.numerator for value in expressions(numbers) if value.denominator == 1 and value >= 1)
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if _INTEGER.fullmatch(text) else None
+
+
+def _fault(text: str, numbers: list[int], target: int) -> str | None:
+    """The verdict's reason: None when the text is right."""
+    if not text:
+        return "there is no answer"
+    if text.count("=") > 1:
+        return f"the answer {shorten(text)} has more than one '='"
+    left, equals, right = (part.strip() for part in text.partition("="))
+    try:
+        expression = evaluate(left)
+    except ExpressionError as error:
+        return f"{shorten(left)} is not an expression that can be computed: {error}"
+    if sorted(expression.numbers) != numbers:
+        return f"the numbers used are {shorten(sorted(expression.numbers))}, not {shorten(numbers)}"
+    if expression.value != target:
+        return f"the value of {shorten(left)} is {expression.value}, not {target}"
+    if equals and _integer(right) != target:
+        return f"the right-hand side is {shorten(right)}, not {target}"
+    return None

@@ -1,0 +1,139 @@
+"""Grades a file of completions: ``python -m rewards.grade --task NAME < in.jsonl > out.jsonl``.
+
+In, one JSON object a line: ``id``, ``completion`` and the task's fields. Out, one for every line in, in order and
+flushed at once, so that it also serves as a co-process (write a line, wait for a line): ``id``, ``correct`` (the strict
+verdict), ``reward``, ``components``, ``error``. A line that can't be graded gets ``correct`` false, ``reward`` 0, no
+components and one sentence in ``error`` (``id`` null when it is not known); the next lines are graded all the same.
+Exit status: 0 whatever the lines held, 1 when the reader of the results went away, 2 for a missing or unknown task.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from rewards.errors import ConfigError, DataError
+from rewards.parsing import shorten
+from rewards.task import BUILT_IN, Grade, Task, get_task
+
+MAX_LINE_BYTES = 32 * 2**20
+MAX_INTEGER_DIGITS = 100
+
+
+class _BadLine(Exception):
+    """A line that can't be graded; the message says why."""
+
+
+def grade_line(task: Task, line: bytes, number: int) -> dict[str, Any]:
+    """The output record for one input line. Never raises an Exception; ``number`` counts from 1, for messages."""
+    known_id = None
+    try:
+        record = _parse(line)
+        known_id = _checked_id(record.pop("id", None))
+        return {"id": known_id, **_graded(task, record)}
+    except _BadLine as error:
+        return {"id": known_id, **_record(Grade(False, {}, f"line {number}: {error}"))}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rewards.grade", description="Grades completions, stdin to stdout, as JSON lines."
+    )
+    parser.add_argument("--task", help=f"{', '.join(sorted(BUILT_IN))}, or your own as module:Class")
+    options = parser.parse_args(arguments)
+    results = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what a user's task prints must not end up among the results
+        try:
+            if options.task is None:
+                raise ConfigError(f"--task is missing; name one of {', '.join(sorted(BUILT_IN))}, or give module:Class")
+            task = get_task(options.task)
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return 2
+        try:
+            for number, line in enumerate(_lines(sys.stdin.buffer), start=1):
+                results.write(json.dumps(grade_line(task, line, number), allow_nan=False) + "\n")
+                results.flush()
+        except BrokenPipeError:  # the reader has gone, as in "| head"; keep the interpreter's last flush from failing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
+            return 1
+    return 0
+
+
+def _lines(source: IO[bytes]) -> Iterator[bytes]:
+    """Lines without their end; of one that is over the limit, the first MAX_LINE_BYTES + 1 bytes."""
+    while line := source.readline(MAX_LINE_BYTES + 1):
+        tail = line
+        while not tail.endswith(b"\n") and (tail := source.readline(MAX_LINE_BYTES)):
+            pass  # the rest of a line that is too long, or the end of the file
+        yield line.removesuffix(b"\n")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise _BadLine(f"longer than {MAX_LINE_BYTES} bytes; shorten the completion")
+    try:
+        record = json.loads(line.decode("utf-8-sig"), parse_int=_bounded_integer, parse_constant=_refused_constant)
+    except UnicodeDecodeError as error:
+        raise _BadLine(f"not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+    except RecursionError:
+        raise _BadLine("not usable as JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise _BadLine(f"not usable as JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise _BadLine(f"not a JSON object but {shorten(record)}")
+    return record
+
+
+def _bounded_integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _refused_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _checked_id(value: Any) -> Any:
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise _BadLine(f"id must be a string or a number, not {shorten(value)}")
+
+
+def _graded(task: Task, record: dict[str, Any]) -> dict[str, Any]:
+    if "completion" not in record:
+        raise _BadLine("the field completion is missing")
+    completion = record.pop("completion")
+    if not isinstance(completion, str):
+        raise _BadLine(f"completion must be a string, not {shorten(completion)}")
+    try:
+        return _record(task.grade(record, completion))
+    except DataError as error:
+        raise _BadLine(str(error)) from None
+    except Exception as error:  # a user's task may raise anything; the line is lost, the file is not
+        raise _BadLine(f"task raised {type(error).__name__}: {str(error)[:300]}") from None
+
+
+def _record(grade: Grade) -> dict[str, Any]:
+    """A grade as JSON values. JSON has no NaN: a component that is not finite becomes null, and so does the reward."""
+    components = {str(name): float(value) for name, value in grade.components.items()}
+    reward = sum(components.values(), 0.0)
+    error = None if grade.error is None else str(grade.error)
+    broken = [name for name, value in components.items() if not math.isfinite(value)]
+    if not math.isfinite(reward):
+        error = f"task returned a reward that is not a finite number (components {', '.join(broken or components)})"
+    return {
+        "correct": bool(grade.correct),
+        "reward": reward if math.isfinite(reward) else None,
+        "components": {name: None if name in broken else value for name, value in components.items()},
+        "error": error,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""What a task is: problems, the prompt for each, and a grader. Built-in tasks and a user's own share this interface.
+
+A grade holds two things that are never mixed: the *verdict* (right or wrong, strict) and the *reward components*
+(shaped, what training adds up). Reports of solve rates use the verdict alone.
+"""
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from rewards.errors import ConfigError, DataError
+
+Split = Literal["train", "test"]
+
+BUILT_IN = {"countdown": "rewards.countdown:Countdown", "sudoku": "rewards.sudoku:Sudoku"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: an id unique within its source, and JSON-able fields, which are all that the grader gets to see."""
+
+    id: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The strict verdict, the shaped reward by named component, and one sentence on why it is not right (or None)."""
+
+    correct: bool
+    components: dict[str, float]
+    error: str | None = None
+
+    @property
+    def reward(self) -> float:
+        return sum(self.components.values(), 0.0)
+
+
+class Task(ABC):
+    """Subclass this to add a task; ``get_task("module:Class")`` finds it. Instances hold no state."""
+
+    name: ClassVar[str]
+    components: ClassVar[tuple[str, ...]]
+    """Keys of every grade's components, in this order."""
+
+    @abstractmethod
+    def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
+        """Problems of a split.
+
+        Without ``path``: exactly ``size`` of them, generated from ``seed``; for one seed, the train and the test split
+        share no leak key, and a larger ``size`` only appends. With ``path``: the first ``size`` usable rows of that
+        file, fewer if it holds fewer.
+
+        Raises ConfigError for a size that can't be had and DataError for a file that can't be used.
+        """
+
+    @abstractmethod
+    def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
+        """Chat messages (role and content) that put the problem to the model."""
+
+    @abstractmethod
+    def grade(self, fields: dict[str, Any], completion: str) -> Grade:
+        """Grades one completion: returns for any string, within 50 ms. DataError when ``fields`` make no problem."""
+
+    @abstractmethod
+    def validate_fields(self, fields: dict[str, Any]) -> None:
+        """Raises DataError, naming the field and its value, when ``fields`` don't make a problem."""
+
+    def leak_key(self, fields: dict[str, Any]) -> Hashable:
+        """What train and test must not share. By default the whole problem."""
+        return json.dumps(fields, sort_keys=True)
+
+    def check_disjoint(self, train: Sequence[Problem], test: Sequence[Problem]) -> None:
+        """Raises DataError naming the first train problem whose leak key is also a test problem's."""
+        test_ids = {self.leak_key(problem.fields): problem.id for problem in test}
+        for problem in train:
+            key = self.leak_key(problem.fields)
+            if key in test_ids:
+                raise DataError(
+                    f"{self.name}: train problem {problem.id} and test problem {test_ids[key]} share {key!r}; "
+                    "take that problem out of one of the two files, or choose other files"
+                )
+
+    def without_leaks(self, train: Sequence[Problem], test: Sequence[Problem]) -> list[Problem]:
+        """The train problems, in order, that share no leak key with a test problem."""
+        test_keys = {self.leak_key(problem.fields) for problem in test}
+        return [problem for problem in train if self.leak_key(problem.fields) not in test_keys]
+
+
+def get_task(name: str) -> Task:
+    """The built-in task of that name, or a user's own by import path ``module:Class``. Raises ConfigError."""
+    path = BUILT_IN.get(name, name)
+    if ":" not in path:
+        known = ", ".join(sorted(BUILT_IN))
+        raise ConfigError(f"unknown task {name!r}; known tasks are {known}, or give your own as module:Class")
+    module_name, _, class_name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # importing runs a user's code, which may raise anything
+        raise ConfigError(
+            f"task {name!r} can't be imported ({type(error).__name__}: {error}); "
+            "check the spelling and that the module is on PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"task {name!r} is not a subclass of rewards.task.Task; derive it from that class")
+    if missing := sorted(found.__abstractmethods__):
+        raise ConfigError(f"task {name!r} lacks {', '.join(missing)}; define them in the class")
+    if missing := [attribute for attribute in ("name", "components") if not hasattr(found, attribute)]:
+        raise ConfigError(f"task {name!r} lacks the class attributes {', '.join(missing)}; set them in the class")
+    return found()

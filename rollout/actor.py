@@ -1,0 +1,316 @@
+"""The rollout actor: takes a lease, draws its groups with the engine, has them graded, and returns them.
+
+A plain class; ``rollout.pool`` makes it a Ray actor. Nothing in it depends on timing except the times it reports.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import ray
+
+from rewards.errors import ConfigError, WeightMismatch
+from rewards.task import Problem, get_task
+from rollout.adapters import AdapterState
+from rollout.grading import GraderPool, GradeResult
+from rollout.models import encode_prompt
+from rollout.seeds import derive_seed
+from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
+from rollout.waits import bounded_get
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("rewards", "rollout", "learner", "services")
+
+
+class Engine(Protocol):
+    """What an actor needs of an engine; see ``rollout.engines``."""
+
+    tokenizer: Any
+    policy_version: int
+    adapter_digest: str
+
+    def generate(
+        self,
+        groups: Sequence[GroupSpec],
+        prompts: Sequence[list[int]],
+        sampler: SamplerSpec,
+        *,
+        on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+    ) -> list[TrajectoryGroup]: ...
+
+    def load_adapter(self, version: int, adapter: AdapterState, expected_digest: str) -> None: ...
+
+    def without_adapter(self) -> None: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class ActorSettings:
+    """What all actors of a pool have in common.
+
+    make_engine: builds the engine, inside the actor's process. task: name for ``rewards.task.get_task``. graders: grader
+    processes per actor. grade_timeout_s: seconds for one verdict. pull_timeout_s: seconds to fetch an adapter. run_seed:
+    names the random streams of evaluations (a lease's groups bring their own seeds). code_digest: the controller's
+    ``code_identity().digest``; an actor with other code refuses to start.
+    """
+
+    make_engine: Callable[[], Engine]
+    task: str
+    graders: int
+    grade_timeout_s: float
+    pull_timeout_s: float
+    run_seed: int
+    code_digest: str
+
+
+class Weights(NamedTuple):
+    """A published version of the policy. refs holds the reference to its AdapterState; it is a list because Ray would
+    resolve a bare reference before every call, also when the actor has these weights already."""
+
+    version: int
+    digest: str
+    refs: list[ray.ObjectRef]
+
+
+BASE_WEIGHTS = Weights(-1, "", [])
+"""The base without an adapter."""
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """A drawn group in a few numbers. components: group mean by reward component. tokens: drawn ones. nfe: forward
+    passes, summed over the completions. invalid: why the group can't be trained on, or None."""
+
+    group_id: int
+    problem_id: str
+    size: int
+    components: Mapping[str, float]
+    solved: int
+    tokens: int
+    nfe: int
+    grader_timeouts: int
+    grader_crashes: int
+    invalid: str | None
+
+    @property
+    def mean_reward(self) -> float:
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True)
+class LeaseReport:
+    """What a lease took and gave; groups in the lease's order. Times in seconds."""
+
+    lease_id: int
+    actor_id: str
+    policy_version: int
+    adapter_digest: str
+    groups: tuple[GroupReport, ...]
+    load_s: float
+    generate_s: float
+    grade_wait_s: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The verdict on one completion of one problem, and its reward components (NaN where the grader gave none)."""
+
+    problem_id: str
+    correct: bool
+    components: Mapping[str, float]
+
+    @property
+    def reward(self) -> float:
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True)
+class CodeIdentity:
+    """Which source files run: the folder that holds our packages, and a sha256 over their modules."""
+
+    root: str
+    digest: str
+
+
+class RolloutActor:
+    """One engine and its graders. Call ``start`` first."""
+
+    def __init__(self, actor_id: str, settings: ActorSettings) -> None:
+        self._actor_id = actor_id
+        self._settings = settings
+
+    def start(self) -> dict[str, Any]:
+        """Build engine and graders, and say where and what this actor is.
+
+        Not part of the constructor, because Ray reports what a constructor raises as the actor's death.
+
+        Raises:
+            ConfigError: the model or task can't be had, or this process runs other code than the controller.
+        """
+        code = code_identity()
+        logger.info("%s runs the code in %s (sha256 %s)", self._actor_id, code.root, code.digest[:12])
+        if code.digest != self._settings.code_digest:
+            raise ConfigError(
+                f"{self._actor_id} on {socket.gethostname()} runs other code (in {code.root}) than the controller; "
+                "install the same version on all nodes, or submit the job with --working-dir"
+            )
+        self._task = get_task(self._settings.task)
+        self._engine = self._settings.make_engine()
+        self._graders = GraderPool(
+            self._settings.task, workers=self._settings.graders, timeout_s=self._settings.grade_timeout_s
+        )
+        return {
+            "actor_id": self._actor_id,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "python": sys.version.split()[0],
+            "code": dataclasses.asdict(code),
+            "engine": self._engine.describe(),
+        }
+
+    def run_lease(self, lease: Lease, sampler: SamplerSpec, weights: Weights) -> tuple[Any, ...]:
+        """Draw and grade the lease's groups: its LeaseReport, then one TrajectoryGroup per group, in the lease's order.
+
+        Raises:
+            WeightMismatch: the weights that were loaded are not those that were published.
+            TrajectoryError: the engine broke the trajectory contract.
+            WaitTimeout: the adapter could not be fetched in time.
+        """
+        begin = time.perf_counter()
+        self._hold(weights)
+        loaded = time.perf_counter()
+        drawn, futures = self._generate(lease.groups, sampler)
+        generated = time.perf_counter()
+        groups, reports = [], []
+        for group, pending in zip(drawn, futures, strict=True):
+            grades = self._graders.collect(pending)
+            groups.append(self._with_grades(group, grades))
+            reports.append(_report(groups[-1], grades))
+        report = LeaseReport(
+            lease_id=lease.lease_id,
+            actor_id=self._actor_id,
+            policy_version=weights.version,
+            adapter_digest=weights.digest,
+            groups=tuple(reports),
+            load_s=loaded - begin,
+            generate_s=generated - loaded,
+            grade_wait_s=time.perf_counter() - generated,
+        )
+        return report, *groups
+
+    def evaluate(self, problems: Sequence[Problem], sampler: SamplerSpec, weights: Weights) -> list[EvalResult]:
+        """One graded completion per problem, all in one call of the engine; temperature 0 decodes greedily.
+
+        Raises as ``run_lease`` does.
+        """
+        self._hold(weights)
+        seeds = [derive_seed(self._settings.run_seed, problem.id, "evaluation") for problem in problems]
+        specs = [GroupSpec(i, problem, 1, seed) for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True))]
+        _, futures = self._generate(specs, sampler)
+        grades = self._graders.collect([future for group in futures for future in group])
+        return [
+            EvalResult(problem.id, grade.correct, grade.components)
+            for problem, grade in zip(problems, grades, strict=True)
+        ]
+
+    def _hold(self, weights: Weights) -> None:
+        """Have the engine hold these weights. It holds none between the begin and the good end of a load, so a load that
+        failed half-way is repeated before anything is drawn."""
+        wanted = (weights.version, weights.digest)
+        if not weights.refs:
+            self._engine.without_adapter()
+        elif self._held() != wanted:
+            who = f"adapter of version {weights.version} (put by the controller, fetched by {self._actor_id})"
+            adapter = bounded_get(weights.refs[0], who=who, timeout_s=self._settings.pull_timeout_s)
+            self._engine.load_adapter(weights.version, adapter, weights.digest)
+        if self._held() != wanted:
+            raise WeightMismatch(f"{self._actor_id} was asked to draw with {wanted} and holds {self._held()}")
+
+    def _held(self) -> tuple[int, str]:
+        return self._engine.policy_version, self._engine.adapter_digest
+
+    def _generate(
+        self, specs: Sequence[GroupSpec], sampler: SamplerSpec
+    ) -> tuple[list[TrajectoryGroup], list[list[Future[GradeResult]]]]:
+        """Groups without grades, and for each the futures of its grades: graders work while the engine does."""
+        tokenizer = self._engine.tokenizer
+        prompts = [encode_prompt(tokenizer, self._task.messages(spec.problem.fields)) for spec in specs]
+        futures: dict[tuple[int, int], Future[GradeResult]] = {}
+
+        def grade(group: int, completion: int, ids_C: np.ndarray) -> None:
+            text = tokenizer.decode(ids_C.tolist(), skip_special_tokens=True)
+            futures[group, completion] = self._graders.submit(specs[group].problem.fields, text)
+
+        groups = self._engine.generate(specs, prompts, sampler, on_completion=grade)
+        return groups, [[futures[g, c] for c in range(spec.size)] for g, spec in enumerate(specs)]
+
+    def _with_grades(self, group: TrajectoryGroup, grades: Sequence[GradeResult]) -> TrajectoryGroup:
+        names = tuple(self._task.components)
+        counters = {
+            "grader_timeouts": sum(grade.timed_out for grade in grades),
+            "grader_crashes": sum(grade.crashed for grade in grades),
+        }
+        graded = dataclasses.replace(
+            group,
+            rewards=np.array([[grade.components[name] for name in names] for grade in grades], dtype=np.float32),
+            reward_names=names,
+            correct=np.array([grade.correct for grade in grades], dtype=np.bool_),
+            actor_id=self._actor_id,
+            counters={**group.counters, **counters},
+        )
+        graded.validate()
+        return graded
+
+
+def code_identity() -> CodeIdentity:
+    """Identity of the running code.
+
+    Raises:
+        ConfigError: our packages don't lie beside each other, so that a mix of two versions would run.
+    """
+    roots = {name: _folder(name).parent for name in PACKAGES}
+    if len(set(roots.values())) != 1:
+        where = ", ".join(f"{name} in {root}" for name, root in roots.items())
+        raise ConfigError(f"packages of two installations are mixed: {where}; remove one from the path")
+    root = roots["rewards"]
+    sha = hashlib.sha256()
+    for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
+        sha.update(f"{path.relative_to(root)}|".encode() + path.read_bytes())
+    return CodeIdentity(str(root), sha.hexdigest())
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"package {package} is not installed beside {Path(__file__).parent}; install unmask-rl whole")
+    return Path(spec.origin).resolve().parent
+
+
+def _report(group: TrajectoryGroup, grades: Sequence[GradeResult]) -> GroupReport:
+    means = group.rewards.mean(axis=0, dtype=np.float64)
+    return GroupReport(
+        group_id=group.group_id,
+        problem_id=group.problem_id,
+        size=group.size,
+        components={name: float(mean) for name, mean in zip(group.reward_names, means, strict=True)},
+        solved=int(group.correct.sum()),
+        tokens=int(group.drawn.sum()),
+        nfe=int(group.nfe.sum()),
+        grader_timeouts=group.counters["grader_timeouts"],
+        grader_crashes=group.counters["grader_crashes"],
+        invalid=next((grade.invalid for grade in grades if grade.invalid is not None), None),
+    )

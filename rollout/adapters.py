@@ -1,0 +1,121 @@
+"""LoRA adapters as plain data: what the learner publishes, what an actor loads, and the digest that ties the two.
+
+An adapter crosses processes as ``AdapterState``: canonical parameter name -> ``PackedTensor``. Bytes are packed because
+numpy has no bfloat16. Names are canonical when they don't depend on how peft or DeepSpeed wrapped the module:
+``model.transformer.blocks.0.q_proj.lora_A.weight``. On disk they carry the prefix that peft writes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rewards.errors import DataError, WeightMismatch
+
+ADAPTER_NAME = "default"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor as bytes: torch dtype name (``float32``, ``bfloat16``), shape, [nbytes] uint8."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+AdapterState = Mapping[str, PackedTensor]
+
+
+def canonical_name(name: str) -> str:
+    """Name of an adapter parameter without the wrappers' parts."""
+    name = name.removeprefix("module.").removeprefix(_PEFT_PREFIX)
+    return name.replace(f".{ADAPTER_NAME}.", ".")
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by canonical name, sorted."""
+    found = {canonical_name(name): p for name, p in model.named_parameters() if _is_lora(name)}
+    return dict(sorted(found.items()))
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, PackedTensor]:
+    """Copy tensors of any dtype and device into packed form, sorted by name."""
+    packed = {}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu", copy=True).contiguous()
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        packed[name] = PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+    return packed
+
+
+def unpack(packed: PackedTensor) -> torch.Tensor:
+    """A fresh CPU tensor with the packed values."""
+    flat = torch.from_numpy(packed.data.copy()).view(getattr(torch, packed.dtype))
+    return flat.reshape(packed.shape)
+
+
+def digest(state: AdapterState) -> str:
+    """sha256 over sorted (canonical name, dtype, shape, bytes)."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        sha.update(f"{name}|{tensor.dtype}|{tensor.shape}|".encode())
+        sha.update(np.ascontiguousarray(tensor.data).tobytes())
+    return sha.hexdigest()
+
+
+def load_state(model: torch.nn.Module, state: AdapterState) -> None:
+    """Copy an adapter into ``model``.
+
+    Raises:
+        WeightMismatch: when names, shapes or dtypes differ from the model's adapter; nothing is copied then.
+    """
+    own = adapter_parameters(model)
+    if set(own) != set(state):
+        odd = ", ".join(sorted(set(own) ^ set(state))[:3])
+        raise WeightMismatch(f"the adapter and this model's LoRA disagree about parameters: {odd}")
+    for name, parameter in own.items():
+        theirs, held = state[name], f"{str(parameter.dtype).removeprefix('torch.')} {_full_shape(parameter)}"
+        if held != f"{theirs.dtype} {theirs.shape}":
+            raise WeightMismatch(f"{name} is {theirs.dtype} {theirs.shape} in the adapter and {held} in this model")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(unpack(state[name]))
+
+
+def write_peft_folder(folder: Path, state: AdapterState, peft_config: Mapping[str, Any]) -> None:
+    """Write the adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it. ``folder`` must exist."""
+    tensors = {_PEFT_PREFIX + name: unpack(packed) for name, packed in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
+
+
+def read_peft_folder(folder: Path) -> tuple[dict[str, PackedTensor], dict[str, Any]]:
+    """An adapter in PEFT format and its configuration.
+
+    Raises:
+        DataError: when the folder holds no readable adapter.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder} holds no readable PEFT adapter (safetensors): {error}") from error
+    return pack({canonical_name(name): tensor for name, tensor in tensors.items()}), config
+
+
+def _is_lora(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty shard behind

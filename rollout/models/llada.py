@@ -1,0 +1,230 @@
+"""LLaDA (arXiv 2502.09992): a bidirectional transformer that predicts every masked token at once.
+
+Pre-norm blocks with RMSNorm, rotary positions and a SwiGLU MLP, no biases, no causal mask. Module names are those of
+the published LLaDA-8B checkpoint, so its weights load without a translation table. Two things differ from the
+modelling code in circulation: the padding mask is honoured (a pad is never attended to), and the caller may ask for the
+logits of a few rows only, in which case the head never runs on the others.
+
+Shapes: B rows, L positions, D model width, H heads, E head width, V rows of the embedding, N wanted rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MaskedLMOutput
+
+from rewards.errors import ConfigError
+
+# Switches of the published config.json that have one value in every LLaDA checkpoint. They are written out again, so
+# that other people's modelling code reads our checkpoints, and a checkpoint that sets one differently is refused.
+FIXED_SWITCHES = {
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "rope": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+}
+
+
+@strict
+class LLaDAConfig(PreTrainedConfig):
+    """Sizes and token ids under the names of the published config.json; the defaults are LLaDA-8B's.
+
+    ``n_kv_heads`` None means one per head, ``embedding_size`` None means ``vocab_size``. Raises ConfigError when heads
+    don't divide the width, or when a switch of ``FIXED_SWITCHES`` has a value that this file doesn't implement.
+    """
+
+    model_type = "llada"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "tie_word_embeddings": "weight_tying",
+    }
+
+    d_model: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    mlp_hidden_size: int = 12288
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    max_sequence_length: int = 4096
+    rope_theta: float = 500000.0
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    init_std: float = 0.02
+    mask_token_id: int = 126336
+    eos_token_id: int = 126081
+    pad_token_id: int = 126081
+
+    def __post_init__(self, **kwargs):
+        for name, value in FIXED_SWITCHES.items():
+            if kwargs.setdefault(name, value) not in (value, None):
+                raise ConfigError(f"{name}={kwargs[name]!r} is not supported for model type llada; it must be {value!r}")
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.embedding_size = self.embedding_size or self.vocab_size
+        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or (self.d_model // self.n_heads) % 2:
+            raise ConfigError(
+                f"d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads} don't fit: heads must "
+                "divide d_model into an even head width, and n_kv_heads must divide n_heads"
+            )
+        super().__post_init__(**kwargs)
+
+
+class LLaDAModelLM(PreTrainedModel):
+    """The policy: token ids in, logits out. Has no cache and no dropout, so ``train()`` only enables checkpointing."""
+
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["LLaDABlock"]
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logit_rows: Tensor | None = None
+    ) -> MaskedLMOutput:
+        """Logits of every position, or of the rows named.
+
+        input_ids: [B, L] int64. attention_mask: [B, L], 1 for a token and 0 for a pad; None when nothing is padded,
+        which lets the attention kernel run without a mask. Positions count from 0, pads included: rotary positions are
+        relative, so left padding changes logits by rounding only. logit_rows: [N] int64, flat indices ``b * L + l``.
+
+        Returns an output whose ``logits`` are [B, L, V], or [N, V] when logit_rows is given. Logits at pads are finite
+        and mean nothing.
+        """
+        return MaskedLMOutput(logits=self.model(input_ids, attention_mask, logit_rows))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer.wte = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.config.weight_tying else self.model.transformer.ff_out
+
+
+class LLaDAModel(nn.Module):
+    """Embedding, blocks, final norm and head, in a ModuleDict for the sake of the published names."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.embedding_size, config.d_model),
+                "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+                "ln_f": LLaDARMSNorm(config),
+            }
+        )
+        if not config.weight_tying:
+            self.transformer["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
+        x_BLD = self.transformer.wte(input_ids)
+        length, head_width = input_ids.shape[1], self.config.d_model // self.config.n_heads
+        cos_LE, sin_LE = rotary_tables(length, head_width, self.config.rope_theta, x_BLD.device)
+        keys_seen = None if attention_mask is None else _visible_keys(attention_mask)
+        for block in self.transformer.blocks:
+            x_BLD = block(x_BLD, cos_LE, sin_LE, keys_seen)
+        if logit_rows is not None:
+            x_BLD = x_BLD.flatten(0, 1).index_select(0, logit_rows)
+        x_BLD = self.transformer.ln_f(x_BLD)
+        if self.config.weight_tying:
+            return F.linear(x_BLD, self.transformer.wte.weight)
+        return self.transformer.ff_out(x_BLD)
+
+
+class LLaDABlock(GradientCheckpointingLayer):
+    """x += attention(norm(x)); x += mlp(norm(x)). ``ff_out`` is the MLP's output map, not the LM head."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        width, kv_width = config.d_model, config.d_model // config.n_heads * config.n_kv_heads
+        self.attn_norm = LLaDARMSNorm(config)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.ff_norm = LLaDARMSNorm(config)
+        self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
+
+    def forward(self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, keys_seen: Tensor | None) -> Tensor:
+        x_BLD = x_BLD + self.attn_out(self._attend(self.attn_norm(x_BLD), cos_LE, sin_LE, keys_seen))
+        h_BLD = self.ff_norm(x_BLD)
+        return x_BLD + self.ff_out(F.silu(self.ff_proj(h_BLD)) * self.up_proj(h_BLD))
+
+    def _attend(self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, keys_seen: Tensor | None) -> Tensor:
+        q_BHLE = rotate(self.q_proj(h_BLD).unflatten(-1, (self.n_heads, -1)).transpose(1, 2), cos_LE, sin_LE)
+        k_BHLE = rotate(self.k_proj(h_BLD).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2), cos_LE, sin_LE)
+        v_BHLE = self.v_proj(h_BLD).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
+        if self.n_kv_heads != self.n_heads:
+            # Repeating keys and values works with every attention kernel; the kernels' own GQA switch does not.
+            k_BHLE = k_BHLE.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+            v_BHLE = v_BHLE.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        out_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, attn_mask=keys_seen)
+        return out_BHLE.transpose(1, 2).flatten(2)
+
+
+class LLaDARMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, the quotient in fp32 whatever the model's dtype."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_fp32 = x.float()
+        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x_fp32.to(x.dtype)
+
+
+def rotary_tables(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/E), each [L, E] float32, the frequencies written out twice (half, half)."""
+    frequency = theta ** -(torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    angle_LE = torch.cat([angle, angle], dim=-1)
+    return angle_LE.cos(), angle_LE.sin()
+
+
+def rotate(x_BHLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+    """Turn each pair (i, i + E/2) by its position's angle, in fp32; returns x's dtype."""
+    x_fp32 = x_BHLE.float()
+    first, second = x_fp32.chunk(2, dim=-1)
+    return (x_fp32 * cos_LE + torch.cat([-second, first], dim=-1) * sin_LE).to(x_BHLE.dtype)
+
+
+def _visible_keys(attention_mask: Tensor) -> Tensor:
+    """[B, 1, 1, L] bool, true where a key may be seen. A row of nothing but pads sees itself: softmax over no key at
+    all would be NaN, and a NaN row poisons the gradient of the whole batch."""
+    real_BL = attention_mask.bool()
+    real_BL = real_BL | ~real_BL.any(dim=-1, keepdim=True)
+    return real_BL[:, None, None, :]

@@ -1,0 +1,213 @@
+"""The trajectory contract: what a rollout leaves behind for the learner (DESIGN.md, section 2).
+
+Shapes: G completions of one prompt, C completion positions, P prompt tokens, R reward components, m denoising steps.
+Everything is numpy, so a group comes out of Ray's object store without a copy.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rewards.errors import DataError, TrajectoryError
+from rewards.task import Problem
+
+SCHEMA_VERSION = 1
+
+PositionRule = Literal["random", "low_confidence", "entropy", "left_to_right"]
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How completions are denoised. Blocks are finished left to right, each in its share of the steps."""
+
+    completion_length: int
+    block_length: int
+    steps: int
+    position_rule: PositionRule
+    temperature: float
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """True when top-k or top-p removes tokens, so that the support must be recorded."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1.0)
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One prompt group as the plan names it: all that an actor needs to draw it. ``seed`` names its random streams."""
+
+    group_id: int
+    problem: Problem
+    size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Groups that are computed together, in this order, and delivered whole."""
+
+    lease_id: int
+    groups: tuple[GroupSpec, ...]
+
+
+@dataclass(frozen=True)
+class TrajectoryGroup:
+    """G completions of one prompt, with the order in which they were written and the law they were drawn from."""
+
+    group_id: int
+    problem_id: str
+    prompt_ids: np.ndarray
+    """[P] int32, no padding."""
+    completion_ids: np.ndarray
+    """[G, C] int32, final tokens."""
+    unmask_step: np.ndarray
+    """[G, C] int16, the step at which the position was revealed."""
+    unmask_rank: np.ndarray
+    """[G, C] int16, its order within the step."""
+    drawn: np.ndarray
+    """[G, C] bool, false where the position was filled with EOS after a finished block: a filler is not an action."""
+    logp: np.ndarray
+    """[G, C] float32, log-prob of the token under the law it was drawn from; 0 where not drawn."""
+    logp_raw: np.ndarray
+    """[G, C] float32, the same at temperature 1 and untruncated; 0 where not drawn."""
+    entropy: np.ndarray
+    """[G, C] float32, entropy in nats of the law it was drawn from; 0 where not drawn."""
+    support_indptr: np.ndarray | None
+    """[G*C+1] int64, CSR row pointers over flattened (g, c); None when nothing was truncated."""
+    support_ids: np.ndarray | None
+    """[nnz] int32, the kept token ids of each drawn position, ascending."""
+    rewards: np.ndarray
+    """[G, R] float32, reward components; the reward is their sum."""
+    reward_names: tuple[str, ...]
+    correct: np.ndarray
+    """[G] bool, the verdict of the grader, which is never a reward."""
+    policy_version: int
+    adapter_digest: str
+    sampler: SamplerSpec
+    seed: int
+    nfe: np.ndarray
+    """[G] int32, forward passes that each completion took part in."""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """seconds by stage"""
+    actor_id: str = ""
+    counters: Mapping[str, int] = field(default_factory=dict)
+    """recoveries of the actor's that must stay visible, e.g. grader timeouts"""
+    position_logp: np.ndarray | None = None
+    """[G, m] float32, log-prob of the choice of positions, when the position rule is stochastic and part of the policy."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def size(self) -> int:
+        return int(self.completion_ids.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(array.nbytes for array in _arrays(self).values())
+
+    def support(self, row: int, position: int) -> np.ndarray | None:
+        """Kept token ids at one position, or None when nothing was truncated."""
+        if self.support_indptr is None or self.support_ids is None:
+            return None
+        cell = row * self.completion_ids.shape[1] + position
+        return self.support_ids[self.support_indptr[cell] : self.support_indptr[cell + 1]]
+
+    def validate(self) -> None:
+        """Check shapes, dtypes and the relations between the fields.
+
+        Raises:
+            TrajectoryError: naming the group, the field and what is wrong with it.
+        """
+        G, C = self.completion_ids.shape
+        m = self.sampler.steps
+        R = len(self.reward_names)
+        expected: dict[str, tuple[tuple[int, ...], type]] = {
+            "completion_ids": ((G, C), np.int32),
+            "unmask_step": ((G, C), np.int16),
+            "unmask_rank": ((G, C), np.int16),
+            "drawn": ((G, C), np.bool_),
+            "logp": ((G, C), np.float32),
+            "logp_raw": ((G, C), np.float32),
+            "entropy": ((G, C), np.float32),
+            "rewards": ((G, R), np.float32),
+            "correct": ((G,), np.bool_),
+            "nfe": ((G,), np.int32),
+        }
+        for name, (shape, dtype) in expected.items():
+            array = getattr(self, name)
+            self._require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
+            self._require(array.dtype == dtype, f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+        self._require(self.prompt_ids.ndim == 1 and self.prompt_ids.dtype == np.int32, "prompt_ids is not [P] int32")
+        self._require(self.sampler.completion_length == C, f"{C} positions, sampler says {self.sampler.completion_length}")
+        self._require(bool(((self.unmask_step >= 0) & (self.unmask_step < m)).all()), f"unmask_step outside 0..{m - 1}")
+        for name in ("logp", "logp_raw", "entropy"):
+            array = getattr(self, name)
+            self._require(bool(np.isfinite(array).all()), f"{name} is not finite")
+            self._require(bool((array[~self.drawn] == 0).all()), f"{name} is not 0 at filled positions")
+        self._require(bool((self.logp <= 1e-6).all()), "logp above 0")
+        if self.support_indptr is None or self.support_ids is None:
+            self._require(not self.sampler.truncates, "the sampler truncates but no support was recorded")
+        else:
+            self._validate_support(G * C)
+
+    def save(self, path: Path) -> None:
+        """Write safetensors with a JSON header; never pickle."""
+        meta = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if not isinstance(getattr(self, f.name), np.ndarray) and getattr(self, f.name) is not None
+        }
+        meta["sampler"] = dataclasses.asdict(self.sampler)
+        arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(self).items()}
+        save_file(arrays, path, metadata={"group": json.dumps(meta, default=dict)})
+
+    @classmethod
+    def load(cls, path: Path) -> "TrajectoryGroup":
+        """Read what ``save`` wrote.
+
+        Raises:
+            DataError: when the file is damaged or of another schema version.
+        """
+        try:
+            with safe_open(path, framework="numpy") as f:
+                meta: dict[str, Any] = json.loads(f.metadata()["group"])
+                arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} is not a readable trajectory group: {error}") from error
+        if meta.get("schema_version") != SCHEMA_VERSION:
+            found = meta.get("schema_version")
+            raise DataError(f"{path} has trajectory schema {found}, this version reads {SCHEMA_VERSION}")
+        meta["sampler"] = SamplerSpec(**meta["sampler"])
+        meta["reward_names"] = tuple(meta["reward_names"])
+        absent: dict[str, Any] = {name: None for name in ("support_indptr", "support_ids", "position_logp") if name not in arrays}
+        return cls(**meta, **arrays, **absent)
+
+    def _validate_support(self, cells: int) -> None:
+        assert self.support_indptr is not None and self.support_ids is not None
+        indptr, ids = self.support_indptr, self.support_ids
+        self._require(indptr.shape == (cells + 1,) and indptr.dtype == np.int64, "support_indptr is not [G*C+1] int64")
+        self._require(ids.dtype == np.int32 and ids.shape == (int(indptr[-1]),), "support_ids is not [nnz] int32")
+        counts = np.diff(indptr)
+        drawn = self.drawn.ravel()
+        self._require(bool((counts[drawn] > 0).all() and (counts[~drawn] == 0).all()), "support and drawn disagree")
+        chosen = np.repeat(self.completion_ids.ravel(), counts) == ids
+        hits = np.bincount(np.repeat(np.arange(cells), counts)[chosen], minlength=cells)
+        self._require(bool((hits[drawn] == 1).all()), "a drawn token lies outside its own support")
+
+    def _require(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise TrajectoryError(f"trajectory group {self.group_id} from actor {self.actor_id or 'unknown'}: {problem}")
+
+
+def _arrays(group: TrajectoryGroup) -> dict[str, np.ndarray]:
+    values = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
+    return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}

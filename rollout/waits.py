@@ -1,0 +1,52 @@
+"""Bounded waits on Ray. The only file that calls ``ray.get`` and ``ray.wait`` (a lint test sees to it): every wait has an
+end, and its error names who was awaited and for how long.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from rewards.errors import UnmaskError, WaitTimeout
+
+logger = logging.getLogger(__name__)
+
+
+def bounded_get(refs: ray.ObjectRef | Sequence[ray.ObjectRef], *, who: str, timeout_s: float) -> Any:
+    """The value of a reference, or the list of values of several.
+
+    Args:
+        refs: one reference or a sequence of them.
+        who: whose answer this is, for the error ("learner rank 0 (update 12)").
+        timeout_s: seconds to wait for all of them together.
+
+    Raises:
+        WaitTimeout: nothing came in time.
+        UnmaskError: what the remote task raised, as itself and not in Ray's wrapping.
+        ray.exceptions.RayError: any other failure of the task, its process or its objects.
+    """
+    try:
+        return ray.get(refs if isinstance(refs, ray.ObjectRef) else list(refs), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise WaitTimeout(f"{who} did not answer within {timeout_s:g} s") from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UnmaskError):
+            raise error.cause from error
+        raise
+
+
+def bounded_wait(
+    refs: Sequence[ray.ObjectRef], *, who: str, timeout_s: float, num_returns: int = 1
+) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
+    """Split references into (done, pending) once ``num_returns`` are done or ``timeout_s`` seconds are over.
+
+    Never raises: a failed task is done, and ``bounded_get`` says how it failed.
+    """
+    if not refs:
+        return [], []
+    count = min(num_returns, len(refs))
+    done, pending = ray.wait(list(refs), num_returns=count, timeout=timeout_s, fetch_local=False)
+    if len(done) < count:
+        logger.debug("%d of %d answers of %s are not in after %g s", count - len(done), count, who, timeout_s)
+    return done, pending

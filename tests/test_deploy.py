@@ -1,0 +1,174 @@
+"""deploy/: the cluster launcher's file against Ray's own schema, and a real cluster of several local nodes."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL = ROOT / "deploy" / "local.sh"
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / "cluster.yaml").read_text())
+
+
+def check_with_ray(config: dict[str, Any]) -> dict[str, Any]:
+    """What `ray up` does to the file before it launches anything: fill in the provider's defaults, then validate."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+def test_cluster_file_passes_rays_own_schema(cluster: dict[str, Any]) -> None:
+    prepared = check_with_ray(cluster)
+    assert prepared["head_node_type"] == "head"
+
+
+def test_rays_schema_refuses_an_unknown_setting(cluster: dict[str, Any]) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        check_with_ray(cluster | {"available_node_typos": {}})
+
+
+def test_rays_schema_refuses_more_workers_than_the_cluster_may_have(cluster: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="max_workers"):
+        check_with_ray(cluster | {"max_workers": 1})
+
+
+def test_head_gets_no_work_and_each_worker_type_has_bounds(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["head"]["max_workers"] == 0
+    for name in ("learner", "rollout"):
+        assert 0 < types[name]["min_workers"] <= types[name]["max_workers"]
+        assert types[name]["resources"]["GPU"] > 0
+    assert sum(kind["max_workers"] for kind in types.values()) <= cluster["max_workers"]
+
+
+def test_every_node_starts_with_a_token_and_the_environment_on_path(cluster: dict[str, Any]) -> None:
+    for role in ("head", "worker"):
+        (start,) = (c for c in cluster[f"{role}_start_ray_commands"] if "ray start" in c)
+        before = start.partition("ray start")[0]
+        assert "RAY_AUTH_MODE=token" in before
+        assert "PATH=$HOME/unmask-env/bin:$PATH" in before
+    assert "/home/ubuntu/.ray/auth_token" in cluster["file_mounts"]
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+class LocalCluster:
+    """deploy/local.sh with state and ports of its own."""
+
+    def __init__(self, folder: Path, port: int, **environment: str) -> None:
+        self.folder = folder
+        without_ray = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.environment = without_ray | {"UNMASK_LOCAL_DIR": str(folder), "PORT": str(port)} | environment
+
+    def call(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(LOCAL), *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+
+    def python(self, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs ``code`` in a shell that sourced the cluster's environment."""
+        shell = f'. "{self.folder}/env" && exec "{sys.executable}" -c "$CODE"'
+        environment = self.environment | {"CODE": code} | environment
+        return subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True, timeout=120)
+
+    def processes(self) -> list[str]:
+        """Command lines of live processes that mention the cluster's folder or carry it in their environment."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if int(folder.name) != os.getpid() and str(self.folder).encode() in arguments + environment:
+                found.append(arguments.replace(b"\0", b" ").decode()[:200])
+        return found
+
+
+# Short, because Ray's sockets live below it; the number of the test process keeps two suites apart.
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(f"/tmp/unmask-t{os.getpid()}")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+ALIVE_NODES = """
+import json, ray
+ray.init(logging_level="error")
+nodes = [node for node in ray.nodes() if node["Alive"]]
+print(json.dumps({"nodes": len(nodes), "cpus": ray.cluster_resources()["CPU"]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("auth_mode", ["token", "disabled"])
+def test_local_cluster_has_its_nodes_and_stops_without_a_trace(folder: Path, auth_mode: str) -> None:
+    port = 21000 + 2000 * (os.getpid() % 5)
+    local = LocalCluster(folder, port, CPUS_PER_NODE="2", RAY_AUTH_MODE=auth_mode)
+    try:
+        started = local.call("start", "3")
+        assert started.returncode == 0, started.stderr
+        assert f"127.0.0.1:{port}" in started.stdout and "ray job submit" in started.stdout
+
+        answer = local.python(ALIVE_NODES)
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout.splitlines()[-1]) == {"nodes": 3, "cpus": 6.0}
+
+        token = folder / ".ray" / "auth_token"
+        assert token.exists() == (auth_mode == "token")
+        if token.exists():
+            assert token.stat().st_mode & 0o777 == 0o600
+            assert (
+                local.python(
+                    ALIVE_NODES.replace(
+                        "import json",
+                        "import os; os.environ['RAY_AUTH_TOKEN_PATH'] = ''; "
+                        "os.environ['RAY_AUTH_TOKEN'] = 'f' * 64; import json",
+                    )
+                ).returncode
+                != 0
+            )
+
+        second = local.call("start", "1")
+        assert second.returncode == 1 and "holds a cluster already" in second.stderr
+        assert len(local.processes()) > 3  # the control of the last assertion: the search does find them
+    finally:
+        stopped = local.call("stop")
+    assert stopped.returncode == 0, stopped.stderr
+    assert re.search(r"stopped \d+ processes", stopped.stdout)
+    assert local.processes() == []
+
+
+@pytest.mark.slow
+def test_stop_leaves_other_processes_alone(folder: Path) -> None:
+    local = LocalCluster(folder, 21000)
+    folder.mkdir()
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        (folder / "pids").write_text(f"{bystander.pid} 1\n")  # the pid of ours, used again by somebody else
+        assert "stopped 0 processes" in local.call("stop").stdout
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.parametrize("arguments, message", [((), "deploy/local.sh start"), (("start", "none"), "NODES is 'none'")])
+def test_wrong_arguments_get_a_sentence(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    answer = LocalCluster(folder, 21000).call(*arguments)
+    assert answer.returncode == 2 and message in answer.stdout + answer.stderr

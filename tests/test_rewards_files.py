@@ -1,0 +1,133 @@
+"""Problem files: every format, and every fault named by file and line. Finding tasks by name."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rewards.errors import ConfigError, DataError
+from rewards.task import Grade, get_task
+
+PUZZLE, SOLUTION = "0321003004002100", "4321123434122143"
+FIELDS = {"puzzle": PUZZLE, "solution": SOLUTION}
+CSV = f"Puzzle,Solution\n{PUZZLE},{SOLUTION}\n"
+JSONL = json.dumps(FIELDS) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", CSV.encode()),
+        ("a.csv", ("\ufeff" + CSV.replace("\n", "\r\n")).encode()),
+        ("a.csv.gz", gzip.compress(CSV.encode())),
+        ("a.jsonl", JSONL.encode()),
+        ("a.jsonl", (JSONL + "\n\n").encode()),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("a.jsonl", json.dumps({"puzzle": PUZZLE}).encode()),
+    ],
+    ids=["csv", "csv with BOM and CRLF", "csv.gz", "jsonl", "blank lines", "jsonl.gz", "solution worked out"],
+)
+def test_formats(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    problems = get_task("sudoku").problems("test", seed=0, size=10, path=str(path))
+    assert [problem.fields for problem in problems] == [FIELDS]
+
+
+def test_rows_come_in_file_order_up_to_size(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    rows = [{"nums": [1, 2, number], "target": 3} for number in range(5)] + [{"nums": [1, 2, 3, 4], "target": 3}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = get_task("countdown")
+    problems = task.problems("train", seed=0, size=3, path=str(path))
+    assert [problem.fields["numbers"][2] for problem in problems] == [0, 1, 2]
+    assert [problem.id for problem in problems] == ["countdown-c-1", "countdown-c-2", "countdown-c-3"]
+    assert len(task.problems("train", seed=0, size=100, path=str(path))) == 5, "four numbers are passed over"
+
+
+FAULTS = [
+    ("sudoku", "a.csv", CSV + f"{PUZZLE[1:]},{SOLUTION}\n", r"a\.csv, line 3: .*leading zeros"),
+    ("sudoku", "a.csv", CSV + f"{PUZZLE}\n", None),
+    ("sudoku", "a.csv", CSV + f"{PUZZLE},{'1' * 16}\n", "line 3: solution .* does not solve"),
+    ("sudoku", "a.csv", "question,answer\n1,2\n", "line 2: puzzle must be 16 digits .* not None"),
+    ("sudoku", "a.csv", "", "no problem for the task sudoku"),
+    ("sudoku", "a.jsonl", json.dumps({"puzzle": "0" * 16}), "line 1: puzzle 0000000000000000 has 288 solutions"),
+    ("countdown", "a.jsonl", '{"nums": [1, 2, 3], "target": 6}\n{"nums"', "line 2: not JSON"),
+    ("countdown", "a.jsonl", "[1]\n", "line 1: not a JSON object"),
+    ("countdown", "a.jsonl", "[" * 100_000, "line 1: not JSON"),
+    ("countdown", "a.jsonl", '{"input": "1,2,x", "output": "6"}', "line 1: each of numbers"),
+    ("countdown", "a.jsonl", '{"input": "1,2,3", "output": "six"}', "line 1: target must be an integer"),
+    ("countdown", "a.jsonl", '{"nums": [1, 2, 3, 4], "target": 6}', "no problem for the task countdown"),
+    ("countdown", "a.txt", "", "file type is not known"),
+    ("countdown", "a.jsonl.gz", "not gzip", "can't be read"),
+]
+
+
+@pytest.mark.parametrize(("task", "name", "content", "message"), FAULTS)
+def test_faults_name_the_file_and_line(tmp_path: Path, task: str, name: str, content: str, message: str | None) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    if message is None:  # a row without a solution: it is unique, so it is worked out
+        assert len(get_task(task).problems("test", seed=0, size=9, path=str(path))) == 2
+        return
+    with pytest.raises(DataError, match=message) as caught:
+        get_task(task).problems("test", seed=0, size=9, path=str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    task = get_task("sudoku")
+    with pytest.raises(DataError, match="No such file"):
+        task.problems("test", seed=0, size=9, path=str(tmp_path / "none.csv"))
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress((CSV + f"{PUZZLE},{SOLUTION}\n" * 5000).encode())[:-20])
+    with pytest.raises(DataError, match="can't be read"):
+        task.problems("test", seed=0, size=10**6, path=str(tmp_path / "cut.csv.gz"))
+    (tmp_path / "latin.csv").write_bytes(b"Puzzle,Solution\n\xe9,1\n")
+    with pytest.raises(DataError, match="can't be read"):
+        task.problems("test", seed=0, size=9, path=str(tmp_path / "latin.csv"))
+    with pytest.raises(ConfigError, match="size is 0"):
+        task.problems("test", seed=0, size=0, path=str(tmp_path / "none.csv"))
+
+
+def test_unknown_tasks() -> None:
+    with pytest.raises(ConfigError, match="unknown task 'sudku'; known tasks are countdown, sudoku"):
+        get_task("sudku")
+    with pytest.raises(ConfigError, match="can't be imported"):
+        get_task("no_such_module_at_all:Task")
+    with pytest.raises(ConfigError, match="can't be imported"):
+        get_task("rewards.sudoku:Missing")
+    with pytest.raises(ConfigError, match="not a subclass"):
+        get_task("fractions:Fraction")
+    with pytest.raises(ConfigError, match="lacks grade, messages, problems, validate_fields"):
+        get_task("rewards.task:Task")
+
+
+def test_a_users_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_task_for_tests.py").write_text(
+        "from rewards.task import Grade, Problem, Task\n"
+        "class Echo(Task):\n"
+        "    name = 'echo'\n"
+        "    components = ('same',)\n"
+        "    def problems(self, split, *, seed, size, path=None):\n"
+        "        return [Problem(f'echo-{split}-{i}', {'word': f'{split}{i}'}) for i in range(size)]\n"
+        "    def messages(self, fields): return [{'role': 'user', 'content': fields['word']}]\n"
+        "    def validate_fields(self, fields): pass\n"
+        "    def grade(self, fields, completion):\n"
+        "        same = fields['word'] == completion\n"
+        "        return Grade(same, {'same': float(same)})\n"
+        "class Nameless(Echo):\n"
+        "    pass\n"
+        "del Echo.name\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="lacks the class attributes name"):
+        get_task("own_task_for_tests:Nameless")
+    sys.modules["own_task_for_tests"].Echo.name = "echo"
+    task = get_task("own_task_for_tests:Echo")
+    assert task.grade({"word": "a"}, "a") == Grade(True, {"same": 1.0})
+    train, test = task.problems("train", seed=0, size=3), task.problems("test", seed=0, size=3)
+    task.check_disjoint(train, test)
+    with pytest.raises(DataError, match="echo-train-0"):
+        task.check_disjoint(train, train)
