@@ -119,8 +119,8 @@ def require_layout(progress: Progress, layout: dict[str, Any]) -> None:
     for key, value in layout.items():
         if progress.layout.get(key) != value:
             raise CheckpointError(
-                f"the checkpoint of iteration {progress.iteration} was made with learner.{key}={progress.layout.get(key)} "
-                f"and this run has {value}; set it back, or start a new run with lora.adapter=<checkpoint>/adapter"
+                f"the checkpoint of iteration {progress.iteration} has learner.{key}={progress.layout.get(key)}, this "
+                f"run has {value}; set it back, or start a new run with lora.adapter=<checkpoint>/adapter"
             )
 
 

@@ -9,18 +9,16 @@ bounded by construction, and checked again when it is consumed.
 import concurrent.futures
 import contextlib
 import dataclasses
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from learner import checkpoint as checkpoints
 from learner.atomic import atomic_dir
-from learner.config import RunConfig, check_paths, dump_config, in_ray_job
+from learner.config import RunConfig
 from learner.evaluate import greedy_solve_rates
-from learner.feed import Feed, StopRequested
+from learner.feed import Feed
 from learner.group import LearnerGroup
 from learner.objectives import Statistics, make_objective
 from learner.optim import learning_rate
@@ -29,11 +27,7 @@ from learner.plots import plot_run
 from learner.rank import UpdateReport, lora_spec
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
-from learner.runs import changed_settings, open_run, starting_adapter, task_problems
-from learner.session import ray_session
-from learner.sft import ensure_base, print_progress
-from learner.stopping import StopFlag
-from learner.trackers import build_trackers
+from learner.runs import starting_adapter, task_problems
 from learner.weights import BASE, publish
 from rewards.errors import TrainingDiverged, WeightMismatch
 from rewards.task import get_task
@@ -46,33 +40,10 @@ from rollout.pool import RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
-from services.store.writer import StoreWriter
-
-
-def run(config: RunConfig, *, dry_run: bool = False) -> int:
-    """Train as the settings say and return the process's exit status: 0, or 128 + signal when asked to stop.
-
-    With ``dry_run``, draw and grade the first iteration, print two rollouts and the batch's statistics, and end without
-    a trace.
-
-    Raises:
-        UnmaskError: whatever ends the run; the run directory then says ``failed``.
-    """
-    check_paths(config, in_ray_job())
-    code_identity()
-    with contextlib.ExitStack() as stack:
-        if dry_run:
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-dry-run-"))
-            changes = {"dir": place, "name": "dry-run", "resume": "never"}
-            config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
-        run_dir, resumed = open_run(config)
-        stack.enter_context(run_dir)
-        reporter = stack.enter_context(_reporter(config, run_dir, resumed))
-        return _train(config, run_dir, reporter, resumed, dry_run)
 
 
 class Controller:
-    """One run, from its first lease to its summary. ``run`` and ``dry_run`` use it as a sequence of phases."""
+    """One run, from its first lease to its summary; ``learner.launch`` calls its phases in turn."""
 
     def __init__(
         self,
@@ -118,7 +89,8 @@ class Controller:
         self.adapter = self.learner.publish()
         if resumed is not None and self.adapter.digest != resumed.progress.adapter_digest:
             raise WeightMismatch(
-                f"the ranks hold adapter {self.adapter.digest[:12]} after loading {resumed.progress.adapter_digest[:12]}"
+                f"the ranks hold adapter {self.adapter.digest[:12]}, "
+                f"the checkpoint has {resumed.progress.adapter_digest[:12]}"
             )
         self.weights = publish(self.progress.iteration, self.adapter)
         self._report_workers()
@@ -130,17 +102,12 @@ class Controller:
 
     def train(self) -> None:
         """All remaining iterations. Raises StopRequested in the middle of one when the run is asked to stop."""
-        started, before = time.monotonic(), self.progress.train_seconds
-        evaluating = 0.0
+        every = self.config.evaluation.every
         for iteration in range(self.progress.iteration, self.config.run.iterations):
-            spent = time.monotonic() - started - evaluating
-            self._iterate(iteration, train_seconds=before + spent)
+            self._iterate(iteration)
             done, last = iteration + 1, iteration + 1 == self.config.run.iterations
-            every = self.config.evaluation.every
             if last or (every and done % every == 0):
-                begin = time.monotonic()
                 self._evaluate("trained", self.weights, iteration=done)
-                evaluating += time.monotonic() - begin
             if last or done % self.config.checkpoint.every == 0:
                 self.checkpoint()
 
@@ -181,7 +148,9 @@ class Controller:
         items = self.feed.gather(0, self.weights)
         groups = self._groups(items)
         for group in groups[:2]:
-            print(f"\nproblem {group.problem_id}\nprompt: {self._prompt(group)!r}\ncompletion: {self._text(group, 0)!r}")
+            print(
+                f"\nproblem {group.problem_id}\nprompt: {self._prompt(group)!r}\ncompletion: {self._text(group, 0)!r}"
+            )
             rewards = ", ".join(f"{n} {v:.3f}" for n, v in zip(group.reward_names, group.rewards[0], strict=True))
             print(f"right: {bool(group.correct[0])}; reward {group.rewards[0].sum():.3f} ({rewards})")
         plan = plan_update(
@@ -197,7 +166,7 @@ class Controller:
         for name, value in plan.statistics.items():
             print(f"  {name:<32}{value:>12.5g}")
 
-    def _iterate(self, iteration: int, *, train_seconds: float) -> None:
+    def _iterate(self, iteration: int) -> None:
         """Gather, learn, publish, commit, report."""
         begin = time.monotonic()
         self.feed.issue_through(iteration + self.config.rollout.max_staleness)
@@ -211,7 +180,11 @@ class Controller:
         self.feed.replay.commit(items, self.weights.version)
         self.weights = publish(version, self.adapter)
         groups = self._groups(items)
-        seconds = {"rollout_wait": gathered - begin, "update": updated - gathered, "publish": time.monotonic() - updated}
+        seconds = {
+            "rollout_wait": gathered - begin,
+            "update": updated - gathered,
+            "publish": time.monotonic() - updated,
+        }
         total = time.monotonic() - begin
         metrics = {
             **self._metrics(iteration, items, reports),
@@ -226,7 +199,7 @@ class Controller:
             adapter_digest=self.adapter.digest,
             updates=self.progress.updates + sum(report.applied for report in reports),
             nonfinite_in_a_row=self._nonfinite_in_a_row(reports),
-            train_seconds=train_seconds + total,
+            train_seconds=self.progress.train_seconds + total,
         )
         self.reporter.iteration(version, metrics)
         for group in groups[: self.config.samples_per_iteration]:
@@ -248,7 +221,9 @@ class Controller:
                 self.feed.pump(self.weights, timeout_s=0.0)
             return update.result(timeout=0)
 
-    def _metrics(self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]) -> dict[str, float]:
+    def _metrics(
+        self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]
+    ) -> dict[str, float]:
         staleness = [item.staleness for item in items]
         counts = self.feed.replay.ledger.counts()
         states = ("issued", "pending", "leased", "ready", "consumed", "dropped")
@@ -286,18 +261,21 @@ class Controller:
             self.reporter.event(
                 "warning",
                 "log_ratio",
-                f"iteration {iteration}: learner and rollout disagree about un-updated weights by up to {unupdated:.2g} nats "
-                f"(learner.log_ratio_alarm={alarm:g}); their dtype or kernels differ",
+                f"iteration {iteration}: learner and rollout disagree about un-updated weights by up to "
+                f"{unupdated:.2g} nats (learner.log_ratio_alarm={alarm:g}); their dtype or kernels differ",
             )
         skipped = [report.grad_norm for report in reports if not report.applied]
         if skipped:
             self.reporter.event(
-                "warning", "nonfinite", f"iteration {iteration}: {len(skipped)} updates skipped, gradient norm {skipped[-1]}"
+                "warning",
+                "nonfinite",
+                f"iteration {iteration}: {len(skipped)} updates skipped, gradient norm {skipped[-1]}",
             )
         if self.progress.nonfinite_in_a_row >= self.config.learner.max_nonfinite:
             raise TrainingDiverged(
-                f"{self.progress.nonfinite_in_a_row} updates in a row had a gradient that isn't finite (iteration {iteration}); "
-                f"lower learner.lr, or go on from an earlier checkpoint in {self.run_dir.checkpoints_dir}"
+                f"{self.progress.nonfinite_in_a_row} updates in a row had a gradient that isn't finite "
+                f"(iteration {iteration}); lower learner.lr, or go on from an earlier checkpoint "
+                f"in {self.run_dir.checkpoints_dir}"
             )
 
     def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
@@ -314,10 +292,10 @@ class Controller:
         return bounded_get([item.ref for item in items], who="the replay buffer's objects", timeout_s=limit)
 
     def _prompt(self, group: TrajectoryGroup) -> str:
-        return self.tokenizer.decode(group.prompt_ids.tolist())
+        return str(self.tokenizer.decode(group.prompt_ids.tolist()))
 
     def _text(self, group: TrajectoryGroup, row: int) -> str:
-        return self.tokenizer.decode(group.completion_ids[row].tolist(), skip_special_tokens=True)
+        return str(self.tokenizer.decode(group.completion_ids[row].tolist(), skip_special_tokens=True))
 
     def _actor_settings(self, model_path: str) -> ActorSettings:
         config = self.config
@@ -381,64 +359,3 @@ class Controller:
                 pid=rank["pid"],
                 policy_version=self.weights.version,
             )
-
-
-def _train(
-    config: RunConfig, run_dir: RunDirectory, reporter: Reporter, resumed: checkpoints.Checkpoint | None, dry_run: bool
-) -> int:
-    try:
-        model_path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
-        with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
-            reporter.event("info", "start", f"run {run_dir.id}: {told}; base model {model_path}")
-            controller = Controller(config, run_dir, reporter, model_path, resumed, stop.is_set, closing)
-            if dry_run:
-                controller.dry_run()
-                return 0
-            try:
-                controller.evaluate_base()
-                controller.train()
-            except StopRequested:
-                reporter.event("info", "stop", f"asked to stop by {stop.name}; saving iteration {controller.progress.iteration}")
-                controller.checkpoint()
-                controller.finish()
-                reporter.store.status("stopped")
-                return stop.exit_status
-            summary = controller.finish()
-            reporter.store.status("finished", summary)
-            reporter.closing_table(summary, steps=config.rollout.sampler.steps)
-            return 0
-    except BaseException as error:
-        reporter.event("error", "failed", f"the run failed: {type(error).__name__}: {error}")
-        reporter.store.status("failed")
-        raise
-
-
-@contextlib.contextmanager
-def _reporter(
-    config: RunConfig, run_dir: RunDirectory, resumed: checkpoints.Checkpoint | None
-) -> Iterator[Reporter]:
-    changes = changed_settings(run_dir, config) if resumed is not None else []
-    run_dir.write_config(dump_config(config))
-    dumped = config.model_dump(mode="json")
-    store = StoreWriter(
-        run_dir.store_url,
-        run_dir.id,
-        task=config.task.name,
-        objective=config.objective.type,
-        total_iterations=config.run.iterations,
-        config=dumped,
-    )
-    iteration = resumed.progress.iteration if resumed is not None else None
-    trackers = build_trackers(
-        config.trackers, run_dir=Path(run_dir.path), run_id=run_dir.id, config=dumped, resumed_at=iteration
-    )
-    reporter = Reporter(run_dir, store, trackers, total_iterations=config.run.iterations)
-    try:
-        if iteration is not None:
-            reporter.truncate_after(iteration)
-            reporter.event("info", "resume", f"run {run_dir.id} goes on after iteration {iteration}")
-        for change in changes:
-            reporter.event("warning", "settings", f"resumed with another setting: {change}")
-        yield reporter
-    finally:
-        reporter.close()

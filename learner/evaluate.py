@@ -9,10 +9,12 @@ from rewards.task import Problem
 from rollout.actor import Weights
 
 
-def greedy_solve_rates(config: RunConfig, feed: Feed, problems: Sequence[Problem], weights: Weights) -> dict[str, float]:
+def greedy_solve_rates(
+    config: RunConfig, feed: Feed, problems: Sequence[Problem], weights: Weights
+) -> dict[str, float]:
     """Share of problems whose verdict is right, by step count: ``{"m": 0.41, "m/2": ..., "m/4": ...}``.
 
-    Every completion is decoded at temperature 0, without truncation, in the order that ``evaluation.position_rule`` says.
+    Completions are decoded at temperature 0, without truncation, in the order that ``evaluation.position_rule`` says.
     """
     rates = {}
     for divisor in config.evaluation.step_divisors:

@@ -47,7 +47,9 @@ class LearnerGroup:
 
     def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
         """One optimizer step on the groups behind ``refs`` (ascending group id); the ranks' reports as one."""
-        reports: list[UpdateReport] = self._all("update", list(refs), update_index, lr, limit=self.config.timeouts.update)
+        reports: list[UpdateReport] = self._all(
+            "update", list(refs), update_index, lr, limit=self.config.timeouts.update
+        )
         first = reports[0]
         return UpdateReport(
             statistics=Statistics.merged(report.statistics for report in reports),
@@ -89,8 +91,8 @@ class LearnerGroup:
             wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
             free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in bundle)
             raise WaitTimeout(
-                f"the cluster did not give {self.config.learner.ranks} learner ranks {wanted} each within {timeout_s:g} s "
-                f"(free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
+                f"the cluster did not give {self.config.learner.ranks} learner ranks {wanted} each within "
+                f"{timeout_s:g} s (free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
             )
 
     def _launch(self, model_path: str, rank: int) -> Any:

@@ -1,6 +1,6 @@
 """Train: ``python -m learner.main [recipe=NAME] [key.sub=value ...] [--dry-run | --print-config | --help]``.
 
-Only parses; the work is in ``learner.controller``, whose classes must not be called ``__main__.X`` on Ray's workers.
+Only parses: what is defined here would be called ``__main__.X`` on Ray's workers, so the work is in ``learner.launch``.
 """
 
 import sys
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         if "--print-config" in options:
             print(dump_config(config), end="")
             return 0
-        from learner.controller import run  # torch and Ray take seconds to import
+        from learner.launch import run  # torch and Ray take seconds to import
 
         return run(config, dry_run="--dry-run" in options)
     except ConfigError as error:

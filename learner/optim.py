@@ -25,7 +25,7 @@ class FiniteAdamW(torch.optim.AdamW):
 
 
 def deepspeed_config(*, zero_stage: int, dtype: str, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's settings. Batch sizes are 1 because accumulation is ours: the boundary is set before each backward."""
+    """DeepSpeed's settings. Batch sizes are 1: accumulation is ours, the boundary is set before each backward."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -102,7 +102,9 @@ def import_state(engine: Any, shard: bytes) -> None:
                 shapes = f"{tuple(tensors[f'master.{i}'].shape)} against {tuple(master.shape)}"
                 raise CheckpointError(f"optimizer tensor {i} of the checkpoint doesn't fit this run's layout: {shapes}")
             master.copy_(tensors[f"master.{i}"])
-            moments = {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{i}" in tensors}
+            moments = {
+                key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{i}" in tensors
+            }
             if moments:
                 step = moments.pop("step")
                 state[master] = {"step": step, **{k: v.to(master.device) for k, v in moments.items()}}

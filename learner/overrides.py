@@ -46,15 +46,16 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) -> None:
-    """Sets one ``key.sub=value`` argument in the nested mapping ``data``; values are YAML, text takes any scalar."""
+    """Sets one ``key.sub=value`` argument in ``data``; the value is YAML, but a text field takes it as it stands."""
     key, equals, raw = argument.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"argument '{argument}' is not of the form key.sub=value (see --help for the keys)")
     key = key.strip()
-    value = _parse_yaml(raw, source=f"the value of {key}")
     field = dict(leaf_fields(model)).get(key)
-    if field is not None and _is_text(field) and not isinstance(value, str | None):
-        value = raw  # run.name=007 is a name, not a number
+    if field is not None and _is_text(field):
+        value = None if raw in ("", "null") else raw  # run.name=007 is a name, not a number
+    else:
+        value = _parse_yaml(raw, source=f"the value of {key}")
     *sections, last = key.split(".")
     target = data
     for section in sections:

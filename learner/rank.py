@@ -166,11 +166,8 @@ class LearnerRank:
 
         groups = self._groups(refs)
         self._accumulate(self._plan(groups, update_index), groups)
-        full = {
-            name: p.grad if self.config.learner.zero_stage == 0 else safe_get_full_grad(p)
-            for name, p in adapter_parameters(self.engine.module).items()
-        }
-        packed = pack(full)
+        read = safe_get_full_grad if self.config.learner.zero_stage > 0 else _plain_grad
+        packed = pack({name: read(p) for name, p in adapter_parameters(self.engine.module).items()})
         self.engine.optimizer.zero_grad()
         return packed
 
@@ -242,3 +239,8 @@ class LearnerRank:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(adapter_parameters(self.engine.module).values()))
+
+
+def _plain_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None, "no backward reached this parameter"
+    return parameter.grad

@@ -15,8 +15,8 @@ from rollout.adapters import AdapterState, read_peft_folder
 def open_run(config: RunConfig) -> tuple[RunDirectory, checkpoints.Checkpoint | None]:
     """The run's directory, locked, and the checkpoint that it goes on from (None for a new run).
 
-    ``run.resume=auto`` takes the newest good checkpoint of the run named, or of the newest run of ``run.dir`` that has one;
-    a path goes on from that checkpoint in its own run directory.
+    ``run.resume=auto`` takes the newest good checkpoint of the run named, or of the newest run in ``run.dir`` that has
+    one; a path goes on from that checkpoint in its own run directory.
 
     Raises:
         CheckpointError: when the checkpoint named is damaged, or none of a run's checkpoints is good.
@@ -39,7 +39,9 @@ def open_run(config: RunConfig) -> tuple[RunDirectory, checkpoints.Checkpoint | 
         print(f"warning: {error}; taking the checkpoint before it", flush=True)
     if found_or_none is None:
         run_dir.close()
-        raise CheckpointError(f"{existing} has no good checkpoint to resume from; start a new run with run.resume=never")
+        raise CheckpointError(
+            f"{existing} has no good checkpoint to resume from; start a new run with run.resume=never"
+        )
     return run_dir, found_or_none
 
 
@@ -68,8 +70,8 @@ def task_problems(
     if paths.train_path is not None:
         kept = task.without_leaks(train, test)
         if len(kept) < len(train):
-            text = f"{len(train) - len(kept)} of {len(train)} training problems share a solution with a held-out one; dropped"
-            on_event("info", "leaks", text)
+            dropped = f"{len(train) - len(kept)} of {len(train)} training problems"
+            on_event("info", "leaks", f"{dropped} share a solution with a held-out one and are left out")
         train = kept
     task.check_disjoint(train, test)
     return train, test[: config.evaluation.problems]
@@ -87,7 +89,9 @@ def starting_adapter(config: RunConfig) -> AdapterState | None:
     if (stored.get("r"), float(stored.get("lora_alpha", 0))) != (config.lora.r, config.lora.alpha):
         have = f"r={stored.get('r')}, alpha={stored.get('lora_alpha')}"
         now = f"lora.r={config.lora.r}, lora.alpha={config.lora.alpha}"
-        raise ConfigError(f"the adapter at {config.lora.adapter} has {have} and the settings say {now}; make them equal")
+        raise ConfigError(
+            f"the adapter at {config.lora.adapter} has {have} and the settings say {now}; make them equal"
+        )
     return state
 
 

@@ -22,7 +22,7 @@ class Scores:
     logp_N: torch.Tensor
     """[N] float32, log-prob under the tempered law restricted to the recorded support; carries the gradient."""
     mass_N: torch.Tensor
-    """[N] float32, no gradient: mass that the tempered, untruncated law puts on the recorded support (1 without one)."""
+    """[N] float32, no gradient: mass of the tempered, untruncated law on the recorded support (1 without one)."""
 
 
 def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, temperature: float) -> Scores:
@@ -30,7 +30,9 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, te
     device = next(model.parameters()).device
     mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
     rows_N = torch.from_numpy(batch.score_rows - family.logit_shift).to(device)
-    logits_NV = model(input_ids=torch.from_numpy(batch.input_ids).to(device), attention_mask=mask, logit_rows=rows_N).logits
+    logits_NV = model(
+        input_ids=torch.from_numpy(batch.input_ids).to(device), attention_mask=mask, logit_rows=rows_N
+    ).logits
     targets_N = torch.from_numpy(batch.targets).to(device)
     return restricted_logp(
         logits_NV, targets_N, batch.support, temperature=temperature, mask_token_id=family.mask_token_id

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 
@@ -25,13 +26,15 @@ def ray_session(config: RunConfig) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     wanted = config.resources.ray_address
     join = wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
-    quiet = {"log_to_driver": False, "logging_level": "WARNING"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if join:
         address = wanted or os.environ.get("RAY_ADDRESS") or "auto"
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no Ray answers at {address} ({error}); start one, or set resources.ray_address=local") from error
+            raise ConfigError(
+                f"no Ray answers at {address} ({error}); start one, or set resources.ray_address=local"
+            ) from error
         told = f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
     else:
         cpus, _ = required_resources(config)

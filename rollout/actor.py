@@ -23,7 +23,7 @@ import ray
 from rewards.errors import ConfigError, WeightMismatch
 from rewards.task import Problem, get_task
 from rollout.adapters import AdapterState
-from rollout.grading import GraderPool, GradeResult
+from rollout.grading import GradeResult, GraderPool
 from rollout.models import encode_prompt
 from rollout.seeds import derive_seed
 from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
@@ -61,19 +61,23 @@ class Engine(Protocol):
 class ActorSettings:
     """What all actors of a pool have in common.
 
-    make_engine: builds the engine, inside the actor's process. task: name for ``rewards.task.get_task``. graders: grader
-    processes per actor. grade_timeout_s: seconds for one verdict. pull_timeout_s: seconds to fetch an adapter. run_seed:
-    names the random streams of evaluations (a lease's groups bring their own seeds). code_digest: the controller's
-    ``code_identity().digest``; an actor with other code refuses to start.
+    Times in seconds.
     """
 
     make_engine: Callable[[], Engine]
+    """Called in the actor's process."""
     task: str
+    """Name for ``rewards.task.get_task``."""
     graders: int
+    """Grader processes of each actor."""
     grade_timeout_s: float
+    """For one verdict."""
     pull_timeout_s: float
+    """For fetching an adapter."""
     run_seed: int
+    """Names the random streams of evaluations; a lease's groups bring their own seeds."""
     code_digest: str
+    """The controller's ``code_identity().digest``; an actor with other code refuses to start."""
 
 
 class Weights(NamedTuple):
@@ -228,8 +232,11 @@ class RolloutActor:
         ]
 
     def _hold(self, weights: Weights) -> None:
-        """Have the engine hold these weights. It holds none between the begin and the good end of a load, so a load that
-        failed half-way is repeated before anything is drawn."""
+        """Have the engine hold these weights.
+
+        It holds none from the begin of a load to its good end, so one that failed half-way is repeated before anything
+        is drawn.
+        """
         wanted = (weights.version, weights.digest)
         if not weights.refs:
             self._engine.without_adapter()

@@ -67,7 +67,9 @@ class GraderPool:
 
     def __init__(self, task_name: str, *, workers: int, timeout_s: float) -> None:
         if workers < 1 or timeout_s <= 0:
-            raise ConfigError(f"graders need at least 1 worker and a time limit above 0, not {workers} and {timeout_s} s")
+            raise ConfigError(
+                f"graders need at least 1 worker and a time limit above 0, not {workers} and {timeout_s} s"
+            )
         self.components = get_task(task_name).components
         self._task_name = task_name
         self._timeout_s = timeout_s
@@ -78,8 +80,10 @@ class GraderPool:
             thread.start()
 
     def submit(self, fields: Mapping[str, Any], completion: str) -> Future[GradeResult]:
-        """Queue a completion of the problem with these fields, and return at once. A grader's timeout or crash is a result
-        with that flag, not an error."""
+        """Queue a completion of the problem with these fields, and return at once.
+
+        A grader's timeout or crash gives a result with that flag, not an error.
+        """
         assert not self._closing.is_set(), "the grader pool is closed"
         job = _Job(dict(fields) | {"completion": completion}, Future())
         self._jobs.put(job)

@@ -224,7 +224,7 @@ class Ledger:
 
     def counts(self) -> dict[str, Any]:
         """``issued``, the number of groups by state, of recoveries by kind, and ``dropped_by_reason``."""
-        by_state = {status: self._count[status] for status in STATUSES}
+        by_state: dict[str, int] = {status: self._count[status] for status in STATUSES}
         events = {event: self._events[event] for event in EVENTS}
         return {"issued": self._issued, **by_state, **events, "dropped_by_reason": dict(self._dropped)}
 

@@ -1,4 +1,4 @@
-"""The pool of rollout actors: starts them, hands them leases and evaluation chunks, notices their deaths, replaces them.
+"""The pool of rollout actors: starts them, hands them leases and evaluation chunks, replaces those that die.
 
 It lives in the controller and never blocks longer than it is told to. What it reports, deliveries and losses, the
 controller passes on to the replay buffer; which lease comes next is the ledger's decision.
@@ -201,15 +201,15 @@ class RolloutPool:
         if done:
             done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=0.0, num_returns=len(awaited))
         for worker in list(self._workers):
-            if worker.awaited in done:
-                self._settle(worker)
+            if worker.awaited is not None and worker.awaited in done:
+                self._settle(worker, worker.awaited)
             elif time.monotonic() >= worker.deadline:
                 late = self._not_ready([worker]) if worker.info is None else f"{worker.name} did not evaluate in time"
                 self._replace(worker, late)
 
-    def _settle(self, worker: "_Worker") -> None:
+    def _settle(self, worker: "_Worker", answered: ray.ObjectRef) -> None:
         try:
-            answer = bounded_get(worker.awaited, who=worker.name, timeout_s=_REPORT_LIMIT_S)
+            answer = bounded_get(answered, who=worker.name, timeout_s=_REPORT_LIMIT_S)
         except FATAL:
             raise
         except (UnmaskError, ray.exceptions.RayError) as error:
@@ -267,17 +267,16 @@ class RolloutPool:
         return [worker for worker in self._workers if worker.state == "idle"]
 
     def _not_ready(self, workers: Sequence["_Worker"]) -> str:
-        free = ray.available_resources()
+        free, total = ray.available_resources(), ray.cluster_resources()
         short = [
-            f"{name} ({amount:g} asked for by each, {free.get(name, 0):g} of {ray.cluster_resources().get(name, 0):g} free)"
+            f"{name} ({amount:g} asked for by each, {free.get(name, 0):g} of {total.get(name, 0):g} free)"
             for name, amount in self._resources.items()
             if free.get(name, 0) < amount
         ]
-        why = (
-            f"the cluster is short of {', '.join(short)}; start fewer actors or learner ranks, or add nodes"
-            if short
-            else "the cluster has what they ask for, so loading takes longer or no single node has it all; raise the limit"
-        )
+        if short:
+            why = f"the cluster is short of {', '.join(short)}; start fewer actors or learner ranks, or add nodes"
+        else:
+            why = "loading takes longer, or no single node has all that an actor asks for; raise the time limit"
         names = ", ".join(worker.name for worker in workers)
         return f"{names} did not start within {self._start_timeout_s:g} s: {why}"
 

@@ -1,8 +1,8 @@
 """The replay buffer: the ledger of prompt groups, and the references to the groups that are drawn.
 
-It lives in the controller, which thereby keeps the objects alive: the actors *return* groups and never ``ray.put`` them,
-so a finished group survives the actor that drew it. A group on a lost node is gone all the same; ``lost`` has it drawn
-again.
+It lives in the controller, which thereby keeps the objects alive: the actors *return* groups and never ``ray.put``
+them, so a finished group survives the actor that drew it. A group on a lost node is gone all the same; ``lost`` has it
+drawn again.
 """
 
 from collections.abc import Sequence

@@ -147,7 +147,9 @@ class TrajectoryGroup:
             self._require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
             self._require(array.dtype == dtype, f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
         self._require(self.prompt_ids.ndim == 1 and self.prompt_ids.dtype == np.int32, "prompt_ids is not [P] int32")
-        self._require(self.sampler.completion_length == C, f"{C} positions, sampler says {self.sampler.completion_length}")
+        self._require(
+            self.sampler.completion_length == C, f"{C} positions, sampler says {self.sampler.completion_length}"
+        )
         self._require(bool(((self.unmask_step >= 0) & (self.unmask_step < m)).all()), f"unmask_step outside 0..{m - 1}")
         for name in ("logp", "logp_raw", "entropy"):
             array = getattr(self, name)
@@ -188,7 +190,9 @@ class TrajectoryGroup:
             raise DataError(f"{path} has trajectory schema {found}, this version reads {SCHEMA_VERSION}")
         meta["sampler"] = SamplerSpec(**meta["sampler"])
         meta["reward_names"] = tuple(meta["reward_names"])
-        absent: dict[str, Any] = {name: None for name in ("support_indptr", "support_ids", "position_logp") if name not in arrays}
+        absent: dict[str, Any] = {
+            name: None for name in ("support_indptr", "support_ids", "position_logp") if name not in arrays
+        }
         return cls(**meta, **arrays, **absent)
 
     def _validate_support(self, cells: int) -> None:
@@ -205,7 +209,9 @@ class TrajectoryGroup:
 
     def _require(self, condition: bool, problem: str) -> None:
         if not condition:
-            raise TrajectoryError(f"trajectory group {self.group_id} from actor {self.actor_id or 'unknown'}: {problem}")
+            raise TrajectoryError(
+                f"trajectory group {self.group_id} from actor {self.actor_id or 'unknown'}: {problem}"
+            )
 
 
 def _arrays(group: TrajectoryGroup) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
-"""Bounded waits on Ray. The only file that calls ``ray.get`` and ``ray.wait`` (a lint test sees to it): every wait has an
-end, and its error names who was awaited and for how long.
+"""Bounded waits on Ray: every wait has an end, and its error names who was awaited and for how long.
+
+No other file calls ``ray.get`` or ``ray.wait``; a lint test sees to it.
 """
 
 import logging

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from rewards.errors import ConfigError
-from rollout.grading import GraderPool, GradeResult
+from rollout.grading import GradeResult, GraderPool
 
 COUNTDOWN = {"numbers": [3, 5, 8], "target": 16}
 
 # A user's task whose grader does as the completion says.
-MOODY = '''
+MOODY = """
 import os, sys, time
 from rewards.task import Grade, Task
 
@@ -53,7 +53,7 @@ class Moody(Task):
         if mood == "missing":
             return Grade(True, {"first": 1.0})
         return Grade(True, {"second": 0.25, "first": float(os.getpid())})
-'''
+"""
 
 
 @pytest.fixture

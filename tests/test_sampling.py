@@ -38,9 +38,7 @@ def table_model(seed: int = 0, eos_bias: float = 0.0):
 
 def run(sampler, n=6, max_rows=4, forward=None, prompt_lengths=(3,)):
     requests = [Request([7] * prompt_lengths[i % len(prompt_lengths)], key=1000 + i) for i in range(n)]
-    return denoise(
-        forward or table_model(), requests, sampler, TOKENS, max_rows=max_rows, device=torch.device("cpu")
-    )
+    return denoise(forward or table_model(), requests, sampler, TOKENS, max_rows=max_rows, device=torch.device("cpu"))
 
 
 def sampler(**changes) -> SamplerSpec:
@@ -225,7 +223,7 @@ def test_unknown_position_rule_is_refused():
 
 
 def test_greedy_low_confidence_reproduces_the_recorded_reference(shared):
-    """Recorded case 20: the reference's own sampler at temperature 0 (which may draw the mask token, but here didn't)."""
+    """Recorded case 20: the reference's own sampler at temperature 0 (it may draw the mask token, but here didn't)."""
     from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 
     golden = shared / "golden"

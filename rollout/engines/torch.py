@@ -113,7 +113,8 @@ class TorchEngine:
         loaded = digest(pack(adapter_parameters(self.model)))
         if loaded != expected_digest:
             raise WeightMismatch(
-                f"adapter version {version} was published with digest {expected_digest[:12]}, loaded weights have {loaded[:12]}"
+                f"adapter version {version} was published with digest {expected_digest[:12]}, "
+                f"the loaded weights have {loaded[:12]}"
             )
         self.policy_version, self.adapter_digest = version, loaded
 
@@ -157,13 +158,14 @@ class TorchEngine:
             cells = [kept for c in completions for kept in c.support or []]
             indptr = np.concatenate([[0], np.cumsum([len(kept) for kept in cells])]).astype(np.int64)
             ids = np.concatenate(cells).astype(np.int32)
-        fields = ("unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy")
+        names = ("unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy")
+        arrays: dict[str, Any] = {name: np.stack([getattr(c, name) for c in completions]) for name in names}
         return TrajectoryGroup(
             group_id=spec.group_id,
             problem_id=spec.problem.id,
             prompt_ids=np.asarray(prompt, dtype=np.int32),
             completion_ids=np.stack([c.ids for c in completions]),
-            **{name: np.stack([getattr(c, name) for c in completions]) for name in fields},
+            **arrays,
             support_indptr=indptr,
             support_ids=ids,
             rewards=np.zeros((spec.size, 0), np.float32),

@@ -78,7 +78,9 @@ class LLaDAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name, value in FIXED_SWITCHES.items():
             if kwargs.setdefault(name, value) not in (value, None):
-                raise ConfigError(f"{name}={kwargs[name]!r} is not supported for model type llada; it must be {value!r}")
+                raise ConfigError(
+                    f"{name}={kwargs[name]!r} is not supported for model type llada; it must be {value!r}"
+                )
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.embedding_size = self.embedding_size or self.vocab_size
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or (self.d_model // self.n_heads) % 2:

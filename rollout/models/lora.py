@@ -31,7 +31,13 @@ def attach_lora(model: torch.nn.Module, family: PolicyAdapter, spec: LoraSpec) -
     pattern = family.lora_regex
     if spec.include_head:
         pattern = f"(?:{pattern})|{family.head_name.replace('.', '[.]')}"
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=0.0, bias="none", target_modules=pattern)
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # any number works
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=pattern,
+    )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.init_seed)

@@ -196,7 +196,9 @@ class _Loop:
             mask_RL = torch.from_numpy(real.astype(np.int64)).to(self.device)
         return torch.from_numpy(ids_RL).to(self.device), mask_RL
 
-    def _draw(self, live: list[_Row], row_of_N: np.ndarray, position_N: np.ndarray, logits_NV: torch.Tensor) -> "_Drawn":
+    def _draw(
+        self, live: list[_Row], row_of_N: np.ndarray, position_N: np.ndarray, logits_NV: torch.Tensor
+    ) -> "_Drawn":
         temperature = self.sampler.temperature
         raw_NV = without_mask(logits_NV, self.tokens.mask)
         raw_total_N = raw_NV.logsumexp(-1)
