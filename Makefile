@@ -15,11 +15,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
+.NOTPARALLEL:
 .PHONY: setup run test test-fast test-slow lint format reproduce clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml deploy/constraints.txt
+	@echo "setting up $(VENV): a few minutes the first time"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		--constraint deploy/constraints.txt --editable '.[dev]'

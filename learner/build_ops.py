@@ -19,8 +19,8 @@ def prepare_environment() -> Path:
     """Makes DeepSpeed's build of the op safe in this process, and returns the folder that holds built ops.
 
     Sets TORCH_EXTENSIONS_DIR to a folder of this environment unless it is set, puts the interpreter's folder on PATH
-    (the wheel's ``ninja`` sits there), and removes build locks whose builder is dead, which torch would wait for without
-    end. Raises ConfigError when the op has yet to be built and there is no C++ compiler.
+    (the wheel's ``ninja`` sits there), and removes build locks whose builder is dead, as torch would wait for them for
+    ever. Raises ConfigError when the op has yet to be built and there is no C++ compiler.
     """
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")))
     scripts = str(Path(sys.executable).parent)  # not resolved: the environment's bin, not the base interpreter's

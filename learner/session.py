@@ -38,7 +38,9 @@ def ray_session(config: RunConfig) -> Iterator[str]:
         told = f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
     else:
         cpus, _ = required_resources(config)
-        ray.init(address="local", num_cpus=max(1, math.ceil(cpus)), include_dashboard=False, **quiet)
+        # From 2.59 on a local Ray writes a token, readable by all unless the mask says otherwise.
+        with _private_files():
+            ray.init(address="local", num_cpus=max(1, math.ceil(cpus)), include_dashboard=False, **quiet)
         told = f"started a local Ray with {math.ceil(cpus)} logical CPUs"
     try:
         have = ray.cluster_resources()
@@ -46,3 +48,12 @@ def ray_session(config: RunConfig) -> Iterator[str]:
         yield told
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

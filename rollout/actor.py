@@ -143,7 +143,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class CodeIdentity:
-    """Which source files run: the folder that holds our packages, and a sha256 over their modules."""
+    """Which source files an actor runs: the folder of our packages, and a sha256 over those that actors import."""
 
     root: str
     digest: str
@@ -295,7 +295,7 @@ def code_identity() -> CodeIdentity:
         raise ConfigError(f"packages of two installations are mixed: {where}; remove one from the path")
     root = roots["rewards"]
     sha = hashlib.sha256()
-    for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*.py")):
+    for path in sorted(path for name in ("rewards", "rollout") for path in (root / name).rglob("*.py")):
         sha.update(f"{path.relative_to(root)}|".encode() + path.read_bytes())
     return CodeIdentity(str(root), sha.hexdigest())
 

@@ -388,7 +388,7 @@ class ForgetsFailedLeases(Ledger):
 class LosesCount(Ledger):
     """Control: a transition that leaves one counter behind."""
 
-    def _move(self, group, status):  # type: ignore[no-untyped-def]
+    def _move(self, group, status):
         super()._move(group, status)
         if status == "consumed":
             self._count["consumed"] -= 1

@@ -1,8 +1,10 @@
 """Actors, pool and replay buffer on a real Ray with the real engine: deaths, hangs, late answers, lost objects."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -27,7 +29,7 @@ from rollout.models.lora import LoraSpec
 from rollout.pool import ActorLost, Delivery, RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
-from rollout.waits import bounded_get, bounded_wait
+from rollout.waits import bounded_get
 
 pytestmark = pytest.mark.slow
 
@@ -71,10 +73,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tasks), str(REPOSITORY)]))
         ray.init(
             address="local",
-            num_cpus=4,
+            num_cpus=6,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _temp_dir=f"/tmp/unmask-{os.getpid()}",
         )
         yield
@@ -284,9 +286,8 @@ def test_other_weights_give_other_bits(
     replay.ledger.issue(0, plan())
     pump(pool, replay, 0, weights(1))
     groups = content(groups_of(replay.take(0, 1)))
-    assert all(
-        ours["completion_ids"] != theirs["completion_ids"] for ours, theirs in zip(groups, undisturbed, strict=True)
-    )
+    tokens = [group["completion_ids"] for group in groups]
+    assert all(ours != theirs["completion_ids"] for ours, theirs in zip(tokens, undisturbed, strict=True))
 
 
 def test_hanging_actor_is_replaced(
@@ -314,7 +315,7 @@ def test_second_delivery_is_refused(pool: RolloutPool, weights: Callable[[int], 
     assert first is not None and second is not None
     for lease in (first, second):
         pool.submit(lease, SAMPLER, weights(0))
-    accepted = []
+    accepted: list[list[int]] = []
     while len(accepted) < 2:
         for event in pool.poll(30.0):
             assert isinstance(event, Delivery)
@@ -340,6 +341,7 @@ def test_delivered_groups_survive_their_actor(pool: RolloutPool, weights: Callab
     assert min(group.nbytes for group in groups) > 100 * 1024, "must be too big for Ray to ship inside a message"
 
 
+@ray.remote
 class Putter:
     """Control: what an actor puts itself dies with it."""
 
@@ -352,12 +354,14 @@ class Putter:
 
 def test_what_an_actor_puts_does_not_survive_it() -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    actor = ray.remote(Putter).remote()
+    actor = Putter.remote()  # type: ignore[attr-defined]
     pid, refs = bounded_get([actor.pid.remote(), actor.put.remote()], who="putter", timeout_s=60.0)
     os.kill(pid, signal.SIGKILL)
-    bounded_wait([actor.pid.remote()], who="death of the putter", timeout_s=30.0)
+    deadline = time.monotonic() + 30.0
     with pytest.raises(ray.exceptions.ObjectLostError):
-        bounded_get(refs[0], who="object", timeout_s=30.0)
+        while time.monotonic() < deadline:  # Ray takes a second to find out
+            bounded_get(refs[0], who="object", timeout_s=30.0)
+            time.sleep(0.1)
 
 
 def test_broken_reward_drops_the_group(pool: RolloutPool, weights: Callable[[int], Weights]) -> None:
@@ -411,10 +415,10 @@ def test_evaluation_does_not_depend_on_the_pool(
 
 def test_size_follows_orders(make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights]) -> None:
     replay, pool = new_replay(), make_pool(1)
-    pool.set_size(3)
-    assert len(pool.workers()) == 3 and pool.idle() == 1
+    pool.set_size(2)
+    assert len(pool.workers()) == 2 and pool.idle() == 1
     pool.wait_ready()
-    assert pool.idle() == 3
+    assert pool.idle() == 2
     replay.ledger.issue(0, plan(2))
     lease = replay.ledger.lease(policy_version=0, timeout_s=60.0)
     assert lease is not None
@@ -426,15 +430,15 @@ def test_size_follows_orders(make_pool: Callable[..., RolloutPool], weights: Cal
 
 
 def test_start_failures_have_a_name(make_pool: Callable[..., RolloutPool]) -> None:
-    with pytest.raises(WaitTimeout, match=r"did not start within 6 s: .*CPU \(9 asked for by each, \d of 4 free\)"):
+    with pytest.raises(WaitTimeout, match=r"did not start within 6 s: .*CPU \(9 asked for by each, \d of 6 free\)"):
         make_pool(1, resources={"CPU": 9}, start_timeout_s=6.0)
     missing = functools.partial(TorchEngine, model_path="/nowhere", lora=LORA, max_rows=1)
     with pytest.raises(ConfigError, match="/nowhere"):
         make_pool(1, settings={"make_engine": missing})
     with pytest.raises(ConfigError, match="runs other code"):
         make_pool(1, settings={"code_digest": "0" * 64})
-    with pytest.raises(WorkerLost, match="3 rollout actors in a row"):
-        make_pool(1, settings={"make_engine": functools.partial(os._exit, 3)}, max_restarts=2)
+    with pytest.raises(WorkerLost, match="2 rollout actors in a row"):
+        make_pool(1, settings={"make_engine": functools.partial(os._exit, 3)}, max_restarts=1)
 
 
 def test_code_identity_is_that_of_the_tree() -> None:
@@ -444,48 +448,39 @@ def test_code_identity_is_that_of_the_tree() -> None:
 
 def test_remote_errors_come_out_as_themselves() -> None:
     settings = ActorSettings(functools.partial(os._exit, 3), "patient_task:Patient", 1, 1.0, 1.0, 0, "0" * 64)
-    actor = ray.remote(RolloutActor).remote("rollout-x", settings)
+    actor: Any = ray.remote(RolloutActor).remote("rollout-x", settings)
     with pytest.raises(ConfigError) as raised:
         bounded_get(actor.start.remote(), who="rollout-x", timeout_s=60.0)
     assert type(raised.value) is ConfigError
     with pytest.raises(WaitTimeout, match=r"a resource that is not there did not answer within 0.2 s"):
-        nobody = ray.remote(RolloutActor).options(num_cpus=99).remote("rollout-y", settings)
+        nobody: Any = ray.remote(RolloutActor).options(num_cpus=99).remote("rollout-y", settings)
         bounded_get(nobody.start.remote(), who="a resource that is not there", timeout_s=0.2)
 
 
-def test_lost_node(make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights]) -> None:
+def test_lost_node(
+    make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights], undisturbed: list[dict[str, Any]]
+) -> None:
     """Groups that lay on a lost node are drawn again, with the same bits."""
     replay = new_replay()
     replay.ledger.issue(0, plan(2))
-    node = far_node()
-    try:
+    with far_node():
         pool = make_pool(1, resources={"CPU": 1, "far": 1})
         pump(pool, replay, 0, weights(0))
-        before = content(groups_of(replay.take(0, 0)))
-        # Only the copy on the far node counts: free what the comparison brought here.
-        again = new_replay()
-        again.ledger.issue(0, plan(2))
-        pump(pool, again, 0, weights(0))
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.communicate(timeout=10)
-    items = again.take(0, 0)
-    assert again.find_lost(items, timeout_s=60.0) == [0, 1]
-    again.lost([0, 1])
-    assert not again.ledger.complete(0) and again.ledger.counts()["lost"] == 2
-    node = far_node()
-    try:
-        pump(pool, again, 0, weights(0))
-        items = again.take(0, 0)
-        assert again.find_lost(items, timeout_s=60.0) == []
-        assert content(groups_of(items)) == before
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.communicate(timeout=10)
+    items = replay.take(0, 0)
+    assert replay.find_lost(items, timeout_s=60.0) == [0, 1]
+    replay.lost([0, 1])
+    assert not replay.ledger.complete(0) and replay.ledger.counts()["lost"] == 2
+    with far_node():
+        lost = pump(pool, replay, 0, weights(0))
+        assert [event.actor_id for event in lost] == ["rollout-0"]
+        items = replay.take(0, 0)
+        assert replay.find_lost(items, timeout_s=60.0) == []
+        assert content(groups_of(items)) == undisturbed[:2]
 
 
-def far_node() -> "subprocess.Popen[bytes]":
-    """Another Ray node on this machine, with a resource that the first one lacks."""
+@contextlib.contextmanager
+def far_node() -> Iterator[None]:
+    """Another Ray node on this machine, with a resource that the first one lacks; it is killed at the end."""
     address = ray.get_runtime_context().gcs_address
     command = [str(Path(sys.executable).with_name("ray")), "start", "--address", address, "--block", "--num-cpus=1"]
     process = subprocess.Popen(
@@ -494,8 +489,12 @@ def far_node() -> "subprocess.Popen[bytes]":
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60.0
-    while not any(node["Alive"] and "far" in node["Resources"] for node in ray.nodes()):
-        assert time.monotonic() < deadline and process.poll() is None, "the second node did not come up"
-        time.sleep(0.2)
-    return process
+    try:
+        deadline = time.monotonic() + 60.0
+        while not any(node["Alive"] and "far" in node["Resources"] for node in ray.nodes()):
+            assert time.monotonic() < deadline and process.poll() is None, "the second node did not come up"
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=10)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from rewards.errors import ConfigError
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+disable_progress_bar()  # a bar per load and process would tear the run's own output apart
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def policy_adapter(model_path: str | Path) -> PolicyAdapter:
 
 def load_model(model_path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     """The checkpoint's weights in this dtype ("float32", "bfloat16", ...), on the CPU, in eval mode."""
-    model = policy_adapter(model_path).model_class.from_pretrained(str(model_path), dtype=getattr(torch, dtype))
-    return model.eval()
+    return policy_adapter(model_path).model_class.from_pretrained(str(model_path), dtype=dtype).eval()
 
 
 def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:

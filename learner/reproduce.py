@@ -1,0 +1,106 @@
+"""Run the recipes that the README reports over several seeds, and write its tables.
+
+    python -m learner.reproduce [recipes=sudoku,countdown] [seeds=0,1,2] [run.dir=runs] [key.sub=value ...]
+
+Each run is ``python -m learner.main`` in a process of its own. A recipe's table goes to docs/results-RECIPE.md and into
+README.md between the marks ``<!-- results:RECIPE -->`` and ``<!-- /results -->``, in the current folder.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from learner.atomic import atomic_write_text
+from learner.config import load_config
+from rewards.errors import ConfigError, UnmaskError
+
+RUN_LIMIT_S = 3600.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status of the first run that failed, or 0."""
+    options = {"recipes": "sudoku,countdown", "seeds": "0,1,2", "run.dir": "runs"}
+    overrides = []
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if key in options:
+            options[key] = value
+        else:
+            overrides.append(argument)
+    if not re.fullmatch(r"\d+(,\d+)*", options["seeds"]):
+        raise ConfigError(f"seeds={options['seeds']} is not a list of seeds; write seeds=0,1,2")
+    seeds = [int(seed) for seed in options["seeds"].split(",")]
+    for recipe in options["recipes"].split(","):
+        steps = load_config([f"recipe={recipe}", *overrides]).rollout.sampler.steps  # refuses before anything runs
+        summaries = {}
+        for seed in seeds:
+            name = f"reproduce-{recipe}-{seed}"
+            arguments = [f"recipe={recipe}", f"run.dir={options['run.dir']}", f"run.name={name}", f"run.seed={seed}"]
+            # A run that was cut off goes on; one that is complete only evaluates and writes its summary again.
+            command = [sys.executable, "-m", "learner.main", *arguments, "run.resume=auto", *overrides]
+            print(f"\n== {' '.join(arguments)}", flush=True)
+            status = subprocess.run(command, timeout=RUN_LIMIT_S).returncode
+            if status:
+                return status
+            summaries[seed] = json.loads((Path(options["run.dir"]) / name / "summary.json").read_text())
+        told = ["python -m learner.reproduce", f"recipes={recipe}", f"seeds={options['seeds']}", *overrides]
+        table = results_table(summaries, steps=steps, command=" ".join(told))
+        print(f"\n{table}")
+        if Path("docs").is_dir():
+            atomic_write_text(Path("docs") / f"results-{recipe}.md", f"# Results of recipe {recipe}\n\n{table}")
+        _into_readme(recipe, table)
+    return 0
+
+
+def results_table(summaries: Mapping[int, Mapping[str, Any]], *, steps: int, command: str) -> str:
+    """Markdown: a row per seed and step count, the mean gain, the command and the machine."""
+    lines = ["| seed | denoising steps | base | trained | gain | training |", "|---|---|---|---|---|---|"]
+    gains = []
+    for seed, summary in summaries.items():
+        base, trained = summary["base"]["greedy"], summary["trained"]["greedy"]
+        gains.append(trained["m"] - base["m"])
+        for i, key in enumerate(base):
+            count = steps // int(key.partition("/")[2] or 1)
+            took = f"{summary['train_seconds']:.0f} s" if i == 0 else ""
+            gain = trained[key] - base[key]
+            lines.append(f"| {seed} | {key} = {count} | {base[key]:.3f} | {trained[key]:.3f} | {gain:+.3f} | {took} |")
+    problems = next(iter(summaries.values()))["held_out_problems"]
+    mean = sum(gains) / len(gains)
+    lines += [
+        "",
+        f"Greedy exact-solve rate on {problems} held-out problems; mean gain at m steps over {len(gains)} seeds: "
+        f"**{mean:+.3f}** (smallest {min(gains):+.3f}). `{command}` on {_machine()}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _machine() -> str:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        model = found[1].strip()
+    return f"{os.cpu_count()} cores of {model}, no GPU"
+
+
+def _into_readme(recipe: str, table: str) -> None:
+    readme = Path("README.md")
+    if not readme.exists():
+        return
+    text = readme.read_text(encoding="utf-8")
+    block = re.compile(rf"(<!-- results:{re.escape(recipe)} -->\n).*?(<!-- /results -->)", re.DOTALL)
+    if block.search(text):
+        atomic_write_text(readme, block.sub(lambda found: f"{found[1]}{table}{found[2]}", text))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UnmaskError as error:
+        sys.exit(f"error: {error}")
