@@ -63,7 +63,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             (inside / f"optimizer-{rank:04d}.safetensors").write_bytes(shard)
         (inside / "state.json").write_text(json.dumps(asdict(checkpoint.progress), indent=2) + "\n")
         sums = {name: _sha256(inside / name) for name in _files(inside)}
-        manifest = {"format": FORMAT, "ranks": len(checkpoint.shards), "sha256": sums}
+        manifest = {"format": FORMAT, "sha256": sums}
         (inside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return path
 
@@ -83,7 +83,7 @@ def load(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path / name} is damaged (its sha256 is not the recorded one)")
         progress = Progress(**json.loads((path / "state.json").read_text()))
         adapter, peft_config = read_peft_folder(path / "adapter")
-        shards = [(path / f"optimizer-{rank:04d}.safetensors").read_bytes() for rank in range(manifest["ranks"])]
+        shards = [(path / name).read_bytes() for name in sorted(manifest["sha256"]) if name.startswith("optimizer-")]
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
     if digest(adapter) != progress.adapter_digest:

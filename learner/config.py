@@ -61,7 +61,8 @@ class RunConfig(Section):
 
 
 def load_config(argv: Sequence[str]) -> RunConfig:
-    """The settings of a run from its arguments: ``recipe=NAME_OR_PATH`` (default sudoku) and ``key.sub=value``.
+    """The settings of a run from its arguments: ``recipe=NAME_OR_PATH`` (default sudoku) and ``key.sub=value``;
+    ``resume=`` is short for ``run.resume=``.
 
     Raises ConfigError with one sentence (one line) per problem.
     """
@@ -71,7 +72,8 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     data = overrides.read_recipe(recipes[0] if recipes else DEFAULT_RECIPE)
     for argument in argv:
         if not argument.startswith("recipe="):
-            overrides.apply_override(data, argument, RunConfig)
+            key = "run." + argument if argument.startswith("resume=") else argument
+            overrides.apply_override(data, key, RunConfig)
     return overrides.validated(data, RunConfig, source="")
 
 
@@ -232,6 +234,11 @@ def _resource_problems(config: RunConfig) -> list[str]:
     if device == "cuda" and resources.gpus_per_rank == 0:
         problems.append(
             "learner.device=cuda needs resources.gpus_per_rank above 0, or Ray hides the GPUs from the ranks"
+        )
+    if config.learner.dtype == "bfloat16" and config.learner.zero_stage == 0:
+        problems.append(
+            "learner.dtype=bfloat16 needs gradients that add up in float32, which DeepSpeed refuses at "
+            "learner.zero_stage=0; take stage 1, 2 or 3"
         )
     address = resources.ray_address
     if address is not None and not re.fullmatch(r"auto|local|(\[[^\]]+\]|[^\s:/]+):\d+", address):

@@ -28,10 +28,10 @@ from learner.rank import UpdateReport, lora_spec
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
 from learner.runs import starting_adapter, task_problems
-from learner.weights import BASE, publish
+from learner.weights import publish
 from rewards.errors import TrainingDiverged, WeightMismatch
 from rewards.task import get_task
-from rollout.actor import ActorSettings, Weights, code_identity
+from rollout.actor import BASE_WEIGHTS, ActorSettings, Weights, code_identity
 from rollout.adapters import write_peft_folder
 from rollout.engines.torch import TorchEngine
 from rollout.ledger import Ledger
@@ -96,9 +96,9 @@ class Controller:
         self._report_workers()
 
     def evaluate_base(self) -> None:
-        """Solve rates of the bare base, once per run; nothing may have been published to the actors yet."""
+        """Solve rates of the bare base, without adapter, once per run."""
         if "base" not in self.progress.evaluations:
-            self._evaluate("base", BASE, iteration=0)
+            self._evaluate("base", BASE_WEIGHTS, iteration=0)
 
     def train(self) -> None:
         """All remaining iterations. Raises StopRequested in the middle of one when the run is asked to stop."""

@@ -38,8 +38,10 @@ def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> 
     if len(dtypes) != 1:
         raise ConfigError(f"the adapter at {adapter_dir} must hold tensors of one dtype, not {sorted(dtypes)}")
     model = load_model(base, dtypes.pop())
+    lora = LoraConfig.from_pretrained(str(adapter_dir))
+    lora.base_model_name_or_path = base
     try:
-        adapted = get_peft_model(model, LoraConfig.from_pretrained(str(adapter_dir)), autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ConfigError(f"the adapter at {adapter_dir} doesn't fit the base {base}: {error}") from error
     load_state(adapted, state)

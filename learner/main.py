@@ -11,6 +11,8 @@ from rewards.errors import ConfigError, UnmaskError
 
 USAGE = """usage: python -m learner.main [recipe=NAME] [key.sub=value ...] [option]
 
+  resume=auto      go on with the newest run, or the one that run.name names; short for run.resume=auto
+
 options:
   --dry-run        draw and grade the first batch, print two rollouts and its statistics, and end
   --print-config   print the resolved settings as JSON, and end

@@ -143,8 +143,8 @@ class LearnerRank:
         plan = self._plan(groups, update_index)
         for group in inner_optimizer(self.engine).param_groups:
             group["lr"] = lr
-        statistics, loss = self._accumulate(plan, groups)
         before = updates_applied(self.engine)
+        statistics, loss = self._accumulate(plan, groups)
         local_norm = self._stage0_grad_norm()
         self.engine.step()
         taken = updates_applied(self.engine) - before

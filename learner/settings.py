@@ -269,16 +269,16 @@ class TimeoutsSection(Section):
     """Longest waits, in seconds; when one runs out the error names who was awaited."""
 
     lease: PositiveFloat = 600.0
-    """For an actor to deliver a lease."""
+    """Seconds for an actor to deliver a lease."""
     update: PositiveFloat = 1800.0
-    """For the ranks to finish an update."""
+    """Seconds for the ranks to finish an update."""
     publish: PositiveFloat = 300.0
-    """For an adapter to be returned by rank 0, and loaded by an actor."""
+    """Seconds for an adapter to be returned by rank 0, and loaded by an actor."""
     start: PositiveFloat = 300.0
-    """For a process to start and load its model."""
+    """Seconds for a process to start and load its model."""
     evaluate: PositiveFloat = 1800.0
-    """For one evaluation."""
+    """Seconds for one evaluation."""
     checkpoint: PositiveFloat = 300.0
-    """For the ranks to hand over their state."""
+    """Seconds for the ranks to hand over their state."""
     stop: PositiveFloat = 10.0
-    """For processes to end when asked to."""
+    """Seconds for processes to end when asked to."""

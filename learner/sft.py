@@ -26,7 +26,7 @@ from learner.atomic import atomic_dir, disk_errors
 from learner.config import RunConfig, load_config
 from learner.demonstrations import demonstrations
 from learner.settings import BaseSpec
-from rewards.errors import ConfigError, UnmaskError, WaitTimeout
+from rewards.errors import ConfigError, DataError, UnmaskError, WaitTimeout
 from rewards.task import Problem, Task, get_task
 from rollout.models import encode_prompt
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
@@ -40,6 +40,7 @@ THREADS = 2
 """Fixed, not the machine's number of cores: it decides the order of sums, and with it the base's bits."""
 
 WARMUP_FRACTION = 0.05
+FIRST_PHASE = 0.6
 LOCK_TIMEOUT_S = 900.0
 
 Progress = Callable[[int, int, float], None]
@@ -157,6 +158,8 @@ def _training_problems(config: RunConfig, task: Task) -> list[Problem]:
     if paths.train_path is not None:
         train = task.without_leaks(train, test)
     task.check_disjoint(train, test)
+    if not train:
+        raise DataError(f"no training problem of {paths.train_path} is left to build the base from")
     return train
 
 
@@ -204,7 +207,7 @@ def _new_model(spec: BaseSpec, tokenizer) -> LLaDAModelLM:
         torch.manual_seed(derive_seed(spec.seed, "sft", "weights"))
         return LLaDAModelLM(config).train()
 
-INIT_STD=0.02
+INIT_STD=0.1
 
 def _optimize(
     model: LLaDAModelLM, data: _Demonstrations, spec: BaseSpec, on_progress: Progress | None
@@ -215,7 +218,8 @@ def _optimize(
     losses: list[float] = []
     for step in range(spec.sft_steps):
         optimizer.param_groups[0]["lr"] = spec.sft_lr * _lr_factor(step, spec.sft_steps)
-        loss = _loss(model, data, spec, rng)
+        right = 1.0 if step < FIRST_PHASE * spec.sft_steps else spec.right_fraction
+        loss = _loss(model, data, rng, spec.sft_batch, right)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -226,10 +230,12 @@ def _optimize(
     return losses
 
 
-def _loss(model: LLaDAModelLM, data: _Demonstrations, spec: BaseSpec, rng: np.random.Generator) -> torch.Tensor:
+def _loss(
+    model: LLaDAModelLM, data: _Demonstrations, rng: np.random.Generator, rows: int, right_fraction: float
+) -> torch.Tensor:
     """Minus the estimated ELBO per completion token, mean over a fresh batch."""
-    row_B = rng.integers(len(data.prompt_nP), size=spec.sft_batch)
-    right_B = rng.random(spec.sft_batch) < spec.right_fraction
+    row_B = rng.integers(len(data.prompt_nP), size=rows)
+    right_B = rng.random(rows) < right_fraction
     answer_BC, real_BP = data.answers_n2C[row_B, right_B.astype(int)], data.real_nP[row_B]
     masked_BC = draw_masks(rng, *answer_BC.shape)
     input_BC = np.where(masked_BC, model.config.mask_token_id, answer_BC)

@@ -7,9 +7,6 @@ from rewards.errors import WeightMismatch
 from rollout.actor import Weights
 from rollout.adapters import digest
 
-BASE = Weights(version=-1, digest="", refs=[])
-"""What a fresh actor holds: an adapter whose B matrices are 0, which acts as the base."""
-
 
 def publish(version: int, adapter: PublishedAdapter) -> Weights:
     """Put a version into the object store, from the process that outlives actors and ranks.

@@ -197,6 +197,7 @@ class RolloutPool:
     def _pump(self, timeout_s: float) -> None:
         """Wait for an answer, then settle all that are there and replace the actors that are overdue."""
         awaited = [worker.awaited for worker in self._workers if worker.awaited is not None]
+        assert awaited or timeout_s == 0, "waiting for actors that have nothing to do: it would never end"
         done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=timeout_s)
         if done:
             done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=0.0, num_returns=len(awaited))

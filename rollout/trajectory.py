@@ -142,6 +142,8 @@ class TrajectoryGroup:
             "correct": ((G,), np.bool_),
             "nfe": ((G,), np.int32),
         }
+        if self.position_logp is not None:
+            expected["position_logp"] = ((G, m), np.float32)
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
             self._require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
@@ -183,23 +185,24 @@ class TrajectoryGroup:
             with safe_open(path, framework="numpy") as f:
                 meta: dict[str, Any] = json.loads(f.metadata()["group"])
                 arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
+            found = meta["schema_version"]
+            if found != SCHEMA_VERSION:
+                raise DataError(f"{path} has trajectory schema {found}, this version reads {SCHEMA_VERSION}")
+            meta["sampler"] = SamplerSpec(**meta["sampler"])
+            meta["reward_names"] = tuple(meta["reward_names"])
+            absent: dict[str, Any] = {
+                name: None for name in ("support_indptr", "support_ids", "position_logp") if name not in arrays
+            }
+            return cls(**meta, **arrays, **absent)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise DataError(f"{path} is not a readable trajectory group: {error}") from error
-        if meta.get("schema_version") != SCHEMA_VERSION:
-            found = meta.get("schema_version")
-            raise DataError(f"{path} has trajectory schema {found}, this version reads {SCHEMA_VERSION}")
-        meta["sampler"] = SamplerSpec(**meta["sampler"])
-        meta["reward_names"] = tuple(meta["reward_names"])
-        absent: dict[str, Any] = {
-            name: None for name in ("support_indptr", "support_ids", "position_logp") if name not in arrays
-        }
-        return cls(**meta, **arrays, **absent)
 
     def _validate_support(self, cells: int) -> None:
         assert self.support_indptr is not None and self.support_ids is not None
         indptr, ids = self.support_indptr, self.support_ids
         self._require(indptr.shape == (cells + 1,) and indptr.dtype == np.int64, "support_indptr is not [G*C+1] int64")
         self._require(ids.dtype == np.int32 and ids.shape == (int(indptr[-1]),), "support_ids is not [nnz] int32")
+        self._require(int(indptr[0]) == 0, "support_indptr doesn't begin at 0")
         counts = np.diff(indptr)
         drawn = self.drawn.ravel()
         self._require(bool((counts[drawn] > 0).all() and (counts[~drawn] == 0).all()), "support and drawn disagree")

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from learner.rundir import RunDirectory
+from tests.real_runs import Runs
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -40,3 +43,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
         LLaDAModelLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Starts whole runs, which share a folder and a cache of bases."""
+    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(runs: Runs) -> RunDirectory:
+    """A synchronous run of six iterations that nothing happened to; read only. What it printed is in output.txt."""
+    output = runs.train("undisturbed")
+    (runs["undisturbed"].path / "output.txt").write_text(output)
+    return runs["undisturbed"]

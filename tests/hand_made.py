@@ -1,11 +1,13 @@
-"""Trajectory groups written down by hand, and recorded ones, for tests of the estimator."""
+"""Trajectory groups written down by hand, and recorded ones, for tests of the estimator; adapters that act."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from rollout.adapters import AdapterState, adapter_parameters, pack
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
 
@@ -81,6 +83,18 @@ def recorded_case(shared: Path, number: str) -> tuple[TrajectoryGroup, dict[str,
         entropy=arrays["old_entropies"],
     )
     return group, arrays, settings
+
+
+def acting_adapter(model: torch.nn.Module, *, scale: float = 0.05) -> AdapterState:
+    """The model's adapter with its B matrices drawn at random: a fresh adapter's are 0, which makes it act as the base
+    and gives its A matrices no gradient."""
+    generator = torch.Generator().manual_seed(5)
+    return pack(
+        {
+            name: torch.randn(p.shape, generator=generator).to(p.dtype) * scale if ".lora_B." in name else p
+            for name, p in adapter_parameters(model).items()
+        }
+    )
 
 
 def _ranks(unmask_step: np.ndarray) -> np.ndarray:

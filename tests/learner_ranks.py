@@ -20,6 +20,7 @@ from rollout.engines.torch import TorchEngine
 from rollout.models import load_model, policy_adapter
 from rollout.models.lora import attach_lora
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from tests.hand_made import acting_adapter
 
 SAMPLER = SamplerSpec(24, 12, 8, "random", temperature=0.8, top_k=20, top_p=0.95)
 
@@ -30,15 +31,14 @@ def settings(**changes: Any) -> RunConfig:
     return load_config(["recipe=sudoku", *arguments])
 
 
-def random_adapter(model_path: str, config: RunConfig, *, scale: float = 0.05) -> AdapterState:
-    """An adapter that acts: a fresh one's B matrices are 0, and so is the gradient of its A matrices."""
-    model = attach_lora(load_model(model_path), policy_adapter(model_path), lora_spec(config))
-    generator = torch.Generator().manual_seed(5)
-    tensors = {
-        name: torch.randn(p.shape, generator=generator) * scale if ".lora_B." in name else p
-        for name, p in adapter_parameters(model).items()
-    }
-    return pack(tensors)
+def fresh_adapter(model_path: str, config: RunConfig) -> AdapterState:
+    """What the ranks start from when they are given no adapter."""
+    return pack(adapter_parameters(_policy(model_path, config)))
+
+
+def random_adapter(model_path: str, config: RunConfig) -> AdapterState:
+    """An adapter in the learner's dtype whose A and B matrices all have a gradient."""
+    return acting_adapter(_policy(model_path, config))
 
 
 def draw_batch(
@@ -142,3 +142,7 @@ class ProbedGroup(LearnerGroup):
     def ask(self, method: str, *args: Any) -> list[Any]:
         """All ranks' answers."""
         return self._all(method, *args, limit=120.0)
+
+
+def _policy(model_path: str, config: RunConfig) -> torch.nn.Module:
+    return attach_lora(load_model(model_path, config.learner.dtype), policy_adapter(model_path), lora_spec(config))

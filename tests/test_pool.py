@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +70,9 @@ class Patient(Task):
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     tasks = tmp_path_factory.mktemp("tasks")
     (tasks / "patient_task.py").write_text(PATIENT)
-    with pytest.MonkeyPatch.context() as patch:
+    # Short, as sockets lie in it and their paths are limited.
+    short = tempfile.TemporaryDirectory(prefix="unmask-", dir="/tmp", ignore_cleanup_errors=True)
+    with pytest.MonkeyPatch.context() as patch, short as folder:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tasks), str(REPOSITORY)]))
         ray.init(
             address="local",
@@ -77,7 +80,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=f"/tmp/unmask-{os.getpid()}",
+            _temp_dir=folder,
         )
         yield
         ray.shutdown()
@@ -427,6 +430,9 @@ def test_size_follows_orders(make_pool: Callable[..., RolloutPool], weights: Cal
     assert [worker["state"] for worker in pool.workers()] == ["busy"], "a lease is finished first"
     (event,) = pool.poll(60.0)
     assert isinstance(event, Delivery) and pool.workers() == []
+    assert pool.poll(0.0) == []
+    with pytest.raises(AssertionError, match="nothing to do"):
+        pool.poll(1.0)
 
 
 def test_start_failures_have_a_name(make_pool: Callable[..., RolloutPool]) -> None:

@@ -1,0 +1,247 @@
+"""A run that was killed, disturbed or stopped gives the numbers of one that nothing happened to, bit for bit.
+
+Compared are the rows of metrics.jsonl, times and machine figures aside, the final adapter's digest and the summary.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.config import load_dumped
+from learner.rundir import RunDirectory
+from rollout.adapters import digest, read_peft_folder
+from services.store import reader, schema
+from tests.real_runs import (
+    Runs,
+    StartedRun,
+    assert_ledger_balances,
+    iterations,
+    newest_state,
+    rows,
+    saved_iterations,
+    send,
+    session_members,
+    summary,
+    training_rows,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(1200)]
+
+
+def assert_same_run(run_dir: RunDirectory, other: RunDirectory) -> None:
+    assert rows(run_dir) == rows(other)
+    assert adapter_digest(run_dir) == adapter_digest(other)
+    assert summary(run_dir) == summary(other)
+
+
+def adapter_digest(run_dir: RunDirectory) -> str:
+    return digest(read_peft_folder(run_dir.adapter_dir)[0])
+
+
+def store_status(run_dir: RunDirectory) -> tuple[str, int]:
+    """The run's status, and how often it was started."""
+    engine = schema.open_engine(run_dir.store_url, create=False)
+    (run,) = reader.list_runs(engine)
+    engine.dispose()
+    return run["status"], run["starts"]
+
+
+def store_events(run_dir: RunDirectory) -> list[dict[str, Any]]:
+    engine = schema.open_engine(run_dir.store_url, create=False)
+    events = reader.list_events(engine, run_dir.id)
+    engine.dispose()
+    return events
+
+
+def copy_of(run_dir: RunDirectory, name: str) -> RunDirectory:
+    """The run under another name: what a process that was killed right after its last checkpoint would leave."""
+    copied = RunDirectory(run_dir.path.with_name(name))
+    shutil.copytree(run_dir.path, copied.path)
+    (copied.path / "store.sqlite").unlink()  # it holds the run by its old name
+    return copied
+
+
+# ---- SIGKILL
+
+
+def test_run_killed_twice_repeats_the_undisturbed_one(runs: Runs, undisturbed: RunDirectory) -> None:
+    run_dir = runs["killed"]
+    with runs.started("killed", "checkpoint.every=2") as run:
+        run.wait_for_row(3)
+        assert run.actors() and run.ranks()
+        os.killpg(run.popen.pid, signal.SIGKILL)  # the controller and all of its Ray
+        wait_until(lambda: not session_members(run.popen.pid), "the end of all processes", 30)
+    assert run.wait() == -signal.SIGKILL
+    assert iterations(run_dir) == [1, 2, 3] and saved_iterations(run_dir) == [2], "not in mid-iteration"
+    assert not run_dir.summary_path.exists()
+
+    with runs.started("killed", "checkpoint.every=2", "resume=auto") as run:
+        run.wait_for_row(5)
+        os.kill(run.popen.pid, signal.SIGKILL)  # this time the controller alone, as the kernel's OOM killer does
+        wait_until(lambda: not session_members(run.popen.pid), "the end of the dead controller's Ray", 60)
+    assert run.wait() == -signal.SIGKILL
+    assert iterations(run_dir) == [1, 2, 3, 4, 5] and saved_iterations(run_dir) == [2, 4]
+
+    output = runs.train("killed", "checkpoint.every=2", "resume=auto")
+    assert "goes on after iteration 4" in output
+    assert_same_run(run_dir, undisturbed)
+    assert_ledger_balances(run_dir)
+    assert store_status(run_dir) == ("finished", 3)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(runs: Runs, undisturbed: RunDirectory) -> None:
+    with runs.started("early", "checkpoint.every=6") as run:
+        run.wait_for_row(1)
+        os.killpg(run.popen.pid, signal.SIGKILL)
+    assert saved_iterations(runs["early"]) == []
+    output = runs.train("early", "checkpoint.every=6", "resume=auto")
+    assert "no checkpoint" in output and "from the start" in output
+    assert_same_run(runs["early"], undisturbed)
+
+
+def test_rollout_actor_killed_over_its_work(runs: Runs, undisturbed: RunDirectory) -> None:
+    with runs.started("actor") as run:
+        run.wait_for_row(2)
+        victim = stall(run)
+        send(signal.SIGKILL, [victim])
+        assert run.wait() == 0, run.output()
+    assert_same_run(runs["actor"], undisturbed)
+    assert_ledger_balances(runs["actor"])
+    last = training_rows(runs["actor"])[-1]
+    assert last["machine/ledger_failed"] == 1 and last["machine/ledger_relet"] == 1, "it held no lease"
+    assert training_rows(undisturbed)[-1]["machine/ledger_failed"] == 0
+    assert [event["text"] for event in store_events(runs["actor"]) if event["kind"] == "actor"], "nothing was reported"
+
+
+def stall(run: StartedRun) -> int:
+    """Stop the first rollout actor, and wait until the run stands still because that actor holds a lease."""
+    victim = run.actors()[0]
+    send(signal.SIGSTOP, [victim])
+
+    def stands_still() -> bool:
+        before = iterations(run.dir)
+        time.sleep(2.0)  # ten times what an iteration takes, on a machine that is not busy
+        return iterations(run.dir) == before
+
+    run.wait_for("a standstill", stands_still)
+    return victim
+
+
+def test_learner_rank_killed_ends_the_run_in_a_sentence_and_resume_goes_on(
+    runs: Runs, undisturbed: RunDirectory
+) -> None:
+    with runs.started("rank") as run:
+        run.wait_for_row(2)
+        send(signal.SIGKILL, run.ranks())
+        assert run.wait() == 1, run.output()
+    assert "learner rank 0 died" in run.output() and "Traceback" not in run.output()
+    assert store_status(runs["rank"]) == ("failed", 1)
+    runs.train("rank", "resume=auto")
+    assert_same_run(runs["rank"], undisturbed)
+
+
+def test_asynchronous_run_killed_goes_on_and_its_ledger_balances(runs: Runs) -> None:
+    run_dir = runs["killed-async"]
+    with runs.started("killed-async", "rollout.max_staleness=1", "checkpoint.every=2") as run:
+        run.wait_for_row(3)
+        os.killpg(run.popen.pid, signal.SIGKILL)
+    (issued_ahead,) = {chunk["iteration"] for chunk in newest_state(run_dir)["ledger"]["chunks"]}
+    assert issued_ahead == 2, "nothing was under way for the iteration after the checkpoint's"
+    runs.train("killed-async", "rollout.max_staleness=1", "checkpoint.every=2", "resume=auto")
+    assert iterations(run_dir) == [1, 2, 3, 4, 5, 6]
+    for row in training_rows(run_dir):
+        assert row["ledger/issued"] == sum(
+            row[f"ledger/{state}"] for state in ("pending", "leased", "ready", "consumed", "dropped")
+        )
+        assert row["staleness/max"] <= 1
+
+
+# ---- asked to stop
+
+
+@pytest.mark.parametrize("signum, to_all", [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["term", "ctrl-c"])
+def test_stopped_run_saves_its_last_iteration_and_goes_on(
+    runs: Runs, undisturbed: RunDirectory, signum: signal.Signals, to_all: bool
+) -> None:
+    name = f"stopped-{signum.name}"
+    run_dir = runs[name]
+    with runs.started(name, "checkpoint.every=4") as run:
+        run.wait_for_row(2)
+        if to_all:  # a terminal sends Ctrl-C to the whole foreground group
+            os.killpg(run.popen.pid, signum)
+        else:
+            run.popen.send_signal(signum)
+        asked = time.monotonic()
+        assert run.wait() == 128 + signum, run.output()
+        assert time.monotonic() - asked < load_dumped(run_dir.config_path).timeouts.stop + 20
+        wait_until(lambda: not session_members(run.popen.pid), "the end of its Ray", 30)
+    done = iterations(run_dir)[-1]
+    assert done in (2, 3), "it went on after it was asked to stop"
+    assert saved_iterations(run_dir) == [done] and newest_state(run_dir)["iteration"] == done
+    assert store_status(run_dir) == ("stopped", 1)
+    assert f"asked to stop by {signum.name}" in run.output() and "Traceback" not in run.output()
+    assert "trained" not in summary(run_dir) or done >= 2
+
+    runs.train(name, "checkpoint.every=4", "resume=auto")
+    assert_same_run(run_dir, undisturbed)
+    assert store_status(run_dir) == ("finished", 2)
+
+
+# ---- damage, other settings
+
+
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_taken(runs: Runs, undisturbed: RunDirectory) -> None:
+    run_dir = copy_of(undisturbed, "damaged")
+    newest = run_dir.checkpoints_dir / "iteration-000006"
+    shard = newest / "optimizer-0000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    output = runs.train("damaged", "resume=auto")
+    assert f"warning: {shard} is damaged" in output
+    assert "goes on after iteration 5" in output
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("setting, old", [("learner.lr=0.002", "0.001"), ("run.seed=1", "0")])
+def test_run_resumed_with_another_setting_says_so_and_gives_other_numbers(
+    runs: Runs, undisturbed: RunDirectory, setting: str, old: str
+) -> None:
+    key, _, new = setting.partition("=")
+    run_dir = copy_of(undisturbed, f"other-{key}")
+    from_four = run_dir.checkpoints_dir / "iteration-000004"
+    output = runs.train(run_dir.id, setting, f"resume={from_four}")
+    assert f"resumed with another setting: {key}: {old} -> {new}" in output
+    assert load_dumped(run_dir.config_path).model_dump()[key.partition(".")[0]][key.partition(".")[2]] == float(new)
+    assert iterations(run_dir) == iterations(undisturbed)
+    before = [row for row in rows(undisturbed) if row["iteration"] <= 4]
+    assert rows(run_dir)[: len(before)] == before
+    assert rows(run_dir) != rows(undisturbed)
+    assert adapter_digest(run_dir) != adapter_digest(undisturbed)
+
+
+def test_checkpoints_of_a_future_that_was_undone_are_not_resumed(runs: Runs, undisturbed: RunDirectory) -> None:
+    """Going back to iteration 4 and being killed before 6: the old 6 must not pass for the newest."""
+    run_dir = copy_of(undisturbed, "undone")
+    from_four = run_dir.checkpoints_dir / "iteration-000004"
+    with runs.started("undone", f"resume={from_four}", "learner.lr=0.002") as run:
+        run.wait_for_row(5)
+        os.killpg(run.popen.pid, signal.SIGKILL)
+    assert max(saved_iterations(run_dir)) <= 5
+
+
+def test_resuming_where_there_is_no_good_checkpoint_is_refused(runs: Runs, undisturbed: RunDirectory) -> None:
+    run_dir = copy_of(undisturbed, "hopeless")
+    for manifest in Path(run_dir.checkpoints_dir).glob("*/manifest.json"):
+        manifest.write_text("{")
+    output = runs.train("hopeless", "resume=auto", status=1)
+    assert "has no good checkpoint" in output and "Traceback" not in output
+    assert output.count("warning:") == len(saved_iterations(run_dir))
+    assert json.loads(undisturbed.summary_path.read_text()) == json.loads(run_dir.summary_path.read_text())
