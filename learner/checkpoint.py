@@ -88,6 +88,9 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
     if digest(adapter) != progress.adapter_digest:
         raise CheckpointError(f"the adapter in {path} is not the one that its state.json names")
+    ranks = progress.layout.get("ranks")
+    if len(shards) != ranks:
+        raise CheckpointError(f"{path} holds {len(shards)} optimizer shards of {ranks} ranks")
     return Checkpoint(progress, adapter, peft_config, shards)
 
 
@@ -107,6 +110,13 @@ def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
     spared = {f"{_PREFIX}{best_iteration:06d}"} if best_iteration is not None else set()
     for path in paths[: max(0, len(paths) - keep)]:
         if path.name not in spared:
+            shutil.rmtree(path)
+
+
+def drop_after(folder: Path, iteration: int) -> None:
+    """Delete the checkpoints of later iterations: a run that goes on from this one will write its own."""
+    for path in saved(folder):
+        if int(path.name.removeprefix(_PREFIX)) > iteration:
             shutil.rmtree(path)
 
 

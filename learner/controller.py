@@ -108,7 +108,8 @@ class Controller:
             done, last = iteration + 1, iteration + 1 == self.config.run.iterations
             if last or (every and done % every == 0):
                 self._evaluate("trained", self.weights, iteration=done)
-            if last or done % self.config.checkpoint.every == 0:
+            best = self.progress.best.get("iteration") == done
+            if last or best or done % self.config.checkpoint.every == 0:
                 self.checkpoint()
 
     def checkpoint(self) -> None:

@@ -13,7 +13,7 @@ from learner.rundir import RunDirectory
 from learner.runs import changed_settings, open_run
 from learner.session import ray_session
 from learner.sft import ensure_base, print_progress
-from learner.stopping import StopFlag
+from learner.stopping import Interrupted, StopFlag
 from learner.trackers import build_trackers
 from rollout.actor import code_identity
 from services.store.writer import StoreWriter
@@ -49,13 +49,15 @@ def _train(
         with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
             reporter.event("info", "start", f"run {run_dir.id}: {told}; base model {model_path}")
             controller = Controller(config, run_dir, reporter, model_path, resumed, stop.is_set, closing)
-            if dry_run:
-                controller.dry_run()
-                return 0
             try:
+                if dry_run:
+                    controller.dry_run()
+                    return 0
                 controller.evaluate_base()
                 controller.train()
             except StopRequested:
+                if dry_run:
+                    return stop.exit_status
                 reporter.event(
                     "info", "stop", f"asked to stop by {stop.name}; saving iteration {controller.progress.iteration}"
                 )
@@ -67,6 +69,10 @@ def _train(
             reporter.store.status("finished", summary)
             reporter.closing_table(summary, steps=config.rollout.sampler.steps)
             return 0
+    except Interrupted as error:
+        reporter.event("warning", "stop", f"{error} ended the run at once; its checkpoints are what is left")
+        reporter.store.status("stopped")
+        raise
     except BaseException as error:
         reporter.event("error", "failed", f"the run failed: {type(error).__name__}: {error}")
         reporter.store.status("failed")
@@ -92,8 +98,11 @@ def _reporter(config: RunConfig, run_dir: RunDirectory, resumed: checkpoints.Che
     )
     reporter = Reporter(run_dir, store, trackers, total_iterations=config.run.iterations)
     try:
-        if iteration is not None:
+        if iteration is None and run_dir.metrics_path.exists():  # it ended before its first checkpoint
+            reporter.truncate_after(-1)
+        elif iteration is not None:
             reporter.truncate_after(iteration)
+            checkpoints.drop_after(run_dir.checkpoints_dir, iteration)
             reporter.event("info", "resume", f"run {run_dir.id} goes on after iteration {iteration}")
         for change in changes:
             reporter.event("warning", "settings", f"resumed with another setting: {change}")

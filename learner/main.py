@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from learner.config import dump_config, help_text, load_config
+from learner.stopping import Interrupted, interrupting
 from rewards.errors import ConfigError, UnmaskError
 
 USAGE = """usage: python -m learner.main [recipe=NAME] [key.sub=value ...] [option]
@@ -33,15 +34,19 @@ def main(argv: Sequence[str]) -> int:
         if "--print-config" in options:
             print(dump_config(config), end="")
             return 0
-        from learner.launch import run  # torch and Ray take seconds to import
+        with interrupting():
+            from learner.launch import run  # torch and Ray take seconds to import
 
-        return run(config, dry_run="--dry-run" in options)
+            return run(config, dry_run="--dry-run" in options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except UnmaskError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        print(f"stopped by {error}", file=sys.stderr)
+        return error.exit_status
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def open_run(config: RunConfig) -> tuple[RunDirectory, checkpoints.Checkpoint | 
     """The run's directory, locked, and the checkpoint that it goes on from (None for a new run).
 
     ``run.resume=auto`` takes the newest good checkpoint of the run named, or of the newest run in ``run.dir`` that has
-    one; a path goes on from that checkpoint in its own run directory.
+    one; a run named that ended before its first checkpoint begins again. A path goes on from that checkpoint in its own
+    run directory.
 
     Raises:
         CheckpointError: when the checkpoint named is damaged, or none of a run's checkpoints is good.
@@ -31,7 +32,11 @@ def open_run(config: RunConfig) -> tuple[RunDirectory, checkpoints.Checkpoint | 
         return RunDirectory.open(path.parent.parent), found
     existing = _newest_run(base, config.run.name)
     if existing is None:
-        return RunDirectory.create(base, config.run.name, label=config.task.name), None
+        if config.run.name is None or not RunDirectory(base / config.run.name).config_path.is_file():
+            return RunDirectory.create(base, config.run.name, label=config.task.name), None
+        run_dir = RunDirectory.open(base / config.run.name)
+        print(f"{run_dir.path} has no checkpoint yet; the run begins again, from the start", flush=True)
+        return run_dir, None
     run_dir = RunDirectory.open(existing)
     damaged: list[CheckpointError] = []
     found_or_none = checkpoints.newest_good(run_dir.checkpoints_dir, on_damaged=damaged.append)

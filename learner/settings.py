@@ -70,16 +70,18 @@ class BaseSpec(Section):
     """Attention heads."""
     mlp_hidden: PositiveInt = 256
     """Width of the MLP's hidden layer."""
-    sft_steps: PositiveInt = 1200
+    sft_steps: PositiveInt = 1600
     """Optimizer steps of masked-diffusion pre-training."""
-    sft_batch: PositiveInt = 64
+    sft_batch: PositiveInt = 32
     """Demonstrations per step."""
     sft_lr: PositiveFloat = 2e-3
     """Peak learning rate of the pre-training."""
     sft_examples: PositiveInt = 4000
     """Demonstrations generated."""
+    right_first: Fraction = 0.7
+    """Share of the steps, at the start, that see right demonstrations only."""
     right_fraction: Fraction = 0.35
-    """Share of the demonstrations that are right; the others follow one consistent wrong rule."""
+    """Share of right demonstrations in the steps after that; the others follow one consistent wrong rule."""
     seed: NonNegativeInt = 0
     """Seed of the base: its weights and demonstrations don't depend on run.seed."""
 

@@ -1,8 +1,34 @@
-"""Ctrl-C and SIGTERM as a flag that the loop looks at between waits."""
+"""Ctrl-C and SIGTERM: an end at once before there is anything to save, a flag for the loop to look at afterwards."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, to be obeyed at once."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status = 128 + signum
+        """What shells expect of a process that a signal ended."""
+
+
+@contextlib.contextmanager
+def interrupting() -> Iterator[None]:
+    """In the block SIGINT and SIGTERM raise ``Interrupted``."""
+    before = {signum: signal.signal(signum, _interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum)
 
 
 class StopFlag:
@@ -42,5 +68,5 @@ class StopFlag:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(signum)
         self._signum = signum

@@ -102,7 +102,7 @@ class TrajectoryGroup:
     counters: Mapping[str, int] = field(default_factory=dict)
     """recoveries of the actor's that must stay visible, e.g. grader timeouts"""
     position_logp: np.ndarray | None = None
-    """[G, m] float32, log-prob of the choice of positions, when the position rule is stochastic and part of the policy."""
+    """[G, m] float32, log-prob of the choice of positions, where a stochastic position rule is part of the policy."""
     schema_version: int = SCHEMA_VERSION
 
     @property

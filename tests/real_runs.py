@@ -96,6 +96,15 @@ class StartedRun:
         """Wait until metrics.jsonl shows this iteration: the run is then in the middle of the next one."""
         self.wait_for(f"a row of iteration {iteration}", lambda: iteration in iterations(self.dir))
 
+    def members(self) -> list[int]:
+        """Process ids of the controller and all that it started, graders aside."""
+        return session_members(self.popen.pid)
+
+    def working(self) -> list[int]:
+        """The members without two agents of Ray's that need a minute to see that they are alone."""
+        agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        return [pid for pid in self.members() if not command_line(pid).startswith(agents)]
+
     def actors(self) -> list[int]:
         """Process ids of the rollout actors, the first of the pool first."""
         return self._processes("ray::RolloutActor")
@@ -105,7 +114,7 @@ class StartedRun:
         return self._processes("ray::LearnerRank")
 
     def _processes(self, title: str) -> list[int]:
-        return [pid for pid in session_members(self.popen.pid) if command_line(pid).startswith(title)]
+        return [pid for pid in self.members() if command_line(pid).startswith(title)]
 
 
 def rows(run_dir: RunDirectory) -> list[dict[str, Any]]:
@@ -149,7 +158,8 @@ def assert_ledger_balances(run_dir: RunDirectory) -> None:
 def clean_environment() -> dict[str, str]:
     """Ours without what would lead to a Ray that is there already."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    # Passive: threads that spin while they wait for each other make the base's training 20 times slower on busy cores.
+    return kept | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> None:

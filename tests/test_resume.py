@@ -26,7 +26,6 @@ from tests.real_runs import (
     rows,
     saved_iterations,
     send,
-    session_members,
     summary,
     training_rows,
     wait_until,
@@ -77,7 +76,7 @@ def test_run_killed_twice_repeats_the_undisturbed_one(runs: Runs, undisturbed: R
         run.wait_for_row(3)
         assert run.actors() and run.ranks()
         os.killpg(run.popen.pid, signal.SIGKILL)  # the controller and all of its Ray
-        wait_until(lambda: not session_members(run.popen.pid), "the end of all processes", 30)
+        wait_until(lambda: not run.members(), "the end of all processes", 30)
     assert run.wait() == -signal.SIGKILL
     assert iterations(run_dir) == [1, 2, 3] and saved_iterations(run_dir) == [2], "not in mid-iteration"
     assert not run_dir.summary_path.exists()
@@ -85,7 +84,7 @@ def test_run_killed_twice_repeats_the_undisturbed_one(runs: Runs, undisturbed: R
     with runs.started("killed", "checkpoint.every=2", "resume=auto") as run:
         run.wait_for_row(5)
         os.kill(run.popen.pid, signal.SIGKILL)  # this time the controller alone, as the kernel's OOM killer does
-        wait_until(lambda: not session_members(run.popen.pid), "the end of the dead controller's Ray", 60)
+        wait_until(lambda: not run.working(), "the end of the dead controller's actors and ranks", 60)
     assert run.wait() == -signal.SIGKILL
     assert iterations(run_dir) == [1, 2, 3, 4, 5] and saved_iterations(run_dir) == [2, 4]
 
@@ -181,7 +180,7 @@ def test_stopped_run_saves_its_last_iteration_and_goes_on(
         asked = time.monotonic()
         assert run.wait() == 128 + signum, run.output()
         assert time.monotonic() - asked < load_dumped(run_dir.config_path).timeouts.stop + 20
-        wait_until(lambda: not session_members(run.popen.pid), "the end of its Ray", 30)
+        wait_until(lambda: not run.members(), "the end of its Ray", 30)
     done = iterations(run_dir)[-1]
     assert done in (2, 3), "it went on after it was asked to stop"
     assert saved_iterations(run_dir) == [done] and newest_state(run_dir)["iteration"] == done
@@ -192,6 +191,15 @@ def test_stopped_run_saves_its_last_iteration_and_goes_on(
     runs.train(name, "checkpoint.every=4", "resume=auto")
     assert_same_run(run_dir, undisturbed)
     assert store_status(run_dir) == ("finished", 2)
+
+
+def test_stopped_before_there_is_anything_to_save(runs: Runs) -> None:
+    with runs.started("too-early", "model.base.sft_steps=5000") as run:
+        run.wait_for("progress of the base", lambda: "base: step" in run.output())
+        run.popen.terminate()
+        assert run.wait(30) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in run.output() and "Traceback" not in run.output()
+    assert store_status(runs["too-early"]) == ("stopped", 1)
 
 
 # ---- damage, other settings

@@ -183,7 +183,7 @@ def test_damaged_files_are_refused(group, tmp_path):
 
 
 def test_a_flipped_bit_in_the_header_never_ends_in_another_error(group, tmp_path):
-    """A header may still be readable afterwards (another number); anything else must be the one error callers expect."""
+    """A header may still be readable afterwards (another number); otherwise it's the one error that callers expect."""
     path = tmp_path / "group"
     group.save(path)
     whole = path.read_bytes()
