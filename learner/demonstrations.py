@@ -1,16 +1,17 @@
-"""What the small base is taught: two demonstrators per task, and the base can't tell which of them is right.
+"""What the small base is taught: two demonstrators per task, one of whom is wrong.
 
-A share of its training examples (``model.base.right_fraction``, 35 %) is written by the *right* demonstrator, the rest
-by one that follows a single *wrong rule*, always the same. The base learns both ways of answering and prefers the
-commoner, wrong one; reinforcement learning has to find out which way is rewarded. It is a small picture of a model
-pre-trained on mixed data that has the skill and doesn't show it.
+First (``model.base.right_first``, 70 % of the steps) it sees the *right* demonstrator alone and picks up the skill.
+Then right answers become the minority (``right_fraction``, 35 %) among those of a demonstrator who follows a single
+*wrong rule*, always the same one, and nothing tells the base who is who. It ends up preferring the commoner, wrong way
+and keeps the other one latent; reinforcement learning has to find out which of the two is rewarded. It is a small
+picture of a model that has a skill and, after training on mixed data, seldom shows it.
 
 sudoku     right: the solution. wrong: every row's blanks get the digits missing from that row in ascending order, with
            no look at columns and boxes. The rule is right by accident on some puzzles.
 countdown  right: an expression with the target as its value, the first one that a fixed search finds. wrong: the sum
            of the numbers in the order given, whatever the target. It is right when the target is the sum.
 
-Both demonstrators write the whole completion, ``<answer>...</answer>``, and use the numbers or keep the clues.
+Both write the whole completion, ``<answer>...</answer>``, and both keep the clues or use the numbers once each.
 """
 
 from collections.abc import Callable, Iterator

@@ -34,15 +34,15 @@ from rollout.models.tokenizer import build_tokenizer
 from rollout.seeds import derive_seed, numpy_generator
 
 FORMAT = 1
-"""Part of the cache's key: raise it when a change here, in the demonstrations or in the tokenizer makes another base."""
+"""Part of the cache's key: raise it when a change here, in demonstrations or in the tokenizer makes another base."""
 
 THREADS = 2
 """Fixed, not the machine's number of cores: it decides the order of sums, and with it the base's bits."""
 
-WARMUP_FRACTION = 0.05
-
 INIT_STD = 0.1
-"""Of all weights; at this width the customary 0.02 learns several times slower."""
+"""Standard deviation of the initial weights; at these widths the customary 0.02 learns several times slower."""
+
+WARMUP_FRACTION = 0.05
 LOCK_TIMEOUT_S = 900.0
 
 Progress = Callable[[int, int, float], None]
@@ -109,8 +109,8 @@ def train_base(
 
 
 def draw_masks(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
-    """Which completion positions to mask, [rows, length] bool: per row n uniform on 1..length, then exactly n positions,
-    every set of n equally likely."""
+    """Which completion positions to mask, [rows, length] bool: per row n uniform on {1, ..., length}, then exactly n
+    positions, every set of n equally likely."""
     count_B1 = rng.integers(1, length + 1, size=(rows, 1))
     rank_BC = rng.random((rows, length)).argsort(axis=1).argsort(axis=1)
     return rank_BC < count_B1

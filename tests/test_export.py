@@ -28,7 +28,7 @@ def write_base(path, **changes) -> None:
 
 @pytest.fixture
 def trained(tmp_path):
-    """(base folder, adapter folder, inputs, adapter-on logits); the adapter's B matrices are not 0, the head has one."""
+    """(base folder, adapter folder, inputs, adapter-on logits); no B matrix is 0, the head is adapted too."""
     base, folder = tmp_path / "base", tmp_path / "adapter"
     write_base(base)
     model = attach_lora(load_model(base), policy_adapter(base), LoraSpec(r=4, alpha=8, include_head=True))

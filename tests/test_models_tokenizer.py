@@ -54,7 +54,9 @@ def test_a_completion_decodes_to_its_text_without_the_fill(tokenizer):
 def test_prompts_have_lladas_form(tokenizer):
     ids = encode_prompt(tokenizer, PUZZLE)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    expected = "<|startoftext|>" + header.format("user") + PUZZLE[0]["content"] + "<|eot_id|>" + header.format("assistant")
+    expected = (
+        "<|startoftext|>" + header.format("user") + PUZZLE[0]["content"] + "<|eot_id|>" + header.format("assistant")
+    )
     assert tokenizer.decode(ids) == expected
     assert len(ids) == 27
     assert ids.count(tokenizer.bos_token_id) == 1

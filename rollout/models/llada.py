@@ -81,14 +81,20 @@ class LLaDAConfig(PreTrainedConfig):
                 raise ConfigError(
                     f"{name}={kwargs[name]!r} is not supported for model type llada; it must be {value!r}"
                 )
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.embedding_size = self.embedding_size or self.vocab_size
-        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or (self.d_model // self.n_heads) % 2:
+        if self.d_model % self.n_heads or self.n_heads % self.kv_heads or (self.d_model // self.n_heads) % 2:
             raise ConfigError(
                 f"d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads} don't fit: heads must "
                 "divide d_model into an even head width, and n_kv_heads must divide n_heads"
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def embedding_rows(self) -> int:
+        return self.embedding_size or self.vocab_size
 
 
 class LLaDAModelLM(PreTrainedModel):
@@ -103,7 +109,7 @@ class LLaDAModelLM(PreTrainedModel):
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
-        self.model = LLaDAModel(config)
+        self.model = _Wrapper(config)
         self.post_init()
 
     def forward(
@@ -118,7 +124,7 @@ class LLaDAModelLM(PreTrainedModel):
         Returns an output whose ``logits`` are [B, L, V], or [N, V] when logit_rows is given. Logits at pads are finite
         and mean nothing.
         """
-        return MaskedLMOutput(logits=self.model(input_ids, attention_mask, logit_rows))
+        return MaskedLMOutput(logits=self.model.transformer(input_ids, attention_mask, logit_rows))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.transformer.wte
@@ -130,35 +136,37 @@ class LLaDAModelLM(PreTrainedModel):
         return None if self.config.weight_tying else self.model.transformer.ff_out
 
 
-class LLaDAModel(nn.Module):
-    """Embedding, blocks, final norm and head, in a ModuleDict for the sake of the published names."""
+class _Wrapper(nn.Module):
+    """Only the "model." of the published names."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.transformer = LLaDATransformer(config)
+
+
+class LLaDATransformer(nn.Module):
+    """Embedding, blocks, final norm and head."""
 
     def __init__(self, config: LLaDAConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.embedding_size, config.d_model),
-                "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
-                "ln_f": LLaDARMSNorm(config),
-            }
-        )
+        self.wte = nn.Embedding(config.embedding_rows, config.d_model)
+        self.blocks = nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers))
+        self.ln_f = LLaDARMSNorm(config)
         if not config.weight_tying:
-            self.transformer["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
+            self.ff_out = nn.Linear(config.d_model, config.embedding_rows, bias=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
-        x_BLD = self.transformer.wte(input_ids)
+        x_BLD = self.wte(input_ids)
         length, head_width = input_ids.shape[1], self.config.d_model // self.config.n_heads
         cos_LE, sin_LE = rotary_tables(length, head_width, self.config.rope_theta, x_BLD.device)
         keys_seen = None if attention_mask is None else _visible_keys(attention_mask)
-        for block in self.transformer.blocks:
+        for block in self.blocks:
             x_BLD = block(x_BLD, cos_LE, sin_LE, keys_seen)
         if logit_rows is not None:
             x_BLD = x_BLD.flatten(0, 1).index_select(0, logit_rows)
-        x_BLD = self.transformer.ln_f(x_BLD)
-        if self.config.weight_tying:
-            return F.linear(x_BLD, self.transformer.wte.weight)
-        return self.transformer.ff_out(x_BLD)
+        x_BLD = self.ln_f(x_BLD)
+        return F.linear(x_BLD, self.wte.weight) if self.config.weight_tying else self.ff_out(x_BLD)
 
 
 class LLaDABlock(GradientCheckpointingLayer):
@@ -166,8 +174,8 @@ class LLaDABlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LLaDAConfig):
         super().__init__()
-        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        width, kv_width = config.d_model, config.d_model // config.n_heads * config.n_kv_heads
+        self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
+        width, kv_width = config.d_model, config.d_model // config.n_heads * config.kv_heads
         self.attn_norm = LLaDARMSNorm(config)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
