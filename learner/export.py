@@ -1,6 +1,6 @@
 """Merge a trained adapter into its base and write one model in Hugging Face layout, tokenizer included.
 
-    python -m learner.export --adapter RUN/adapter --out DIR [--base PATH]
+python -m learner.export --adapter RUN/adapter --out DIR [--base PATH]
 """
 
 import argparse

@@ -32,22 +32,22 @@ LEDGER_STATES = ("pending", "leased", "ready", "consumed", "dropped")
 class Runs:
     """Runs side by side in one folder, with one cache of bases."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
-        self.folder, self.cache = folder, cache
+    def __init__(self, folder: Path, cache: Path, *, settings: Sequence[str] = SETTINGS) -> None:
+        self.folder, self.cache, self._settings = folder, cache, settings
 
     def __getitem__(self, name: str) -> RunDirectory:
         return RunDirectory(self.folder / name)
 
-    def train(self, name: str, *arguments: str, status: int = 0) -> str:
+    def train(self, name: str, *arguments: str, status: int = 0, limit_s: float = RUN_LIMIT_S) -> str:
         """A run from its start to its end, which must have this exit status; what it printed."""
         with self.started(name, *arguments) as run:
-            assert run.wait() == status, run.output()
+            assert run.wait(limit_s) == status, run.output()
         return run.output()
 
     @contextlib.contextmanager
     def started(self, name: str, *arguments: str, **environment: str) -> Iterator["StartedRun"]:
         """A run under way; with the block, whatever is left of it ends."""
-        settings = (*SETTINGS, f"run.dir={self.folder}", f"run.name={name}", *arguments)
+        settings = (*self._settings, f"run.dir={self.folder}", f"run.name={name}", *arguments)
         output = self.folder / f"{name}-{time.monotonic_ns()}.out"
         with output.open("wb") as file:
             popen = subprocess.Popen(

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import urllib.error
@@ -82,11 +83,10 @@ class LocalCluster:
         command = ["bash", str(LOCAL), *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
 
-    def python(self, code: str) -> subprocess.CompletedProcess[str]:
-        """Runs ``code`` in a shell that sourced the cluster's environment."""
-        shell = f'. "{self.folder}/env" && exec "{sys.executable}" -c "$CODE"'
-        environment = self.environment | {"CODE": code}
-        return subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True, timeout=120)
+    def python(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Runs this interpreter in a shell that sourced the cluster's environment."""
+        shell = ["bash", "-c", f'. "{self.folder}/env" && exec "$@"', "bash", sys.executable, *arguments]
+        return subprocess.run(shell, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
 
     def processes(self) -> list[str]:
         """Command lines of live processes that mention the cluster's folder or carry it in their environment."""
@@ -138,7 +138,7 @@ def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
         assert started.returncode == 0, started.stderr
         assert f"127.0.0.1:{port}" in started.stdout and "ray job submit" in started.stdout
 
-        answer = local.python(ALIVE_NODES)
+        answer = local.python("-c", ALIVE_NODES)
         assert answer.returncode == 0, answer.stderr
         assert json.loads(answer.stdout.splitlines()[-1]) == {"nodes": nodes, "cpus": 2.0 * nodes}
 
@@ -155,6 +155,24 @@ def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
     assert stopped.returncode == 0, stopped.stderr
     assert re.search(r"stopped \d+ processes", stopped.stdout)
     assert local.processes() == []
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, tmp_path: Path) -> None:
+    local = LocalCluster(folder, 21000 + 2000 * (os.getpid() % 5), CPUS_PER_NODE="1", UNMASK_CACHE=str(tmp_path))
+    try:
+        assert local.call("start", "3").returncode == 0
+        arguments = ("recipe=smoke", f"run.dir={tmp_path}", "run.name=spread", "rollout.actors=2")
+        run = local.python("-m", "learner.main", *arguments, timeout_s=280)
+    finally:
+        stopped = local.call("stop")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "joined the Ray cluster" in run.stdout
+    store = sqlite3.connect(tmp_path / "spread" / "store.sqlite")
+    rows = store.execute("select data from workers where role = 'rollout'").fetchall()
+    assert len({json.loads(data)["node_id"] for (data,) in rows}) == 2
+    assert stopped.returncode == 0, stopped.stderr
 
 
 @pytest.mark.slow
