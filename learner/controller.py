@@ -57,8 +57,8 @@ class Controller:
     ) -> None:
         self.config, self.run_dir, self.reporter = config, run_dir, reporter
         self.task = get_task(config.task.name)
-        self.tokenizer = load_tokenizer(model_path)
         self.eos_ids = (policy_adapter(model_path).eos_token_id,)
+        self.tokenizer = load_tokenizer(model_path)
         train, self.held_out = task_problems(config, self.task, on_event=reporter.event)
         rollout = config.rollout
         ledger = Ledger(

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import ray
 
 from learner.config import RunConfig, check_resources, in_ray_job, required_resources
 from rewards.errors import ConfigError
+
+_KNOCK_LIMIT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -30,8 +33,9 @@ def ray_session(config: RunConfig) -> Iterator[str]:
     if join:
         address = wanted or os.environ.get("RAY_ADDRESS") or "auto"
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"no Ray answers at {address} ({error}); start one, or set resources.ray_address=local"
             ) from error
@@ -48,6 +52,13 @@ def ray_session(config: RunConfig) -> Iterator[str]:
         yield told
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nobody listens at ``host:port``, which Ray would find out after many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_LIMIT_S).close()
 
 
 @contextlib.contextmanager

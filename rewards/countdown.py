@@ -41,7 +41,7 @@ class Countdown(Task):
 
     COUNT: ClassVar[int] = 3
     """Numbers in a problem; rows of a file with another count are passed over."""
-    LARGEST_NUMBER: ClassVar[int] = 20
+    LARGEST_NUMBER: ClassVar[int] = 9
     LARGEST_TARGET: ClassVar[int] = 100
     """Generated problems have numbers from 1 and targets from 1 to these."""
     TEST_SHARE: ClassVar[float] = 0.2

@@ -223,7 +223,6 @@ def test_second_writer_of_a_run_is_refused(runs: Runs, undisturbed: RunDirectory
         ("model.path=/nowhere/model", "no model at /nowhere/model"),
         ("lora.adapter=/nowhere/adapter", "/nowhere/adapter holds no readable PEFT adapter"),
         ("task.train_path=/nowhere/train.csv", "/nowhere/train.csv"),
-        ("task.name=chess", "chess"),
         ("resources.ray_address=127.0.0.1:1", "no Ray answers at 127.0.0.1:1"),
     ],
 )

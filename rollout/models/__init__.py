@@ -64,8 +64,11 @@ def load_model(model_path: str | Path, dtype: str = "float32") -> PreTrainedMode
 
 
 def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside the checkpoint."""
-    return AutoTokenizer.from_pretrained(str(model_path))
+    """The tokenizer saved beside the checkpoint. Raises ConfigError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(model_path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer at {model_path}: {error}") from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
