@@ -74,7 +74,7 @@ def results_table(summaries: Mapping[int, Mapping[str, Any]], *, steps: int, com
     mean = sum(gains) / len(gains)
     lines += [
         "",
-        f"Greedy exact-solve rate on {problems} held-out problems; mean gain at m steps over {len(gains)} seeds: "
+        f"Greedy exact-solve rate on {problems} held-out problems; mean gain at m steps over {len(gains)} seed{'s' * (len(gains) > 1)}: "
         f"**{mean:+.3f}** (smallest {min(gains):+.3f}). `{command}` on {_machine()}.",
         "",
     ]
