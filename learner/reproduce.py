@@ -71,10 +71,10 @@ def results_table(summaries: Mapping[int, Mapping[str, Any]], *, steps: int, com
             gain = trained[key] - base[key]
             lines.append(f"| {seed} | {key} = {count} | {base[key]:.3f} | {trained[key]:.3f} | {gain:+.3f} | {took} |")
     problems = next(iter(summaries.values()))["held_out_problems"]
-    mean, count = sum(gains) / len(gains), f"{len(gains)} seed" + "s" * (len(gains) > 1)
+    mean, runs = sum(gains) / len(gains), f"{len(gains)} seed" + "s" * (len(gains) > 1)
     lines += [
         "",
-        f"Greedy exact-solve rate on {problems} held-out problems; mean gain at m steps over {count}: "
+        f"Greedy exact-solve rate on {problems} held-out problems; mean gain at m steps over {runs}: "
         f"**{mean:+.3f}** (smallest {min(gains):+.3f}). `{command}` on {_machine()}.",
         "",
     ]
