@@ -4,7 +4,8 @@ First (``model.base.right_first``, 70 % of the steps) it sees the *right* demons
 Then right answers become the minority (``right_fraction``, 35 %) among those of a demonstrator who follows a single
 *wrong rule*, always the same one, and nothing tells the base who is who. It ends up preferring the commoner, wrong way
 and keeps the other one latent; reinforcement learning has to find out which of the two is rewarded. It is a small
-picture of a model that has a skill and, after training on mixed data, seldom shows it.
+picture of a model that has a skill and, after training on mixed data, seldom shows it. (The countdown recipe sets
+``right_first`` to 1: its base sees right answers only.)
 
 sudoku     right: the solution. wrong: every row's blanks get the digits missing from that row in ascending order, with
            no look at columns and boxes. The rule is right by accident on some puzzles.

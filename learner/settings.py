@@ -83,7 +83,7 @@ class BaseSpec(Section):
     right_fraction: Fraction = 0.35
     """Share of right demonstrations in the steps after that; the others follow one consistent wrong rule."""
     seed: NonNegativeInt = 0
-    """Seed of the base: its weights and demonstrations don't depend on run.seed."""
+    """Seed of the base's weights and batches; its training problems are those of run.seed, so no split leaks."""
 
 
 class ModelSection(Section):
