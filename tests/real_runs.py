@@ -15,7 +15,7 @@ from learner.reporting import deterministic, read_rows
 from learner.rundir import RunDirectory
 
 RUN_LIMIT_S = 300.0
-"""For one run on two busy cores; a quiet machine needs 15 s, nearly all of it imports."""
+"""For one run on two busy cores; a quiet machine needs half a minute, nearly all of it imports and Ray."""
 
 # The smoke recipe on a base that gets some rewards: without them there is no gradient, and nothing to compare.
 SETTINGS = (
