@@ -52,15 +52,16 @@ class Feed:
     def specs(self, iteration: int) -> list[GroupSpec]:
         """The iteration's groups: the next problems of a fresh shuffle per epoch."""
         count, seed = self.config.rollout.prompts_per_iteration, self.config.run.seed
-        first = iteration * count
+        group_ids = range(iteration * count, (iteration + 1) * count)
+        orders = {epoch: self._order(epoch) for epoch in {group_id // len(self.problems) for group_id in group_ids}}
         return [
             GroupSpec(
                 group_id=group_id,
-                problem=self._problem(group_id),
+                problem=self.problems[int(orders[group_id // len(self.problems)][group_id % len(self.problems)])],
                 size=self.config.rollout.group_size,
                 seed=derive_seed(seed, "rollout", group_id),
             )
-            for group_id in range(first, first + count)
+            for group_id in group_ids
         ]
 
     def gather(self, iteration: int, weights: Weights) -> list[ReplayItem]:
@@ -119,10 +120,6 @@ class Feed:
             if lease is None:
                 return
             self.pool.submit(lease, self.sampler, weights)
-
-    def _problem(self, group_id: int) -> Problem:
-        epoch, place = divmod(group_id, len(self.problems))
-        return self.problems[int(self._order(epoch)[place])]
 
     def _order(self, epoch: int) -> np.ndarray:
         return numpy_generator(self.config.run.seed, "prompt order", epoch).permutation(len(self.problems))

@@ -9,6 +9,7 @@ to the next request, and nothing looks at a clock.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from rewards.errors import ConfigError
 from rollout.sampling import noise
 from rollout.sampling.schedule import tokens_per_step
 from rollout.sampling.truncation import Law, truncate, without_mask
-from rollout.trajectory import SamplerSpec
+from rollout.trajectory import PositionRule, SamplerSpec
 
-POSITION_RULES = ("random", "low_confidence", "entropy", "left_to_right")
+POSITION_RULES: tuple[str, ...] = get_args(PositionRule)
 _POSITION_STREAM = -1  # the step's stream for choosing positions; completion positions are >= 0
 
 
