@@ -1,5 +1,6 @@
 """The run directory, its lock, and files that are there whole or not at all."""
 
+import contextlib
 import json
 import os
 import resource
@@ -23,13 +24,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room():
-    """Files of this process can't grow beyond a few bytes, as on a full disk."""
+    """Files of this process can't grow beyond a few bytes, as on a full disk. pytest's own output may be one of them:
+    keep the block to the writes in question."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_create_open_and_what_lies_where(tmp_path):
@@ -152,13 +156,13 @@ def test_a_replacement_cut_in_two_is_put_right(tmp_path):
     assert names(tmp_path) == ["adapter"]
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_old(tmp_path, request):
+def test_a_full_disk_is_one_sentence_and_keeps_the_old(tmp_path):
     path, folder_path = tmp_path / "summary.json", tmp_path / "checkpoint"
     atomic_write_text(path, "x" * 1000)
-    request.getfixturevalue("no_room")
-    atomic_write_text(tmp_path / "small", "fits")  # the control: it is the size that fails
-    with pytest.raises(UnmaskError, match=rf"cannot write {path}: File too large \(\d.*MiB free there\)"):
-        atomic_write_text(path, "y" * 1000)
-    with pytest.raises(UnmaskError, match=f"cannot write {folder_path}: "), atomic_dir(folder_path) as folder:
-        save_file({"weight": np.zeros(1000, dtype=np.float32)}, folder / "adapter.safetensors")
+    with no_room():
+        atomic_write_text(tmp_path / "small", "fits")  # the control: it is the size that fails
+        with pytest.raises(UnmaskError, match=rf"cannot write {path}: File too large \(\d.*MiB free there\)"):
+            atomic_write_text(path, "y" * 1000)
+        with pytest.raises(UnmaskError, match=f"cannot write {folder_path}: "), atomic_dir(folder_path) as folder:
+            save_file({"weight": np.zeros(1000, dtype=np.float32)}, folder / "adapter.safetensors")
     assert path.read_text() == "x" * 1000 and names(tmp_path) == ["small", "summary.json"]
