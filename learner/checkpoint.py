@@ -18,7 +18,7 @@ from learner.atomic import atomic_dir
 from rewards.errors import CheckpointError, DataError
 from rollout.adapters import AdapterState, digest, read_peft_folder, write_peft_folder
 
-FORMAT = 1
+FORMAT = 2
 _PREFIX = "iteration-"
 
 
@@ -40,6 +40,8 @@ class Progress:
     """iteration and solve rate of the best evaluation so far; empty before the first"""
     evaluations: dict[str, Any]
     """evaluations that the summary needs, by name (base, ...)"""
+    evaluated_at: int
+    """iteration of the newest evaluation of trained weights; 0 before the first"""
     train_seconds: float
 
 

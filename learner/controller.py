@@ -10,7 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from learner.rank import UpdateReport, lora_spec
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
 from learner.runs import starting_adapter, task_problems
+from learner.stopping import StopFlag
 from learner.weights import publish
 from rewards.errors import TrainingDiverged, WeightMismatch
 from rewards.task import get_task
@@ -52,10 +53,11 @@ class Controller:
         reporter: Reporter,
         model_path: str,
         resumed: checkpoints.Checkpoint | None,
-        stop: Callable[[], bool],
+        stop: StopFlag,
         closing: contextlib.ExitStack,
     ) -> None:
         self.config, self.run_dir, self.reporter = config, run_dir, reporter
+        self._on_tick = partial(stop.enforce, config.timeouts.stop)
         self.task = get_task(config.task.name)
         self.eos_ids = (policy_adapter(model_path).eos_token_id,)
         self.tokenizer = load_tokenizer(model_path)
@@ -78,14 +80,14 @@ class Controller:
             max_restarts=3,
         )
         closing.callback(pool.close)
-        self.feed = Feed(config, train, pool, ReplayBuffer(ledger), on_event=reporter.event, stop=stop)
+        self.feed = Feed(config, train, pool, ReplayBuffer(ledger), on_event=reporter.event, stop=stop.is_set)
         adapter = resumed.adapter if resumed is not None else starting_adapter(config)
         shards = resumed.shards if resumed is not None else None
-        self.learner = LearnerGroup(config, model_path, adapter=adapter, shards=shards)
+        self.learner = LearnerGroup(config, model_path, adapter=adapter, shards=shards, on_tick=self._on_tick)
         closing.callback(self.learner.close)
         pool.wait_ready()
         self.progress = resumed.progress if resumed is not None else self._no_progress()
-        self.saved_at = self.progress.iteration if resumed is not None else -1
+        self.saved = self.progress if resumed is not None else None
         self.adapter = self.learner.publish()
         if resumed is not None and self.adapter.digest != resumed.progress.adapter_digest:
             raise WeightMismatch(
@@ -102,19 +104,14 @@ class Controller:
 
     def train(self) -> None:
         """All remaining iterations. Raises StopRequested in the middle of one when the run is asked to stop."""
-        every = self.config.evaluation.every
-        for iteration in range(self.progress.iteration, self.config.run.iterations):
-            self._iterate(iteration)
-            done, last = iteration + 1, iteration + 1 == self.config.run.iterations
-            if last or (every and done % every == 0):
-                self._evaluate("trained", self.weights, iteration=done)
-            best = self.progress.best.get("iteration") == done
-            if last or best or done % self.config.checkpoint.every == 0:
-                self.checkpoint()
+        self._evaluate_and_save()  # a run that was stopped in an evaluation makes up for it
+        while self.progress.iteration < self.config.run.iterations:
+            self._iterate(self.progress.iteration)
+            self._evaluate_and_save()
 
     def checkpoint(self) -> None:
-        """Save where the run stands, if it has moved since the last time."""
-        if self.saved_at == self.progress.iteration:
+        """Save where the run stands, if it has moved since the last time and its ranks are there to hand it over."""
+        if self.progress == self.saved or self.learner.closed:
             return
         self.reporter.flush()
         progress = dataclasses.replace(self.progress, ledger=self.feed.replay.ledger.state())
@@ -122,7 +119,7 @@ class Controller:
         path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
         best = progress.best.get("iteration")
         checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
-        self.saved_at = progress.iteration
+        self.saved = self.progress
         self.reporter.store.checkpoint(progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
 
     def finish(self) -> dict[str, Any]:
@@ -166,6 +163,16 @@ class Controller:
         print(f"\nfirst batch ({len(groups)} groups of {groups[0].size}):")
         for name, value in plan.statistics.items():
             print(f"  {name:<32}{value:>12.5g}")
+
+    def _evaluate_and_save(self) -> None:
+        """What is due between two iterations."""
+        done, every = self.progress.iteration, self.config.evaluation.every
+        last = done == self.config.run.iterations
+        if done > self.progress.evaluated_at and (last or (every and done % every == 0)):
+            self._evaluate("trained", self.weights, iteration=done)
+        best = self.progress.best.get("iteration") == done
+        if done and (last or best or done % self.config.checkpoint.every == 0):
+            self.checkpoint()
 
     def _iterate(self, iteration: int) -> None:
         """Gather, learn, publish, commit, report."""
@@ -280,12 +287,12 @@ class Controller:
             )
 
     def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
-        rates = greedy_solve_rates(self.config, self.feed, self.held_out, weights)
+        rates = greedy_solve_rates(self.config, self.feed, self.held_out, weights, on_tick=self._on_tick)
         evaluations = {**self.progress.evaluations, name: rates}
         best = self.progress.best
         if rates["m"] > best.get("solve_rate", -1.0):
             best = {"iteration": iteration, "solve_rate": rates["m"]}
-        self.progress = dataclasses.replace(self.progress, evaluations=evaluations, best=best)
+        self.progress = dataclasses.replace(self.progress, evaluations=evaluations, evaluated_at=iteration, best=best)
         self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
 
     def _groups(self, items: Sequence[ReplayItem]) -> list[TrajectoryGroup]:
@@ -334,6 +341,7 @@ class Controller:
             layout=self._layout(),
             best={},
             evaluations={},
+            evaluated_at=0,
             train_seconds=0.0,
         )
 

@@ -1,7 +1,7 @@
 """Held-out evaluation: the greedy exact-solve rate by number of denoising steps."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from learner.config import RunConfig
 from learner.feed import Feed
@@ -10,12 +10,18 @@ from rollout.actor import Weights
 
 
 def greedy_solve_rates(
-    config: RunConfig, feed: Feed, problems: Sequence[Problem], weights: Weights
+    config: RunConfig, feed: Feed, problems: Sequence[Problem], weights: Weights, *, on_tick: Callable[[], None]
 ) -> dict[str, float]:
     """Share of problems whose verdict is right, by step count: ``{"m": 0.41, "m/2": ..., "m/4": ...}``.
 
     Completions are decoded at temperature 0, without truncation, in the order that ``evaluation.position_rule`` says.
+    ``on_tick`` is called every second or so, and ends the evaluation by raising.
     """
+
+    def expire() -> Iterable[int]:
+        on_tick()
+        return feed.replay.ledger.expire()
+
     rates = {}
     for divisor in config.evaluation.step_divisors:
         sampler = dataclasses.replace(
@@ -32,7 +38,7 @@ def greedy_solve_rates(
             weights,
             chunk_size=config.rollout.max_rows,
             timeout_s=config.timeouts.evaluate,
-            expire=feed.replay.ledger.expire,
+            expire=expire,
         )
         rates["m" if divisor == 1 else f"m/{divisor}"] = sum(result.correct for result in results) / len(results)
     return rates

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from learner.config import RunConfig
+from learner.stopping import StopRequested
 from rewards.errors import DataError
 from rewards.task import Problem
 from rollout.actor import Weights
@@ -12,10 +13,6 @@ from rollout.pool import ActorLost, RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import GroupSpec, SamplerSpec
-
-
-class StopRequested(Exception):
-    """The run was asked to stop while it waited; not an error."""
 
 
 class Feed:

@@ -1,6 +1,7 @@
 """The learner group: DeepSpeed ranks as Ray actors, reserved together in one placement group."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -10,9 +11,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from learner.config import RunConfig
 from learner.objectives import Statistics
 from learner.rank import LearnerRank, PublishedAdapter, UpdateReport
+from learner.stopping import StopRequested
 from rewards.errors import WaitTimeout, WorkerLost
 from rollout.adapters import AdapterState
 from rollout.waits import bounded_get, bounded_wait
+
+_TICK_S = 1.0
+"""How often a wait for the ranks calls ``on_tick``."""
 
 
 class LearnerGroup:
@@ -23,15 +28,23 @@ class LearnerGroup:
         model_path: folder or hub name of the base, readable on every node with a rank.
         adapter: weights to start from; None for a fresh adapter.
         shards: each rank's optimizer state from a checkpoint, in rank order; None for a fresh optimizer.
+        on_tick: called every second of a wait for ranks that have started; when it raises StopRequested, the ranks are
+            killed.
 
     Raises:
         WaitTimeout: when the cluster can't hold the ranks, naming what is missing, or they don't start in time.
     """
 
     def __init__(
-        self, config: RunConfig, model_path: str, *, adapter: AdapterState | None, shards: Sequence[bytes] | None
+        self,
+        config: RunConfig,
+        model_path: str,
+        *,
+        adapter: AdapterState | None,
+        shards: Sequence[bytes] | None,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config = config
+        self.config, self._on_tick = config, on_tick
         world = config.learner.ranks
         resources = config.resources
         bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
@@ -73,6 +86,10 @@ class LearnerGroup:
     def export(self) -> list[bytes]:
         """Every rank's optimizer state, in rank order."""
         return self._all("export", limit=self.config.timeouts.checkpoint)
+
+    @property
+    def closed(self) -> bool:
+        return not self._ranks
 
     def close(self) -> None:
         """End the ranks and give their resources back."""
@@ -121,13 +138,24 @@ class LearnerGroup:
         return self._answers(starts, "start", timeout_s)
 
     def _all(self, method: str, *args: Any, limit: float) -> list[Any]:
-        return self._answers([getattr(actor, method).remote(*args) for actor in self._ranks], method, limit)
+        refs = [getattr(actor, method).remote(*args) for actor in self._ranks]
+        try:
+            return self._answers(refs, method, limit, self._on_tick)
+        except StopRequested:
+            self.close()  # the ranks are in the middle of something, and nobody will wait for its end
+            raise
 
-    def _answers(self, refs: list[ray.ObjectRef], method: str, timeout_s: float) -> list[Any]:
+    def _answers(
+        self, refs: list[ray.ObjectRef], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
+    ) -> list[Any]:
         """All ranks' answers; the first rank that fails is named at once, since the others wait for it in vain."""
-        pending = list(refs)
+        pending, deadline = list(refs), time.monotonic() + timeout_s
         while pending:
-            done, pending = bounded_wait(pending, who="learner ranks", timeout_s=timeout_s)
+            left = deadline - time.monotonic()
+            done, pending = bounded_wait(pending, who="learner ranks", timeout_s=min(max(left, 0.0), _TICK_S))
+            if not done and left > 0:
+                on_tick()
+                continue
             if not done:
                 late = ", ".join(str(refs.index(ref)) for ref in pending)
                 raise WaitTimeout(f"learner rank {late} did not finish '{method}' within {timeout_s:g} s")

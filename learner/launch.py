@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from learner import checkpoint as checkpoints
 from learner.config import RunConfig, check_paths, dump_config, in_ray_job
 from learner.controller import Controller
-from learner.feed import StopRequested
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
 from learner.runs import changed_settings, open_run
 from learner.session import ray_session
 from learner.sft import ensure_base, print_progress
-from learner.stopping import Interrupted, StopFlag
+from learner.stopping import Interrupted, StopFlag, StopRequested
 from learner.trackers import build_trackers
 from rollout.actor import code_identity
 from services.store.writer import StoreWriter
@@ -48,7 +47,7 @@ def _train(
         model_path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
         with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
             reporter.event("info", "start", f"run {run_dir.id}: {told}; base model {model_path}")
-            controller = Controller(config, run_dir, reporter, model_path, resumed, stop.is_set, closing)
+            controller = Controller(config, run_dir, reporter, model_path, resumed, stop, closing)
             try:
                 if dry_run:
                     controller.dry_run()
@@ -59,9 +58,15 @@ def _train(
                 if dry_run:
                     return stop.exit_status
                 reporter.event(
-                    "info", "stop", f"asked to stop by {stop.name}; saving iteration {controller.progress.iteration}"
+                    "info", "stop", f"asked to stop by {stop.name} in iteration {controller.progress.iteration + 1}"
                 )
                 controller.checkpoint()
+                at = (
+                    f"after iteration {controller.saved.iteration}"
+                    if controller.saved is not None
+                    else "from the start"
+                )
+                reporter.event("info", "stop", f"resume=auto will go on {at}")
                 controller.finish()
                 reporter.store.status("stopped")
                 return stop.exit_status

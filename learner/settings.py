@@ -283,5 +283,5 @@ class TimeoutsSection(Section):
     """Seconds for one evaluation."""
     checkpoint: PositiveFloat = 300.0
     """Seconds for the ranks to hand over their state."""
-    stop: PositiveFloat = 10.0
-    """Seconds for processes to end when asked to."""
+    stop: PositiveFloat = 60.0
+    """Seconds that a run which is asked to stop still gives to the update or evaluation it is in."""

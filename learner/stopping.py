@@ -2,9 +2,14 @@
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+
+class StopRequested(Exception):
+    """The run was asked to stop while it waited; not an error."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,10 +44,16 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def is_set(self) -> bool:
         return self._signum is not None
+
+    def enforce(self, grace_s: float) -> None:
+        """Raise StopRequested when the first signal came more than ``grace_s`` seconds ago."""
+        if self.is_set() and time.monotonic() - self._asked_at > grace_s:
+            raise StopRequested
 
     @property
     def name(self) -> str:
@@ -69,4 +80,4 @@ class StopFlag:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
             raise Interrupted(signum)
-        self._signum = signum
+        self._signum, self._asked_at = signum, time.monotonic()

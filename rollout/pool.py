@@ -144,7 +144,8 @@ class RolloutPool:
 
         Args:
             timeout_s: seconds for one chunk; an actor that needs longer is replaced and the chunk repeated.
-            expire: the ledger's ``expire``; the leases it names are killed, so that a stuck actor can't block this.
+            expire: the ledger's ``expire``, called every tick; the leases it names are killed, so that a stuck actor
+                can't block this. What it raises ends the evaluation.
 
         Raises: as ``poll`` does.
         """

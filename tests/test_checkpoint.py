@@ -49,6 +49,7 @@ def make(iteration: int) -> Checkpoint:
         layout=LAYOUT,
         best={"iteration": 1, "solve_rate": 0.1 + 0.2},
         evaluations={"base": {"m": 0.25}},
+        evaluated_at=0,
         train_seconds=1.5,
     )
     shards = [save_safetensors({"master.0": torch.full((5,), float(rank))}) for rank in range(2)]

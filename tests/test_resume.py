@@ -124,13 +124,14 @@ def stall(run: StartedRun) -> int:
     victim = run.actors()[0]
     send(signal.SIGSTOP, [victim])
 
-    def stands_still() -> bool:
-        before = iterations(run.dir)
-        time.sleep(2.0)  # ten times what an iteration takes, on a machine that is not busy
-        return iterations(run.dir) == before
-
-    run.wait_for("a standstill", stands_still)
+    run.wait_for("a standstill", lambda: stands_still(run))
     return victim
+
+
+def stands_still(run: StartedRun) -> bool:
+    before = iterations(run.dir)
+    time.sleep(2.0)  # ten times what an iteration takes, on a machine that is not busy
+    return iterations(run.dir) == before
 
 
 def test_learner_rank_killed_ends_the_run_in_a_sentence(runs: Runs) -> None:
@@ -188,6 +189,25 @@ def test_stopped_run_saves_its_last_iteration_and_goes_on(
     runs.train(name, "checkpoint.every=4", "resume=auto")
     assert_same_run(run_dir, undisturbed)
     assert store_status(run_dir) == ("finished", 2)
+
+
+@pytest.mark.parametrize("awaited", ["update", "evaluation"])
+def test_stopped_run_does_not_wait_longer_than_it_was_told(runs: Runs, undisturbed: RunDirectory, awaited: str) -> None:
+    name = f"impatient-{awaited}"
+    run_dir = runs[name]
+    with runs.started(name, "timeouts.stop=2") as run:
+        run.wait_for_row(2)  # an evaluation comes next
+        stopped = run.ranks() if awaited == "update" else run.actors()
+        send(signal.SIGSTOP, stopped)
+        run.wait_for("a standstill", lambda: stands_still(run))
+        run.popen.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM, run.output()
+    assert "Traceback" not in run.output()
+    done, saved = iterations(run_dir)[-1], newest_state(run_dir)["iteration"]
+    assert saved >= done - 1, "a checkpoint's worth of work was lost, and this run saves every iteration"
+    assert f"resume=auto will go on after iteration {saved}" in run.output()
+    runs.train(name, "resume=auto")
+    assert_same_run(run_dir, undisturbed)
 
 
 def test_stopped_before_there_is_anything_to_save(runs: Runs) -> None:
