@@ -17,14 +17,7 @@ from learner.rundir import RunDirectory
 RUN_LIMIT_S = 300.0
 """For one run on two busy cores; a quiet machine needs half a minute, nearly all of it imports and Ray."""
 
-# The smoke recipe on a base that gets some rewards: without them there is no gradient, and nothing to compare.
-SETTINGS = (
-    "recipe=smoke",
-    "run.iterations=6",
-    "model.base.sft_steps=400",
-    "model.base.sft_examples=400",
-    "evaluation.every=2",
-)
+SETTINGS = ("recipe=smoke", "run.iterations=6", "evaluation.every=2")
 
 LEDGER_STATES = ("pending", "leased", "ready", "consumed", "dropped")
 

@@ -13,7 +13,6 @@ from learner.rundir import RunDirectory
 from rollout.adapters import adapter_parameters, digest, pack, read_peft_folder
 from services.store import reader, schema
 from tests.real_runs import (
-    LEDGER_STATES,
     SETTINGS,
     Runs,
     assert_ledger_balances,
@@ -167,19 +166,6 @@ def test_two_ranks_see_the_rollouts_that_one_rank_sees(runs: Runs, undisturbed: 
     assert first["grad_norm"] == pytest.approx(one_rank["grad_norm"], rel=1e-4)
     assert first["views"] == one_rank["views"]
     assert len(list((runs["ranks"].checkpoints_dir / "iteration-000002").glob("optimizer-*.safetensors"))) == 2
-
-
-def test_asynchronous_run_reports_its_staleness_within_the_bound(runs: Runs) -> None:
-    runs.train("async", "rollout.max_staleness=1")
-    reported = training_rows(runs["async"])
-    assert [row["iteration"] for row in reported] == [1, 2, 3, 4, 5, 6]
-    assert reported[0]["staleness/max"] == 0
-    assert max(row["staleness/max"] for row in reported) == 1, "no rollout overlapped an update"
-    for row in reported:
-        assert 0 <= row["staleness/mean"] <= row["staleness/max"] <= 1
-        assert row["ledger/issued"] == sum(row[f"ledger/{state}"] for state in LEDGER_STATES)
-        assert row["ledger/consumed"] == 4 * row["iteration"]
-        assert ("log_ratio/unupdated_abs_max" in row) == (row["staleness/max"] == 0)
 
 
 def test_several_updates_on_a_batch_from_the_adapter_of_an_earlier_run(runs: Runs, undisturbed: RunDirectory) -> None:
