@@ -223,8 +223,10 @@ def _finish(
     if bottom is not None:
         top = axis.get_ylim()[1] if top is None else top
         axis.set_ylim(bottom, top if top > bottom else bottom + 1.0)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="best")
+    names = axis.get_legend_handles_labels()[1]
+    if names:  # below the axes, where it hides no line
+        columns = 3 if max(map(len, names)) <= 12 else 2
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(len(names), columns), columnspacing=1.2)
 
 
 def _is_evaluation(name: str) -> bool:
