@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 _COLOURS = (_ORANGE, _GREEN, _PURPLE, _SKY, _RED)
 _INK, _FAINT = "#22262b", "#6b7280"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10.5,
     "text.color": _INK,
     "text.parse_math": False,  # names may hold any character
@@ -62,7 +62,7 @@ def plot_run(run_dir: Path | str) -> list[Path]:
     series = read_series(read_rows(run.metrics_path))
     panels = {name: panel for name, panel in _PANELS.items() if any(panel.wants(metric) for metric in series)}
     written = []
-    with disk_errors(run.plots_dir), rc_context(_STYLE):
+    with disk_errors(run.plots_dir), rc_context(STYLE):
         run.plots_dir.mkdir(exist_ok=True)
         for name, panel in panels.items():
             figure = Figure(figsize=(7.2, 4.2), layout="constrained")

@@ -188,7 +188,7 @@ def test_another_format_is_refused_by_number(tmp_path):
     path = save(tmp_path, make(1))
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match=f"format 99, this version reads {checkpoint.FORMAT}"):
         load(path)
 
 
