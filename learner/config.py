@@ -54,7 +54,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "RunConfig":
-        problems = [*_run_problems(self), *_sampler_problems(self), *_rollout_problems(self), *_resource_problems(self)]
+        problems = [
+            *_run_problems(self),
+            *_sampler_problems(self),
+            *_objective_problems(self),
+            *_rollout_problems(self),
+            *_resource_problems(self),
+        ]
         if problems:
             raise ConfigError("\n".join(problems))
         return self
@@ -132,6 +138,18 @@ def check_paths(config: RunConfig, in_job: bool) -> None:
         )
 
 
+def bias_warnings(config: RunConfig) -> list[str]:
+    """What makes this run's gradient another than that of expected reward, one sentence each."""
+    sampler = config.rollout.sampler
+    rule = f"rollout.sampler.position_rule={sampler.position_rule}"
+    remedy = "random and left_to_right are unbiased, and so is decoupled_confidence with position_temperature above 0"
+    if sampler.position_rule in ("low_confidence", "entropy"):
+        return [f"{rule} chooses positions by the policy and their choice isn't scored: biased; {remedy}"]
+    if sampler.position_rule == "decoupled_confidence" and sampler.position_temperature == 0:
+        return [f"{rule} with position_temperature=0 is greedy in its positions and scores no choice: biased; {remedy}"]
+    return []
+
+
 def required_resources(config: RunConfig) -> tuple[float, float]:
     """(logical CPUs, GPUs) that all actors and ranks together ask for."""
     actors, ranks, resources = config.rollout.actors, config.learner.ranks, config.resources
@@ -193,6 +211,18 @@ def _sampler_problems(config: RunConfig) -> list[str]:
     if 1 not in config.evaluation.step_divisors:
         problems.append("evaluation.step_divisors lacks 1, the full number of steps, which picks the best checkpoint")
     return problems
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    sampler, objective = config.rollout.sampler, config.objective
+    chooses = sampler.position_rule == "decoupled_confidence" and sampler.position_temperature > 0
+    if chooses and objective.timestep_sampling == "entropy" and objective.weight_floor == 0:
+        return [
+            "objective.timestep_sampling=entropy with rollout.sampler.position_rule=decoupled_confidence needs "
+            "objective.weight_floor above 0, or steps whose choice of positions is all but certain get unbounded "
+            "weights; take 0.2, for example"
+        ]
+    return []
 
 
 def _rollout_problems(config: RunConfig) -> list[str]:

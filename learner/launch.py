@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 
 from learner import checkpoint as checkpoints
-from learner.config import RunConfig, check_paths, dump_config, in_ray_job
+from learner.config import RunConfig, bias_warnings, check_paths, dump_config, in_ray_job
 from learner.controller import Controller
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
@@ -47,6 +47,8 @@ def _train(
         model_path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
         with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
             reporter.event("info", "start", f"run {run_dir.id}: {told}; base model {model_path}")
+            for warning in bias_warnings(config):
+                reporter.event("warning", "biased", warning)
             controller = Controller(config, run_dir, reporter, model_path, resumed, stop, closing)
             try:
                 if dry_run:

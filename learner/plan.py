@@ -99,6 +99,9 @@ def _group_statistics(group: TrajectoryGroup, advantages_G: np.ndarray, eos_ids:
         "completion_length": (float((~is_eos_GC).sum()), G),
         "entropy": (float(group.entropy[group.drawn].sum(dtype=np.float64)), float(group.drawn.sum())),
     }
+    if group.position_logp is not None and group.position_entropy is not None:
+        choices = float((group.position_logp < 0).sum())
+        means["position_entropy"] = (float(group.position_entropy.sum(dtype=np.float64)), choices)
     for name, values_G in zip(group.reward_names, group.rewards.T, strict=True):
         means[f"reward/{name}"] = (float(values_G.sum(dtype=np.float64)), G)
     all_eos = int((last_token_step(group, eos_ids) < 0).sum())

@@ -191,6 +191,11 @@ class LearnerRank:
         groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
         if any(group.sampler.temperature <= 0 for group in groups):
             raise TrajectoryError("a group was decoded greedily (temperature 0): it has no law to learn from")
+        if any(group.sampler.threshold is not None for group in groups):
+            raise TrajectoryError(
+                "a group was decoded with a confidence threshold: how many positions a step reveals "
+                "then depends on the policy and isn't scored"
+            )
         return groups
 
     def _plan(self, groups: Sequence[TrajectoryGroup], update_index: int) -> UpdatePlan:
@@ -211,12 +216,19 @@ class LearnerRank:
         parts, total = [], 0.0
         for i, views in enumerate(forwards):
             batch = build_batch(views, groups, mask_id=self.family.mask_token_id, pad_id=self.family.pad_token_id)
-            reference_N = None
+            ref_logp_N = ref_position_logp_Z = None
             if self.objective.needs_reference:
                 with torch.no_grad(), self.engine.module.disable_adapter():
-                    reference_N = score(self.engine, batch, family=self.family, temperature=temperature).logp_N
+                    reference = score(self.engine, batch, family=self.family, temperature=temperature)
+                ref_logp_N, ref_position_logp_Z = reference.logp_N, reference.position_logp_Z
             scores = score(self.engine, batch, family=self.family, temperature=temperature)
-            loss, statistics = self.objective.loss(scores.logp_N, reference_N, batch)
+            loss, statistics = self.objective.loss(
+                scores.logp_N,
+                ref_logp_N,
+                batch,
+                position_logp_Z=scores.position_logp_Z,
+                ref_position_logp_Z=ref_position_logp_Z,
+            )
             # DeepSpeed averages over ranks; ours is a sum over ranks with one divisor for the whole iteration.
             self.engine.set_gradient_accumulation_boundary(i == len(forwards) - 1)
             self.engine.backward(loss * (self.world / plan.normaliser), scale_wrt_gas=False)

@@ -125,7 +125,12 @@ class SamplerConfig(Section):
     steps: PositiveInt = 8
     """m, denoising steps for the whole completion; divides C, and the blocks divide it."""
     position_rule: PositionRule = "random"
-    """Which positions a step reveals; AGRPO is exact for random and left_to_right only."""
+    """Which positions a step reveals. AGRPO is exact for random, left_to_right and decoupled_confidence (positions are
+    drawn by confidence first, then tokens there); low_confidence and entropy are biased."""
+    position_temperature: NonNegative = 1.0
+    """tau of decoupled_confidence: weights confidence^(1/tau); large is random order, 0 is greedy order (biased)."""
+    confidence_temperature: PositiveFloat = 1.0
+    """Of the untruncated law whose largest probability is a position's confidence, in decoupled_confidence."""
     temperature: NonNegative = 1.0
     """Of the law that tokens are drawn from; above 0 in training."""
     top_k: PositiveInt | None = None
@@ -221,8 +226,13 @@ class AgrpoConfig(Section):
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+    position_clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The same as clip_low for the choice of positions, where the position rule scores it; null: clip_low."""
+    position_clip_high: PositiveFloat | None = None
+    """The same as clip_high for the choice of positions; null: clip_high."""
     beta: NonNegative = 0.0
-    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+    """Weight of the KL against the policy without adapter, of tokens and of scored choices of positions; 0 saves the
+    reference forwards."""
 
 
 # The second method makes this a union: Annotated[AgrpoConfig | ..., Field(discriminator="type")].

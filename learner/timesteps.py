@@ -35,7 +35,8 @@ class StepTable:
     denominator_G: np.ndarray
     """[G] int64, D: a row's estimate is the sum over its eligible steps divided by this."""
     entropy_Gm: np.ndarray
-    """[G, m] float64, nats: summed entropy of the tokens drawn at the step."""
+    """[G, m] float64, nats: summed entropy of the tokens drawn at the step, and of the choice of their positions where
+    that is an action too."""
 
 
 class RowSteps(NamedTuple):
@@ -63,6 +64,8 @@ def step_table(group: TrajectoryGroup, step_range: StepRange, eos_ids: tuple[int
     # A degenerate law's entropy may come out as -1e-9; a negative probability must not follow from it.
     entropy_GC = np.maximum(group.entropy.astype(np.float64), 0.0)
     np.add.at(entropy_Gm, (rows_GC[group.drawn], steps_GC[group.drawn]), entropy_GC[group.drawn])
+    if group.position_entropy is not None:
+        entropy_Gm += np.maximum(group.position_entropy.astype(np.float64), 0.0)
     eligible_Gm = np.zeros((G, m), dtype=bool)
     eligible_Gm[rows_GC[group.drawn], steps_GC[group.drawn]] = True
     denominator_G = np.full(G, m, dtype=np.int64)

@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 from rewards.errors import DataError, TrajectoryError
 from rewards.task import Problem
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-PositionRule = Literal["random", "low_confidence", "entropy", "left_to_right"]
+PositionRule = Literal["random", "low_confidence", "entropy", "left_to_right", "decoupled_confidence"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,19 @@ class SamplerSpec:
     temperature: float
     top_k: int | None = None
     top_p: float = 1.0
+    position_temperature: float = 1.0
+    """tau of ``decoupled_confidence``; inf is random order, 0 the order of the largest probability."""
+    confidence_temperature: float = 1.0
+    """Of the untruncated law whose largest probability is a position's confidence in ``decoupled_confidence``."""
+    threshold: float | None = None
+    """Reveal what passes this confidence (at temperature 1), at least one position a step, instead of following
+    ``steps`` and ``position_rule``: for evaluation."""
+
+    @property
+    def scores_positions(self) -> bool:
+        """True when the choice of positions is a random action of the policy, so that its log-prob is recorded."""
+        chosen = self.position_rule == "decoupled_confidence" and self.threshold is None
+        return chosen and self.position_temperature > 0 and self.temperature > 0
 
     @property
     def truncates(self) -> bool:
@@ -102,7 +115,11 @@ class TrajectoryGroup:
     counters: Mapping[str, int] = field(default_factory=dict)
     """recoveries of the actor's that must stay visible, e.g. grader timeouts"""
     position_logp: np.ndarray | None = None
-    """[G, m] float32, log-prob of the choice of positions, where a stochastic position rule is part of the policy."""
+    """[G, m] float32, log-prob of the step's choice of positions, where it is part of the policy: of the set for up to
+    4 positions, of the order too above that; 0 where nothing was left to choose and for steps never taken."""
+    position_entropy: np.ndarray | None = None
+    """[G, m] float32, nats: the entropies of the laws that the step's positions were picked from, one after the other,
+    added up; 0 where ``position_logp`` is."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -142,8 +159,13 @@ class TrajectoryGroup:
             "correct": ((G,), np.bool_),
             "nfe": ((G,), np.int32),
         }
-        if self.position_logp is not None:
-            expected["position_logp"] = ((G, m), np.float32)
+        choices = {"position_logp": self.position_logp, "position_entropy": self.position_entropy}
+        for name, recorded in choices.items():
+            self._require(
+                recorded is not None or not self.sampler.scores_positions, f"no {name}, and positions are scored"
+            )
+            if recorded is not None:
+                expected[name] = ((G, m), np.float32)
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
             self._require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
@@ -152,12 +174,18 @@ class TrajectoryGroup:
         self._require(
             self.sampler.completion_length == C, f"{C} positions, sampler says {self.sampler.completion_length}"
         )
-        self._require(bool(((self.unmask_step >= 0) & (self.unmask_step < m)).all()), f"unmask_step outside 0..{m - 1}")
+        last = (m if self.sampler.threshold is None else C) - 1
+        self._require(
+            bool(((self.unmask_step >= 0) & (self.unmask_step <= last)).all()), f"unmask_step outside 0..{last}"
+        )
         for name in ("logp", "logp_raw", "entropy"):
             array = getattr(self, name)
             self._require(bool(np.isfinite(array).all()), f"{name} is not finite")
             self._require(bool((array[~self.drawn] == 0).all()), f"{name} is not 0 at filled positions")
         self._require(bool((self.logp <= 1e-6).all()), "logp above 0")
+        for name, recorded in choices.items():
+            self._require(recorded is None or bool(np.isfinite(recorded).all()), f"{name} is not finite")
+        self._require(self.position_logp is None or bool((self.position_logp <= 0).all()), "position_logp above 0")
         if self.support_indptr is None or self.support_ids is None:
             self._require(not self.sampler.truncates, "the sampler truncates but no support was recorded")
         else:
@@ -191,7 +219,9 @@ class TrajectoryGroup:
             meta["sampler"] = SamplerSpec(**meta["sampler"])
             meta["reward_names"] = tuple(meta["reward_names"])
             absent: dict[str, Any] = {
-                name: None for name in ("support_indptr", "support_ids", "position_logp") if name not in arrays
+                name: None
+                for name in ("support_indptr", "support_ids", "position_logp", "position_entropy")
+                if name not in arrays
             }
             return cls(**meta, **arrays, **absent)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:

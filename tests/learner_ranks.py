@@ -135,12 +135,20 @@ def plain_gradient(
         for view in views:
             batch = build_batch([view], groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
             temperature = group.sampler.temperature
-            reference_N = None
+            reference_N = reference_Z = None
             if objective.needs_reference:
                 with torch.no_grad(), model.disable_adapter():
-                    reference_N = score(model, batch, family=family, temperature=temperature).logp_N
-            logp_N = score(model, batch, family=family, temperature=temperature).logp_N
-            (objective.loss(logp_N, reference_N, batch)[0] / normaliser).backward()
+                    reference = score(model, batch, family=family, temperature=temperature)
+                reference_N, reference_Z = reference.logp_N, reference.position_logp_Z
+            scores = score(model, batch, family=family, temperature=temperature)
+            loss, _ = objective.loss(
+                scores.logp_N,
+                reference_N,
+                batch,
+                position_logp_Z=scores.position_logp_Z,
+                ref_position_logp_Z=reference_Z,
+            )
+            (loss / normaliser).backward()
     return pack({name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None})
 
 
@@ -216,8 +224,10 @@ class _DividedPerMicroBatch:
         self.completions += group.size
         return self.inner.views(index, group, *args, **kwargs)
 
-    def loss(self, logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, batch: ViewBatch) -> tuple[Any, Statistics]:
-        loss, statistics = self.inner.loss(logp_N, ref_logp_N, batch)
+    def loss(
+        self, logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, batch: ViewBatch, **positions: Any
+    ) -> tuple[Any, Statistics]:
+        loss, statistics = self.inner.loss(logp_N, ref_logp_N, batch, **positions)
         own = len({(view.group, view.row) for view in batch.views})
         return loss * (self.completions / (own * self.micro_batches)), statistics
 

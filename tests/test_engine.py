@@ -167,6 +167,13 @@ def test_completions_that_end_early_fill_the_contract(engine):
     assert 0 < ended < 16
 
 
+def test_threshold_decoding_fills_the_contract_in_as_many_steps_as_it_takes(engine):
+    for threshold, steps in ((1.0, C), (0.0, C // BLOCK)):
+        for group in draw(engine, sampler(threshold=threshold), sizes=(2, 1)):
+            group.validate()
+            assert (group.nfe == steps).all() and group.unmask_step.max() == steps - 1
+
+
 def test_temperature_0_is_greedy(engine):
     greedy = sampler("low_confidence", temperature=0.0, top_k=20)
     first, other_seed = draw(engine, greedy), draw(engine, greedy, seed=99)

@@ -360,6 +360,25 @@ def test_a_completion_of_eos_only_is_trained_on_and_stays_in_the_denominator(gro
     assert report.plan_statistics["completions"] == COMPLETIONS
 
 
+def test_choices_of_positions_give_the_same_gradient_on_any_layout(groups, tiny_model, adapter):
+    decoupled = dataclasses.replace(SAMPLER, position_rule="decoupled_confidence", position_temperature=0.1)
+    batch = draw_batch(tiny_model, settings(), adapter, decoupled)
+    changes = {"objective__beta": 0.05}
+    whole = {"normaliser": COMPLETIONS * K}
+    expected = plain_gradient(tiny_model, at(1, **changes), adapter, batch, **whole)
+    refs = put(batch)
+    for ranks in (1, 2):
+        group = groups[ranks].restart(at(ranks, **changes), adapter)
+        error = relative(expected, group.gradient(refs, 0))
+        print(f"{ranks} ranks: relative L2 {error:.1e}")
+        assert error <= 5e-6, "1 / tau magnifies the rounding of the logits"
+    figures = group.update(refs, 0, LR).statistics.values()
+    assert figures["scored_choices"] > 0 and figures["log_ratio/abs_max"] <= 1e-4
+    tokens_only = [dataclasses.replace(group, position_logp=None, position_entropy=None) for group in batch]
+    other = plain_gradient(tiny_model, at(1, **changes), adapter, tokens_only, **whole)
+    assert relative(expected, other) > 0.01, "control: the choices count"
+
+
 # ---- on the policy, and off it
 
 
@@ -405,6 +424,13 @@ def test_greedy_trajectories_are_refused(groups, tiny_model, adapter, batch, ref
         group.update([*refs[:3], ray.put(decoded[3])], 0, LR)
     assert adamw_steps(group) == {0}
     assert group.update(refs, 0, LR).applied
+
+
+def test_trajectories_of_threshold_decoding_are_refused(groups, tiny_model, adapter):
+    decoded = draw_batch(tiny_model, settings(), adapter, dataclasses.replace(SAMPLER, threshold=0.9))
+    group = groups[1].restart(at(1), adapter)
+    with pytest.raises(TrajectoryError, match="confidence threshold"):
+        group.update(put(decoded), 0, LR)
 
 
 def test_optimizer_state_of_another_layout_is_refused(groups, adapter, refs):

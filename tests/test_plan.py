@@ -156,6 +156,15 @@ def test_statistics():
     assert update.normaliser == 4 * 8
 
 
+def test_entropy_of_choices_is_a_mean_over_choices():
+    logp, entropy = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
+    logp[:2, 0], entropy[0, 0], entropy[1, 0] = -0.5, 0.3, 0.5
+    group = dataclasses.replace(random_group(0), position_logp=logp, position_entropy=entropy)
+    assert plan([group]).statistics["position_entropy"] == pytest.approx(0.4)
+    for others in (random_group(0), dataclasses.replace(group, position_logp=0 * logp)):
+        assert "position_entropy" not in plan([others]).statistics
+
+
 def test_groups_must_come_in_order():
     with pytest.raises(AssertionError, match="not ascending"):
         plan([random_group(1), random_group(0)])

@@ -217,6 +217,62 @@ def test_sampled_tokens_follow_the_law():
     assert np.allclose([c.logp[0] for c in done[:50]], np.log(expected[[c.ids[0] for c in done[:50]]]), atol=1e-5)
 
 
+# ---- threshold decoding
+
+
+def confidences(completion, step: int, forward, prompt: int = 3) -> np.ndarray:
+    """[C], largest probability at temperature 1 in the state before ``step``, without the mask token."""
+    C = len(completion.ids)
+    state = np.where(completion.unmask_step >= step, MASK, completion.ids)
+    row = torch.tensor([[7] * prompt + state.tolist()])
+    logits = forward(row, None, torch.arange(C) + prompt)
+    logits[:, MASK] = -torch.inf
+    return logits.softmax(1).max(1).values.numpy()
+
+
+@pytest.mark.parametrize("rule", ["low_confidence", "random", "decoupled_confidence"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_threshold_reveals_what_passes_it_and_at_least_the_surest(temperature, rule):
+    spec = sampler(threshold=0.35, temperature=temperature, position_rule=rule, steps=2)
+    forward, sizes = table_model(), set()
+    for completion in run(spec, forward=forward):
+        drawn = completion.drawn
+        assert completion.nfe == len(set(completion.unmask_step[drawn].tolist())) <= 8
+        for step in range(completion.nfe):
+            at = np.flatnonzero(drawn & (completion.unmask_step == step))
+            c = confidences(completion, step, forward)
+            masked = np.flatnonzero((completion.unmask_step >= step) & (np.arange(8) // 4 == at[0] // 4))
+            passing = [i for i in masked if c[i] > 0.35]
+            assert sorted(at) == (passing or [masked[c[masked].argmax()]])
+            order = at[completion.unmask_rank[at].argsort()]
+            assert (np.diff(c[order]) <= 1e-6).all(), "the surest first"
+            sizes.add(len(at))
+        assert completion.position_logp is None
+    assert len(sizes) > 1, "control: steps of several sizes were seen"
+
+
+def test_the_ends_of_the_threshold():
+    """0 reveals a block a step; 1 one position a step, which at temperature 0 is low_confidence with all steps."""
+    for completion in run(sampler(threshold=0.0)):
+        assert completion.nfe == 2 and completion.unmask_step.tolist() == [0] * 4 + [1] * 4
+    greedy = dict(temperature=0.0, position_rule="low_confidence")
+    for ours, theirs in zip(run(sampler(threshold=1.0, **greedy)), run(sampler(steps=8, **greedy)), strict=True):
+        assert ours.nfe == theirs.nfe == 8
+        assert (ours.ids == theirs.ids).all() and (ours.unmask_step == theirs.unmask_step).all()
+
+
+def test_threshold_decoding_ends_after_a_block_of_eos():
+    for completion in run(sampler(completion_length=16, threshold=0.5), forward=table_model(eos_bias=50.0)):
+        assert (completion.ids == EOS).all() and completion.nfe == 1
+        assert completion.drawn.tolist() == [True] * 4 + [False] * 12
+        assert (completion.unmask_step[4:] == 1).all()
+
+
+def test_a_threshold_that_is_no_probability_is_refused():
+    with pytest.raises(ConfigError, match=r"threshold 1\.5"):
+        run(sampler(threshold=1.5))
+
+
 def test_unknown_position_rule_is_refused():
     with pytest.raises(ConfigError, match="middle_out"):
         run(sampler(position_rule="middle_out"))

@@ -76,9 +76,18 @@ class Objective(Protocol):
         """The views of the group at ``index`` of the update, in row order; a function of its arguments alone."""
 
     def loss(
-        self, logp_N: "torch.Tensor", ref_logp_N: "torch.Tensor | None", batch: ViewBatch
+        self,
+        logp_N: "torch.Tensor",
+        ref_logp_N: "torch.Tensor | None",
+        batch: ViewBatch,
+        *,
+        position_logp_Z: "torch.Tensor | None" = None,
+        ref_position_logp_Z: "torch.Tensor | None" = None,
     ) -> tuple["torch.Tensor", Statistics]:
-        """Loss summed over the batch's scores, not yet divided by the update's normaliser, and its figures."""
+        """Loss summed over the batch's scores, not yet divided by the update's normaliser, and its figures.
+
+        The log-probs of tokens, and of the choices of positions where ``batch.positions`` has them.
+        """
 
 
 def make_objective(config: "ObjectiveConfig") -> Objective:

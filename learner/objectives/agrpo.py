@@ -8,17 +8,20 @@ with k draws each, is
     rho_j = exp(logp_j - logp_rollout_j)
     k3_j  = exp(d_j) - d_j - 1,  d_j = logp_reference_j - logp_j
 
-It is a sum over the tokens of a step, not a mean: a step's likelihood is the product of its tokens'. rho_j is taken
-against the log-prob that the rollout recorded, never a recomputed one, and its factor in the KL term is neither
-detached nor clipped: tokens drawn from the rollout policy then give the current policy's KL, value and gradient
-(DeepSeek-V3.2).
+It is a sum over the tokens of a step, not a mean: a step's likelihood is the product of its tokens'. Where the rollout
+drew the positions too (decoupled confidence), their choice is one more action j of the step, with a log-prob and a clip
+width of its own. rho_j is taken against the log-prob that the rollout recorded, never a recomputed one, and its factor
+in the KL term is neither detached nor clipped: actions drawn from the rollout policy then give the current policy's KL,
+value and gradient (DeepSeek-V3.2).
 
-On the policy that drew the batch, with position rules that don't look at the policy, the ``all`` step range, its
-expectation is the gradient of expected reward times -(G-1)/(G m). After an update, or on stale rollouts, rho_j
-corrects a token's probability but not the probability of the state it was drawn in: a surrogate.
+On the policy that drew the batch, with a position rule that doesn't look at the policy or whose choice is scored, and
+the ``all`` step range, its expectation is the gradient of expected reward times -(G-1)/(G m). After an update, or on
+stale rollouts, rho_j corrects an action's probability but not that of the state it was taken in: a surrogate.
 
-Shapes: G completions of a group, N scored tokens of a batch.
+Shapes: G completions of a group, N scored tokens and Z views of a batch.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,7 +80,13 @@ class Agrpo:
         )
 
     def loss(
-        self, logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, batch: ViewBatch
+        self,
+        logp_N: torch.Tensor,
+        ref_logp_N: torch.Tensor | None,
+        batch: ViewBatch,
+        *,
+        position_logp_Z: torch.Tensor | None = None,
+        ref_position_logp_Z: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
         """The sum over scores of w * l_j, and the figures of the scores that aren't pads.
 
@@ -85,12 +94,53 @@ class Agrpo:
             logp_N: [N] log-probs of the targets under the current policy, on the recorded support, with gradient.
             ref_logp_N: [N] the same without adapter; needed when beta > 0.
             batch: the views that were scored.
+            position_logp_Z: [Z] log-probs of the choices of positions, with gradient; needed when the batch has them.
+            ref_position_logp_Z: [Z] the same without adapter; needed when beta > 0.
         """
+        config = self.config
+        loss, figures = self._clipped(
+            logp_N,
+            ref_logp_N,
+            rollout_logp=batch.logp,
+            advantage=batch.advantage,
+            weight=batch.weight,
+            clip=(config.clip_low, config.clip_high),
+        )
+        choices = batch.positions
+        if choices is None:
+            return loss, figures.statistics("", "scored_tokens")
+        assert position_logp_Z is not None, "the choices of positions are part of the policy, and weren't scored"
+        free = torch.from_numpy(choices.free).to(position_logp_Z.device)
+        position_loss, position_figures = self._clipped(
+            position_logp_Z[free],
+            None if ref_position_logp_Z is None else ref_position_logp_Z[free],
+            rollout_logp=choices.logp[choices.free],
+            advantage=choices.advantage[choices.free],
+            weight=choices.weight[choices.free],
+            clip=(
+                config.clip_low if config.position_clip_low is None else config.position_clip_low,
+                config.clip_high if config.position_clip_high is None else config.position_clip_high,
+            ),
+        )
+        parts = [figures.statistics("", "scored_tokens"), position_figures.statistics("position_", "scored_choices")]
+        return loss + position_loss, Statistics.merged(parts)
+
+    def _clipped(
+        self,
+        logp_N: torch.Tensor,
+        ref_logp_N: torch.Tensor | None,
+        *,
+        rollout_logp: np.ndarray,
+        advantage: np.ndarray,
+        weight: np.ndarray,
+        clip: tuple[float, float],
+    ) -> tuple[torch.Tensor, "_Figures"]:
+        """The sum of w * l_j over actions of one kind."""
         rollout_logp_N, advantage_N, weight_N = (
             torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device)
-            for array in (batch.logp, batch.advantage, batch.weight)
+            for array in (rollout_logp, advantage, weight)
         )
-        low, high = 1.0 - self.config.clip_low, 1.0 + self.config.clip_high
+        low, high = 1.0 - clip[0], 1.0 + clip[1]
         log_ratio_N = logp_N - rollout_logp_N
         ratio_N = log_ratio_N.exp()
         loss_N = -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(low, high) * advantage_N)
@@ -100,7 +150,6 @@ class Agrpo:
             d_N = ref_logp_N.detach() - logp_N
             kl_N = ratio_N * (torch.expm1(d_N) - d_N)
             loss_N = loss_N + self.config.beta * kl_N
-        real_N = weight_N > 0
         averages = {
             "ratio/mean": ratio_N,
             "clip_fraction/low": (ratio_N < low) & (advantage_N < 0),
@@ -108,20 +157,27 @@ class Agrpo:
         }
         if kl_N is not None:
             averages["kl"] = kl_N
-        return (weight_N * loss_N).sum(), _statistics(averages, log_ratio_N, real_N)
+        return (weight_N * loss_N).sum(), _Figures(averages, log_ratio_N, weight_N > 0)
 
 
-def _statistics(averages: dict[str, torch.Tensor], log_ratio_N: torch.Tensor, real_N: torch.Tensor) -> Statistics:
-    scores = int(real_N.sum())
-    if not scores:
-        return Statistics()
-    log_ratio = log_ratio_N.detach()[real_N]
-    figures = [value.detach()[real_N].to(log_ratio.dtype).sum() for value in averages.values()]
-    figures += [log_ratio.square().sum(), log_ratio.abs().max(), log_ratio.max().exp()]
-    *sums, squares, largest, ratio_max = torch.stack(figures).tolist()
-    return Statistics(
-        means={name: (total, float(scores)) for name, total in zip(averages, sums, strict=True)},
-        rms={"log_ratio/rms": (squares, float(scores))},
-        maxima={"log_ratio/abs_max": largest, "ratio/max": ratio_max},
-        totals={"scored_tokens": float(scores)},
-    )
+class _Figures(NamedTuple):
+    averages: dict[str, torch.Tensor]
+    log_ratio_N: torch.Tensor
+    real_N: torch.Tensor
+
+    def statistics(self, prefix: str, count: str) -> Statistics:
+        """``log_ratio/abs_max`` has no prefix: whatever the kind of action, it tells how far learner and rollout are
+        apart."""
+        scores = int(self.real_N.sum())
+        if not scores:
+            return Statistics()
+        log_ratio = self.log_ratio_N.detach()[self.real_N]
+        figures = [value.detach()[self.real_N].to(log_ratio.dtype).sum() for value in self.averages.values()]
+        figures += [log_ratio.square().sum(), log_ratio.abs().max(), log_ratio.max().exp()]
+        *sums, squares, largest, ratio_max = torch.stack(figures).tolist()
+        return Statistics(
+            means={prefix + name: (total, float(scores)) for name, total in zip(self.averages, sums, strict=True)},
+            rms={f"{prefix}log_ratio/rms": (squares, float(scores))},
+            maxima={"log_ratio/abs_max": largest, f"{prefix}ratio/max": ratio_max},
+            totals={count: float(scores)},
+        )

@@ -158,7 +158,9 @@ class TorchEngine:
             cells = [kept for c in completions for kept in c.support or []]
             indptr = np.concatenate([[0], np.cumsum([len(kept) for kept in cells])]).astype(np.int64)
             ids = np.concatenate(cells).astype(np.int32)
-        names = ("unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy")
+        names = ["unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy"]
+        if sampler.scores_positions:
+            names += ["position_logp", "position_entropy"]
         arrays: dict[str, Any] = {name: np.stack([getattr(c, name) for c in completions]) for name in names}
         return TrajectoryGroup(
             group_id=spec.group_id,

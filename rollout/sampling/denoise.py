@@ -16,6 +16,7 @@ import torch
 
 from rewards.errors import ConfigError
 from rollout.sampling import noise
+from rollout.sampling.positions import choice_entropy, choice_logp, log_confidence
 from rollout.sampling.schedule import tokens_per_step
 from rollout.sampling.truncation import Law, truncate, without_mask
 from rollout.trajectory import PositionRule, SamplerSpec
@@ -45,6 +46,8 @@ class Completion:
     entropy: np.ndarray
     support: list[np.ndarray] | None
     """per position: kept token ids, ascending, int32"""
+    position_logp: np.ndarray | None = None
+    position_entropy: np.ndarray | None = None
     nfe: int = 0
 
 
@@ -81,6 +84,13 @@ def denoise(
     """
     if sampler.position_rule not in POSITION_RULES:
         raise ConfigError(f"position_rule {sampler.position_rule!r} is unknown; use one of {', '.join(POSITION_RULES)}")
+    if sampler.threshold is not None and not 0 <= sampler.threshold <= 1:
+        raise ConfigError(f"threshold {sampler.threshold} is not a probability; take one from 0 to 1")
+    if not (sampler.position_temperature >= 0 and 0 < sampler.confidence_temperature < float("inf")):
+        raise ConfigError(
+            f"position_temperature {sampler.position_temperature} must be 0 or more, and confidence_temperature "
+            f"{sampler.confidence_temperature} above 0 and finite"
+        )
     loop = _Loop(forward, requests, sampler, tokens, device)
     waiting = iter(range(len(requests)))
     live: list[_Row] = []
@@ -117,15 +127,21 @@ class _Row:
             logp_raw=np.zeros(C, np.float32),
             entropy=np.zeros(C, np.float32),
             support=[np.zeros(0, np.int32)] * C if sampler.truncates else None,
+            position_logp=np.zeros(sampler.steps, np.float32) if sampler.scores_positions else None,
+            position_entropy=np.zeros(sampler.steps, np.float32) if sampler.scores_positions else None,
         )
+
+    @property
+    def revealed(self) -> int:
+        return int(self.masked.size - self.masked.sum())
 
     def finished(self, loop: "_Loop", tokens: Tokens) -> bool:
         """True when nothing is left to reveal; fills the rest with EOS once the last block was EOS only."""
         C, block_length = loop.sampler.completion_length, loop.sampler.block_length
         if not self.masked.any():
             return True
-        start = self.step // loop.steps_per_block * block_length  # first position of the next block
-        if self.step % loop.steps_per_block or not start:
+        start = self.revealed  # first position of the next block, where one was just finished
+        if start % block_length or not start:
             return False
         if not np.isin(self.out.ids[start - block_length : start], tokens.eos).all():
             return False
@@ -147,7 +163,9 @@ class _Loop:
     ) -> None:
         self.forward, self.sampler, self.tokens, self.device = forward, sampler, tokens, device
         self.schedule = tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps)
-        self.steps_per_block = sampler.steps // (sampler.completion_length // sampler.block_length)
+        before_drawing = sampler.threshold is not None or sampler.position_rule == "decoupled_confidence"
+        after_drawing = not before_drawing and sampler.position_rule in ("low_confidence", "entropy")
+        self.choosing = "before drawing" if before_drawing else "after drawing" if after_drawing else "before forward"
         self.P = max((len(request.prompt_ids) for request in requests), default=0)
         self.done: list[Completion | None] = [None] * len(requests)
 
@@ -160,6 +178,13 @@ class _Loop:
         logit_rows_N = torch.from_numpy(row_of_N * L + self.P + position_N).to(self.device)
         input_ids_RL, attention_mask_RL = self._inputs(live)
         logits_NV = self.forward(input_ids_RL, attention_mask_RL, logit_rows_N)
+        if self.choosing == "before drawing":
+            picks = self._pick(live, candidates, logits_NV)
+            candidates = [positions[pick] for positions, pick in zip(candidates, picks, strict=True)]
+            offsets = np.searchsorted(row_of_N, np.arange(len(live)))
+            at_N = np.concatenate([start + pick for start, pick in zip(offsets, picks, strict=True)])
+            row_of_N, position_N = row_of_N[at_N], position_N[at_N]
+            logits_NV = logits_NV[torch.from_numpy(at_N).to(self.device)]
         drawn = self._draw(live, row_of_N, position_N, logits_NV)
         offset = 0
         for row, positions in zip(live, candidates, strict=True):
@@ -173,9 +198,9 @@ class _Loop:
         """Positions per row that the LM head must see: those to be revealed, or all masked ones of the block when the
         rule needs their laws to choose."""
         block_length, rule = self.sampler.block_length, self.sampler.position_rule
-        blocks = [row.step // self.steps_per_block * block_length for row in live]
+        blocks = [row.revealed // block_length * block_length for row in live]
         masked = [b + np.flatnonzero(row.masked[b : b + block_length]) for row, b in zip(live, blocks, strict=True)]
-        if rule in ("low_confidence", "entropy"):
+        if self.choosing != "before forward":
             return masked
         if rule == "random":
             keys_R, steps_R = torch.tensor([row.key for row in live]), torch.tensor([row.step for row in live])
@@ -183,6 +208,47 @@ class _Loop:
             bits_RC = noise.uniform_bits(streams_R1, torch.arange(self.sampler.completion_length)).numpy()
             masked = [m[np.argsort(bits_C[m], kind="stable")] for m, bits_C in zip(masked, bits_RC, strict=True)]
         return [m[: self.schedule[row.step]] for m, row in zip(masked, live, strict=True)]
+
+    def _pick(self, live: list[_Row], candidates: list[np.ndarray], logits_NV: torch.Tensor) -> list[np.ndarray]:
+        """Which candidates each row reveals, as indices into its candidates in the order of choice."""
+        sampler = self.sampler
+        temperature = sampler.confidence_temperature if sampler.threshold is None else 1.0
+        confidence_N = log_confidence(without_mask(logits_NV, self.tokens.mask), temperature).double().cpu()
+        counts = [len(positions) for positions in candidates]
+        scores_RK = torch.full((len(live), max(counts)), -torch.inf, dtype=torch.float64)
+        position_RK = torch.zeros(scores_RK.shape, dtype=torch.int64)
+        real_RK = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
+        scores_RK[real_RK] = confidence_N
+        position_RK[real_RK] = torch.from_numpy(np.concatenate(candidates))
+        if sampler.threshold is not None:
+            passing_R = (scores_RK.exp() > sampler.threshold).sum(1).clamp(min=1).tolist()
+            order_RK = scores_RK.sort(dim=1, descending=True, stable=True).indices
+            return [order_K[:n] for order_K, n in zip(order_RK.numpy(), passing_R, strict=True)]
+        if not sampler.scores_positions:
+            order_RK = scores_RK.sort(dim=1, descending=True, stable=True).indices
+        else:
+            scores_RK[real_RK] /= sampler.position_temperature
+            keys_R, steps_R = torch.tensor([row.key for row in live]), torch.tensor([row.step for row in live])
+            streams_R = noise.streams(keys_R, steps_R, torch.full_like(keys_R, _POSITION_STREAM))
+            noisy_RK = scores_RK + noise.gumbel(streams_R, position_RK)
+            order_RK = noisy_RK.sort(dim=1, descending=True, stable=True).indices
+            self._record_choice(live, counts, scores_RK, order_RK)
+        return [order_K[: self.schedule[row.step]] for order_K, row in zip(order_RK.numpy(), live, strict=True)]
+
+    def _record_choice(
+        self, live: list[_Row], counts: list[int], scores_RK: torch.Tensor, order_RK: torch.Tensor
+    ) -> None:
+        revealed = [self.schedule[row.step] for row in live]
+        free = [r for r, (count, n) in enumerate(zip(counts, revealed, strict=True)) if n < count]
+        for n in sorted({revealed[r] for r in free}):  # a step that reveals all that is left chooses nothing
+            at = [r for r in free if revealed[r] == n]
+            scores_SK, chosen_Sn = scores_RK[at], order_RK[at, :n]
+            logp_S, entropy_S = choice_logp(scores_SK, chosen_Sn), choice_entropy(scores_SK, chosen_Sn)
+            for r, logp, entropy in zip(at, logp_S.tolist(), entropy_S.tolist(), strict=True):
+                out = live[r].out
+                assert out.position_logp is not None and out.position_entropy is not None
+                out.position_logp[live[r].step] = min(logp, 0.0)
+                out.position_entropy[live[r].step] = max(entropy, 0.0)
 
     def _inputs(self, live: list[_Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
         C = self.sampler.completion_length
@@ -224,11 +290,12 @@ class _Loop:
         )
 
     def _reveal(self, row: _Row, positions: np.ndarray, drawn: "_Drawn", part: slice) -> None:
-        score = {
-            "low_confidence": drawn.logp_raw[part],  # LLaDA's: probability of the drawn token at temperature 1
-            "entropy": -drawn.entropy[part],
-        }.get(self.sampler.position_rule, np.zeros(len(positions), np.float32))
-        chosen = np.argsort(-score, kind="stable")[: self.schedule[row.step]]
+        chosen = np.arange(len(positions))
+        if self.choosing == "after drawing":
+            # LLaDA's confidence: probability of the drawn token at temperature 1.
+            by_confidence = self.sampler.position_rule == "low_confidence"
+            score = drawn.logp_raw[part] if by_confidence else -drawn.entropy[part]
+            chosen = np.argsort(-score, kind="stable")[: self.schedule[row.step]]
         at = positions[chosen]
         out, source = row.out, part.start + chosen
         out.ids[at] = drawn.token[source]
