@@ -1,234 +1,26 @@
-"""The expected AGRPO gradient is the gradient of expected reward, by enumeration.
+"""The expected AGRPO gradient is the gradient of expected reward, by enumeration (``learner.enumeration``)."""
 
-A table model (one free logit per state, position and token, EOS among the tokens) is small enough to list every
-trajectory that the sampler can write, hence every group of two. Rewards, advantages, step tables, draws, views and loss
-are the learner's own code; only the sum over trajectories and the integral over u are the test's. With the normaliser
-G k and the step range ``all``, minus the gradient of the loss must be (G-1)/G * 1/m times the finite-difference
-gradient of expected reward.
-"""
-
-import itertools
-import math
-from dataclasses import dataclass
-from functools import cache
-
-import numpy as np
 import pytest
-import torch
 
-from learner.advantages import group_advantages
-from learner.objectives.agrpo import Agrpo
+from learner.enumeration import (
+    BLOCKS,
+    RANDOM_ORDER,
+    RETIRING,
+    SMALLEST,
+    THREE_POSITIONS,
+    TWO_TOKENS_A_STEP,
+    G,
+    K,
+    all_groups,
+    cosine,
+    enumerate_trajectories,
+    exact_gradient,
+    expected_estimate,
+    independent_law,
+    low_confidence_law,
+    relative_error,
+)
 from learner.settings import AgrpoConfig
-from learner.timesteps import StepTable, draw_timesteps, step_probabilities, step_table, stratify
-from learner.views import View, build_batch
-from rollout.trajectory import TrajectoryGroup
-from tests.hand_made import make_group
-
-EOS = 0
-G = 2
-K = 2
-
-
-@dataclass(frozen=True)
-class Toy:
-    """A sampler of ``length`` positions in blocks, over ``tokens`` tokens, EOS = 0 among them; mask id = tokens."""
-
-    length: int
-    tokens: int
-    block: int
-    per_step: int
-
-    @property
-    def steps(self) -> int:
-        return self.length // self.per_step
-
-    @property
-    def parameters(self) -> np.ndarray:
-        shape = ((self.tokens + 1) ** self.length, self.length, self.tokens)
-        return np.random.default_rng(1).normal(size=shape) * 0.7
-
-    def state(self, ids: np.ndarray) -> np.ndarray:
-        """Table row of a partly masked completion, [..., C] -> [...]."""
-        return ids @ (self.tokens + 1) ** np.arange(self.length)
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """All that a sampler can write, as [n, C] arrays, and the [n] probability of each order, free of the model."""
-
-    ids: np.ndarray
-    unmask_step: np.ndarray
-    drawn: np.ndarray
-    order: np.ndarray
-
-    def states(self, toy: Toy) -> np.ndarray:
-        """[n, C], the state in which each position was revealed."""
-        masked = self.unmask_step[:, None, :] >= self.unmask_step[:, :, None]
-        return toy.state(np.where(masked, toy.tokens, self.ids[:, None, :]))
-
-    def rewards(self) -> np.ndarray:
-        """[n, 2] in eighths, so that float32 holds them exactly; a function of the final tokens."""
-        rng = np.random.default_rng(7)
-        table = {ids: rng.integers(0, 9, 2) / 8 for ids in sorted({tuple(row) for row in self.ids.tolist()})}
-        return np.array([table[tuple(row)] for row in self.ids.tolist()])
-
-
-RANDOM_ORDER = Toy(length=2, tokens=3, block=2, per_step=1)
-THREE_POSITIONS = Toy(length=3, tokens=2, block=3, per_step=1)
-RETIRING = Toy(length=2, tokens=3, block=1, per_step=1)
-BLOCKS = Toy(length=4, tokens=2, block=2, per_step=1)
-TWO_TOKENS_A_STEP = Toy(length=4, tokens=2, block=2, per_step=2)
-
-
-@cache
-def enumerate_trajectories(toy: Toy) -> Trajectories:
-    found = []
-
-    def extend(ids: tuple[int, ...], unmask: tuple[int, ...], drawn: tuple[bool, ...], order: float) -> None:
-        done = len(ids)
-        if done == toy.length:
-            found.append((ids, unmask, drawn, order))
-            return
-        first_step = done // toy.per_step
-        if done and all(token == EOS for token in ids[-toy.block :]):
-            rest = toy.length - done
-            extend(ids + (EOS,) * rest, unmask + (first_step,) * rest, drawn + (False,) * rest, order)
-            return
-        orders = {tuple(p // toy.per_step for p in perm) for perm in itertools.permutations(range(toy.block))}
-        for steps in orders:
-            for tokens in itertools.product(range(toy.tokens), repeat=toy.block):
-                later = tuple(first_step + s for s in steps)
-                extend(ids + tokens, unmask + later, drawn + (True,) * toy.block, order / len(orders))
-
-    extend((), (), (), 1.0)
-    ids, unmask, drawn, order = (np.array(column) for column in zip(*found, strict=True))
-    return Trajectories(ids, unmask, drawn, order)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
-def token_logp(toy: Toy, theta: np.ndarray, paths: Trajectories) -> np.ndarray:
-    """[n, C], log-prob of each drawn token in its state, 0 where filled."""
-    logp = log_softmax(theta)[paths.states(toy), np.arange(toy.length), paths.ids]
-    return np.where(paths.drawn, logp, 0.0)
-
-
-def independent_law(toy: Toy, theta: np.ndarray, paths: Trajectories) -> np.ndarray:
-    """[n] probability of each trajectory when positions are chosen without looking at the model."""
-    return paths.order * np.exp(token_logp(toy, theta, paths).sum(axis=1))
-
-
-def low_confidence_law(toy: Toy, theta: np.ndarray, paths: Trajectories) -> np.ndarray:
-    """[n]: every masked position proposes a token, the most probable proposal is kept (one block, one token a step)."""
-    q = np.exp(log_softmax(theta))
-    law = np.ones(len(paths.ids))
-    for n, (ids, unmask, states) in enumerate(zip(paths.ids, paths.unmask_step, paths.states(toy), strict=True)):
-        for i in range(toy.length):
-            chosen = q[states[i], i, ids[i]]
-            others = [q[states[i], j] for j in range(toy.length) if unmask[j] > unmask[i]]
-            law[n] *= chosen * math.prod(other[other < chosen].sum() for other in others)
-    return law
-
-
-def reward_gradient(toy: Toy, law, paths: Trajectories) -> np.ndarray:
-    """Central differences of expected reward, float64."""
-    theta, reward, eps = toy.parameters, paths.rewards().sum(axis=1), 1e-5
-    gradient = np.zeros_like(theta)
-    for index in np.ndindex(theta.shape):
-        values = []
-        for step in (eps, -eps):
-            moved = theta.copy()
-            moved[index] += step
-            values.append(law(toy, moved, paths) @ reward)
-        gradient[index] = (values[0] - values[1]) / (2 * eps)
-    return gradient
-
-
-def pair_up(toy: Toy, paths: Trajectories, rows: list[int], group_id: int = 0) -> TrajectoryGroup:
-    theta = toy.parameters
-    logits = log_softmax(theta)[paths.states(toy)[rows], np.arange(toy.length)]
-    return make_group(
-        paths.ids[rows],
-        paths.unmask_step[rows],
-        steps=toy.steps,
-        block_length=toy.block,
-        drawn=paths.drawn[rows],
-        logp=token_logp(toy, theta, paths)[rows],
-        entropy=-(np.exp(logits) * logits).sum(axis=-1),
-        rewards=paths.rewards()[rows],
-        prompt_ids=np.array([toy.tokens + 1], dtype=np.int32),
-        group_id=group_id,
-    )
-
-
-@cache
-def all_pairs(toy: Toy) -> list[TrajectoryGroup]:
-    paths = enumerate_trajectories(toy)
-    return [pair_up(toy, paths, [i, j]) for i in range(len(paths.ids)) for j in range(len(paths.ids))]
-
-
-def expected_weights(table: StepTable, slot: int, config: AgrpoConfig) -> np.ndarray:
-    """[n, m]: E_u[weight of step] of the row in this slot of a group of G, summed over its k draws; exact.
-
-    All orders of the strata are listed; between the edges of the law the draw is constant in the jitter.
-    """
-    S = G * config.k
-    orders = list(itertools.permutations(range(S))) if config.low_discrepancy else [tuple(range(S))]
-    p_nm = step_probabilities(table, config.timestep_sampling, config.weight_floor)
-    total_nm = np.zeros_like(p_nm)
-    for row, p_m in enumerate(p_nm):
-        scale = S if config.low_discrepancy else 1
-        edges = np.unique(np.concatenate([[0.0, 1.0], (scale * np.cumsum(p_m)) % 1.0]))
-        jitter, length = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-        cases = list(itertools.product(orders, range(len(jitter))))
-        u = [stratify(np.array(o), jitter[c]) if config.low_discrepancy else np.full(S, jitter[c]) for o, c in cases]
-        u_Qk = np.array(u)[:, slot * config.k : (slot + 1) * config.k]
-        again = [array[[row] * len(cases)] for array in (table.eligible_Gm, table.denominator_G, table.entropy_Gm)]
-        drawn = draw_timesteps(StepTable(*again), u_Qk, config.timestep_sampling, config.weight_floor)
-        for (_, cell), steps in zip(cases, drawn, strict=True):
-            total_nm[row, steps.steps] += length[cell] / len(orders) * steps.weights
-    return total_nm
-
-
-def expected_estimate(toy: Toy, law_n: np.ndarray, config: AgrpoConfig) -> np.ndarray:
-    """Minus the gradient of the loss, averaged over all groups of two and all u."""
-    paths = enumerate_trajectories(toy)
-    everything = pair_up(toy, paths, list(range(len(paths.ids))))
-    table = step_table(everything, config.step_range, (EOS,))
-    weights = [expected_weights(table, slot, config) for slot in range(G)]
-    groups, views = all_pairs(toy), []
-    pairs = itertools.product(range(len(law_n)), repeat=G)
-    for index, (group, pair) in enumerate(zip(groups, pairs, strict=True)):
-        advantages_G = group_advantages(group.rewards)
-        for slot, n in enumerate(pair):
-            for step in np.flatnonzero(weights[slot][n]):
-                weight = law_n[pair[0]] * law_n[pair[1]] * weights[slot][n, step]
-                views.append(View(index, slot, int(step), float(advantages_G[slot]), float(weight)))
-    batch = build_batch(views, groups, mask_id=toy.tokens, pad_id=toy.tokens + 2)
-    theta = torch.tensor(toy.parameters, requires_grad=True)
-    L = batch.input_ids.shape[1]
-    states_N = toy.state(batch.input_ids[:, -toy.length :])[batch.view_of_score]
-    positions_N = batch.score_rows % L - (L - toy.length)
-    logp_N = theta.log_softmax(dim=-1)[states_N, positions_N, batch.targets]
-    loss, _ = Agrpo(config).loss(logp_N, None, batch)
-    (loss / (G * config.k)).backward()
-    assert theta.grad is not None
-    return -theta.grad.numpy()
-
-
-def relative_error(ours: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - exact) / np.linalg.norm(exact))
-
-
-def cosine(ours: np.ndarray, exact: np.ndarray) -> float:
-    return float((ours * exact).sum() / np.linalg.norm(ours) / np.linalg.norm(exact))
-
-
-@cache
-def exact_gradient(toy: Toy) -> np.ndarray:
-    return reward_gradient(toy, independent_law, enumerate_trajectories(toy)) * (G - 1) / G / toy.steps
 
 
 @pytest.mark.parametrize("toy", [RANDOM_ORDER, THREE_POSITIONS, RETIRING, BLOCKS, TWO_TOKENS_A_STEP], ids=str)
@@ -237,6 +29,14 @@ def test_the_enumeration_is_a_probability(toy):
     assert independent_law(toy, toy.parameters, paths).sum() == pytest.approx(1, abs=1e-12)
     if toy.block == toy.length:
         assert low_confidence_law(toy, toy.parameters, paths).sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("toy", [RANDOM_ORDER, RETIRING, TWO_TOKENS_A_STEP], ids=str)
+def test_enumerated_groups_are_what_an_engine_could_deliver(toy):
+    groups = all_groups(toy)
+    assert len(groups) == len(enumerate_trajectories(toy).ids) ** G
+    for group in groups[:: max(1, len(groups) // 50)]:
+        group.validate()
 
 
 @pytest.mark.parametrize("low_discrepancy", [True, False])
@@ -255,6 +55,15 @@ def test_expected_gradient_of_longer_completions(toy):
     assert relative_error(expected_estimate(toy, law_n, config), exact_gradient(toy)) < 1e-6
 
 
+def test_the_factor_of_the_group_baseline_at_three_completions():
+    """Groups of two can't tell (G-1)/G from 1/G."""
+    toy, config = SMALLEST, AgrpoConfig(k=1, timestep_sampling="entropy")
+    law_n = independent_law(toy, toy.parameters, enumerate_trajectories(toy))
+    ours = expected_estimate(toy, law_n, config, size=3)
+    assert relative_error(ours, exact_gradient(toy, size=3)) < 1e-6
+    assert relative_error(ours, exact_gradient(toy, size=2)) > 0.1, "control: another group size, another factor"
+
+
 @pytest.mark.parametrize("toy", [RANDOM_ORDER, RETIRING, TWO_TOKENS_A_STEP], ids=str)
 def test_control_the_published_step_range_is_biased(toy):
     config = AgrpoConfig(k=K, step_range="until_last_token")
@@ -266,7 +75,7 @@ def test_control_the_published_step_range_is_biased(toy):
 
 def test_control_confidence_ordered_positions_with_token_terms_only_are_biased():
     toy, paths = THREE_POSITIONS, enumerate_trajectories(THREE_POSITIONS)
-    exact = reward_gradient(toy, low_confidence_law, paths) * (G - 1) / G / toy.steps
+    exact = exact_gradient(toy, low_confidence_law)
     ours = expected_estimate(toy, low_confidence_law(toy, toy.parameters, paths), AgrpoConfig(k=1))
     assert relative_error(ours, exact) > 0.1
     assert cosine(ours, exact) < 0.97
