@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any
 
 from learner import checkpoint as checkpoints
+from learner.actors import start_actors
 from learner.atomic import atomic_dir
 from learner.config import RunConfig
-from learner.evaluate import greedy_solve_rates
+from learner.evaluation.greedy import greedy_solve_rates
 from learner.feed import Feed
 from learner.group import LearnerGroup
 from learner.objectives import Statistics, make_objective
@@ -32,12 +33,10 @@ from learner.stopping import StopFlag
 from learner.weights import publish
 from rewards.errors import TrainingDiverged, WeightMismatch
 from rewards.task import get_task
-from rollout.actor import BASE_WEIGHTS, ActorSettings, Weights, code_identity
+from rollout.actor import BASE_WEIGHTS, Weights
 from rollout.adapters import write_peft_folder
-from rollout.engines.torch import TorchEngine
 from rollout.ledger import Ledger
 from rollout.models import load_tokenizer, policy_adapter
-from rollout.pool import RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
@@ -71,14 +70,7 @@ class Controller:
         if resumed is not None:
             checkpoints.require_layout(resumed.progress, self._layout())
             ledger.restore(resumed.progress.ledger)
-        pool = RolloutPool(
-            self._actor_settings(model_path),
-            size=rollout.actors,
-            resources={"CPU": config.resources.cpus_per_actor, "GPU": config.resources.gpus_per_actor},
-            threads=config.resources.threads_per_process,
-            start_timeout_s=config.timeouts.start,
-            max_restarts=3,
-        )
+        pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
         closing.callback(pool.close)
         self.feed = Feed(config, train, pool, ReplayBuffer(ledger), on_event=reporter.event, stop=stop.is_set)
         adapter = resumed.adapter if resumed is not None else starting_adapter(config)
@@ -304,27 +296,6 @@ class Controller:
 
     def _text(self, group: TrajectoryGroup, row: int) -> str:
         return str(self.tokenizer.decode(group.completion_ids[row].tolist(), skip_special_tokens=True))
-
-    def _actor_settings(self, model_path: str) -> ActorSettings:
-        config = self.config
-        make_engine = partial(
-            TorchEngine,
-            model_path=model_path,
-            lora=lora_spec(config),
-            max_rows=config.rollout.max_rows,
-            threads=config.resources.threads_per_process,
-            device="cuda" if config.resources.gpus_per_actor > 0 else "cpu",
-            dtype=config.learner.dtype,
-        )
-        return ActorSettings(
-            make_engine=make_engine,
-            task=config.task.name,
-            graders=config.rollout.graders_per_actor,
-            grade_timeout_s=config.rollout.grade_timeout_s,
-            pull_timeout_s=config.timeouts.publish,
-            run_seed=config.run.seed,
-            code_digest=code_identity().digest,
-        )
 
     def _layout(self) -> dict[str, Any]:
         learner = self.config.learner

@@ -1,44 +1,69 @@
-"""Held-out evaluation: the greedy exact-solve rate by number of denoising steps."""
+"""Evaluate: ``python -m learner.evaluate [--run RUN | recipe=NAME] [key.sub=value ...]``.
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+Only parses: what is defined here would be called ``__main__.X`` on Ray's workers, so the work is in
+``learner.evaluation``.
+"""
 
-from learner.config import RunConfig
-from learner.feed import Feed
-from rewards.task import Problem
-from rollout.actor import Weights
+import sys
+from collections.abc import Sequence
+
+from learner.evaluation.settings import help_text, load_evaluation
+from learner.stopping import Interrupted, interrupting
+from rewards.errors import ConfigError, UnmaskError
+
+USAGE = """usage: python -m learner.evaluate [--run RUN | recipe=NAME] [key.sub=value ...]
+
+Solve rates of a base and an adapter, side by side, over a grid of step counts, position orders, thresholds and samples.
+The same command goes on where it was stopped. Writes results.json, results.png and results.jsonl (every completion).
+
+  --run RUN        run directory whose settings, base model, adapter and held-out problems are taken
+  recipe=NAME      settings of a recipe instead (default: sudoku), with model.path=... and adapter=...
+  --help           this text
+"""
 
 
-def greedy_solve_rates(
-    config: RunConfig, feed: Feed, problems: Sequence[Problem], weights: Weights, *, on_tick: Callable[[], None]
-) -> dict[str, float]:
-    """Share of problems whose verdict is right, by step count: ``{"m": 0.41, "m/2": ..., "m/4": ...}``.
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0, 1 when the evaluation failed, 2 for wrong settings, 128 + signal when asked to stop."""
+    try:
+        if set(argv) & {"--help", "-h"}:
+            print(f"{USAGE}\n{help_text()}", end="")
+            return 0
+        run, settings = _run_option(argv)
+        config, run_dir = load_evaluation(settings, run)
+        with interrupting():
+            from learner.evaluation.drive import evaluate  # torch and Ray take seconds to import
 
-    Completions are decoded at temperature 0, without truncation, in the order that ``evaluation.position_rule`` says.
-    ``on_tick`` is called every second or so, and ends the evaluation by raising.
-    """
+            return evaluate(config, run_dir)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UnmaskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"stopped by {error}", file=sys.stderr)
+        return error.exit_status
 
-    def expire() -> Iterable[int]:
-        on_tick()
-        return feed.replay.ledger.expire()
 
-    rates = {}
-    for divisor in config.evaluation.step_divisors:
-        sampler = dataclasses.replace(
-            feed.sampler,
-            steps=feed.sampler.steps // divisor,
-            position_rule=config.evaluation.position_rule,
-            temperature=0.0,
-            top_k=None,
-            top_p=1.0,
-        )
-        results = feed.pool.evaluate(
-            problems,
-            sampler,
-            weights,
-            chunk_size=config.rollout.max_rows,
-            timeout_s=config.timeouts.evaluate,
-            expire=expire,
-        )
-        rates["m" if divisor == 1 else f"m/{divisor}"] = sum(result.correct for result in results) / len(results)
-    return rates
+def _run_option(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--run RUN`` or ``--run=RUN``, and the other arguments."""
+    runs, rest, arguments = [], [], list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--run":
+            if not arguments:
+                raise ConfigError("--run needs the folder of a run")
+            runs.append(arguments.pop(0))
+        elif argument.startswith("--run="):
+            runs.append(argument.removeprefix("--run="))
+        elif argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument}; see --help")
+        else:
+            rest.append(argument)
+    if len(runs) > 1:
+        raise ConfigError(f"--run is given {len(runs)} times; give one")
+    return (runs[0] if runs else None), rest
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -130,15 +130,24 @@ class LeaseReport:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The verdict on one completion of one problem, and its reward components (NaN where the grader gave none)."""
+    """The completions of one problem in the order of their rows: texts, verdicts, reward components (NaN where the
+    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that a timeout or crash decided."""
 
     problem_id: str
-    correct: bool
-    components: Mapping[str, float]
+    completions: tuple[str, ...]
+    correct: tuple[bool, ...]
+    components: Mapping[str, tuple[float, ...]]
+    tokens: tuple[int, ...]
+    nfe: tuple[int, ...]
+    grader_failures: int
 
-    @property
-    def reward(self) -> float:
-        return sum(self.components.values())
+
+@dataclass(frozen=True)
+class EvalReport:
+    """A chunk's results, in the order of its problems. generate_s: seconds that the engine took for all of them."""
+
+    results: list[EvalResult]
+    generate_s: float
 
 
 @dataclass(frozen=True)
@@ -216,20 +225,37 @@ class RolloutActor:
         )
         return report, *groups
 
-    def evaluate(self, problems: Sequence[Problem], sampler: SamplerSpec, weights: Weights) -> list[EvalResult]:
-        """One graded completion per problem, all in one call of the engine; temperature 0 decodes greedily.
+    def evaluate(
+        self, problems: Sequence[Problem], sampler: SamplerSpec, weights: Weights, samples: int = 1
+    ) -> EvalReport:
+        """``samples`` graded completions per problem, all in one call of the engine; temperature 0 decodes greedily.
 
         Raises as ``run_lease`` does.
         """
         self._hold(weights)
         seeds = [derive_seed(self._settings.run_seed, problem.id, "evaluation") for problem in problems]
-        specs = [GroupSpec(i, problem, 1, seed) for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True))]
-        _, futures = self._generate(specs, sampler)
-        grades = self._graders.collect([future for group in futures for future in group])
-        return [
-            EvalResult(problem.id, grade.correct, grade.components)
-            for problem, grade in zip(problems, grades, strict=True)
+        specs = [
+            GroupSpec(i, problem, samples, seed) for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
         ]
+        begin = time.perf_counter()
+        groups, futures = self._generate(specs, sampler)
+        generated = time.perf_counter()
+        results = [
+            self._eval_result(group, self._graders.collect(pending))
+            for group, pending in zip(groups, futures, strict=True)
+        ]
+        return EvalReport(results, generated - begin)
+
+    def _eval_result(self, group: TrajectoryGroup, grades: Sequence[GradeResult]) -> EvalResult:
+        return EvalResult(
+            problem_id=group.problem_id,
+            completions=tuple(self._text(ids_C) for ids_C in group.completion_ids),
+            correct=tuple(grade.correct for grade in grades),
+            components={name: tuple(grade.components[name] for grade in grades) for name in self._task.components},
+            tokens=tuple(group.drawn.sum(axis=1).tolist()),
+            nfe=tuple(group.nfe.tolist()),
+            grader_failures=sum(grade.timed_out or grade.crashed for grade in grades),
+        )
 
     def _hold(self, weights: Weights) -> None:
         """Have the engine hold these weights.
@@ -259,11 +285,14 @@ class RolloutActor:
         futures: dict[tuple[int, int], Future[GradeResult]] = {}
 
         def grade(group: int, completion: int, ids_C: np.ndarray) -> None:
-            text = tokenizer.decode(ids_C.tolist(), skip_special_tokens=True)
-            futures[group, completion] = self._graders.submit(specs[group].problem.fields, text)
+            fields = specs[group].problem.fields
+            futures[group, completion] = self._graders.submit(fields, self._text(ids_C))
 
         groups = self._engine.generate(specs, prompts, sampler, on_completion=grade)
         return groups, [[futures[g, c] for c in range(spec.size)] for g, spec in enumerate(specs)]
+
+    def _text(self, ids_C: np.ndarray) -> str:
+        return str(self._engine.tokenizer.decode(ids_C.tolist(), skip_special_tokens=True))
 
     def _with_grades(self, group: TrajectoryGroup, grades: Sequence[GradeResult]) -> TrajectoryGroup:
         names = tuple(self._task.components)

@@ -23,7 +23,7 @@ from rewards.errors import (
     WorkerLost,
 )
 from rewards.task import Problem
-from rollout.actor import ActorSettings, EvalResult, LeaseReport, RolloutActor, Weights
+from rollout.actor import ActorSettings, EvalReport, EvalResult, LeaseReport, RolloutActor, Weights
 from rollout.trajectory import Lease, SamplerSpec
 from rollout.waits import bounded_get, bounded_wait
 
@@ -136,8 +136,10 @@ class RolloutPool:
         chunk_size: int,
         timeout_s: float,
         expire: Callable[[], Iterable[int]],
+        samples: int = 1,
+        on_chunk: Callable[[int, EvalReport], None] | None = None,
     ) -> list[EvalResult]:
-        """One graded completion per problem, in the problems' order.
+        """``samples`` graded completions per problem, in the problems' order.
 
         The problems are cut into chunks of ``chunk_size``, whatever the number of actors, so the results don't depend
         on it. Running leases are finished first; what they deliver is kept for ``poll``.
@@ -146,15 +148,16 @@ class RolloutPool:
             timeout_s: seconds for one chunk; an actor that needs longer is replaced and the chunk repeated.
             expire: the ledger's ``expire``, called every tick; the leases it names are killed, so that a stuck actor
                 can't block this. What it raises ends the evaluation.
+            on_chunk: called with (chunk, its report) as soon as a chunk is finished, in any order.
 
         Raises: as ``poll`` does.
         """
         chunks = [problems[start : start + chunk_size] for start in range(0, len(problems), chunk_size)]
-        self._evaluation = _Evaluation(deque(range(len(chunks))))
+        self._evaluation = _Evaluation(deque(range(len(chunks))), on_chunk=on_chunk)
         while len(self._evaluation.results) < len(chunks):
             for worker in self._idle_workers()[: len(self._evaluation.waiting)]:
                 chunk = self._evaluation.waiting.popleft()
-                ref = worker.handle.evaluate.remote(chunks[chunk], sampler, weights)
+                ref = worker.handle.evaluate.remote(chunks[chunk], sampler, weights, samples)
                 worker.take(_Task([ref], weights, chunk=chunk), deadline=time.monotonic() + timeout_s)
             self._pump(_TICK_S)
             for lease_id in expire():
@@ -224,7 +227,7 @@ class RolloutPool:
         self._failures = 0
         worker.version = task.weights.version
         if task.chunk is not None:
-            self._evaluation.results[task.chunk] = answer
+            self._evaluation.take(task.chunk, answer)
         else:
             _check_weights(answer, task.weights)
             self._events.append(Delivery(answer, task.refs[1:]))
@@ -332,6 +335,12 @@ class _Worker:
 class _Evaluation:
     waiting: deque[int] = field(default_factory=deque)  # chunks without an actor
     results: dict[int, list[EvalResult]] = field(default_factory=dict)
+    on_chunk: Callable[[int, EvalReport], None] | None = None
+
+    def take(self, chunk: int, report: EvalReport) -> None:
+        self.results[chunk] = report.results
+        if self.on_chunk is not None:
+            self.on_chunk(chunk, report)
 
 
 def _check_weights(report: LeaseReport, weights: Weights) -> None:

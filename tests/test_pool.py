@@ -400,6 +400,18 @@ def test_evaluation_does_not_depend_on_the_pool(
     assert [result.problem_id for result in alone] == [problem.id for problem in problems]
     assert evaluate(pool, problems, weights(1)) == alone
     assert evaluate(pool, problems, BASE_WEIGHTS) != alone, "the control: other weights, other completions"
+    assert {(len(result.correct), *result.nfe) for result in alone} == {(1, 4)}
+    drawn, reports = dataclasses.replace(GREEDY, temperature=1.0, position_rule="random"), {}
+    several = pool.evaluate(
+        *(problems, drawn, weights(1)),
+        chunk_size=5,
+        timeout_s=60.0,
+        expire=ledger.expire,
+        samples=2,
+        on_chunk=reports.__setitem__,
+    )
+    assert all(len(set(result.completions)) == 2 for result in several), "rows have noise of their own"
+    assert [result for chunk in range(3) for result in reports[chunk].results] == several
     gate = tmp_path / "gate"
     gate.touch()
     restarts = sum(worker["restarts"] for worker in pool.workers())

@@ -1,0 +1,1 @@
+"""Evaluation of a policy over a grid of decoding settings; ``python -m learner.evaluate`` is the command."""

@@ -1,0 +1,167 @@
+"""From the completions of all chunks to rates with intervals: results.json, and the table at the terminal.
+
+Shapes: N problems, R resamples of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from learner.evaluation.cells import Cell
+from learner.evaluation.results import POLICIES, Chunk
+from learner.intervals import bootstrap_means, pass_at_k, percentile_interval, wilson
+from rollout.seeds import numpy_generator
+
+Evaluated = Mapping[tuple[Cell, str], Sequence[Chunk]]
+"""All chunks, in order, of the (cell, policy) pairs that are complete."""
+
+MIN_WIDTH = 180
+
+
+def cell_reports(
+    evaluated: Evaluated, *, pass_at: Sequence[int], confidence: float, resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """A JSON-able report per cell: its description, a mapping per policy, and the paired difference of the two.
+
+    Equal completions give equal reports, bit for bit: the bootstrap's draws are a function of ``seed``.
+    """
+    values = {
+        (cell, policy, metric): _values(cell, chunks, metric)
+        for (cell, policy), chunks in evaluated.items()
+        for metric in _metrics(cell, pass_at)
+    }
+    if not values:
+        return []
+    rng = numpy_generator(seed, "evaluation bootstrap")
+    means_RS = bootstrap_means(np.stack(list(values.values()), axis=1), resamples, rng)
+    resampled = dict(zip(values, means_RS.T, strict=True))
+
+    def estimate(value: float, resampled_R: np.ndarray) -> dict[str, Any]:
+        interval = percentile_interval(resampled_R, confidence)
+        return {"value": value, "interval": list(interval), "method": "bootstrap"}
+
+    reports = []
+    for cell in dict.fromkeys(cell for cell, _ in evaluated):
+        report = cell.describe()
+        for policy in POLICIES:
+            if (cell, policy) not in evaluated:
+                continue
+            rates = {
+                metric: estimate(float(values[cell, policy, metric].mean()), resampled[cell, policy, metric])
+                for metric in _metrics(cell, pass_at)
+            }
+            if cell.samples == 1:
+                N, right = len(values[cell, policy, "solve_rate"]), int(values[cell, policy, "solve_rate"].sum())
+                rates["solve_rate"] |= {"interval": list(wilson(right, N, confidence)), "method": "wilson"}
+            report[policy] = rates | _figures(evaluated[cell, policy])
+        if all(policy in report for policy in POLICIES):
+            report["difference"] = {
+                metric: estimate(
+                    report["adapter"][metric]["value"] - report["base"][metric]["value"],
+                    resampled[cell, "adapter", metric] - resampled[cell, "base", metric],
+                )
+                for metric in _metrics(cell, pass_at)
+            }
+        reports.append(report)
+    return reports
+
+
+def machine_reports(evaluated: Evaluated) -> list[dict[str, Any]]:
+    """Speed per cell and policy: completion tokens per second of one actor's engine, over the seconds it worked."""
+    reports = []
+    for (cell, policy), chunks in evaluated.items():
+        seconds = sum(chunk.generate_s for chunk in chunks)
+        speed = sum(_each(chunks, "tokens")) / max(seconds, 1e-9)
+        reports.append({"cell": cell.label, "policy": policy, "engine_s": seconds, "tokens_per_s": speed})
+    return reports
+
+
+def print_table(report: Mapping[str, Any], console: Console) -> None:
+    """The cells of results.json, base and adapter side by side."""
+    table = Table(
+        title=f"{report['problems']} problems, {100 * report['statistics']['confidence']:g} % intervals",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    policies = [policy for policy in POLICIES if any(policy in cell for cell in report["cells"])]
+    for column in ("decoding", "order", "steps", "rate"):
+        table.add_column(column, no_wrap=True)
+    columns = [*policies, *(["adapter - base"] if len(policies) == 2 else [])]
+    for column in (*columns, "forwards", "tokens/s"):
+        table.add_column(column, justify="right")
+    speeds = {(row["cell"], row["policy"]): row["tokens_per_s"] for row in report["machine"]["cells"]}
+    for cell in report["cells"]:
+        for row in _table_rows(cell, policies, speeds):
+            table.add_row(*row)
+    if not console.is_terminal and console.width < MIN_WIDTH:  # a file's 80 columns would cut the figures
+        console = Console(width=MIN_WIDTH, highlight=False, file=console.file)
+    console.print(table)
+
+
+def _metrics(cell: Cell, pass_at: Sequence[int]) -> list[str]:
+    return ["solve_rate", *(f"pass@{k}" for k in pass_at if cell.decoding == "sampled")]
+
+
+def _values(cell: Cell, chunks: Sequence[Chunk], metric: str) -> np.ndarray:
+    """The metric of each problem, [N] float64."""
+    right_N = np.array([sum(problem["correct"]) for chunk in chunks for problem in chunk.problems])
+    if metric == "solve_rate":
+        return right_N / cell.samples
+    k = int(metric.removeprefix("pass@"))
+    return np.array([pass_at_k(cell.samples, right, k) for right in range(cell.samples + 1)])[right_N]
+
+
+def _figures(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """Means over all completions. A component is None where the grader gave no number for one of them."""
+    right, nfe, tokens = (_each(chunks, what) for what in ("correct", "nfe", "tokens"))
+    components: dict[str, list[float | None]] = {}
+    for chunk in chunks:
+        for problem in chunk.problems:
+            for name, given in problem["components"].items():
+                components.setdefault(name, []).extend(given)
+    return {
+        "solved": sum(right),
+        "completions": len(right),
+        "mean_nfe": sum(nfe) / len(nfe),
+        "mean_tokens": sum(tokens) / len(tokens),
+        "components": {name: _mean(given) for name, given in components.items()},
+        "grader_failures": sum(chunk.grader_failures for chunk in chunks),
+    }
+
+
+def _each(chunks: Sequence[Chunk], what: str) -> list[int]:
+    """One figure of every completion."""
+    return [value for chunk in chunks for problem in chunk.problems for value in problem[what]]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _table_rows(
+    cell: Mapping[str, Any], policies: Sequence[str], speeds: Mapping[tuple[str, str], float]
+) -> Iterator[list[str]]:
+    here = [policy for policy in policies if policy in cell]
+    metrics = [name for name in cell[here[0]] if name == "solve_rate" or name.startswith("pass@")]
+    if "pass@1" in metrics:
+        metrics.remove("solve_rate")  # the same number
+    for i, metric in enumerate(metrics):
+        name = "solved" if metric == "solve_rate" else metric
+        how = {"threshold": f"threshold {cell['threshold']}", "sampled": f"sampled x{cell['samples']}"}
+        about = [how.get(cell["decoding"], "greedy"), cell["position_rule"] or "", str(cell["steps"] or "")]
+        rates = [_rate(cell[policy][metric]) if policy in here else "" for policy in policies]
+        if len(policies) == 2:
+            rates.append(_rate(cell["difference"][metric], "+.3f") if "difference" in cell else "")
+        forwards = " / ".join(f"{cell[policy]['mean_nfe']:.2f}" for policy in here)
+        speed = " / ".join(f"{speeds[cell['label'], policy]:,.0f}" for policy in here)
+        yield [*(about if i == 0 else [""] * 3), name, *rates, *([forwards, speed] if i == 0 else ["", ""])]
+
+
+def _rate(estimate: Mapping[str, Any], form: str = ".3f") -> str:
+    low, high = (format(end, form) for end in estimate["interval"])
+    return f"{format(estimate['value'], form)} \\[{low}, {high}]"

@@ -1,0 +1,168 @@
+"""results.jsonl: what has been evaluated so far, one line a chunk, so that an evaluation can go on where it stopped.
+
+The first line holds the settings that decide what every completion looks like, and their key; the grid is not among
+them, as every chunk names its cell. Only whole lines count: the last one may be torn by a kill.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from learner.atomic import disk_errors
+from rewards.errors import ConfigError
+from rollout.actor import EvalReport
+
+FORMAT = 1
+POLICIES = ("base", "adapter")
+
+
+@dataclass(frozen=True)
+class ChunkId:
+    """The chunk-th slice of the problems, decoded by a policy ("base" or "adapter") in a cell's way."""
+
+    cell: str
+    policy: str
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a chunk gave: a mapping per problem (id, correct, nfe, tokens, components, completions), in order."""
+
+    problems: list[dict[str, Any]]
+    grader_failures: int
+    generate_s: float
+
+    @classmethod
+    def of(cls, report: EvalReport) -> "Chunk":
+        problems = [
+            {
+                "id": result.problem_id,
+                "correct": [int(right) for right in result.correct],
+                "nfe": list(result.nfe),
+                "tokens": list(result.tokens),
+                "components": {
+                    name: [value if math.isfinite(value) else None for value in values]
+                    for name, values in result.components.items()
+                },
+                "completions": list(result.completions),
+            }
+            for result in report.results
+        ]
+        return cls(problems, sum(result.grader_failures for result in report.results), report.generate_s)
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """Names the settings, 16 hex digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ResultsFile:
+    """The open file, which this process alone may write.
+
+    Args:
+        settings: JSON-able; what all completions depend on.
+        code: identity of the source; completions of other code are kept, and ``other_code`` says that there are some.
+
+    Raises:
+        ConfigError: the file is of other settings, or another process writes it.
+        UnmaskError: the disk refuses.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, code: str) -> None:
+        self.path = path
+        self.chunks: dict[ChunkId, Chunk] = {}
+        self.dropped_lines = 0
+        self.other_code = False
+        self._code = code
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held until close
+        try:
+            self._lock()
+            with disk_errors(path):
+                self._read(settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, at: ChunkId, chunk: Chunk) -> None:
+        """Add a chunk and bring it to disk."""
+        self._write_line({**vars(at), **vars(chunk), "code": self._code})
+        self.chunks[at] = chunk
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "ResultsFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.path} is being written by another evaluation; wait for it, or give out="
+            ) from None
+
+    def _read(self, settings: Mapping[str, Any]) -> None:
+        self._file.seek(0)
+        *lines, torn = self._file.read().split(b"\n")
+        if torn:
+            self.dropped_lines += 1
+            self._file.truncate(self._file.tell() - len(torn))
+        if not lines:
+            header = {"format": FORMAT, "key": settings_key(settings), "settings": dict(settings), "code": self._code}
+            self._write_line(header)
+            return
+        self._check_header(lines[0], settings)
+        for line in lines[1:]:
+            try:
+                row = json.loads(line)
+                at = ChunkId(row["cell"], row["policy"], row["chunk"])
+                chunk = Chunk(row["problems"], row["grader_failures"], row["generate_s"])
+            except (ValueError, KeyError, TypeError):
+                self.dropped_lines += 1
+                continue
+            self.other_code |= row.get("code") != self._code
+            self.chunks.setdefault(at, chunk)
+
+    def _check_header(self, line: bytes, settings: Mapping[str, Any]) -> None:
+        try:
+            header = json.loads(line)
+            found, before = header["format"], header["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{self.path} is not the results of an evaluation; give another out=") from None
+        if found != FORMAT:
+            raise ConfigError(f"{self.path} has results format {found}, this version reads {FORMAT}; give another out=")
+        old, new = _flat(before), _flat(settings)
+        changes = [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+        if changes:
+            raise ConfigError(
+                f"{self.path} holds results of other settings ({'; '.join(changes)}); "
+                "set them back, give another out=, or delete that file"
+            )
+
+    def _write_line(self, row: Mapping[str, Any]) -> None:
+        with disk_errors(self.path):
+            left = json.dumps(row, allow_nan=False).encode() + b"\n"
+            while left:  # a full disk takes a part, then raises
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

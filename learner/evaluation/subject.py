@@ -1,0 +1,145 @@
+"""What is evaluated: the base model, the adapter and the problems."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from learner import checkpoint as checkpoints
+from learner.evaluation.settings import NO_ADAPTER, EvaluateConfig
+from learner.rundir import RunDirectory
+from learner.runs import task_problems
+from learner.sft import ensure_base, print_progress
+from rewards.errors import ConfigError, DataError
+from rewards.task import Problem, get_task
+from rollout.adapters import AdapterState, digest, read_peft_folder
+from rollout.models import policy_adapter
+from rollout.models.lora import LoraSpec
+
+_SAMPLED_BYTES = 1 << 20
+_WHOLE_FILE = 1_000_000_000
+
+# Of PEFT's options, those that the engine's plain LoRA has not; any value but an empty one.
+_UNKNOWN_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as read from disk."""
+
+    source: Path
+    state: AdapterState
+    peft_config: dict[str, Any]
+    digest: str
+
+
+def read_adapter(config: EvaluateConfig, run_dir: Path | None) -> Adapter | None:
+    """The adapter that the settings name, or the run's own; None when only the base is evaluated.
+
+    Raises:
+        ConfigError: there is none where it should be, or nothing is left to evaluate.
+        CheckpointError, DataError: it can't be read.
+    """
+    if config.adapter == NO_ADAPTER or (config.adapter is None and run_dir is None):
+        if not config.base:
+            raise ConfigError("base=false and no adapter leave nothing to evaluate; give adapter=FOLDER or --run RUN")
+        return None
+    folder = run_dir if config.adapter is None else Path(config.adapter).expanduser().absolute()
+    assert folder is not None
+    if (folder / "state.json").is_file():  # a checkpoint, which has sums of its files
+        found = checkpoints.load(folder)
+        return Adapter(folder / "adapter", found.adapter, found.peft_config, found.progress.adapter_digest)
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            state, peft_config = read_peft_folder(place)
+            return Adapter(place, state, peft_config, digest(state))
+    damaged: list[Exception] = []
+    newest = checkpoints.newest_good(RunDirectory(folder).checkpoints_dir, on_damaged=damaged.append)
+    if newest is not None:
+        place = RunDirectory(folder).checkpoints_dir / f"iteration-{newest.progress.iteration:06d}" / "adapter"
+        return Adapter(place, newest.adapter, newest.peft_config, newest.progress.adapter_digest)
+    why = f" ({damaged[0]})" if damaged else ""
+    raise ConfigError(
+        f"no adapter in {folder}{why}: give the folder of a run, a checkpoint or a PEFT adapter, or adapter=none"
+    )
+
+
+def base_model(config: EvaluateConfig, run_dir: Path | None, adapter: Adapter | None) -> str:
+    """Folder or hub name of the base: ``model.path``, or the one that the adapter was trained on, or else the small
+    base of these settings, built when the cache doesn't have it."""
+    if config.model.path is not None:
+        return config.model.path
+    named = adapter.peft_config.get("base_model_name_or_path") if adapter is not None else None
+    # A run's own small base lies in a cache, which may have been emptied.
+    if named and (run_dir is None or Path(named).is_dir()):
+        return str(named)
+    return str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
+
+
+def lora_spec(adapter: Adapter, model_path: str) -> LoraSpec:
+    """The adapter's shape for the engine. Raises ConfigError when it needs what the engine's LoRA has not."""
+    given = adapter.peft_config
+    odd = [f"{name}={given[name]}" for name in _UNKNOWN_OPTIONS if given.get(name)]
+    if given.get("bias", "none") != "none":
+        odd.append(f"bias={given['bias']}")
+    if odd or not isinstance(given.get("r"), int) or not isinstance(given.get("lora_alpha"), int | float):
+        what = ", ".join(odd) or "no r or lora_alpha"
+        raise ConfigError(f"the adapter in {adapter.source} has {what}, and only plain LoRA can be evaluated")
+    head = f"{policy_adapter(model_path).head_name}.lora_"
+    include_head = any(name.startswith(head) for name in adapter.state)
+    return LoraSpec(given["r"], float(given["lora_alpha"]), include_head)
+
+
+def read_problems(config: EvaluateConfig) -> list[Problem]:
+    """The problems to decode. Raises DataError or ConfigError when they can't be had, or two share an id."""
+    data, task = config.data, get_task(config.task.name)
+    seed = config.run.seed if data.seed is None else data.seed
+    path = config.task.test_path if data.split == "test" else config.task.train_path
+    size = data.size or config.evaluation.problems
+    if data.path is not None:
+        path, size = str(Path(data.path).expanduser()), data.size or _WHOLE_FILE
+    problems = task.problems(data.split, seed=seed, size=size, path=path)
+    if not problems or len({problem.id for problem in problems}) < len(problems):
+        raise DataError(
+            f"{len(problems)} problems of task {task.name} must be at least one, with an id of its own each"
+        )
+    return problems
+
+
+def trained_on(
+    config: EvaluateConfig, problems: list[Problem], *, on_event: Callable[[str, str, str], None]
+) -> int | None:
+    """How many of the problems share their solution with a training problem of these settings; None when the training
+    problems can't be had."""
+    task = get_task(config.task.name)
+    try:
+        train, _ = task_problems(config, task, on_event=lambda level, kind, text: None)
+    except (ConfigError, DataError) as error:
+        on_event("warning", "leaks", f"whether the training problems overlap with these is unknown: {error}")
+        return None
+    seen = {task.leak_key(problem.fields) for problem in train}
+    return sum(task.leak_key(problem.fields) in seen for problem in problems)
+
+
+def fingerprint_model(model_path: str) -> str:
+    """Names the weights in a folder: sizes, first and last MiB of its files; a hub name stands for itself."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return model_path
+    sha = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
+        if path.is_file():
+            with open(path, "rb") as file:
+                size = path.stat().st_size
+                sha.update(f"{path.name}|{size}|".encode() + file.read(_SAMPLED_BYTES))
+                file.seek(max(0, size - _SAMPLED_BYTES))
+                sha.update(file.read())
+    return sha.hexdigest()[:16]
+
+
+def fingerprint_problems(problems: list[Problem]) -> str:
+    """Names the problems and their order."""
+    text = json.dumps([[problem.id, problem.fields] for problem in problems], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
