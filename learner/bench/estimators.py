@@ -1,0 +1,129 @@
+"""Exact moments of AGRPO's timestep draws: what a group's weights do on average, and how they vary together.
+
+Given a group, the gradient estimate is linear in the gradients g of its (completion, step) views,
+
+    estimate = sum over b, t of c[b, t] * g[b, t],   c[b, t] = (weights of the draws of t in row b) / (G k),
+
+and only c is random. With the Gram matrix K = <g, g'> its conditional variance (trace of the covariance) is
+``(Cov[c] * K).sum()``, so no gradient is ever sampled. Cov[c] has a closed form. One draw picks step t with probability
+p_t and weight w_t = 1/(D p_t). Independent draws don't covary. Low-discrepancy draws fall into different strata, every
+assignment of the S = G k strata being equally likely, so two of them covary by -1/(S-1) times the covariance, over
+strata, of what each would be on average inside a stratum.
+
+Shapes: G completions of a group, m steps, k draws per completion, S = G*k strata. Everything is float64.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from learner.settings import AgrpoConfig
+from learner.timesteps import StepTable, TimestepSampling, step_probabilities
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How a group's timesteps are sampled."""
+
+    sampling: TimestepSampling
+    weight_floor: float
+    low_discrepancy: bool
+    k: int | None
+    """Draws per completion; None: every eligible step once, which leaves nothing random."""
+
+    @classmethod
+    def of(cls, config: AgrpoConfig) -> "Estimator":
+        """The one that a run's settings name; ``weight_floor`` means nothing to uniform sampling."""
+        floor = config.weight_floor if config.timestep_sampling == "entropy" else 0.0
+        return cls(config.timestep_sampling, floor, config.low_discrepancy, config.k)
+
+    @property
+    def law(self) -> str:
+        """The law of one draw, in words."""
+        return self.sampling + (f", floor {self.weight_floor:g}" if self.weight_floor else "")
+
+    @property
+    def label(self) -> str:
+        if self.k is None:
+            return "all steps"
+        return f"{self.law}, k={self.k}, low discrepancy {'on' if self.low_discrepancy else 'off'}"
+
+
+ALL_STEPS = Estimator("uniform", 0.0, False, None)
+
+
+def mean_weights(table: StepTable) -> np.ndarray:
+    """[G, m] expectation of c, the same for every estimator: 1/(D G) at eligible steps."""
+    return table.eligible_Gm / (table.denominator_G[:, None] * len(table.eligible_Gm))
+
+
+def draw_weights(estimator: Estimator, table: StepTable) -> np.ndarray:
+    """[G, m] importance weight of one draw of each step, 0 where it isn't eligible; 1 on average over draws."""
+    if estimator.k is None:
+        return table.eligible_Gm.astype(np.float64)
+    p_Gm = step_probabilities(table, estimator.sampling, estimator.weight_floor)
+    return _weights(table, p_Gm)
+
+
+def weight_covariance(estimator: Estimator, table: StepTable) -> np.ndarray:
+    """[G*m, G*m] covariance of c over the draws, rows and steps flattened in that order."""
+    G, m = table.eligible_Gm.shape
+    if estimator.k is None:
+        return np.zeros((G * m, G * m))
+    k, S = estimator.k, G * estimator.k
+    p_Gm = step_probabilities(table, estimator.sampling, estimator.weight_floor)
+    w_Gm = _weights(table, p_Gm)
+    mean_Gm = p_Gm * w_Gm
+    within_Gmm = k * (_diagonals(p_Gm * w_Gm**2) - mean_Gm[:, :, None] * mean_Gm[:, None, :])
+    if not estimator.low_discrepancy:
+        return _block_diagonal(within_Gmm) / S**2
+    strata_SGm = strata_probabilities(p_Gm, S) * w_Gm
+    centred_SN = strata_SGm.reshape(S, G * m) - mean_Gm.reshape(G * m)
+    between_NN = centred_SN.T @ centred_SN / S
+    # k^2 pairs of draws for two rows, k (k-1) for a row with itself.
+    own_Gmm = between_NN.reshape(G, m, G, m)[np.arange(G), :, np.arange(G), :]
+    return (_block_diagonal(within_Gmm + k / (S - 1) * own_Gmm) - k**2 / (S - 1) * between_NN) / S**2
+
+
+def expected_views(estimator: Estimator, table: StepTable) -> np.ndarray:
+    """[G] distinct steps drawn per completion, on average: the views that the product scores after merging."""
+    if estimator.k is None:
+        return table.eligible_Gm.sum(axis=1).astype(np.float64)
+    p_Gm = step_probabilities(table, estimator.sampling, estimator.weight_floor)
+    if not estimator.low_discrepancy:
+        return (1.0 - (1.0 - p_Gm) ** estimator.k).sum(axis=1)
+    S = len(p_Gm) * estimator.k
+    # A row's k draws lie in k different strata, every choice of k being equally likely: the elementary symmetric
+    # polynomial of degree k in the strata's probabilities of missing the step, over the number of choices.
+    missed_kGm = np.zeros((estimator.k + 1, *p_Gm.shape))
+    missed_kGm[0] = 1.0
+    for miss_Gm in 1.0 - strata_probabilities(p_Gm, S):
+        missed_kGm[1:] += miss_Gm * missed_kGm[:-1]
+    return (1.0 - missed_kGm[-1] / math.comb(S, estimator.k)).sum(axis=1)
+
+
+def strata_probabilities(p_Gm: np.ndarray, S: int) -> np.ndarray:
+    """[S, G, m] probability that u, uniform in stratum [s/S, (s+1)/S), picks each step by the inverse of p's sums."""
+    upper_Gm = np.cumsum(p_Gm, axis=1)
+    upper_Gm /= upper_Gm[:, -1:]
+    lower_Gm = np.concatenate([np.zeros((len(p_Gm), 1)), upper_Gm[:, :-1]], axis=1)
+    edge_S11 = np.arange(S)[:, None, None] / S
+    shared_SGm = np.minimum(upper_Gm, edge_S11 + 1 / S) - np.maximum(lower_Gm, edge_S11)
+    return np.maximum(shared_SGm, 0.0) * S
+
+
+def _weights(table: StepTable, p_Gm: np.ndarray) -> np.ndarray:
+    full_Gm = np.broadcast_to(table.denominator_G[:, None], p_Gm.shape)
+    return np.divide(1.0, full_Gm * p_Gm, out=np.zeros_like(p_Gm), where=p_Gm > 0)
+
+
+def _diagonals(values_Gm: np.ndarray) -> np.ndarray:
+    return values_Gm[:, :, None] * np.eye(values_Gm.shape[1])
+
+
+def _block_diagonal(blocks_Gmm: np.ndarray) -> np.ndarray:
+    G, m, _ = blocks_Gmm.shape
+    whole_GmGm = np.zeros((G, m, G, m))
+    whole_GmGm[np.arange(G), :, np.arange(G), :] = blocks_Gmm
+    return whole_GmGm.reshape(G * m, G * m)

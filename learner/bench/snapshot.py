@@ -1,0 +1,193 @@
+"""A run stopped in time: its settings, base and adapter, fresh groups drawn from it, and their gradients, view by view.
+
+No Ray: one engine in this process draws, and its model gives the gradients. Shapes: G completions of a group, m steps,
+N views of a group, P trained parameters.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from learner import checkpoint as checkpoints
+from learner.advantages import group_advantages
+from learner.bench.estimators import mean_weights
+from learner.config import RunConfig, load_dumped
+from learner.objectives.agrpo import Agrpo
+from learner.runs import task_problems
+from learner.scorer import score
+from learner.timesteps import StepTable, step_table
+from learner.views import View, build_batch
+from rewards.errors import ConfigError
+from rewards.task import Task, get_task
+from rollout.adapters import adapter_parameters
+from rollout.engines.torch import TorchEngine
+from rollout.models import encode_prompt
+from rollout.models.lora import LoraSpec
+from rollout.seeds import derive_seed, numpy_generator
+from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint and the settings of its run."""
+
+    path: Path
+    config: RunConfig
+    base: str
+    """folder or hub name of the base model"""
+    checkpoint: checkpoints.Checkpoint
+
+
+@dataclass(frozen=True)
+class GroupGradients:
+    """All that any timestep estimator's moments need to know about one group."""
+
+    table: StepTable
+    rows_N: np.ndarray
+    """[N] completion of each view; completions without a signal have none."""
+    steps_N: np.ndarray
+    """[N] step of each view."""
+    gram_NN: np.ndarray
+    """[N, N] float64, inner products of the views' gradients, each with weight 1."""
+    mean_P: np.ndarray
+    """[P] float32, gradient of the group's loss with every eligible step scored: the mean of all estimators."""
+    forwards: float
+    """Forward passes that drawing one completion took, on average."""
+    correct: float
+    """Share of completions with a right verdict."""
+
+
+def read_snapshot(path: Path, base: str | None = None) -> Snapshot:
+    """A checkpoint, or the newest good one of a run directory.
+
+    Raises:
+        ConfigError: when ``path`` is neither.
+        CheckpointError: when the checkpoint is damaged.
+    """
+    path = path.expanduser().absolute()
+    if (path / "manifest.json").is_file():
+        run, found = path.parent.parent, checkpoints.load(path)
+    else:
+        run = path
+        newest = checkpoints.newest_good(path / "checkpoints", on_damaged=print)
+        if newest is None:
+            raise ConfigError(f"{path} is neither a checkpoint nor a run with a good one; give RUN/checkpoints/NAME")
+        found = newest
+        path = path / "checkpoints" / f"iteration-{found.progress.iteration:06d}"
+    base = base or found.peft_config.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"the adapter in {path} doesn't name its base; give it with --base")
+    return Snapshot(path, load_dumped(run / "config.json"), base, found)
+
+
+def group_gradients(snapshot: Snapshot, count: int, *, seed: int, device: str = "cpu") -> Iterator[GroupGradients]:
+    """Draw ``count`` groups of training problems from the snapshot, grade them, and differentiate their views.
+
+    Which problems and which completions is a function of ``seed``, and independent of what the run trained on.
+
+    Raises:
+        ConfigError: when the run has fewer training problems than that.
+    """
+    config = snapshot.config
+    task = get_task(config.task.name)
+    problems, _ = task_problems(config, task, on_event=lambda *_: None)
+    if count > len(problems):
+        raise ConfigError(f"{count} groups are more than the run's {len(problems)} training problems; lower --groups")
+    engine = load_engine(snapshot, device=device)
+    objective = Agrpo(config.objective)
+    order = numpy_generator(seed, "variance problems").permutation(len(problems))
+    specs = [
+        GroupSpec(i, problems[int(order[i])], config.rollout.group_size, derive_seed(seed, "variance rollout", i))
+        for i in range(count)
+    ]
+    together = max(1, config.rollout.max_rows // config.rollout.group_size)
+    for start in range(0, count, together):
+        for group in draw_graded(engine, specs[start : start + together], task, sampler_spec(config)):
+            yield differentiate(engine, group, objective)
+
+
+def load_engine(snapshot: Snapshot, *, device: str) -> TorchEngine:
+    """The policy at the snapshot."""
+    config, progress = snapshot.config, snapshot.checkpoint.progress
+    engine = TorchEngine(
+        model_path=snapshot.base,
+        lora=LoraSpec(config.lora.r, config.lora.alpha, config.lora.include_head),
+        max_rows=config.rollout.max_rows,
+        device=device,
+        dtype=config.learner.dtype,
+    )
+    engine.load_adapter(progress.policy_version, snapshot.checkpoint.adapter, progress.adapter_digest)
+    return engine
+
+
+def sampler_spec(config: RunConfig) -> SamplerSpec:
+    """How the run's training completions are drawn."""
+    return SamplerSpec(**config.rollout.sampler.model_dump())
+
+
+def draw_graded(engine: TorchEngine, specs: list[GroupSpec], task: Task, sampler: SamplerSpec) -> list[TrajectoryGroup]:
+    """Groups with rewards and verdicts; graded in this process, as the tasks' contract (50 ms, no error) allows."""
+    prompts = [encode_prompt(engine.tokenizer, task.messages(spec.problem.fields)) for spec in specs]
+    graded = []
+    for spec, group in zip(specs, engine.generate(specs, prompts, sampler), strict=True):
+        texts = engine.tokenizer.batch_decode(group.completion_ids.tolist(), skip_special_tokens=True)
+        grades = [task.grade(spec.problem.fields, text) for text in texts]
+        rewards = np.array([[grade.components[name] for name in task.components] for grade in grades], np.float32)
+        correct = np.array([grade.correct for grade in grades])
+        names = tuple(task.components)
+        graded.append(dataclasses.replace(group, rewards=rewards, reward_names=names, correct=correct))
+        graded[-1].validate()
+    return graded
+
+
+def differentiate(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo) -> GroupGradients:
+    """Gradient of the objective's loss at every eligible (completion, step), one backward each, on the adapter.
+
+    The loss and the views are the learner's own. Completions without a signal are left out, as the learner does.
+    """
+    advantages_G = group_advantages(group.rewards)
+    table = step_table(group, objective.config.step_range, (engine.family.eos_token_id,))
+    live_G = (advantages_G != 0) | objective.needs_reference
+    rows_N, steps_N = np.nonzero(table.eligible_Gm & live_G[:, None])
+    parameters = list(adapter_parameters(engine.model).values())
+    views = [
+        View(0, int(row), int(step), advantage=float(advantages_G[row]), weight=1.0)
+        for row, step in zip(rows_N, steps_N, strict=True)
+    ]
+    gradients_NP = torch.zeros(len(views), sum(p.numel() for p in parameters))
+    for gradient_P, view in zip(gradients_NP, views, strict=True):
+        parts = torch.autograd.grad(_loss(engine, group, objective, view), parameters)
+        gradient_P.copy_(torch.cat([part.reshape(-1) for part in parts]))
+    mean_N = torch.from_numpy(mean_weights(table)[rows_N, steps_N])
+    wide_NP = gradients_NP.double()
+    return GroupGradients(
+        table=table,
+        rows_N=rows_N,
+        steps_N=steps_N,
+        gram_NN=(wide_NP @ wide_NP.T).numpy(),
+        mean_P=(mean_N @ wide_NP).float().numpy(),
+        forwards=float(group.nfe.mean()),
+        correct=float(group.correct.mean()),
+    )
+
+
+def _loss(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo, view: View) -> torch.Tensor:
+    family, temperature = engine.family, group.sampler.temperature
+    batch = build_batch([view], [group], mask_id=family.mask_token_id, pad_id=family.pad_token_id)
+    reference = None
+    if objective.needs_reference:
+        with torch.no_grad(), engine.model.disable_adapter():  # type: ignore[operator]
+            reference = score(engine.model, batch, family=family, temperature=temperature)
+    scores = score(engine.model, batch, family=family, temperature=temperature)
+    loss, _ = objective.loss(
+        scores.logp_N,
+        None if reference is None else reference.logp_N,
+        batch,
+        position_logp_Z=scores.position_logp_Z,
+        ref_position_logp_Z=None if reference is None else reference.position_logp_Z,
+    )
+    return loss
