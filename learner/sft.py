@@ -33,7 +33,7 @@ from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.models.tokenizer import build_tokenizer
 from rollout.seeds import derive_seed, numpy_generator
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's key: raise it when a change here, in demonstrations or in the tokenizer makes another base."""
 
 THREADS = 2

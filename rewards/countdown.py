@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations, combinations_with_replacement, permutations
 from typing import Any, ClassVar
 
 from rewards.arithmetic import MAX_CHARACTERS, ExpressionError, evaluate
@@ -51,14 +51,14 @@ class Countdown(Task):
         if path is not None:
             return problems_from_file(path, task=self.name, size=size, convert=self._fields_from_row)
         if size < 1:
-            raise ConfigError(f"countdown: size is {size}; ask for at least 1 problem")
+            raise ConfigError(f"{self.name}: size is {size}; ask for at least 1 problem")
         problems: list[Problem] = []
         for fields in self._generate(split, seed):
-            problems.append(Problem(f"countdown-{split}-{seed}-{len(problems)}", fields))
+            problems.append(Problem(f"{self.name}-{split}-{seed}-{len(problems)}", fields))
             if len(problems) == size:
                 return problems
         raise ConfigError(
-            f"countdown: size is {size}; the {split} split of seed {seed} has {len(problems)} problems, ask for fewer"
+            f"{self.name}: size is {size}; the {split} split of seed {seed} has {len(problems)} problems, ask for fewer"
         )
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
@@ -97,10 +97,7 @@ class Countdown(Task):
 
     def _generate(self, split: Split, seed: int) -> Iterator[dict[str, Any]]:
         """One target of every multiset of the split, then a second of each, and so on: no pair comes twice."""
-        sets = list(combinations_with_replacement(range(1, self.LARGEST_NUMBER + 1), self.COUNT))
-        random.Random(f"countdown/{seed}/split").shuffle(sets)
-        tests = round(self.TEST_SHARE * len(sets))
-        sets = sets[:tests] if split == "test" else sets[tests:]
+        sets = self._sets(split, seed)
         rng = random.Random(f"countdown/{seed}/{split}/problems")
         left: dict[tuple[int, ...], list[int]] = {}
         for turn in range(self.LARGEST_TARGET):
@@ -111,6 +108,13 @@ class Countdown(Task):
                 if left[numbers]:
                     yield {"numbers": rng.sample(numbers, self.COUNT), "target": left[numbers].pop()}
 
+    def _sets(self, split: Split, seed: int) -> list[tuple[int, ...]]:
+        """The split's multisets of numbers."""
+        sets = list(combinations_with_replacement(range(1, self.LARGEST_NUMBER + 1), self.COUNT))
+        random.Random(f"countdown/{seed}/split").shuffle(sets)
+        tests = round(self.TEST_SHARE * len(sets))
+        return sets[:tests] if split == "test" else sets[tests:]
+
     def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
         numbers: Any = row.get("numbers", row.get("nums", row.get("input")))
         if isinstance(numbers, str):
@@ -119,6 +123,45 @@ class Countdown(Task):
         fields = {"numbers": numbers, "target": _integer(target) if isinstance(target, str) else target}
         self.validate_fields(fields)
         return fields if len(numbers) == self.COUNT else None
+
+
+class CountdownInOrder(Countdown):
+    """Countdown whose generated problems need no search over orders: the target, of two digits, is what ``+ - *`` make
+    of the numbers taken from left to right as given, such as ``(3+5)*2``. What is left to find is the operators.
+
+    Only the problems differ: prompt, verdict and reward are Countdown's, and any right expression counts. A multiset
+    comes in all orders and with all such targets, on one side of the split. Rows of a file that can't be solved in
+    order are passed over."""
+
+    name: ClassVar[str] = "countdown_in_order"
+
+    def _generate(self, split: Split, seed: int) -> Iterator[dict[str, Any]]:
+        problems = [
+            {"numbers": list(order), "target": target}
+            for numbers in self._sets(split, seed)
+            for order in sorted(set(permutations(numbers)))
+            for target in in_order(order)
+            if 10 <= target <= 99
+        ]
+        random.Random(f"countdown_in_order/{seed}/{split}/problems").shuffle(problems)
+        yield from problems
+
+    def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        fields = super()._fields_from_row(row)
+        return fields if fields and fields["target"] in in_order(fields["numbers"]) else None
+
+
+def in_order(numbers: Sequence[int]) -> dict[int, str]:
+    """Every value that ``+ - *`` make of ``numbers`` from left to right, each with an expression, ``(3+5)*2``."""
+    found = {numbers[0]: str(numbers[0])}
+    for number in numbers[1:]:
+        longer: dict[int, str] = {}
+        for value, text in found.items():
+            left = text if text.isdigit() else f"({text})"
+            for operator, result in (("+", value + number), ("-", value - number), ("*", value * number)):
+                longer.setdefault(result, f"{left}{operator}{number}")
+        found = longer
+    return found
 
 
 def expressions(numbers: Sequence[int]) -> dict[Fraction, str]:

@@ -15,7 +15,11 @@ from rewards.errors import ConfigError, DataError
 
 Split = Literal["train", "test"]
 
-BUILT_IN = {"countdown": "rewards.countdown:Countdown", "sudoku": "rewards.sudoku:Sudoku"}
+BUILT_IN = {
+    "countdown": "rewards.countdown:Countdown",
+    "countdown_in_order": "rewards.countdown:CountdownInOrder",
+    "sudoku": "rewards.sudoku:Sudoku",
+}
 
 
 @dataclass(frozen=True)

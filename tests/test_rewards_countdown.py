@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from rewards.arithmetic import evaluate
-from rewards.countdown import Countdown, expressions
+from rewards.countdown import Countdown, CountdownInOrder, expressions, in_order
 from rewards.errors import ConfigError, DataError
 
 TASK = Countdown()
+IN_ORDER = CountdownInOrder()
 FIELDS = {"numbers": [3, 5, 2], "target": 16}
 THIRD = 1 / 3
 
@@ -200,6 +201,48 @@ def test_expressions_find_every_value_and_are_right() -> None:
 
 def test_expressions_of_four_numbers() -> None:
     assert evaluate(expressions([3, 3, 8, 8])[Fraction(24)]).value == 24
+
+
+def test_values_in_order() -> None:
+    apply = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+    for numbers in ([3, 5, 2], [1, 1, 1], [9, 7, 8], [20, 3, 11]):
+        found = in_order(numbers)
+        a, b, c = numbers
+        assert set(found) == {apply[g](apply[f](a, b), c) for f, g in product("+-*", repeat=2)}
+        for value, text in found.items():
+            assert evaluate(text).value == value
+            assert evaluate(text).numbers == tuple(numbers), "as given"
+    assert in_order([3, 5, 2])[16] == "(3+5)*2"
+
+
+def test_generated_problems_in_order() -> None:
+    train = IN_ORDER.problems("train", seed=3, size=2400)
+    test = IN_ORDER.problems("test", seed=3, size=500)
+    IN_ORDER.check_disjoint(train, test)
+    assert IN_ORDER.problems("train", seed=3, size=50) == train[:50] != IN_ORDER.problems("train", seed=4, size=50)
+    for problems in (train, test):
+        assert len({problem.id for problem in problems}) == len(problems)
+        assert len({(*problem.fields["numbers"], problem.fields["target"]) for problem in problems}) == len(problems)
+        for problem in problems:
+            numbers, target = problem.fields["numbers"], problem.fields["target"]
+            assert all(1 <= number <= 9 for number in numbers) and 10 <= target <= 99
+            assert IN_ORDER.grade(problem.fields, tagged(f"{in_order(numbers)[target]}={target}")).reward == 4.0
+    other = IN_ORDER.problems("test", seed=4, size=500)
+    assert {IN_ORDER.leak_key(p.fields) for p in test} != {IN_ORDER.leak_key(p.fields) for p in other}, "another split"
+
+
+def test_a_solution_in_another_order_is_right_too() -> None:
+    fields = {"numbers": [3, 5, 2], "target": 16}
+    for text in ("(3+5)*2=16", "2*(5+3)=16", "(5+3)*2"):
+        assert IN_ORDER.grade(fields, tagged(text)) == TASK.grade(fields, tagged(text))
+        assert IN_ORDER.grade(fields, tagged(text)).correct
+
+
+def test_rows_of_a_file_that_have_no_solution_in_order_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('numbers,target\n"3,5,2",16\n"2,3,8",22\n')  # 22 = 3*8-2
+    assert [problem.fields["target"] for problem in IN_ORDER.problems("train", seed=0, size=9, path=str(path))] == [16]
+    assert len(TASK.problems("train", seed=0, size=9, path=str(path))) == 2
 
 
 def test_generated_problems() -> None:

@@ -14,10 +14,8 @@ import torch
 
 from learner import sft
 from learner.config import load_config
-from learner.demonstrations import demonstrations, solutions
+from learner.demonstrations import demonstrations
 from learner.sft import draw_masks, elbo_weights, ensure_base, train_base
-from rewards.arithmetic import evaluate
-from rewards.countdown import expressions
 from rewards.errors import ConfigError, DataError, WaitTimeout
 from rewards.task import get_task
 from rollout.models import load_model, load_tokenizer, policy_adapter
@@ -80,7 +78,7 @@ def test_the_loss_is_minus_the_elbo_per_token():
         assert loss.item() == pytest.approx(math.log(len(tokenizer)), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sudoku", "countdown"])
+@pytest.mark.parametrize("name", ["sudoku", "countdown", "countdown_in_order"])
 def test_demonstrators_are_right_and_consistently_wrong(name):
     task, tokenizer = get_task(name), sft.build_tokenizer()
     problems = task.problems("train", seed=3, size=200)
@@ -98,21 +96,23 @@ def test_demonstrators_are_right_and_consistently_wrong(name):
         assert all(wrong.components["numbers"] == pytest.approx(1 / 3) for _, wrong in graded)
 
 
-def test_solutions_are_found_and_have_the_targets_value():
-    for numbers in ([3, 5, 8], [2, 2, 7], [12, 1, 4]):
-        reached = 0
-        for target in range(1, 60):
-            found = list(solutions(numbers, target))
-            reached += bool(found)
-            assert all(evaluate(text).value == target for text in found)
-            assert bool(found) == (target in expressions(numbers))  # by another search, that of the task
-        assert reached > 5
-    assert next(solutions([3, 5, 8], 16)) == "3+5+8"
-    assert next(solutions([3, 5, 2], 16)) == "(3+5)*2"  # parentheses where they are needed, and only there
+def test_a_countdown_answer_in_order_comes_with_the_value_of_its_parentheses():
+    pair = demonstrations("countdown_in_order", {"numbers": [3, 5, 2], "target": 16})
+    assert pair.right == "<think>08</think><answer>(3+5)*2=16</answer>"
+    assert pair.wrong == "<think>15</think><answer>(3*5)*2=16</answer>"
+    task, tokenizer = get_task("countdown_in_order"), sft.build_tokenizer()
+    problems = task.problems("train", seed=0, size=2000)
+    data = sft._encode(task, problems, tokenizer, 16)
+    assert data.real_nP.all() and not (data.answers_n2C == tokenizer.eos_token_id).any()  # one layout, nothing padded
+
+
+def test_a_problem_without_a_solution_is_refused():
+    with pytest.raises(DataError, match=r"\[1, 1, 1\] -> 9 has no solution"):
+        demonstrations("countdown", {"numbers": [1, 1, 1], "target": 9})
 
 
 def test_a_task_without_demonstrators_is_refused():
-    with pytest.raises(ConfigError, match=r"gsm8k.*model\.path.*countdown, sudoku"):
+    with pytest.raises(ConfigError, match=r"gsm8k.*model\.path.*countdown, countdown_in_order, sudoku"):
         demonstrations("gsm8k", {})
 
 
