@@ -4,7 +4,9 @@
 #   PYTHON       interpreter that .venv is made from
 #   TORCH_INDEX  extra package index for torch; empty: the default index, whose Linux wheels carry CUDA. On a machine
 #                without a GPU, https://download.pytorch.org/whl/cpu saves several gigabytes.
+#   SIZES        small: `make bench` at tiny sizes
 #   RECIPE, ARGS recipe and further arguments (key.sub=value ...) of `make run`; ARGS also goes to `make reproduce`
+#                and `make bench`
 
 PYTHON ?= python3.11
 TORCH_INDEX ?=
@@ -16,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
 .NOTPARALLEL:
-.PHONY: setup run test test-fast test-slow lint format reproduce clean
+.PHONY: setup run test test-fast test-slow lint format reproduce bench clean
 
 setup: $(STAMP)
 
@@ -52,6 +54,10 @@ format: setup
 
 reproduce: setup
 	$(PY) -m learner.reproduce $(ARGS)
+
+# Prints the ratios and keeps them in runs/bench; 12 minutes on 2 free cores, SIZES=small one (which measures nothing).
+bench: setup
+	OMP_NUM_THREADS=1 $(PY) -m learner.bench $(if $(filter small,$(SIZES)),--small) $(ARGS)
 
 # Leaves .venv and runs/ alone.
 clean:

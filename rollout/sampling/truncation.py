@@ -40,11 +40,11 @@ def truncate(logits_NV: torch.Tensor, *, top_k: int | None, top_p: float) -> Law
     """Apply top-k, then top-p to tempered logits, and normalise."""
     if (top_k is None or top_k >= logits_NV.shape[-1]) and top_p >= 1.0:
         return Law(torch.log_softmax(logits_NV, dim=-1), None)
-    total_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    values_NK, ids_NK = _descending(logits_NV, _head_size(logits_NV, total_N1, top_k, top_p))
-    if top_k is not None:
-        kth_N1 = values_NK[:, min(top_k, values_NK.shape[1]) - 1].unsqueeze(1)
-        values_NK = values_NK.masked_fill(values_NK < kth_N1, -torch.inf)
+    if top_k is None:
+        total_N1 = logits_NV.logsumexp(-1, keepdim=True)
+        values_NK, ids_NK = _descending(logits_NV, _head_size(logits_NV, total_N1, top_p))
+    else:
+        values_NK, ids_NK = _top_k(logits_NV, min(top_k, logits_NV.shape[-1]))
         total_N1 = values_NK.logsumexp(-1, keepdim=True)
     if top_p < 1.0:
         mass_NK = (values_NK - total_N1).exp().cumsum(-1)
@@ -55,12 +55,18 @@ def truncate(logits_NV: torch.Tensor, *, top_k: int | None, top_p: float) -> Law
     return Law(torch.log_softmax(values_NK[:, :widest], dim=-1), ids_NK[:, :widest])
 
 
-def _head_size(logits_NV: torch.Tensor, total_N1: torch.Tensor, top_k: int | None, top_p: float) -> int:
-    """How many of the largest logits surely contain all that is kept, ties included."""
+def _top_k(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All logits from the k-th largest up, as ``_descending`` gives them; smaller ones of other rows are -inf."""
+    largest = logits_NV.topk(k, dim=-1)
+    kth_N1 = largest.values[:, -1:]
+    size = int((logits_NV >= kth_N1).sum(-1).max())
+    values_NK, ids_NK = _descending(logits_NV, size, largest.indices if size == k else None)
+    return values_NK.masked_fill(values_NK < kth_N1, -torch.inf), ids_NK
+
+
+def _head_size(logits_NV: torch.Tensor, total_N1: torch.Tensor, top_p: float) -> int:
+    """How many of the largest logits surely contain all that top-p keeps."""
     V = logits_NV.shape[-1]
-    if top_k is not None:
-        kth_N1 = logits_NV.topk(min(top_k, V), dim=-1).values[:, -1:]
-        return int((logits_NV >= kth_N1).sum(-1).max())
     size = min(V, 256)
     while size < V:
         mass_N = (logits_NV.topk(size, dim=-1).values - total_N1).exp().sum(-1)
@@ -71,10 +77,15 @@ def _head_size(logits_NV: torch.Tensor, total_N1: torch.Tensor, top_k: int | Non
     return V
 
 
-def _descending(logits_NV: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``size`` largest logits and their ids, descending, equal ones by ascending id."""
+def _descending(
+    logits_NV: torch.Tensor, size: int, among_NK: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``size`` largest logits and their ids, descending, equal ones by ascending id. ``among_NK``: the same ids in
+    any order, where they are known."""
     if size == logits_NV.shape[-1]:
         return logits_NV.sort(dim=-1, descending=True, stable=True)
-    ids_NK = logits_NV.topk(size, dim=-1).indices.sort(dim=-1).values
+    if among_NK is None:
+        among_NK = logits_NV.topk(size, dim=-1).indices
+    ids_NK = among_NK.sort(dim=-1).values
     values_NK, order_NK = logits_NV.gather(-1, ids_NK).sort(dim=-1, descending=True, stable=True)
     return values_NK, ids_NK.gather(-1, order_NK)

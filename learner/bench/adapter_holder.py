@@ -1,0 +1,62 @@
+"""An actor that holds an adapter of a given size and no base, to time how fast a published one arrives."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rewards.errors import WeightMismatch
+from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack
+from rollout.waits import bounded_get
+
+
+def adapter_shapes(*, d_model: int, mlp: int, layers: int, r: int) -> dict[str, tuple[int, int]]:
+    """Canonical names and shapes of a LLaDA's LoRA parameters."""
+    maps = {name: (d_model, d_model) for name in ("q_proj", "k_proj", "v_proj", "attn_out")}
+    maps |= {"ff_proj": (d_model, mlp), "up_proj": (d_model, mlp), "ff_out": (mlp, d_model)}
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer in range(layers):
+        for name, (wide_in, wide_out) in maps.items():
+            place = f"model.transformer.blocks.{layer}.{name}"
+            shapes[f"{place}.lora_A.weight"] = (r, wide_in)
+            shapes[f"{place}.lora_B.weight"] = (wide_out, r)
+    return shapes
+
+
+class AdapterHolder:
+    """Loads adapters as ``rollout.engines.torch`` does: fetch, copy, hash what was copied, compare."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self._module = torch.nn.Module()
+        for name, shape in shapes.items():
+            self._place(name, torch.zeros(shape, dtype=torch.bfloat16))
+
+    def ready(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self._module.parameters())
+
+    def load(self, refs: list[Any], expected: str, timeout_s: float) -> float:
+        """Seconds from the request to the verified weights; raises as ``take`` does."""
+        begin = time.perf_counter()
+        self.take(bounded_get(refs[0], who="the published adapter", timeout_s=timeout_s), expected)
+        return time.perf_counter() - begin
+
+    def take(self, adapter: AdapterState, expected: str) -> None:
+        """Copy the adapter into the parameters.
+
+        Raises:
+            WeightMismatch: what was loaded has another digest.
+        """
+        load_state(self._module, adapter)
+        if (found := digest(pack(adapter_parameters(self._module)))) != expected:
+            raise WeightMismatch(f"the adapter was published with digest {expected[:12]}, loaded was {found[:12]}")
+
+    def _place(self, name: str, value: torch.Tensor) -> None:
+        *path, last = name.split(".")
+        module = self._module
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(last, torch.nn.Parameter(value, requires_grad=False))
