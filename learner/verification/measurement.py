@@ -131,20 +131,24 @@ class Meter:
     def elements(self, quantity: str, ours: ArrayLike, recorded: np.ndarray, array: str | None = None) -> Measurement:
         """Compare element by element; ``array`` names the record where its name isn't the quantity's."""
         theirs = np.asarray(recorded, dtype=np.float64)
-        difference = np.abs(np.asarray(ours, dtype=np.float64) - theirs)
+        with np.errstate(invalid="ignore"):  # what isn't finite is told apart below
+            difference = np.abs(np.asarray(ours, dtype=np.float64) - theirs)
         assert difference.shape == theirs.shape, f"{quantity}: {difference.shape} against {theirs.shape}"
         difference = np.where(np.isfinite(difference), difference, np.inf)
         worst = np.unravel_index(int(difference.argmax()), difference.shape) if difference.size else ()
         largest = float(np.abs(theirs).max(initial=0.0))
         scale = np.maximum(np.abs(theirs), 1e-3 * largest)
-        relative = np.divide(difference, scale, out=np.where(difference > 0, np.inf, 0.0), where=scale > 0)
+        with np.errstate(invalid="ignore"):
+            relative = np.divide(difference, scale, out=np.where(difference > 0, np.inf, 0.0), where=scale > 0)
+        relative = np.where(np.isfinite(difference), relative, np.inf)
         where = f"{array or quantity}[{', '.join(str(int(i)) for i in worst)}]" if difference.any() else ""
         return self.measured(quantity, where, float(difference.max(initial=0.0)), float(relative.max(initial=0.0)))
 
     def norms(self, quantity: str, ours: np.ndarray, recorded: np.ndarray, array: str) -> Measurement:
         """Compare as vectors: largest difference of an element, and relative difference in the L2 norm."""
         theirs = np.asarray(recorded, dtype=np.float64)
-        difference = np.asarray(ours, dtype=np.float64) - theirs
+        with np.errstate(invalid="ignore"):
+            difference = np.asarray(ours, dtype=np.float64) - theirs
         if not np.isfinite(difference).all():
             return self.measured(quantity, array, np.inf, np.inf)
         size, length = float(np.linalg.norm(difference)), float(np.linalg.norm(theirs))
