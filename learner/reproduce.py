@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         for seed in seeds:
             name = f"reproduce-{recipe}-{seed}"
             arguments = [f"recipe={recipe}", f"run.dir={options['run.dir']}", f"run.name={name}", f"run.seed={seed}"]
-            # A run that was cut off goes on; one that is complete only evaluates and writes its summary again.
+            # A run that was cut off goes on; one that is complete only writes its summary again.
             command = [sys.executable, "-m", "learner.main", *arguments, "run.resume=auto", *overrides]
             print(f"\n== {' '.join(arguments)}", flush=True)
             status = subprocess.run(command, timeout=RUN_LIMIT_S).returncode

@@ -117,15 +117,7 @@ def _engine_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, cei
 
 def _learner_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, ceiling: float) -> dict[str, Any]:
     device = next(model.parameters()).device
-    group = prebuilt_group(
-        size=shape.rows,
-        prompt=shape.prompt,
-        completion=shape.completion,
-        block=shape.block,
-        steps=shape.steps,
-        kept=shape.top_k,
-        vocabulary=shape.vocabulary,
-    )
+    group = prebuilt_group(**shape.group)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     model.train()
     our_update(model, family, group, shape, 1)

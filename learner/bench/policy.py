@@ -46,6 +46,19 @@ class Shape:
     position_rule: PositionRule = "random"
 
     @property
+    def group(self) -> dict[str, int]:
+        """Sizes of one group, as ``model_free.prebuilt_group`` wants them."""
+        return {
+            "size": self.rows,
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "block": self.block,
+            "steps": self.steps,
+            "kept": self.top_k,
+            "vocabulary": self.vocabulary,
+        }
+
+    @property
     def sampler(self) -> SamplerSpec:
         return SamplerSpec(
             self.completion,

@@ -19,7 +19,6 @@ from learner.bench.model_free import prebuilt_group
 from learner.bench.plain import plain_generate, plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.settings import AgrpoConfig
-from rollout.trajectory import TrajectoryGroup
 
 LIMIT_S = 300.0
 
@@ -43,7 +42,7 @@ def memory_of(shape: Shape, way: str, k: int) -> int:
     engine = BenchEngine(model, family, max_rows=shape.rows)
     if not k and way == "ours":
         return peak_above(lambda: generate(engine, shape))
-    group = generate(engine, shape) if shape.sampler.scores_positions else _made_up_group(shape)
+    group = generate(engine, shape) if shape.sampler.scores_positions else prebuilt_group(**shape.group)
     if not k:
         return peak_above(
             lambda: plain_generate(model, shape, group.unmask_step, mask_id=family.mask_token_id, steps=2)
@@ -59,18 +58,6 @@ def memory_of(shape: Shape, way: str, k: int) -> int:
         plain_update(model, shape, rollout, advantages, draws, mask_id=mask, config=config, keep=min(k, 2))
 
     return peak_above(plain)
-
-
-def _made_up_group(shape: Shape) -> TrajectoryGroup:
-    return prebuilt_group(
-        size=shape.rows,
-        prompt=shape.prompt,
-        completion=shape.completion,
-        block=shape.block,
-        steps=shape.steps,
-        kept=shape.top_k,
-        vocabulary=shape.vocabulary,
-    )
 
 
 if __name__ == "__main__":
