@@ -28,6 +28,7 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         threads=resources.threads_per_process,
         device="cuda" if resources.gpus_per_actor > 0 else "cpu",
         dtype=config.learner.dtype,
+        quantization=config.model.quantization,
     )
     settings = ActorSettings(
         make_engine=make_engine,

@@ -57,7 +57,7 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint below ``folder`` and return its path; an older one of the same iteration is replaced."""
-    path = folder / f"{_PREFIX}{checkpoint.progress.iteration:06d}"
+    path = place(folder, checkpoint.progress.iteration)
     with atomic_dir(path) as inside:
         (inside / "adapter").mkdir()
         write_peft_folder(inside / "adapter", checkpoint.adapter, checkpoint.peft_config)
@@ -68,6 +68,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         manifest = {"format": FORMAT, "sha256": sums}
         (inside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return path
+
+
+def place(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lies below ``folder``."""
+    return folder / f"{_PREFIX}{iteration:06d}"
 
 
 def load(path: Path) -> Checkpoint:

@@ -7,7 +7,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,18 +17,22 @@ from learner import overrides
 from learner.settings import (
     CheckpointSection,
     EvaluationSection,
+    GroupSection,
     LearnerSection,
     LoraSection,
     ModelSection,
     ObjectiveConfig,
     ResourcesSection,
     RolloutSection,
+    RunPlace,
     RunSection,
     Section,
     TaskSection,
     TimeoutsSection,
 )
 from rewards.errors import ConfigError
+from rewards.hub import PREFIX
+from rewards.task import BUILT_IN, get_task, grade_timeout_problem
 
 DEFAULT_RECIPE = "sudoku"
 
@@ -55,11 +59,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _no_contradictions(self) -> "RunConfig":
         problems = [
-            *_run_problems(self),
+            *name_problems(self.run),
             *_sampler_problems(self),
             *_objective_problems(self),
             *_rollout_problems(self),
-            *_resource_problems(self),
+            *group_problems(self.learner, self.resources),
+            *model_problems(self.model, self.learner),
         ]
         if problems:
             raise ConfigError("\n".join(problems))
@@ -72,18 +77,10 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 
     Raises ConfigError with one sentence (one line) per problem.
     """
-    recipes = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")]
-    if len(recipes) > 1:
-        raise ConfigError(f"recipe is given {len(recipes)} times ({', '.join(recipes)}); give one")
-    data = overrides.read_recipe(recipes[0] if recipes else DEFAULT_RECIPE)
-    for argument in argv:
-        if not argument.startswith("recipe="):
-            key = "run." + argument if argument.startswith("resume=") else argument
-            overrides.apply_override(data, key, RunConfig)
-    return overrides.validated(data, RunConfig, source="")
+    return overrides.settings_from_arguments(argv, RunConfig, kind="run", default=DEFAULT_RECIPE)
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: Section) -> str:
     """The settings as JSON, in the order of the models, ending in a newline; ``load_dumped`` reads it back."""
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
 
@@ -99,13 +96,7 @@ def load_dumped(path: str | Path) -> RunConfig:
 
 def help_text() -> str:
     """The recipes, and every key with its meaning, unit and default."""
-    lines = ["recipes (recipe=NAME, or the path of a .yaml file):"]
-    lines += [f"  {name:<16}{overrides.recipe_summary(name)}" for name in overrides.recipe_names()]
-    lines += ["", "keys (key.sub=value; what is shown is the default before the recipe):"]
-    for key, field in overrides.leaf_fields(RunConfig):
-        default = json.dumps(field.get_default())
-        lines.append(f"  {key + '=' + default:<44}{field.description}")
-    return "\n".join(lines) + "\n"
+    return overrides.help_text(RunConfig, "run")
 
 
 def in_ray_job() -> bool:
@@ -127,7 +118,17 @@ def check_paths(config: RunConfig, in_job: bool) -> None:
         "UNMASK_CACHE": None if config.model.cache_dir else os.environ.get("UNMASK_CACHE"),
         "lora.adapter": config.lora.adapter,
     }
-    relative = [(key, path) for key, path in paths.items() if path and not Path(path).expanduser().is_absolute()]
+    refuse_relative(paths)
+
+
+def refuse_relative(paths: Mapping[str, str | None]) -> None:
+    """Raises ConfigError naming the settings, by key, whose paths are relative; names of the hub are none."""
+    files = {
+        key: path
+        for key, path in paths.items()
+        if path and not path.startswith(PREFIX) and not (key == "model.path" and _is_hub_name(path))
+    }
+    relative = [(key, path) for key, path in files.items() if not Path(path).expanduser().is_absolute()]
     if relative:
         raise ConfigError(
             "\n".join(
@@ -136,6 +137,12 @@ def check_paths(config: RunConfig, in_job: bool) -> None:
                 for key, path in relative
             )
         )
+
+
+def _is_hub_name(model_path: str) -> bool:
+    """Whether this reads as a model of the hub, ``owner/name``, and no folder here has that name."""
+    name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model_path)
+    return name is not None and not Path(model_path).exists()
 
 
 def bias_warnings(config: RunConfig) -> list[str]:
@@ -171,8 +178,9 @@ def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
 # ---- contradictions, each as one sentence
 
 
-def _run_problems(config: RunConfig) -> list[str]:
-    name = config.run.name
+def name_problems(run: RunPlace) -> list[str]:
+    """What is wrong with the run's name."""
+    name = run.name
     if name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return []
     return [f"run.name={name} names a folder; use letters, digits, '.', '_' and '-', beginning with a letter or digit"]
@@ -247,6 +255,8 @@ def _rollout_problems(config: RunConfig) -> list[str]:
             f"evaluation.problems={config.evaluation.problems} is more than task.test_size={config.task.test_size}; "
             "lower the one or raise the other"
         )
+    if config.task.name in BUILT_IN:  # a user's own is checked where it is imported, by its graders
+        problems += filter(None, [grade_timeout_problem(get_task(config.task.name), rollout.grade_timeout_s)])
     if config.model.base.d_model % (2 * config.model.base.n_heads):
         problems.append(
             f"model.base.d_model={config.model.base.d_model} does not split into "
@@ -255,8 +265,9 @@ def _rollout_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _resource_problems(config: RunConfig) -> list[str]:
-    resources, device, problems = config.resources, config.learner.device, []
+def group_problems(learner: GroupSection, resources: ResourcesSection) -> list[str]:
+    """Contradictions between the ranks' settings and what they ask Ray for."""
+    device, problems = learner.device, []
     if device == "cpu" and resources.gpus_per_rank > 0:
         problems.append(
             f"resources.gpus_per_rank={resources.gpus_per_rank:g} contradicts learner.device=cpu; drop one of them"
@@ -265,7 +276,12 @@ def _resource_problems(config: RunConfig) -> list[str]:
         problems.append(
             "learner.device=cuda needs resources.gpus_per_rank above 0, or Ray hides the GPUs from the ranks"
         )
-    if config.learner.dtype == "bfloat16" and config.learner.zero_stage == 0:
+    if learner.ranks > 1 and 0 < resources.gpus_per_rank <= 0.5:
+        problems.append(
+            f"resources.gpus_per_rank={resources.gpus_per_rank:g} lets two of learner.ranks={learner.ranks} share a "
+            "GPU, which NCCL refuses; take more than 0.5 and leave the rest to resources.gpus_per_actor"
+        )
+    if learner.dtype == "bfloat16" and learner.zero_stage == 0:
         problems.append(
             "learner.dtype=bfloat16 needs gradients that add up in float32, which DeepSpeed refuses at "
             "learner.zero_stage=0; take stage 1, 2 or 3"
@@ -274,3 +290,13 @@ def _resource_problems(config: RunConfig) -> list[str]:
     if address is not None and not re.fullmatch(r"auto|local|(\[[^\]]+\]|[^\s:/]+):\d+", address):
         problems.append(f"resources.ray_address={address} must be auto, local or host:port")
     return problems
+
+
+def model_problems(model: ModelSection, learner: GroupSection) -> list[str]:
+    """Contradictions between the base and the ranks that hold it."""
+    if model.quantization is not None and learner.zero_stage == 3:
+        return [
+            f"model.quantization={model.quantization} can't be combined with learner.zero_stage=3, which cuts weights "
+            "into shards without their scales; take stage 2 or lower (only the adapter has an optimizer)"
+        ]
+    return []

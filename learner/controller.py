@@ -20,16 +20,16 @@ from learner.atomic import atomic_dir
 from learner.config import RunConfig
 from learner.evaluation.greedy import greedy_solve_rates
 from learner.feed import Feed
-from learner.group import LearnerGroup
+from learner.group import LearnerGroup, reserve_ranks
 from learner.objectives import Statistics, make_objective
 from learner.optim import learning_rate
-from learner.plan import plan_update
 from learner.plots import plot_run
 from learner.rank import UpdateReport, lora_spec
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
-from learner.runs import starting_adapter, task_problems
+from learner.runs import check_lengths, starting_adapter, task_problems
 from learner.stopping import StopFlag
+from learner.update_plan import plan_update
 from learner.weights import publish
 from rewards.errors import TrainingDiverged, WeightMismatch
 from rewards.task import get_task
@@ -58,10 +58,18 @@ class Controller:
         self.config, self.run_dir, self.reporter = config, run_dir, reporter
         self._on_tick = partial(stop.enforce, config.timeouts.stop)
         self.task = get_task(config.task.name)
-        self.eos_ids = (policy_adapter(model_path).eos_token_id,)
+        family = policy_adapter(model_path)
+        self.eos_ids = (family.eos_token_id,)
         self.tokenizer = load_tokenizer(model_path)
         train, self.held_out = task_problems(config, self.task, on_event=reporter.event)
         rollout = config.rollout
+        check_lengths(
+            [*train, *self.held_out],
+            self.task,
+            self.tokenizer,
+            completion_length=rollout.sampler.completion_length,
+            longest=family.max_length,
+        )
         ledger = Ledger(
             capacity=rollout.buffer_size,
             groups_per_lease=rollout.groups_per_lease,
@@ -70,14 +78,17 @@ class Controller:
         if resumed is not None:
             checkpoints.require_layout(resumed.progress, self._layout())
             ledger.restore(resumed.progress.ledger)
+        placement = reserve_ranks(config)
         pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
         closing.callback(pool.close)
         self.feed = Feed(config, train, pool, ReplayBuffer(ledger), on_event=reporter.event, stop=stop.is_set)
-        adapter = resumed.adapter if resumed is not None else starting_adapter(config)
+        adapter = resumed.adapter if resumed is not None else starting_adapter(config.lora)
         shards = resumed.shards if resumed is not None else None
-        self.learner = LearnerGroup(config, model_path, adapter=adapter, shards=shards, on_tick=self._on_tick)
+        self.learner = LearnerGroup(
+            config, model_path, adapter=adapter, shards=shards, on_tick=self._on_tick, placement=placement
+        )
         closing.callback(self.learner.close)
-        pool.wait_ready()
+        pool.wait_ready(self._on_tick)
         self.progress = resumed.progress if resumed is not None else self._no_progress()
         self.saved = self.progress if resumed is not None else None
         self.adapter = self.learner.publish()

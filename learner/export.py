@@ -1,23 +1,45 @@
-"""Merge a trained adapter into its base and write one model in Hugging Face layout, tokenizer included.
+"""Merge a trained adapter into its base and write one model in the layout that the base was published in.
 
 python -m learner.export --adapter RUN/adapter --out DIR [--base PATH]
+
+Parameter names, config.json and the tokenizer's files are the base's, so whatever loads the base loads the result, its
+modelling code (``auto_map``) included: that is copied from a local base, and for one of the hub the entries of
+``auto_map`` name its repository. No such code is ever run here.
 """
 
 import argparse
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
+from transformers.utils import cached_file
 
 from learner.atomic import atomic_dir
 from rewards.errors import ConfigError, UnmaskError
 from rollout.adapters import load_state, read_peft_folder
-from rollout.models import load_model, load_tokenizer
+from rollout.models import load_model, load_tokenizer, read_config
+
+# What lies beside the weights of a published checkpoint and is copied as it is. config.json is written, see there.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
+MAX_SHARD = "5GB"
 
 
 def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> None:
-    """Write base plus adapter to ``out_dir``, which appears whole or not at all. Parameter names are the base's.
+    """Write base plus adapter to ``out_dir``, which appears whole or not at all, in the base's own layout.
 
     base: folder or hub name; None takes the one that the adapter's configuration names. Weights are merged and stored
     in the adapter's dtype, the one that it was trained in.
@@ -37,7 +59,8 @@ def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> 
     dtypes = {tensor.dtype for tensor in state.values()}
     if len(dtypes) != 1:
         raise ConfigError(f"the adapter at {adapter_dir} must hold tensors of one dtype, not {sorted(dtypes)}")
-    model = load_model(base, dtypes.pop())
+    (dtype,) = dtypes
+    model = load_model(base, dtype)
     lora = LoraConfig.from_pretrained(str(adapter_dir))
     lora.base_model_name_or_path = base
     try:
@@ -46,9 +69,41 @@ def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> 
         raise ConfigError(f"the adapter at {adapter_dir} doesn't fit the base {base}: {error}") from error
     load_state(adapted, state)
     merged = adapted.merge_and_unload(safe_merge=True)
+    load_tokenizer(base)  # raises when there is none: a model that nobody can write a prompt for
     with atomic_dir(out_dir) as folder:
-        merged.save_pretrained(folder)
-        load_tokenizer(base).save_pretrained(folder)
+        merged.save_pretrained(folder, max_shard_size=MAX_SHARD)
+        _write_config(folder, base, dtype)
+        _copy_side_files(folder, base)
+
+
+def _write_config(folder: Path, base: str, dtype: str) -> None:
+    """config.json with the base's keys and values, the dtype apart."""
+    config = read_config(base)
+    config.pop("_commit_hash", None)  # transformers' note on where it came from
+    names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(names, dtype))
+    repository = "" if Path(base).is_dir() else f"{base}--"
+    if "auto_map" in config:
+        config["auto_map"] = {
+            kind: target if target is None or "--" in target else repository + target
+            for kind, target in config["auto_map"].items()
+        }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_side_files(folder: Path, base: str) -> None:
+    for name in SIDE_FILES:
+        found = cached_file(
+            base,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+    if Path(base).is_dir():
+        for code in sorted(Path(base).glob("*.py")):
+            shutil.copyfile(code, folder / code.name)
 
 
 def main(argv: Sequence[str]) -> None:

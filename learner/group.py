@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from learner.config import RunConfig
 from learner.objectives import Statistics
-from learner.rank import LearnerRank, PublishedAdapter, UpdateReport
+from learner.rank import GroupConfig, LearnerRank, PublishedAdapter, Rank, UpdateReport
 from learner.stopping import StopRequested
 from rewards.errors import WaitTimeout, WorkerLost
 from rollout.adapters import AdapterState
@@ -18,6 +17,32 @@ from rollout.waits import bounded_get, bounded_wait
 
 _TICK_S = 1.0
 """How often a wait for the ranks calls ``on_tick``."""
+
+
+def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
+    """Room for all ranks at once, None when they ask for no resources.
+
+    A run reserves it before its actors start, which then share what is left of the GPUs. Actors that came first could
+    fill some GPUs by themselves and leave too few for ranks that need one each.
+
+    Raises:
+        WaitTimeout: when the cluster can't hold the ranks within ``timeouts.start``, naming what is missing.
+    """
+    resources, timeout_s = config.resources, config.timeouts.start
+    bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
+    bundle = {name: amount for name, amount in bundle.items() if amount > 0}
+    if not bundle:
+        return None
+    placement = placement_group([bundle] * config.learner.ranks, strategy="PACK")
+    if not bounded_wait([placement.ready()], who="the learner ranks' placement", timeout_s=timeout_s)[0]:
+        remove_placement_group(placement)
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+        free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in bundle)
+        raise WaitTimeout(
+            f"the cluster did not give {config.learner.ranks} learner ranks {wanted} each within "
+            f"{timeout_s:g} s (free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
+        )
+    return placement
 
 
 class LearnerGroup:
@@ -30,6 +55,8 @@ class LearnerGroup:
         shards: each rank's optimizer state from a checkpoint, in rank order; None for a fresh optimizer.
         on_tick: called every second of a wait for ranks that have started; when it raises StopRequested, the ranks are
             killed.
+        rank_type: what the ranks learn from; None for groups of trajectories.
+        placement: what ``reserve_ranks`` gave, and the group's to give back; None reserves here.
 
     Raises:
         WaitTimeout: when the cluster can't hold the ranks, naming what is missing, or they don't start in time.
@@ -37,29 +64,27 @@ class LearnerGroup:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: GroupConfig,
         model_path: str,
         *,
         adapter: AdapterState | None,
         shards: Sequence[bytes] | None,
         on_tick: Callable[[], None] = lambda: None,
+        rank_type: type[Rank] | None = None,
+        placement: PlacementGroup | None = None,
     ) -> None:
         self.config, self._on_tick = config, on_tick
-        world = config.learner.ranks
-        resources = config.resources
-        bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
-        bundle = {name: amount for name, amount in bundle.items() if amount > 0}
-        self._placement = placement_group([bundle] * world, strategy="PACK") if bundle else None
+        self._rank_type = rank_type or LearnerRank
+        self._placement = placement or reserve_ranks(config)
         try:
-            self._reserve(bundle)
-            self._ranks = [self._launch(model_path, rank) for rank in range(world)]
+            self._ranks = [self._launch(model_path, rank) for rank in range(config.learner.ranks)]
             self.descriptions = self._start(adapter, shards)
         except BaseException:
             self.close()
             raise
 
     def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
-        """One optimizer step on the groups behind ``refs`` (ascending group id); the ranks' reports as one."""
+        """One optimizer step on what is behind ``refs``; the ranks' reports as one."""
         reports: list[UpdateReport] = self._all(
             "update", list(refs), update_index, lr, limit=self.config.timeouts.update
         )
@@ -100,18 +125,6 @@ class LearnerGroup:
             remove_placement_group(self._placement)
             self._placement = None
 
-    def _reserve(self, bundle: dict[str, float]) -> None:
-        if self._placement is None:
-            return
-        timeout_s = self.config.timeouts.start
-        if not bounded_wait([self._placement.ready()], who="the learner ranks' placement", timeout_s=timeout_s)[0]:
-            wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-            free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in bundle)
-            raise WaitTimeout(
-                f"the cluster did not give {self.config.learner.ranks} learner ranks {wanted} each within "
-                f"{timeout_s:g} s (free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
-            )
-
     def _launch(self, model_path: str, rank: int) -> Any:
         resources = self.config.resources
         strategy: Any = "DEFAULT"
@@ -127,7 +140,7 @@ class LearnerGroup:
             # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}},
         }
-        remote = ray.remote(LearnerRank).options(**options)
+        remote = ray.remote(self._rank_type).options(**options)
         return remote.remote(self.config, model_path, rank, self.config.learner.ranks)
 
     def _start(self, adapter: AdapterState | None, shards: Sequence[bytes] | None) -> list[dict[str, Any]]:
@@ -135,7 +148,7 @@ class LearnerGroup:
         address = self._answers([self._ranks[0].address.remote()], "address", timeout_s)[0]
         given = shards if shards is not None else [None] * len(self._ranks)
         starts = [actor.start.remote(address, adapter, shard) for actor, shard in zip(self._ranks, given, strict=True)]
-        return self._answers(starts, "start", timeout_s)
+        return self._answers(starts, "start", timeout_s, self._on_tick)
 
     def _all(self, method: str, *args: Any, limit: float) -> list[Any]:
         refs = [getattr(actor, method).remote(*args) for actor in self._ranks]

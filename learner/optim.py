@@ -12,15 +12,22 @@ from rewards.errors import CheckpointError
 
 
 class FiniteAdamW(torch.optim.AdamW):
-    """AdamW whose step does nothing when a gradient is not finite.
+    """AdamW whose step does nothing when a gradient is not finite, or when it was told so before.
 
     ZeRO 1 to 3 check for that themselves, on all ranks together; at stage 0 gradients are all-reduced before the step,
     so that every rank sees the same ones and decides alike.
     """
 
+    _refused = False
+
+    def refuse_step(self) -> None:
+        """Do nothing in the next step."""
+        self._refused = True
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        refused, self._refused = self._refused, False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if all(bool(grad.isfinite().all()) for grad in grads):
+        if not refused and all(bool(grad.isfinite().all()) for grad in grads):
             super().step(closure)
 
 
@@ -41,14 +48,16 @@ def deepspeed_config(*, zero_stage: int, dtype: str, max_grad_norm: float) -> di
 
 
 def learning_rate(update: int, total: int, *, peak: float, schedule: str, warmup_fraction: float) -> float:
-    """Rate of update number ``update`` (from 0) of ``total``: linear warm-up, then constant or cosine to 0."""
+    """Rate of update number ``update`` (from 0) of ``total``: linear warm-up, then constant, cosine or linear to 0."""
     warmup = math.ceil(warmup_fraction * total)
     if update < warmup:
         return peak * (update + 1) / warmup
     if schedule == "constant":
         return peak
-    progress = (update - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    if schedule == "linear":
+        return peak * (1.0 - progress)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def masters(engine: Any) -> list[torch.Tensor]:
@@ -60,7 +69,7 @@ def masters(engine: Any) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+def inner_optimizer(engine: Any) -> FiniteAdamW:
     """The AdamW inside DeepSpeed's wrappers."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 

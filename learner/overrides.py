@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,10 +24,12 @@ from rewards.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that are shipped, sorted."""
+def recipe_names(kind: Literal["run", "sft"] = "run") -> list[str]:
+    """Names of the recipes of this kind that are shipped, sorted: those for ``learner.sft`` begin with ``sft_``, all
+    others are runs of ``learner.main``."""
     files = (entry.name for entry in _shipped_recipes().iterdir())
-    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+    names = sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+    return [name for name in names if name.startswith("sft_") == (kind == "sft")]
 
 
 def recipe_summary(name: str) -> str:
@@ -43,6 +45,39 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     relative path counting from the file that names it. Raises ConfigError.
     """
     return _read_chain(_recipe_file(name_or_path), seen=())
+
+
+def settings_from_arguments(
+    argv: Sequence[str], model: type[Model], *, kind: Literal["run", "sft"], default: str | None = None
+) -> Model:
+    """The settings that ``recipe=NAME_OR_PATH`` and ``key.sub=value`` arguments give; ``resume=`` is short for
+    ``run.resume=``. ``default`` is the recipe when none is named.
+
+    Raises ConfigError with one sentence (one line) per problem.
+    """
+    recipes = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")]
+    if len(recipes) > 1:
+        raise ConfigError(f"recipe is given {len(recipes)} times ({', '.join(recipes)}); give one")
+    recipe = recipes[0] if recipes else default
+    if recipe in recipe_names("run" if kind == "sft" else "sft"):
+        right, wrong = ("main", "sft") if kind == "sft" else ("sft", "main")
+        raise ConfigError(f"recipe {recipe} is one for python -m learner.{right}, not for learner.{wrong}")
+    data = read_recipe(recipe) if recipe else {}
+    for argument in argv:
+        if not argument.startswith("recipe="):
+            apply_override(data, "run." + argument if argument.startswith("resume=") else argument, model)
+    return validated(data, model, source="")
+
+
+def help_text(model: type[BaseModel], kind: Literal["run", "sft"]) -> str:
+    """The recipes of this kind, and every key with its meaning, unit and default."""
+    lines = ["recipes (recipe=NAME, or the path of a .yaml file):"]
+    lines += [f"  {name:<16}{recipe_summary(name)}" for name in recipe_names(kind)]
+    lines += ["", "keys (key.sub=value; what is shown is the default before the recipe):"]
+    for key, field in leaf_fields(model):
+        default = json.dumps(field.get_default())
+        lines.append(f"  {key + '=' + default:<44}{field.description}")
+    return "\n".join(lines) + "\n"
 
 
 def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) -> None:
@@ -119,8 +154,8 @@ def _recipe_file(name_or_path: str, base: Path | None = None) -> Traversable:
         if not path.is_file():
             raise ConfigError(f"there is no recipe file '{path}'")
         return path
-    if name_or_path not in recipe_names():
-        names = ", ".join(recipe_names())
+    if name_or_path not in (known := [*recipe_names(), *recipe_names("sft")]):
+        names = ", ".join(known)
         raise ConfigError(f"there is no recipe '{name_or_path}'; shipped are {names}, or give the path of a .yaml file")
     return _shipped_recipes() / f"{name_or_path}.yaml"
 

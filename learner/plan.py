@@ -1,108 +1,104 @@
-"""The plan of one update: which views are scored, with which weights, by which rank, in which forward.
+"""What a run will need, before it runs: ``python -m learner.plan [recipe=NAME] [key.sub=value ...] [options]``.
 
-The plan is a function of the groups and the settings alone, so every rank can compute it for itself and all agree.
-What is divided by the normaliser and summed over all ranks and forwards is the loss, however the views are dealt out.
+The arguments are ``learner.main``'s. docs/planning.md has the model behind the figures, and its measured errors.
 """
 
-import math
+import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-
-from learner.advantages import group_advantages
-from learner.objectives import Objective, Statistics
-from learner.timesteps import last_token_step
-from learner.views import View
-from rollout.trajectory import TrajectoryGroup
-
-Forward = tuple[View, ...]
+from learner.config import RunConfig, load_config
+from learner.planning import hardware, report
+from learner.planning.fit import plan_run
+from learner.planning.prompts import prompt_tokens
+from learner.planning.shapes import model_shape
+from rewards.errors import ConfigError, UnmaskError
 
 
-@dataclass(frozen=True)
-class UpdatePlan:
-    """One optimizer step's work."""
-
-    forwards: tuple[tuple[Forward, ...], ...]
-    """[rank][forward], views scored together; every rank has the same number of forwards, at least one, none empty."""
-    normaliser: int
-    """Completions of the iteration, those without signal included, times draws per completion."""
-    statistics: dict[str, float]
-    """Figures of the whole update (the same on every rank, so not to be added up over ranks)."""
-
-
-def plan_update(
-    groups: Sequence[TrajectoryGroup],
-    *,
-    objective: Objective,
-    run_seed: int,
-    update_index: int,
-    eos_ids: tuple[int, ...],
-    ranks: int,
-    views_per_forward: int,
-) -> UpdatePlan:
-    """Plan one update.
-
-    Args:
-        groups: the iteration's groups by ascending group id, with rewards.
-        update_index: which of the several updates on this batch (or of the run) this is; it names the timestep draws.
-        eos_ids: tokens that only fill a completion's end.
-        views_per_forward: views scored in one forward at most. Changes nothing but memory and speed.
-
-    Raises:
-        DataError: when a reward isn't finite.
-    """
-    ids = [group.group_id for group in groups]
-    assert ids and all(a < b for a, b in zip(ids, ids[1:], strict=False)), f"group ids are not ascending: {ids}"
-    views: list[View] = []
-    parts: list[Statistics] = []
-    for index, group in enumerate(groups):
-        advantages_G = group_advantages(group.rewards)
-        wanted, figures = objective.views(
-            index, group, advantages_G, run_seed=run_seed, update_index=update_index, eos_ids=eos_ids
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0, 1 when the run does not fit, 2 for wrong settings."""
+    arguments, settings = _parser().parse_known_args(argv)
+    try:
+        if unknown := [argument for argument in settings if argument.startswith("-")]:
+            raise ConfigError(f"unknown option {unknown[0]}; see --help")
+        config = load_config(settings)
+        found = _hardware(config, arguments)
+        config, spread = _on_gpus(config, found)
+        tokens, source = (arguments.prompt, "given") if arguments.prompt else prompt_tokens(config)
+        plan = plan_run(
+            config,
+            model_shape(config),
+            found,
+            prompt=tokens,
+            prompt_source=source,
+            utilisation=arguments.utilisation,
+            tflops=arguments.tflops,
         )
-        views += wanted
-        parts += [figures, _group_statistics(group, advantages_G, eos_ids)]
-    statistics = Statistics.merged([*parts, Statistics(totals={"views": float(len(views))})])
-    return UpdatePlan(
-        forwards=_deal(views, ranks, views_per_forward, pad=_pad_view(groups[0])),
-        normaliser=sum(group.size for group in groups) * objective.draws_per_completion,
-        statistics=statistics.values(),
+    except UnmaskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report.as_json(plan) if arguments.json else f"{spread}{report.render(plan)}")
+    return 0 if plan.fits else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m learner.plan",
+        usage="%(prog)s [recipe=NAME] [key.sub=value ...] [options]",
+        description="Memory by item, work, bytes and time of a run, and what to change first when it doesn't fit.",
+        epilog="Exit status: 0 it fits, 1 it does not, 2 wrong settings. Without --gpus: the Ray cluster that "
+        "RAY_ADDRESS or resources.ray_address names, or this machine.",
     )
+    parser.add_argument("--gpus", type=_positive, help="plan for so many GPUs")
+    parser.add_argument("--memory", help="of one GPU, or of the machine: 80GiB, 24GB")
+    parser.add_argument("--gpu", help=f"model of GPU, for its speed and memory: {', '.join(hardware.GPUS)}")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached (0.4)")
+    parser.add_argument("--tflops", type=float, help="peak of one device, 10^12 operations per second")
+    parser.add_argument("--prompt", type=_positive, help="tokens of the longest prompt")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
-def _deal(views: list[View], ranks: int, views_per_forward: int, *, pad: View) -> tuple[tuple[Forward, ...], ...]:
-    """Contiguous, even shares for the ranks, each cut evenly into the same number of forwards."""
-    shares = _split(views, ranks)
-    count = max(1, math.ceil(max(map(len, shares)) / views_per_forward))
-    return tuple(tuple(tuple(forward) or (pad,) for forward in _split(share, count)) for share in shares)
+def _hardware(config: RunConfig, arguments: argparse.Namespace) -> hardware.Hardware:
+    memory = hardware.parse_memory(arguments.memory) if arguments.memory else None
+    if arguments.gpus is not None:
+        return hardware.on_gpus(arguments.gpus, memory, arguments.gpu)
+    if arguments.gpu is not None:
+        raise ConfigError("--gpu needs --gpus, how many there are")
+    if memory is not None:
+        return hardware.Hardware("cpu", 0, memory, None, "the command line")
+    from learner.session import joins, ray_session
+
+    if not joins(config.resources.ray_address):
+        return hardware.this_machine(config)
+    with ray_session(config):
+        return hardware.ray_cluster(config)
 
 
-def _split(views: list[View], parts: int) -> list[list[View]]:
-    bounds = [len(views) * part // parts for part in range(parts + 1)]
-    return [views[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+def _on_gpus(config: RunConfig, found: hardware.Hardware) -> tuple[RunConfig, str]:
+    """The settings, and what was assumed: GPUs are dealt out evenly where --gpus is given and the settings use none."""
+    if found.device != "cuda" or hardware.uses_gpus(config):
+        return config, ""
+    ranks, actors = config.learner.ranks, config.rollout.actors
+    of_rank = of_actor = min(1.0, found.gpus / (ranks + actors))
+    if ranks > 1 and of_rank <= 0.5 and found.gpus > 0.6 * ranks:  # NCCL wants no two ranks on one GPU
+        of_rank, of_actor = 0.6, min(1.0, (found.gpus - 0.6 * ranks) / actors)
+    changes = {"gpus_per_rank": of_rank, "gpus_per_actor": of_actor}
+    resources = config.resources.model_copy(update=changes)
+    device = config.learner.model_copy(update={"device": "auto"})
+    told = (
+        f"note: the settings put nothing on a GPU; planned as if with resources.gpus_per_rank={of_rank:.3g} "
+        f"resources.gpus_per_actor={of_actor:.3g}\n\n"
+    )
+    return config.model_copy(update={"resources": resources, "learner": device}), told
 
 
-def _pad_view(group: TrajectoryGroup) -> View:
-    """A view of weight 0: its forward and backward keep ranks in step and add zeros to the gradient."""
-    return View(0, 0, int(group.unmask_step[0][group.drawn[0]].min()), advantage=0.0, weight=0.0)
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
 
 
-def _group_statistics(group: TrajectoryGroup, advantages_G: np.ndarray, eos_ids: tuple[int, ...]) -> Statistics:
-    G = float(group.size)
-    is_eos_GC = np.isin(group.completion_ids, eos_ids)
-    means = {
-        "reward/mean": (float(group.rewards.sum(dtype=np.float64)), G),
-        "solve_rate": (float(group.correct.sum()), G),
-        "groups/no_signal_share": (float(not advantages_G.any()), 1.0),
-        "eos_rate": (float(is_eos_GC.any(axis=1).sum()), G),
-        "completion_length": (float((~is_eos_GC).sum()), G),
-        "entropy": (float(group.entropy[group.drawn].sum(dtype=np.float64)), float(group.drawn.sum())),
-    }
-    if group.position_logp is not None and group.position_entropy is not None:
-        choices = float((group.position_logp < 0).sum())
-        means["position_entropy"] = (float(group.position_entropy.sum(dtype=np.float64)), choices)
-    for name, values_G in zip(group.reward_names, group.rewards.T, strict=True):
-        means[f"reward/{name}"] = (float(values_G.sum(dtype=np.float64)), G)
-    all_eos = int((last_token_step(group, eos_ids) < 0).sum())
-    return Statistics(means=means, totals={"all_eos_completions": float(all_eos), "completions": G})
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,19 @@
-"""One DeepSpeed rank of the learner group; ``learner.group`` runs it as a Ray actor."""
+"""One DeepSpeed rank of the learner group; ``learner.group`` runs it as a Ray actor.
 
+``Rank`` is what all methods share: the model with its adapter, the group, exactly one optimizer step per update.
+``LearnerRank`` learns from groups of trajectories; ``learner.finetuning.rank`` from demonstrations.
+"""
+
+import math
 import os
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -17,11 +23,13 @@ from learner.build_ops import prepare_environment
 from learner.config import RunConfig
 from learner.objectives import Statistics, make_objective
 from learner.optim import FiniteAdamW, deepspeed_config, export_state, import_state, inner_optimizer, updates_applied
-from learner.plan import UpdatePlan, plan_update
 from learner.scorer import score
+from learner.settings import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, TimeoutsSection
+from learner.update_plan import Forward, plan_update
 from learner.views import build_batch
 from rewards.errors import TrajectoryError
 from rollout.adapters import AdapterState, PackedTensor, adapter_parameters, digest, load_state, pack
+from rollout.malloc import keep_freed_memory
 from rollout.models import load_model, policy_adapter
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.seeds import derive_seed
@@ -57,14 +65,54 @@ class PublishedAdapter:
     peft_config: dict[str, Any]
 
 
-def lora_spec(config: RunConfig) -> LoraSpec:
+class GroupConfig(Protocol):
+    """What a rank reads of a run's settings, whatever the run learns from."""
+
+    @property
+    def run(self) -> RunPlace: ...
+    @property
+    def model(self) -> ModelSection: ...
+    @property
+    def lora(self) -> LoraSection: ...
+    @property
+    def learner(self) -> GroupSection: ...
+    @property
+    def resources(self) -> ResourcesSection: ...
+    @property
+    def timeouts(self) -> TimeoutsSection: ...
+
+
+class Plan(Protocol):
+    """The work of one optimizer step, the same on every rank."""
+
+    @property
+    def forwards(self) -> Sequence[Sequence[Any]]:
+        """[rank][forward]; every rank has the same number of forwards, at least one."""
+
+    @property
+    def normaliser(self) -> float:
+        """What the summed loss of all ranks and forwards is divided by."""
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Figures of the whole update."""
+
+
+def lora_spec(config: GroupConfig) -> LoraSpec:
     """The shape of this run's adapter, the same in learner and actors."""
     seed = derive_seed(config.run.seed, "lora")
-    return LoraSpec(config.lora.r, config.lora.alpha, config.lora.include_head, init_seed=seed)
+    targets = config.lora.target_modules
+    return LoraSpec(
+        config.lora.r,
+        config.lora.alpha,
+        config.lora.include_head,
+        init_seed=seed,
+        target_modules=None if targets is None else tuple(targets),
+    )
 
 
-class LearnerRank:
-    """Loads the model, joins the group, and turns groups of trajectories into optimizer steps.
+class Rank(ABC):
+    """Loads the model, joins the group, and turns what it is given into optimizer steps.
 
     Args:
         config: the run's settings.
@@ -72,10 +120,10 @@ class LearnerRank:
         rank, world: this rank's number and how many there are.
     """
 
-    def __init__(self, config: RunConfig, model_path: str, rank: int, world: int) -> None:
+    def __init__(self, config: GroupConfig, model_path: str, rank: int, world: int) -> None:
         self.config, self.model_path, self.rank, self.world = config, model_path, rank, world
-        self.objective = make_objective(config.objective)
         torch.set_num_threads(config.resources.threads_per_process)
+        keep_freed_memory()
 
     def address(self) -> str:
         """host:port that the ranks can meet at; asked of rank 0."""
@@ -108,7 +156,9 @@ class LearnerRank:
         )
         learner = self.config.learner
         self.family = policy_adapter(self.model_path)
-        model = attach_lora(load_model(self.model_path, learner.dtype), self.family, lora_spec(self.config)).to(device)
+        quantization = self.config.model.quantization
+        base = load_model(self.model_path, learner.dtype, quantization=quantization, device=device)
+        model = attach_lora(base, self.family, lora_spec(self.config))
         if learner.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapter is not None:
@@ -131,21 +181,25 @@ class LearnerRank:
         return {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "trained_parameters": trained}
 
     def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
-        """One optimizer step on these groups.
+        """One optimizer step.
 
         Args:
-            refs: the iteration's groups by ascending group id.
-            update_index: number of this update among those on the same groups.
+            refs: what it learns from.
+            update_index: number of this update, for the draws that it makes.
             lr: learning rate of this step.
         """
         started = time.perf_counter()
-        groups = self._groups(refs)
-        plan = self._plan(groups, update_index)
+        plan, data = self._work(refs, update_index)
         for group in inner_optimizer(self.engine).param_groups:
             group["lr"] = lr
         before = updates_applied(self.engine)
-        statistics, loss = self._accumulate(plan, groups)
+        statistics, loss = self._accumulate(plan, data)
         local_norm = self._stage0_grad_norm()
+        if local_norm is not None and not math.isfinite(local_norm):
+            # Finite gradients whose norm overflows would be clipped to a step of zeros, and counted as applied.
+            optimizer = inner_optimizer(self.engine)
+            assert isinstance(optimizer, FiniteAdamW)
+            optimizer.refuse_step()
         self.engine.step()
         taken = updates_applied(self.engine) - before
         assert taken in (0, 1), f"rank {self.rank} took {taken} optimizer steps in one update"
@@ -164,8 +218,7 @@ class LearnerRank:
         """The whole gradient of this update, without taking the step (for parity checks)."""
         from deepspeed.utils import safe_get_full_grad
 
-        groups = self._groups(refs)
-        self._accumulate(self._plan(groups, update_index), groups)
+        self._accumulate(*self._work(refs, update_index))
         read = safe_get_full_grad if self.config.learner.zero_stage > 0 else _plain_grad
         packed = pack({name: read(p) for name, p in adapter_parameters(self.engine.module).items()})
         self.engine.optimizer.zero_grad()
@@ -186,56 +239,25 @@ class LearnerRank:
         use_gpu = wanted == "cuda" or (wanted == "auto" and self.config.resources.gpus_per_rank > 0)
         return torch.device("cuda" if use_gpu else "cpu")
 
-    def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
-        who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
-        groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
-        if any(group.sampler.temperature <= 0 for group in groups):
-            raise TrajectoryError("a group was decoded greedily (temperature 0): it has no law to learn from")
-        if any(group.sampler.threshold is not None for group in groups):
-            raise TrajectoryError(
-                "a group was decoded with a confidence threshold: how many positions a step reveals "
-                "then depends on the policy and isn't scored"
-            )
-        return groups
+    @abstractmethod
+    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[Plan, Any]:
+        """The update's plan, and the data that its forwards speak of."""
 
-    def _plan(self, groups: Sequence[TrajectoryGroup], update_index: int) -> UpdatePlan:
-        return plan_update(
-            groups,
-            objective=self.objective,
-            run_seed=self.config.run.seed,
-            update_index=update_index,
-            eos_ids=(self.family.eos_token_id,),
-            ranks=self.world,
-            views_per_forward=self.config.learner.views_per_forward,
-        )
+    @abstractmethod
+    def _loss(self, forward: Any, data: Any) -> tuple[torch.Tensor, Statistics]:
+        """Loss of one forward, summed and not yet divided by the plan's normaliser, and its figures."""
 
-    def _accumulate(self, plan: UpdatePlan, groups: Sequence[TrajectoryGroup]) -> tuple[Statistics, float]:
+    def _accumulate(self, plan: Plan, data: Any) -> tuple[Statistics, float]:
         """All of this rank's forwards and backwards; the last backward reduces over ranks."""
         forwards = plan.forwards[self.rank]
-        temperature = groups[0].sampler.temperature
         parts, total = [], 0.0
-        for i, views in enumerate(forwards):
-            batch = build_batch(views, groups, mask_id=self.family.mask_token_id, pad_id=self.family.pad_token_id)
-            ref_logp_N = ref_position_logp_Z = None
-            if self.objective.needs_reference:
-                with torch.no_grad(), self.engine.module.disable_adapter():
-                    reference = score(self.engine, batch, family=self.family, temperature=temperature)
-                ref_logp_N, ref_position_logp_Z = reference.logp_N, reference.position_logp_Z
-            scores = score(self.engine, batch, family=self.family, temperature=temperature)
-            loss, statistics = self.objective.loss(
-                scores.logp_N,
-                ref_logp_N,
-                batch,
-                position_logp_Z=scores.position_logp_Z,
-                ref_position_logp_Z=ref_position_logp_Z,
-            )
-            # DeepSpeed averages over ranks; ours is a sum over ranks with one divisor for the whole iteration.
+        for i, forward in enumerate(forwards):
+            loss, statistics = self._loss(forward, data)
+            # DeepSpeed averages over ranks; ours is a sum over ranks with one divisor for the whole update.
             self.engine.set_gradient_accumulation_boundary(i == len(forwards) - 1)
             self.engine.backward(loss * (self.world / plan.normaliser), scale_wrt_gas=False)
             total += float(loss.detach()) / plan.normaliser
-            real_N = torch.from_numpy(batch.weight > 0).to(scores.mass_N.device)
-            inside = Statistics(means={"support_mass": (float(scores.mass_N[real_N].sum()), float(real_N.sum()))})
-            parts += [statistics, inside]
+            parts.append(statistics)
         return Statistics.merged(parts), total
 
     def _stage0_grad_norm(self) -> float | None:
@@ -251,6 +273,62 @@ class LearnerRank:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(adapter_parameters(self.engine.module).values()))
+
+
+class LearnerRank(Rank):
+    """Learns from groups of trajectories. An update's ``refs`` are its groups by ascending group id, its
+    ``update_index`` the number among the updates on the same groups."""
+
+    config: RunConfig
+
+    def __init__(self, config: RunConfig, model_path: str, rank: int, world: int) -> None:
+        super().__init__(config, model_path, rank, world)
+        self.objective = make_objective(config.objective)
+
+    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[Plan, list[TrajectoryGroup]]:
+        groups = self._groups(refs)
+        plan = plan_update(
+            groups,
+            objective=self.objective,
+            run_seed=self.config.run.seed,
+            update_index=update_index,
+            eos_ids=(self.family.eos_token_id,),
+            ranks=self.world,
+            views_per_forward=self.config.learner.views_per_forward,
+        )
+        return plan, groups
+
+    def _loss(self, forward: Forward, data: list[TrajectoryGroup]) -> tuple[torch.Tensor, Statistics]:
+        temperature = data[0].sampler.temperature
+        batch = build_batch(forward, data, mask_id=self.family.mask_token_id, pad_id=self.family.pad_token_id)
+        ref_logp_N = ref_position_logp_Z = None
+        if self.objective.needs_reference:
+            with torch.no_grad(), self.engine.module.disable_adapter():
+                reference = score(self.engine, batch, family=self.family, temperature=temperature)
+            ref_logp_N, ref_position_logp_Z = reference.logp_N, reference.position_logp_Z
+        scores = score(self.engine, batch, family=self.family, temperature=temperature)
+        loss, statistics = self.objective.loss(
+            scores.logp_N,
+            ref_logp_N,
+            batch,
+            position_logp_Z=scores.position_logp_Z,
+            ref_position_logp_Z=ref_position_logp_Z,
+        )
+        real_N = torch.from_numpy(batch.weight > 0).to(scores.mass_N.device)
+        inside = Statistics(means={"support_mass": (float(scores.mass_N[real_N].sum()), float(real_N.sum()))})
+        return loss, Statistics.merged([statistics, inside])
+
+    def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
+        who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
+        groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
+        if any(group.sampler.temperature <= 0 for group in groups):
+            raise TrajectoryError("a group was decoded greedily (temperature 0): it has no law to learn from")
+        if any(group.sampler.threshold is not None for group in groups):
+            raise TrajectoryError(
+                "a group was decoded with a confidence threshold: how many positions a step reveals "
+                "then depends on the policy and isn't scored"
+            )
+        return groups
 
 
 def _plain_grad(parameter: torch.nn.Parameter) -> torch.Tensor:

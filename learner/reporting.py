@@ -257,10 +257,13 @@ class Reporter:
     def _show_iteration(self, iteration: int, values: dict[str, float]) -> None:
         if self._quiet:
             return
-        status = (
-            f"reward {_number(values.get('reward/mean'), '.3f')}  solve {_number(values.get('solve_rate'), '.3f')}  "
-            f"{_number(values.get('machine/tokens_per_s'), ',.0f')} tokens/s  ETA {self._pace.eta(iteration)}"
-        )
+        if "reward/mean" in values or "loss" not in values:
+            solved = _number(values.get("solve_rate"), ".3f")
+            figures = f"reward {_number(values.get('reward/mean'), '.3f')}  solve {solved}"
+        else:
+            figures = f"loss {_number(values['loss'], '.4f')}"
+        pace = f"{_number(values.get('machine/tokens_per_s'), ',.0f')} tokens/s  ETA {self._pace.eta(iteration)}"
+        status = f"{figures}  {pace}"
         if not self._console.is_terminal:
             self._print(f"iteration {iteration}/{self._total}  {status}")
             return

@@ -39,6 +39,8 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, te
     mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
     choices = batch.positions
     rows = batch.score_rows if choices is None else choices.candidate_rows
+    # With shifted logits a sequence's first token would be read off the row before it.
+    assert (rows % batch.input_ids.shape[1] >= family.logit_shift).all(), "a completion without a prompt"
     logits_MV = model(
         input_ids=torch.from_numpy(batch.input_ids).to(device),
         attention_mask=mask,

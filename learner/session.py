@@ -4,7 +4,8 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,20 +18,26 @@ _KNOCK_LIMIT_S = 10.0
 
 @contextlib.contextmanager
 def ray_session(config: RunConfig) -> Iterator[str]:
-    """Join the Ray that ``resources.ray_address``, RAY_ADDRESS or a Ray job names, or start a local one; yields a
-    sentence that says which.
+    """The Ray of a run that samples and learns; see ``joined_ray``."""
+    cpus, _ = required_resources(config)
+    with joined_ray(config.resources.ray_address, cpus, partial(check_resources, config)) as told:
+        yield told
+
+
+@contextlib.contextmanager
+def joined_ray(wanted: str | None, cpus: float, check: Callable[[float, float], None]) -> Iterator[str]:
+    """Join the Ray that ``wanted`` (``resources.ray_address``), RAY_ADDRESS or a Ray job names, or start a local one;
+    yields a sentence that says which.
 
     A local Ray declares as many logical CPUs as the run asks for: two cores can hold two ranks and two actors, which
-    take turns in a synchronous run.
+    take turns in a synchronous run. ``check(cpus, gpus)`` is asked whether what Ray has will do.
 
     Raises:
         ConfigError: when the Ray named can't be reached, or has less than the run asks for.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    wanted = config.resources.ray_address
-    join = wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
-    if join:
+    if joins(wanted):
         address = wanted or os.environ.get("RAY_ADDRESS") or "auto"
         try:
             _knock(address)
@@ -41,17 +48,21 @@ def ray_session(config: RunConfig) -> Iterator[str]:
             ) from error
         told = f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}"
     else:
-        cpus, _ = required_resources(config)
         # From 2.59 on a local Ray writes a token, readable by all unless the mask says otherwise.
         with _private_files():
             ray.init(address="local", num_cpus=max(1, math.ceil(cpus)), include_dashboard=False, **quiet)
         told = f"started a local Ray with {math.ceil(cpus)} logical CPUs"
     try:
         have = ray.cluster_resources()
-        check_resources(config, have.get("CPU", 0.0), have.get("GPU", 0.0))
+        check(have.get("CPU", 0.0), have.get("GPU", 0.0))
         yield told
     finally:
         ray.shutdown()
+
+
+def joins(wanted: str | None) -> bool:
+    """Whether ``wanted`` (``resources.ray_address``) means a Ray that is there, rather than a local one to start."""
+    return wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
 
 
 def _knock(address: str) -> None:

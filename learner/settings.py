@@ -30,8 +30,8 @@ class Section(BaseModel):
     )
 
 
-class RunSection(Section):
-    """Name, place and length of the run."""
+class RunPlace(Section):
+    """Name and place of a run."""
 
     name: str | None = None
     """Name of the run's folder; null: made from the task and the time of the start."""
@@ -39,10 +39,15 @@ class RunSection(Section):
     """Folder that holds the runs' folders."""
     seed: NonNegativeInt = 0
     """Every random choice derives from it."""
-    iterations: PositiveInt = 50
-    """Rollout batches to train on."""
     resume: str = "never"
     """never; auto (the newest good checkpoint); or the path of a checkpoint."""
+
+
+class RunSection(RunPlace):
+    """Name, place and length of the run."""
+
+    iterations: PositiveInt = 50
+    """Rollout batches to train on."""
 
 
 class TaskSection(Section):
@@ -51,9 +56,10 @@ class TaskSection(Section):
     name: str = "sudoku"
     """A shipped task, or module:Class of your own."""
     train_path: str | None = None
-    """File of training problems (.csv or .jsonl, also .gz); null: generated from the seed."""
+    """Training problems: a file (.csv or .jsonl, also .gz) or hub:NAME[:CONFIG]:SPLIT; null: the task's own data set,
+    or generated from the seed (docs/tasks.md)."""
     test_path: str | None = None
-    """File of held-out problems; null: generated from the seed."""
+    """Held-out problems, likewise."""
     train_size: PositiveInt = 2000
     """Training problems."""
     test_size: PositiveInt = 256
@@ -92,6 +98,8 @@ class ModelSection(Section):
 
     path: str | None = None
     """Folder with the model in Hugging Face layout; null: build the small base, or reuse the cached one."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """How the blocks' linear maps are stored, in learner and actors alike (bitsandbytes); null: in learner.dtype."""
     base: BaseSpec = BaseSpec()
     cache_dir: str | None = None
     """Folder of built bases; null: the environment variable UNMASK_CACHE, or ~/.cache/unmask."""
@@ -103,7 +111,8 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """The trained adapter: LoRA on the seven linear maps of every block."""
+    """The trained adapter: LoRA on every linear map of every block (a mixture of experts: on the attention's maps),
+    unless ``target_modules`` says otherwise."""
 
     r: PositiveInt = 16
     """Rank."""
@@ -111,6 +120,9 @@ class LoraSection(Section):
     """Scale: the update is multiplied by alpha / r."""
     include_head: bool = False
     """Adapt the LM head too."""
+    target_modules: list[str] | None = None
+    """What to adapt: names of linear maps, in full or their last parts, such as [q_proj, v_proj]; null: the model
+    family's own choice."""
     adapter: str | None = None
     """Folder of an existing PEFT adapter to start from."""
 
@@ -170,7 +182,7 @@ class RolloutSection(Section):
         return self.buffer_groups or self.prompts_per_iteration * (self.max_staleness + 1)
 
 
-class LearnerSection(Section):
+class GroupSection(Section):
     """The DeepSpeed ranks and their optimizer (AdamW)."""
 
     ranks: PositiveInt = 1
@@ -181,14 +193,10 @@ class LearnerSection(Section):
     """auto: cuda when the rank was given a GPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and forwards, in learner and actors alike."""
-    views_per_forward: PositiveInt = 16
-    """Sampled states that share one forward; memory only, the numbers are the same for any value."""
-    updates_per_batch: PositiveInt = 1
-    """Optimizer steps on each rollout batch; above 1 the later ones are off-policy."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; cosine falls to 0 at the last update."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up; cosine and linear fall to 0 after the last update."""
     warmup_fraction: Fraction = 0.0
     """Share of the updates over which the rate rises from 0."""
     betas: tuple[Beta, Beta] = (0.9, 0.99)
@@ -201,10 +209,19 @@ class LearnerSection(Section):
     """Gradients are clipped to this L2 norm."""
     max_nonfinite: PositiveInt = 3
     """Updates with a non-finite gradient in a row that stop the run."""
-    log_ratio_alarm: PositiveFloat = 1e-3
-    """Largest |log ratio| on un-updated weights that passes without an alarm event, nats."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, more time."""
+
+
+class LearnerSection(GroupSection):
+    """The DeepSpeed ranks, and what they do with rollouts."""
+
+    views_per_forward: PositiveInt = 16
+    """Sampled states that share one forward; memory only, the numbers are the same for any value."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps on each rollout batch; above 1 the later ones are off-policy."""
+    log_ratio_alarm: PositiveFloat = 1e-3
+    """Largest |log ratio| on un-updated weights that passes without an alarm event, nats."""
 
 
 class AgrpoConfig(Section):
@@ -214,14 +231,15 @@ class AgrpoConfig(Section):
     """The method."""
     k: PositiveInt = 4
     """Denoising steps sampled per completion and update."""
-    timestep_sampling: Literal["uniform", "entropy"] = "uniform"
-    """Law of the sampled steps; entropy draws by the entropy that the rollout recorded."""
+    timestep_sampling: Literal["uniform", "entropy"] = "entropy"
+    """Law of the sampled steps; entropy draws by the entropy that the rollout recorded (docs/variance.md: the noise of
+    uniform draws for little more than half of the work)."""
     low_discrepancy: bool = True
     """Stratify the draws over a group."""
     step_range: Literal["all", "until_last_token"] = "all"
     """Steps that can be sampled; until_last_token is the published range, all is the unbiased one."""
-    weight_floor: Fraction = 0.0
-    """Share a of the uniform law mixed into the entropy law; bounds the importance weight by 1/a."""
+    weight_floor: Fraction = 0.1
+    """Share a of the uniform law mixed into the entropy law; bounds the importance weight by 1/a. Published: 0."""
     clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
@@ -274,6 +292,8 @@ class ResourcesSection(Section):
     """GPUs of a rollout actor; above 0 it samples on cuda."""
     gpus_per_rank: NonNegative = 0.0
     """GPUs of a learner rank."""
+    check_memory: bool = True
+    """Refuse to start a run that, by its plan (python -m learner.plan), needs more memory than there is."""
     ray_address: str | None = None
     """auto, local or host:port; null: join what RAY_ADDRESS or a Ray job names, otherwise start a local Ray."""
 

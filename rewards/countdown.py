@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from rewards.arithmetic import MAX_CHARACTERS, ExpressionError, evaluate
 from rewards.errors import ConfigError, DataError
-from rewards.files import problems_from_file
+from rewards.hub import problems_from_source
 from rewards.parsing import plain_operators, shorten, submission
 from rewards.task import Grade, Problem, Split, Task
 
@@ -49,7 +49,7 @@ class Countdown(Task):
 
     def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
         if path is not None:
-            return problems_from_file(path, task=self.name, size=size, convert=self._fields_from_row)
+            return problems_from_source(path, task=self.name, size=size, convert=self._fields_from_row)
         if size < 1:
             raise ConfigError(f"{self.name}: size is {size}; ask for at least 1 problem")
         problems: list[Problem] = []

@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,22 +26,37 @@ def problems_from_file(
     (Countdown with four numbers), and raises DataError for a row that is wrong, which ends the reading. Raises
     DataError naming the file and line, and for a file without one usable row.
     """
+    stem = Path(path).name.split(".")[0]
+    rows = ((line, f"{path}, line {line}", row) for line, row in read_rows(path))
+    return problems_from_rows(rows, source=path, stem=f"{task}-{stem}", task=task, size=size, convert=convert)
+
+
+def problems_from_rows(
+    rows: Iterable[tuple[int, str, Row]],
+    *,
+    source: str,
+    stem: str,
+    task: str,
+    size: int,
+    convert: Callable[[Row], dict[str, Any] | None],
+) -> list[Problem]:
+    """``problems_from_file`` for rows from anywhere: number, place (for messages) and content of each. Problem ids are
+    the stem and the row's number."""
     if size < 1:
         raise ConfigError(f"{task}: size is {size}; ask for at least 1 problem")
-    stem = Path(path).name.split(".")[0]
 
     def usable() -> Iterator[Problem]:
-        for line, row in read_rows(path):
+        for number, place, row in rows:
             try:
                 fields = convert(row)
             except DataError as error:
-                raise DataError(f"{path}, line {line}: {error}") from None
+                raise DataError(f"{place}: {error}") from None
             if fields is not None:
-                yield Problem(f"{task}-{stem}-{line}", fields)
+                yield Problem(f"{stem}-{number}", fields)
 
     problems = list(islice(usable(), size))
     if not problems:
-        raise DataError(f"{path} has no problem for the task {task}; choose a file in that task's format")
+        raise DataError(f"{source} has no problem for the task {task}; choose a source in that task's format")
     return problems
 
 

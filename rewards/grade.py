@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.task is None:
                 raise ConfigError(f"--task is missing; name one of {', '.join(sorted(BUILT_IN))}, or give module:Class")
             task = get_task(options.task)
+            task.prepare()
         except ConfigError as error:
             print(error, file=sys.stderr)
             return 2

@@ -1,6 +1,6 @@
 r"""Finds the submitted answer in a completion. Every function is total and linear in the text it reads.
 
-Rules, the same for every task:
+Rules, the same for every strict task (of several boxes, mathematics takes the last: ``rewards.answers``):
 
 - Closed ``<think>...</think>`` blocks are taken out first, so an answer tag inside the thinking is no answer.
 - The *last* complete ``<answer>...</answer>`` is the submission. Without one, the whole remaining text is, and it is
@@ -30,8 +30,8 @@ class Submission:
 
 def submission(completion: str) -> Submission:
     """What the completion submits as its answer; the text is empty when there is nothing."""
-    text = _without_thinking(completion.strip()[-MAX_CHARACTERS:])
-    answer = _last_answer(text)
+    text = without_thinking(completion.strip()[-MAX_CHARACTERS:])
+    answer = last_answer(text)
     inner = text if answer is None else answer
     content = boxed(inner)
     return Submission((inner if content is None else content).strip(), tagged=answer is not None)
@@ -42,8 +42,16 @@ def boxed(text: str) -> str | None:
 
     A box that wraps nothing but another box is taken off too. Escaped braces ``\{ \}`` don't count as braces.
     """
+    return next((text[start:end] for _, start, end in boxes(text)), None)
+
+
+def boxes(text: str) -> list[tuple[int, int, int]]:
+    r"""The balanced ``\boxed{...}`` that lie in no other, in order: where each begins, and start and end of its inside.
+
+    The inside is that of ``boxed``.
+    """
     if r"\boxed" not in text:
-        return None
+        return []
     insides: dict[int, tuple[int, int]] = {}  # start of a balanced box: start and end of its inside
     open_braces: list[tuple[int, int]] = []  # start and end of the token, "{" or the whole box opener
     for match in _BRACE.finditer(text):
@@ -54,12 +62,16 @@ def boxed(text: str) -> str | None:
             opened, start = open_braces.pop()
             if text[opened] != "{":
                 insides[opened] = start, match.start()
-    if not insides:
-        return None
-    start, end = insides[min(insides)]
-    while start in insides and insides[start][1] + 1 == end:
-        start, end = insides[start]
-    return text[start:end]
+    found: list[tuple[int, int, int]] = []
+    outer_end = -1
+    for begin in sorted(insides):
+        start, end = insides[begin]
+        if start > outer_end:
+            outer_end = end
+            while start in insides and insides[start][1] + 1 == end:
+                start, end = insides[start]
+            found.append((begin, start, end))
+    return found
 
 
 def plain_operators(text: str) -> str:
@@ -75,7 +87,7 @@ def shorten(value: object, limit: int = 60) -> str:
     return quoted if len(quoted) <= limit else quoted[:limit] + "..."
 
 
-def _without_thinking(text: str) -> str:
+def without_thinking(text: str) -> str:
     """Closed think blocks replaced by a space. A tag without its partner is left alone."""
     kept: list[str] = []
     kept_to, opened = 0, None
@@ -89,7 +101,7 @@ def _without_thinking(text: str) -> str:
     return " ".join([*kept, text[kept_to:]])
 
 
-def _last_answer(text: str) -> str | None:
+def last_answer(text: str) -> str | None:
     """The inside of the last complete answer block, or None."""
     inside, opened = None, None
     for match in _ANSWER.finditer(text):

@@ -17,7 +17,7 @@ from itertools import permutations, product
 from typing import Any, ClassVar
 
 from rewards.errors import ConfigError, DataError
-from rewards.files import problems_from_file
+from rewards.hub import problems_from_source
 from rewards.parsing import Submission, shorten, submission
 from rewards.task import Grade, Problem, Split, Task
 
@@ -41,7 +41,7 @@ class Sudoku(Task):
 
     def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
         if path is not None:
-            return problems_from_file(path, task=self.name, size=size, convert=self._fields_from_row)
+            return problems_from_source(path, task=self.name, size=size, convert=self._fields_from_row)
         grids = self._split_grids(split, seed)
         if not 1 <= size <= len(grids) * self.PUZZLES_PER_GRID:
             raise ConfigError(
@@ -107,7 +107,7 @@ class Sudoku(Task):
             if _matching_grids(puzzle).bit_count() == 1:
                 return puzzle
 
-    def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
         puzzle: Any = row.get("puzzle", row.get("Puzzle"))
         solution: Any = row.get("solution", row.get("Solution"))
         self.validate_fields({"puzzle": puzzle, "solution": solution})

@@ -7,7 +7,7 @@ A grade holds two things that are never mixed: the *verdict* (right or wrong, st
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +17,23 @@ Split = Literal["train", "test"]
 
 BUILT_IN = {
     "countdown": "rewards.countdown:Countdown",
+    "countdown_agrpo": "rewards.protocols.agrpo:CountdownAgrpo",
+    "countdown_d1": "rewards.protocols.d1:CountdownD1",
     "countdown_in_order": "rewards.countdown:CountdownInOrder",
+    "gsm8k": "rewards.gsm8k:Gsm8k",
+    "gsm8k_agrpo": "rewards.protocols.agrpo:Gsm8kAgrpo",
+    "gsm8k_d1": "rewards.protocols.d1:Gsm8kD1",
+    "gsm8k_spg": "rewards.protocols.spg:Gsm8kSpg",
+    "humaneval": "rewards.humaneval:HumanEval",
+    "math": "rewards.math_task:Math",
+    "math_agrpo": "rewards.protocols.agrpo:MathAgrpo",
+    "math_d1": "rewards.protocols.d1:MathD1",
+    "math_spg": "rewards.protocols.spg:MathSpg",
+    "mbpp": "rewards.mbpp:Mbpp",
     "sudoku": "rewards.sudoku:Sudoku",
+    "sudoku_agrpo": "rewards.protocols.agrpo:SudokuAgrpo",
+    "sudoku_d1": "rewards.protocols.d1:SudokuD1",
+    "sudoku_spg": "rewards.protocols.spg:SudokuSpg",
 }
 
 
@@ -49,16 +64,25 @@ class Task(ABC):
     name: ClassVar[str]
     components: ClassVar[tuple[str, ...]]
     """Keys of every grade's components, in this order."""
+    time_limit_s: ClassVar[float] = 1.0
+    """Seconds within which ``grade`` returns, whatever the completion."""
+    default_sources: ClassVar[Mapping[Split, str]] = {}
+    """For a task of real data, where each split's problems come from when no path is given (``rewards.hub``). Empty
+    when problems are generated instead."""
+
+    def source(self, split: Split, path: str | None) -> str | None:
+        """Where a split's problems are read from: ``path``, else the default source; None when they are generated."""
+        return path if path is not None else self.default_sources.get(split)
 
     @abstractmethod
     def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
         """Problems of a split.
 
-        Without ``path``: exactly ``size`` of them, generated from ``seed``; for one seed, the train and the test split
-        share no leak key, and a larger ``size`` only appends. With ``path``: the first ``size`` usable rows of that
-        file, fewer if it holds fewer.
+        Read from ``source(split, path)``, a file or a hub data set (``rewards.hub``): its first ``size`` usable rows,
+        fewer if it holds fewer. Where that is None: exactly ``size`` of them, generated from ``seed``; for one seed,
+        the train and the test split share no leak key, and a larger ``size`` only appends.
 
-        Raises ConfigError for a size that can't be had and DataError for a file that can't be used.
+        Raises ConfigError for a size that can't be had and DataError for a source that can't be used.
         """
 
     @abstractmethod
@@ -67,7 +91,11 @@ class Task(ABC):
 
     @abstractmethod
     def grade(self, fields: dict[str, Any], completion: str) -> Grade:
-        """Grades one completion: returns for any string, within 50 ms. DataError when ``fields`` make no problem."""
+        """Grades one completion: returns for any string, within ``time_limit_s``. Raises DataError when ``fields`` make
+        no problem."""
+
+    def prepare(self) -> None:  # noqa: B027 - most tasks have nothing to prepare
+        """Called once by a process before it grades: starts what the first verdict would otherwise wait for."""
 
     @abstractmethod
     def validate_fields(self, fields: dict[str, Any]) -> None:
@@ -92,6 +120,16 @@ class Task(ABC):
         """The train problems, in order, that share no leak key with a test problem."""
         test_keys = {self.leak_key(problem.fields) for problem in test}
         return [problem for problem in train if self.leak_key(problem.fields) not in test_keys]
+
+
+def grade_timeout_problem(task: Task, timeout_s: float) -> str | None:
+    """One sentence when a grader that is killed after ``timeout_s`` seconds could be killed before its verdict."""
+    if timeout_s >= task.time_limit_s:
+        return None
+    return (
+        f"rollout.grade_timeout_s={timeout_s:g} is less than a verdict of the task {task.name} may take; "
+        f"set it to {task.time_limit_s:g} or more"
+    )
 
 
 def get_task(name: str) -> Task:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.errors import ConfigError, WaitTimeout
-from rewards.task import get_task
+from rewards.task import get_task, grade_timeout_problem
 
 START_LIMIT_S = 60.0
 """Seconds that a new grader process may take for its imports; a verdict's own time limit starts after them."""
@@ -30,6 +30,7 @@ START_LIMIT_S = 60.0
 _ATTEMPTS = 2
 _MOST = 3.4e38  # rewards are float32
 _KILL_LIMIT_S = 10.0
+_REFUSED = 2  # exit status of a grader that can't grade this task here
 _TICK_S = 0.5
 
 
@@ -62,7 +63,7 @@ class GraderPool:
         timeout_s: seconds for one verdict; a slower grader is killed, and the completion has no reward.
 
     Raises:
-        ConfigError: unknown task, or a setting out of range.
+        ConfigError: unknown task, a setting out of range, or a time limit below the task's own.
     """
 
     def __init__(self, task_name: str, *, workers: int, timeout_s: float) -> None:
@@ -70,7 +71,10 @@ class GraderPool:
             raise ConfigError(
                 f"graders need at least 1 worker and a time limit above 0, not {workers} and {timeout_s} s"
             )
-        self.components = get_task(task_name).components
+        task = get_task(task_name)
+        if problem := grade_timeout_problem(task, timeout_s):
+            raise ConfigError(problem)
+        self.components = task.components
         self._task_name = task_name
         self._timeout_s = timeout_s
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -93,6 +97,7 @@ class GraderPool:
         """The results in the order of the futures.
 
         Raises:
+            ConfigError: the graders can't grade this task on this machine.
             WaitTimeout: after the time in which all of them must have been decided, restarts included.
         """
         limit_s = len(futures) * _ATTEMPTS * (START_LIMIT_S + self._timeout_s)
@@ -244,6 +249,13 @@ class _Grader:
             self._exchange({"completion": ""}, START_LIMIT_S)
         except TimeoutError:
             raise _Crash(f"the grader did not start within {START_LIMIT_S:g} s") from None
+        except _Crash:
+            if self._popen.poll() != _REFUSED:
+                raise
+            self.kill()
+            raise ConfigError(
+                f"the graders of {self._task_name} can't start on this machine; their reason is on its standard error"
+            ) from None
 
     def _exchange(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         self._questions += 1

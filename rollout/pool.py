@@ -85,8 +85,8 @@ class RolloutPool:
         self._evaluation = _Evaluation()
         self.set_size(size)
 
-    def wait_ready(self) -> None:
-        """Wait until all actors are ready.
+    def wait_ready(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Wait until all actors are ready, calling ``on_tick`` every second, which may raise.
 
         Raises:
             WaitTimeout: some are not ready after ``start_timeout_s``; the message names the missing resource.
@@ -97,6 +97,7 @@ class RolloutPool:
         while starting := [worker for worker in self._workers if worker.info is None]:
             if time.monotonic() >= deadline:
                 raise WaitTimeout(self._not_ready(starting))
+            on_tick()
             self._pump(_TICK_S)
 
     def idle(self) -> int:

@@ -183,8 +183,7 @@ class ProbedRank(LearnerRank):
     def step_after_every_backward(self, refs: Sequence[Any], lr: float) -> int:
         """Control: an update as the reference runs under DeepSpeed, where every backward is followed by a step.
         Returns the number of backwards."""
-        groups = self._groups(refs)
-        plan = self._plan(groups, 0)
+        plan, groups = self._work(refs, 0)
         for group in inner_optimizer(self.engine).param_groups:
             group["lr"] = lr
         backward = self.engine.backward
@@ -204,7 +203,7 @@ class ProbedRank(LearnerRank):
     def gradient_as_published(self, refs: Sequence[Any]) -> AdapterState:
         """Control: every micro-batch divides by its own completions, and micro-batches and ranks are averaged."""
         ours = self.objective
-        forwards = len(self._plan(self._groups(refs), 0).forwards[self.rank])
+        forwards = len(self._work(refs, 0)[0].forwards[self.rank])
         self.objective = _DividedPerMicroBatch(ours, forwards)
         try:
             return self.gradient(refs, 0)

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: a process of ``learner.main`` each, with a Ray of its own."""
+"""Whole runs as a user starts them: a process of ``learner.main`` (or ``learner.sft``) each, with a Ray of its own."""
 
 import contextlib
 import json
@@ -25,8 +25,10 @@ LEDGER_STATES = ("pending", "leased", "ready", "consumed", "dropped")
 class Runs:
     """Runs side by side in one folder, with one cache of bases."""
 
-    def __init__(self, folder: Path, cache: Path, *, settings: Sequence[str] = SETTINGS) -> None:
-        self.folder, self.cache, self._settings = folder, cache, settings
+    def __init__(
+        self, folder: Path, cache: Path, *, settings: Sequence[str] = SETTINGS, module: str = "learner.main"
+    ) -> None:
+        self.folder, self.cache, self._settings, self._module = folder, cache, settings, module
 
     def __getitem__(self, name: str) -> RunDirectory:
         return RunDirectory(self.folder / name)
@@ -44,7 +46,7 @@ class Runs:
         output = self.folder / f"{name}-{time.monotonic_ns()}.out"
         with output.open("wb") as file:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "learner.main", *settings],
+                [sys.executable, "-m", self._module, *settings],
                 cwd=self.folder,
                 env=clean_environment() | {"UNMASK_CACHE": str(self.cache)} | environment,
                 stdin=subprocess.DEVNULL,

@@ -8,9 +8,9 @@ import torch
 
 from learner.objectives import Statistics, make_objective
 from learner.objectives.agrpo import Agrpo
-from learner.plan import plan_update
 from learner.settings import AgrpoConfig
 from learner.timesteps import draw_timesteps, step_table
+from learner.update_plan import plan_update
 from learner.views import View, ViewBatch, build_batch
 from tests.hand_made import make_group, random_group, recorded_case
 
@@ -119,7 +119,7 @@ def test_the_reference_is_asked_for_only_with_a_kl_term():
 
 def table_gradient(groups, *, ranks: int, views_per_forward: int, per_forward_divisor: bool = False):
     """Gradient of a table of token logits that stands in for the model, summed over ranks; with the merged figures."""
-    agrpo = Agrpo(AgrpoConfig(k=3, timestep_sampling="entropy", beta=0.05))
+    agrpo = Agrpo(AgrpoConfig(k=3, timestep_sampling="entropy", weight_floor=0, beta=0.05))
     plan = plan_update(
         groups,
         objective=agrpo,

@@ -26,12 +26,12 @@ from learner.bench.compare import (
     off_policy,
     our_update,
 )
-from learner.bench.flops import forward_flops, training_flops
 from learner.bench.measure import matmul_rate, peak_above
 from learner.bench.model_free import ModelFreeActor, prebuilt_group
 from learner.bench.plain import plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate
 from learner.bench.step_memory import memory_in_fresh_process
+from learner.planning.flops import forward_flops, training_flops
 from learner.settings import AgrpoConfig
 from rewards.errors import ConfigError, DataError, WeightMismatch
 from rewards.task import Problem
@@ -66,7 +66,7 @@ def both_updates(policy, group: TrajectoryGroup) -> tuple[Update, Update]:
         group_advantages(group.rewards),
         draws_of(plan, SHAPE.rows),
         mask_id=family.mask_token_id,
-        config=AgrpoConfig(k=K),
+        config=AgrpoConfig(k=K, timestep_sampling="uniform"),
     )
     return mine, Update(plain_loss, gradient_of(model), {(row, step): logp for row, step, logp in plain_scored})
 
@@ -127,13 +127,13 @@ def test_flops_are_those_that_torch_counts(checkpointing):
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             loss = model(input_ids=ids, logit_rows=rows).logits.sum()
-        assert counter.get_total_flops() == forward_flops(shape, rows=2, head_rows=3).forward
+        assert counter.get_total_flops() == forward_flops(shape.model, **shape.sizes, rows=2, head_rows=3).forward
         with FlopCounterMode(display=False) as counter:
             loss.backward()
-    counted = training_flops(shape, rows=2, head_rows=3, checkpointing=checkpointing)
+    counted = training_flops(shape.model, **shape.sizes, rows=2, head_rows=3, checkpointing=checkpointing)
     scores_again = 2.0 * 2 * shape.length**2 * shape.d_model * shape.layers
     assert counter.get_total_flops() == counted.backward + counted.recompute - scores_again
-    assert counter.get_total_flops() != forward_flops(shape, rows=2, head_rows=3).forward
+    assert counter.get_total_flops() != forward_flops(shape.model, **shape.sizes, rows=2, head_rows=3).forward
 
 
 def test_memory_sees_an_array_that_is_freed_again():
@@ -260,6 +260,7 @@ def test_the_gpu_script_runs_small_on_the_cpu():
     result = gpu.run(small=True)
     engine, learner = result["rows"]
     assert set(gpu.TABLES["Engine"]) == set(engine) and set(gpu.TABLES["Learner"]) == set(learner)
+    assert 0 < engine["predicted GB"] < learner["predicted GB"] < 0.1
     assert engine["tokens/s"] > 0 and learner["share"] > 0 and learner["recompute TF"] > learner["forward TF"] * 0.9
 
 

@@ -141,6 +141,7 @@ MISTAKES = {
     "clip 0": (["objective.clip_low=0"], ["clip_low=0", "above 0"]),
     "weight floor": (["objective.weight_floor=2"], ["weight_floor=2", "at most 1"]),
     "GPUs for a CPU learner": (["resources.gpus_per_rank=1", "learner.device=cpu"], ["gpus_per_rank=1", "drop one"]),
+    "two ranks on a GPU": (["learner.ranks=2", "resources.gpus_per_rank=0.5"], ["gpus_per_rank=0.5", "more than 0.5"]),
     "CUDA without a GPU": (["learner.device=cuda"], ["gpus_per_rank above 0"]),
     "Ray address": (["resources.ray_address=ray://x:1"], ["ray://x:1", "host:port"]),
     "more problems than there are": (["evaluation.problems=999"], ["problems=999", "test_size=256"]),
@@ -233,6 +234,25 @@ def test_relative_paths_are_refused_inside_a_job_only(monkeypatch: pytest.Monkey
     assert all("absolute" in line for line in lines)
     monkeypatch.delenv("UNMASK_CACHE")
     check_paths(load_config(["run.dir=/data/runs"]), in_job=True)
+
+
+def test_a_model_of_the_hub_is_no_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNMASK_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["run.dir=/data/runs", "model.path=GSAI-ML/LLaDA-8B-Instruct"])
+    check_paths(config, in_job=True)
+    (tmp_path / "GSAI-ML" / "LLaDA-8B-Instruct").mkdir(parents=True)
+    for path in (config.model.path, "./base", "runs/a/base", "base"):
+        with pytest.raises(ConfigError, match="model.path=.*absolute"):
+            check_paths(load_config(["run.dir=/data/runs", f"model.path={path}"]), in_job=True)
+
+
+def test_a_data_set_of_the_hub_is_no_relative_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNMASK_CACHE", raising=False)
+    places = ["run.dir=/data/runs", "task.train_path=hub:openai/gsm8k:main:train"]
+    check_paths(load_config([*places, "task.test_path=hub:openai/gsm8k:main:test"]), in_job=True)
+    with pytest.raises(ConfigError, match="task.test_path=gsm8k.jsonl is relative"):
+        check_paths(load_config([*places, "task.test_path=gsm8k.jsonl"]), in_job=True)
 
 
 def test_job_is_told_by_the_variable_that_ray_sets(monkeypatch: pytest.MonkeyPatch) -> None:

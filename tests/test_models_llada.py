@@ -11,6 +11,7 @@ from transformers import AutoModel
 from rewards.errors import ConfigError
 from rollout.models import load_model, policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from tests.published import write_published
 
 BLOCK_MAPS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 
@@ -57,6 +58,58 @@ def test_parity_would_notice_another_architecture(golden, change):
         q_proj = model.model.transformer.blocks[0].q_proj
         q_proj.weight.copy_(q_proj.weight.unflatten(0, (16, 4)).transpose(0, 1).flatten(0, 1))
     assert (model(probe["input_ids"]).logits - probe["logits_no_mask"]).abs().max() > 1e-3
+
+
+def by_the_book(weights: dict[str, torch.Tensor], c: dict, ids: list[int]) -> torch.Tensor:
+    """A second implementation, for one sequence, in float64: heads one by one, rotations as complex numbers, softmax
+    spelled out. Logits [L, V]."""
+    w = {name.removeprefix("model.transformer."): tensor.double() for name, tensor in weights.items()}
+    width, heads = c["d_model"] // c["n_heads"], c["n_heads"]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[f"{name}.weight"]
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        rate = torch.tensor([c["rope_theta"] ** (-2 * i / width) for i in range(width // 2)], dtype=torch.float64)
+        angle = torch.arange(len(ids), dtype=torch.float64)[:, None] * rate
+        turned = torch.complex(x[:, : width // 2], x[:, width // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([turned.real, turned.imag], dim=1)
+
+    x = w["wte.weight"][ids]
+    for i in range(c["n_layers"]):
+        block = {part: w[f"blocks.{i}.{part}.weight"] for part in BLOCK_MAPS}
+        h, out = norm(x, f"blocks.{i}.attn_norm"), []
+        for head in range(heads):
+            shared = head * c["n_kv_heads"] // heads
+            q = turn(h @ block["q_proj"][head * width : (head + 1) * width].T)
+            k = turn(h @ block["k_proj"][shared * width : (shared + 1) * width].T)
+            v = h @ block["v_proj"][shared * width : (shared + 1) * width].T
+            weight = (q @ k.T / width**0.5).exp()
+            out.append(weight / weight.sum(1, keepdim=True) @ v)
+        x = x + torch.cat(out, dim=1) @ block["attn_out"].T
+        h = norm(x, f"blocks.{i}.ff_norm")
+        gate = h @ block["ff_proj"].T
+        x = x + (gate / (1 + (-gate).exp()) * (h @ block["up_proj"].T)) @ block["ff_out"].T
+    return norm(x, "ln_f") @ w["ff_out.weight"].T
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_logits_are_those_of_a_second_implementation(tmp_path, kv_heads):
+    weights = write_published(tmp_path, "llada", n_kv_heads=kv_heads)
+    config = json.loads((tmp_path / "config.json").read_text())
+    ids = torch.randint(2, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = load_model(tmp_path)(ids).logits
+    expected = torch.stack([by_the_book(weights, config, row) for row in ids.tolist()])
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+    other = by_the_book(weights, config | {"rope_theta": 10000.0}, ids[0].tolist()).float()
+    assert (found[0] - other).abs().max() > 1e-2  # control
+
+
+def test_published_sizes_are_the_defaults():
+    with torch.device("meta"):
+        model = LLaDAModelLM(LLaDAConfig())
+    assert sum(p.numel() for p in model.parameters()) * 2 == 16_031_162_368  # bytes that the published index states
 
 
 @torch.no_grad()
@@ -193,6 +246,6 @@ def test_adapter_names_the_seven_maps_and_not_the_head(tmp_path):
 def test_unknown_families_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no model at"):
         policy_adapter(tmp_path / "absent")
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ConfigError, match="'bert'.*llada"):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match="'gpt2'.*Dream.*llada"):
         policy_adapter(tmp_path)

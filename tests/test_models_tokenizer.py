@@ -62,3 +62,10 @@ def test_prompts_have_lladas_form(tokenizer):
     assert ids.count(tokenizer.bos_token_id) == 1
     two_turns = [{"role": "system", "content": " Be right. "}, *PUZZLE]
     assert "<|end_header_id|>\n\nBe right.<|eot_id|>" in tokenizer.decode(encode_prompt(tokenizer, two_turns))
+
+
+def test_a_last_message_of_the_assistant_begins_the_completion() -> None:
+    tokenizer = build_tokenizer()
+    begun = encode_prompt(tokenizer, [*PUZZLE, {"role": "assistant", "content": "<think>3"}])
+    assert begun == encode_prompt(tokenizer, PUZZLE) + tokenizer.encode("<think>3", add_special_tokens=False)
+    assert "<|eot_id|>" not in tokenizer.decode(begun[-4:]) and len(begun) > len(encode_prompt(tokenizer, PUZZLE))

@@ -211,7 +211,7 @@ def expected_estimate(
 
 
 SAMPLINGS = {
-    "uniform": AgrpoConfig(k=1),
+    "uniform": AgrpoConfig(k=1, timestep_sampling="uniform"),
     "entropy": AgrpoConfig(k=1, timestep_sampling="entropy", weight_floor=0.2),
 }
 

@@ -364,11 +364,11 @@ def test_settings_turn_it_on():
 
 
 def test_entropy_sampling_of_steps_needs_a_floor():
-    entropy = [*ON, "objective.timestep_sampling=entropy"]
+    entropy = [*ON, "objective.timestep_sampling=entropy", "objective.weight_floor=0"]
     with pytest.raises(ConfigError, match=r"needs objective\.weight_floor above 0"):
         load_config(["recipe=smoke", *entropy])
     load_config(["recipe=smoke", *entropy, "objective.weight_floor=0.2"])
-    load_config(["recipe=smoke", "objective.timestep_sampling=entropy"])
+    load_config(["recipe=smoke", "objective.timestep_sampling=entropy", "objective.weight_floor=0"])
 
 
 @pytest.mark.parametrize(

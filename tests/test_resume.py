@@ -219,6 +219,18 @@ def test_stopped_before_there_is_anything_to_save(runs: Runs) -> None:
     assert store_status(runs["too-early"]) == ("stopped", 1)
 
 
+def test_stopped_while_ranks_start(runs: Runs) -> None:
+    """Patience is over before there is a controller."""
+    with runs.started("not-yet", "timeouts.stop=0.1") as run:
+        run.wait_for("a rank", lambda: bool(run.ranks()))
+        send(signal.SIGSTOP, run.ranks())
+        run.popen.terminate()
+        assert run.wait(60) == 128 + signal.SIGTERM, run.output()
+    assert "asked to stop by SIGTERM while actors and ranks were starting" in run.output()
+    assert "Traceback" not in run.output()
+    assert store_status(runs["not-yet"]) == ("stopped", 1)
+
+
 # ---- damage, other settings
 
 

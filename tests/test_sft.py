@@ -1,231 +1,414 @@
-"""Base building: the estimator against an exact ELBO, what is taught, determinism, the cache and its lock."""
+"""Supervised fine-tuning without Ray: settings, data, the noise and its loss, packing."""
 
 import itertools
 import json
-import math
-import os
-import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from learner import sft
-from learner.config import load_config
-from learner.demonstrations import demonstrations
-from learner.sft import draw_masks, elbo_weights, ensure_base, train_base
-from rewards.errors import ConfigError, DataError, WaitTimeout
-from rewards.task import get_task
-from rollout.models import load_model, load_tokenizer, policy_adapter
+from learner import overrides
+from learner.config import load_config, refuse_relative
+from learner.finetuning import noising
+from learner.finetuning.data import D1_INSTRUCTION, Demonstrations, Example, load_demonstrations, turn_end
+from learner.finetuning.noising import held_out_draws, noised
+from learner.finetuning.packing import Forward, build_tokens, first_fit_decreasing, plan_rows
+from learner.finetuning.run import total_updates, update_batch
+from learner.finetuning.settings import DataSection, SftSection, file_settings, help_text, load_sft_config
+from learner.runs import open_run
+from learner.scorer import restricted_logp
+from learner.settings import RunPlace
+from rewards.errors import CheckpointError, ConfigError, DataError
+from rollout.models import encode_prompt, load_model
+from rollout.models.tokenizer import build_tokenizer
 
-EXACT_ELBO = -1.4938820520
-# p(token | other one visible), p(token | both masked) for the two positions of the recorded toy
-VISIBLE, BOTH_MASKED = (0.9, 0.7), (0.4, 0.2)
-SMALL = ["recipe=smoke", "model.base.sft_steps=4", "model.base.sft_examples=40"]
+EOS, MASK = 0, 1
+SOUND = ["data.train=d.jsonl", "model.path=m"]
+EXACT_ELBO = -1.4938820520  # of the toy below, over both orders of revealing
+VISIBLE, BOTH_MASKED = (0.9, 0.7), (0.4, 0.2)  # p(token | other visible), p(token | both masked)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setattr(sft, "THREADS", 1)
+def example(name: str, prompt: int, completion: int, *, ended: bool = True) -> Example:
+    rng = np.random.default_rng(len(name) + prompt * 100 + completion)
+    ids = (rng.integers(20, 90, size).astype(np.int32) for size in (prompt, completion))
+    return Example(name, *ids, ended)
 
 
-def expected_elbo(counts: range, weights) -> float:
-    """The estimator's mean over n uniform on ``counts`` and all sets of n masked positions of the toy."""
+def sequences(*sizes: tuple[int, int], sft: SftSection = SftSection(eos_tokens=4), longest: int = 64) -> list[Any]:  # noqa: B008
+    made = [example(f"e{i}", *size) for i, size in enumerate(sizes)]
+    return [noised(e, sft, seed=0, epoch=0, eos_token_id=EOS, longest=longest) for e in made]
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("name", overrides.recipe_names("sft"))
+def test_every_recipe_loads_and_says_what_it_is(name: str) -> None:
+    load_sft_config([f"recipe={name}"])
+    assert overrides.recipe_summary(name)
+    assert f"  {name}" in help_text()
+
+
+def test_the_published_recipe_is_the_published_one() -> None:
+    config = load_sft_config(["recipe=sft_d1_s1k"])
+    assert (config.lora.r, config.lora.alpha, config.learner.lr, config.learner.weight_decay) == (128, 256, 1e-5, 0.1)
+    assert (config.data.max_tokens, config.sft.epochs, config.sft.batch) == (4096, 20, 16)
+    assert (config.sft.eos_tokens, config.sft.packing, config.sft.masking) == (None, False, "rate")
+
+
+def test_recipes_of_the_two_kinds_are_told_apart() -> None:
+    kinds = overrides.recipe_names("run"), overrides.recipe_names("sft")
+    assert "sudoku" in kinds[0] and "sft_d1_s1k" in kinds[1] and not set(kinds[0]) & set(kinds[1])
+    with pytest.raises(ConfigError, match="python -m learner.sft, not for learner.main"):
+        load_config(["recipe=sft_d1_s1k"])
+    with pytest.raises(ConfigError, match="python -m learner.main, not for learner.sft"):
+        load_sft_config(["recipe=sudoku"])
+
+
+MISTAKES = {
+    "no data": (["model.path=m"], ["data.train", "jsonl"]),
+    "no model": (["data.train=d.jsonl"], ["model.path", "folder or a hub name"]),
+    "the same data": ([*SOUND, "data.held_out=d.jsonl"], ["data.held_out=d.jsonl", "another file"]),
+    "best of nothing": ([*SOUND, "data.held_out_fraction=0"], ["sft.adapter=best", "sft.adapter=last"]),
+    "packing full rows": ([*SOUND, "sft.eos_tokens=null"], ["sft.packing=true", "sft.packing=false"]),
+    "EOS only": ([*SOUND, "data.max_tokens=64"], ["sft.eos_tokens=64", "data.max_tokens=64"]),
+    "unknown key": ([*SOUND, "sft.epoch=3"], ["sft.epoch", "sft.epochs"]),
+    "of the other kind": ([*SOUND, "rollout.actors=3"], ["'rollout'"]),
+    "name": ([*SOUND, "run.name=a/b"], ["run.name=a/b"]),
+    "bf16 at stage 0": ([*SOUND, "learner.dtype=bfloat16"], ["learner.dtype=bfloat16", "zero_stage"]),
+}
+
+
+@pytest.mark.parametrize("arguments, fragments", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_contradiction_gets_one_sentence(arguments: list[str], fragments: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sft_config(arguments)
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_sound_settings_pass_the_same_checks() -> None:
+    load_sft_config([*SOUND, "sft.eos_tokens=null", "sft.packing=false", "data.max_tokens=64"])
+    load_sft_config([*SOUND, "data.held_out_fraction=0", "sft.adapter=last"])
+
+
+def test_the_command_prints_settings_and_names_mistakes(tmp_path: Path) -> None:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        where = {"cwd": Path(__file__).resolve().parents[1], "capture_output": True, "text": True, "timeout": 60}
+        return subprocess.run([sys.executable, "-m", "learner.sft", *arguments], **where)  # type: ignore[call-overload]
+
+    printed = command(*SOUND, "sft.epochs=7", "--print-config")
+    assert printed.returncode == 0 and json.loads(printed.stdout)["sft"]["epochs"] == 7
+    refused = command("recipe=sudoku")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: recipe sudoku")
+
+
+def test_relative_files_are_named_and_hub_names_are_none() -> None:
+    config = load_sft_config(["data.train=d.jsonl", "model.path=GSAI-ML/LLaDA-8B-Instruct", "run.dir=/runs"])
+    with pytest.raises(ConfigError, match="data.train=d.jsonl is relative") as caught:
+        refuse_relative(file_settings(config))
+    assert len(str(caught.value).splitlines()) == 1
+    refuse_relative(file_settings(load_sft_config(["recipe=sft_d1_s1k", "run.dir=/runs"])))
+
+
+# ---- data
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path: str, **changes: Any) -> Demonstrations:
+    data = DataSection(train=path, **{"max_tokens": 200, "held_out_fraction": 0.0, **changes})
+    return load_demonstrations(data, build_tokenizer(), mask_token_id=MASK, seed=0)
+
+
+WRITTEN = "<think>T</think>\n<answer>A</answer>"
+FORMATS = [
+    {
+        "messages": [
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": WRITTEN},
+        ]
+    },
+    {"prompt": "Q", "completion": WRITTEN},
+    {"prompt": [{"role": "user", "content": "Q"}], "completion": WRITTEN},
+    {"question": "Q", "thinking": "T", "answer": "A"},
+    {"question": "Q", "thinking_trajectories": ["T", "unused"], "attempt": "A", "solution": "S", "cot_type": "math"},
+    {"question": "Q", "deepseek_thinking_trajectory": "T", "deepseek_attempt": "A", "gemini_attempt": "G"},
+]
+
+
+def test_all_formats_say_the_same(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    expected = tokenizer.encode(WRITTEN, add_special_tokens=False)
+    for number, row in enumerate(FORMATS):
+        (found,) = load(write(tmp_path / f"{number}.jsonl", [row])).train
+        assert found.prompt_ids.tolist() == encode_prompt(tokenizer, [{"role": "user", "content": "Q"}])
+        assert found.completion_ids.tolist() == [*expected, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+        assert found.ended
+
+
+def test_d1s_writing_of_a_reasoning_trace(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    (found,) = load(write(tmp_path / "a.jsonl", [FORMATS[3]]), reasoning="d1", max_tokens=400).train
+    assert D1_INSTRUCTION.strip() in tokenizer.decode(found.prompt_ids)
+    text = tokenizer.decode(found.completion_ids, skip_special_tokens=True)
+    assert text == "<reasoning>T</reasoning>\n<answer>A</answer>"
+
+
+def test_a_template_without_a_token_for_the_end_adds_none() -> None:
+    tokenizer = build_tokenizer()
+    assert turn_end(tokenizer) == [tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert turn_end(tokenizer) == []
+    tokenizer.chat_template = None
+    assert turn_end(tokenizer) == []
+
+
+BAD_ROWS = {
+    "unknown columns": ({"text": "x"}, "the columns text are in no known format"),
+    "user last": ({"messages": [{"role": "user", "content": "Q"}]}, "the last message is the user's"),
+    "no list": ({"messages": "Q"}, "messages is not a list"),
+    "empty completion": ({"prompt": "Q", "completion": " "}, "completion is empty"),
+    "no text": ({"question": "Q", "thinking": [], "answer": "A"}, "thinking is not text"),
+}
+
+
+@pytest.mark.parametrize("row, sentence", BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: dict[str, Any], sentence: str) -> None:
+    path = write(tmp_path / "bad.jsonl", [FORMATS[1], row])
+    with pytest.raises(DataError, match=f"bad.jsonl, line 2: {sentence}"):
+        load(path)
+
+
+def test_the_mask_token_in_a_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sft-a-1 holds the mask token"):
+        load(write(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "a<|mdm_mask|>b"}]))
+
+
+def test_too_long_examples_are_dropped_or_cut_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "Q", "completion": "x" * n} for n in (10, 100)] + [{"prompt": "Q" * 80, "completion": "x"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    dropped = load(path, max_tokens=50)
+    assert [e.completion_ids.size for e in dropped.train] == [11] and "2 of 3" in dropped.told[0]
+    cut = load(path, max_tokens=50, too_long="cut")
+    assert [e.length for e in cut.train][1] == 50 and [e.ended for e in cut.train] == [True, False]
+    assert "1 of 3" in cut.told[0] and "left out" in cut.told[0]  # no room for its completion at all
+    assert "1 of 3" in cut.told[1] and "lose the end" in cut.told[1]
+    assert load(path).told == ()
+    with pytest.raises(DataError, match="fits into data.max_tokens=8"):
+        load(path, max_tokens=8)
+
+
+def test_the_held_out_share_is_drawn_by_the_seed_and_never_learned(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}", "completion": f"x{n}"} for n in range(40)]
+    path = write(tmp_path / "a.jsonl", rows)
+    first, second = load(path, held_out_fraction=0.25), load(path, held_out_fraction=0.25)
+    assert len(first.held_out) == 10 and len(first.train) == 30 and not first.told
+    assert first.fingerprint == second.fingerprint != load(path, held_out_fraction=0.2).fingerprint
+    assert not {e.id for e in first.held_out} & {e.id for e in first.train}
+    again = write(tmp_path / "b.jsonl", rows + [{"prompt": f"Q{n}", "completion": "other"} for n in range(40)])
+    leaky = load(again, held_out_fraction=0.25)
+    assert not {e.prompt_ids.tobytes() for e in leaky.held_out} & {e.prompt_ids.tobytes() for e in leaky.train}
+    assert "have the prompt of a held-out one" in leaky.told[0]
+    with pytest.raises(ConfigError, match="leaves none to learn"):
+        load(write(tmp_path / "c.jsonl", rows[:1]), held_out_fraction=0.5)
+
+
+# ---- the noise
+
+
+def drawn(e: Example, epoch: int = 0, longest: int = 64, **changes: Any) -> noising.Sequence:
+    return noised(e, SftSection(**changes), seed=0, epoch=epoch, eos_token_id=EOS, longest=longest)
+
+
+def test_draws_belong_to_example_and_epoch() -> None:
+    first, second = example("a", 5, 20), example("b", 5, 20)
+    alone = drawn(first)
+    drawn(second)
+    assert (drawn(first).masked == alone.masked).all() and drawn(first).eos == alone.eos
+    others = [drawn(first, epoch=1), drawn(second)]
+    assert all(o.masked.size != alone.masked.size or (o.masked != alone.masked).any() for o in others)
+
+
+def test_eos_follow_the_end_as_the_rule_says() -> None:
+    e = example("a", 5, 20)
+    numbers = {drawn(e, epoch, eos_tokens=3).eos for epoch in range(60)}
+    assert numbers == {1, 2, 3}
+    sequence = drawn(e, eos_tokens=3)
+    assert (sequence.completion_ids[20:] == EOS).all() and sequence.completion_ids.size == 20 + sequence.eos
+    assert drawn(e, eos_tokens=None).length == 64, "published: up to the maximum length"
+    assert drawn(example("a", 5, 58), eos_tokens=30).length == 64, "never beyond it"
+    assert drawn(example("a", 5, 58, ended=False), eos_tokens=30).eos == 0, "nothing follows what was cut"
+    assert any(drawn(e, epoch, eos_tokens=3).masked[20:].any() for epoch in range(10)), "EOS are targets too"
+
+
+@pytest.mark.parametrize("masking", ["count", "rate"])
+def test_the_loss_estimates_the_exact_elbo(masking: str) -> None:
+    """Enumerated on a toy of two tokens, whose ELBO over both orders is known."""
+    toy = Example("toy", np.array([5], np.int32), np.array([30, 31], np.int32), ended=False)
+    draws, total, of_n = 12_000 if masking == "rate" else 4000, 0.0, 0.0
+    for epoch in range(draws):
+        sequence = drawn(toy, epoch, masking=masking)
+        n = int(sequence.masked.sum())
+        logp = np.log(BOTH_MASKED if n == 2 else VISIBLE)
+        total += sequence.weight * (logp * sequence.masked).sum()
+        of_n += (2 / n if n else 0.0) * (logp * sequence.masked).sum()
+    assert total / draws == pytest.approx(EXACT_ELBO, abs=0.06)
+    if masking == "rate":
+        assert of_n / draws == pytest.approx(-0.995921, abs=0.03), "control: C/n under the law of rates is biased"
+
+
+def test_a_model_that_knows_nothing_has_the_same_loss_in_every_draw() -> None:
+    e = example("a", 5, 20)
+    of_count = [drawn(e, epoch) for epoch in range(50)]
+    assert all(s.weight * s.masked.sum() == pytest.approx(s.masked.size) for s in of_count)
+    of_rate = [drawn(e, epoch, masking="rate") for epoch in range(50)]
+    assert np.std([s.weight * s.masked.sum() / s.masked.size for s in of_rate]) > 0.1, "control: rates vary"
+
+
+def test_held_out_draws_are_fixed_and_spread() -> None:
+    e, sft = example("a", 5, 40), SftSection(held_out_draws=4, eos_tokens=2)
+    first, second = (held_out_draws(e, sft, seed=0, eos_token_id=EOS, longest=64) for _ in range(2))
+    assert all((a.masked == b.masked).all() for a, b in zip(first, second, strict=True))
+    shares = [s.masked.mean() for s in first]
+    assert all(i / 4 <= share + 0.03 and share <= (i + 1) / 4 + 0.03 for i, share in enumerate(shares)), shares
+
+
+# ---- packing
+
+
+def test_first_fit_decreasing_on_a_known_case() -> None:
+    assert first_fit_decreasing([4, 8, 1, 4, 2, 1], 10) == [(1, 4), (0, 3, 2, 5)]
+    assert first_fit_decreasing([3, 3, 5], 0) == [(2,), (0,), (1,)]
+
+
+def test_packing_fits_and_takes_every_sequence_once() -> None:
+    lengths = np.random.default_rng(0).integers(10, 200, 200).tolist()
+    rows = first_fit_decreasing(lengths, 512)
+    assert sorted(itertools.chain(*rows)) == list(range(200))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 512
+    assert sum(lengths) / (512 * len(rows)) > 0.95
+
+
+@pytest.mark.parametrize("ranks, rows_per_forward, packing", [(1, 1, True), (2, 1, True), (3, 2, False), (4, 3, True)])
+def test_every_rank_has_the_same_number_of_forwards(ranks: int, rows_per_forward: int, packing: bool) -> None:
+    made = sequences((5, 10), (5, 30), (9, 12), (3, 40), (5, 5), (2, 20), (4, 4))
+    plan = plan_rows(
+        made, capacity=64, packing=packing, by_example=True, ranks=ranks, rows_per_forward=rows_per_forward
+    )
+    assert len({len(share) for share in plan.forwards}) == 1 and len(plan.forwards) == ranks
+    live = [i for share in plan.forwards for f in share if f.live for row in f.rows for i in row]
+    assert sorted(live) == list(range(7))
+    assert all(len(f.rows) <= rows_per_forward for share in plan.forwards for f in share)
+    assert plan.normaliser == 7
+
+
+def test_idle_ranks_get_a_forward_without_weight() -> None:
+    made = sequences((5, 10))
+    plan = plan_rows(made, capacity=64, packing=True, by_example=True, ranks=2, rows_per_forward=1)
+    assert [share[0].live for share in plan.forwards] == [True, False]
+    idle = build_tokens(plan.forwards[1][0], made, by_example=True, mask_id=MASK, pad_id=EOS)
+    assert idle.weight.size and not idle.weight.any()
+
+
+def test_a_packed_row_holds_its_sequences_as_they_are() -> None:
+    made = sequences((5, 10), (7, 6))
+    batch = build_tokens(Forward(((1, 0),)), made, by_example=True, mask_id=MASK, pad_id=EOS)
+    start = 0
+    for number, index in ((1, 1), (2, 0)):
+        sequence = made[index]
+        ids = batch.input_ids[0, start : start + sequence.length]
+        P = sequence.prompt_ids.size
+        assert (ids[:P] == sequence.prompt_ids).all(), "prompts are never masked"
+        assert (ids[P:] == np.where(sequence.masked, MASK, sequence.completion_ids)).all()
+        assert batch.attention_mask is not None
+        assert (batch.attention_mask[0, start : start + sequence.length] == number).all()
+        start += sequence.length
+    assert (batch.input_ids.ravel()[batch.score_rows] == MASK).all()
+    assert batch.score_rows.size == sum(s.masked.sum() for s in made)
+
+
+def test_a_whole_row_needs_no_mask_and_a_forward_without_targets_scores_one_for_nothing() -> None:
+    made = sequences((5, 10))
+    assert build_tokens(Forward(((0,),)), made, by_example=True, mask_id=MASK, pad_id=EOS).attention_mask is None
+    nothing = [noising.Sequence(made[0].prompt_ids, made[0].completion_ids, np.zeros_like(made[0].masked), 2.0, 1)]
+    batch = build_tokens(Forward(((0,),)), nothing, by_example=True, mask_id=MASK, pad_id=EOS)
+    assert batch.weight.tolist() == [0.0] and batch.score_rows.tolist() == [5]
+
+
+def loss_and_gradient(model: torch.nn.Module, forwards: list[Forward], made: list[Any], *, numbers: bool = True) -> Any:
+    """The update's loss and gradient by plain autograd; without ``numbers`` a packed row is one sequence."""
+    model.zero_grad()
     total = 0.0
-    for n in counts:
-        masks = [mask for mask in itertools.product((False, True), repeat=2) if sum(mask) == n]
-        for mask in masks:
-            logp = np.log(BOTH_MASKED if n == 2 else VISIBLE)
-            weight_BC = weights(np.array([mask])) if n else np.zeros((1, 2))
-            total += (weight_BC[0] * logp * np.array(mask)).sum() / len(masks) / len(counts)
-    return total
+    for forward in forwards:
+        batch = build_tokens(forward, made, by_example=True, mask_id=MASK, pad_id=EOS)
+        mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask)
+        if mask is not None and not numbers:
+            mask = (mask > 0).long()
+        rows = torch.from_numpy(batch.score_rows)
+        logits = model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask, logit_rows=rows).logits
+        law = restricted_logp(logits, torch.from_numpy(batch.targets), None, temperature=1.0, mask_token_id=MASK)
+        loss = -(torch.from_numpy(batch.weight).float() * law.logp_N).sum() / len(made)
+        loss.backward()
+        total += float(loss.detach())
+    gradient = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+    return total, gradient
 
 
-def test_weight_is_the_one_of_the_law_of_n():
-    assert expected_elbo(range(1, 3), elbo_weights) == pytest.approx(EXACT_ELBO, abs=1e-9)
+def test_a_packed_update_is_the_unpacked_one(tiny_model: str) -> None:
+    model = load_model(tiny_model).train()
+    made = sequences((5, 10), (5, 30), (9, 12), (3, 40), (5, 5), (2, 20), (4, 4))
+    layout: dict[str, Any] = {"capacity": 64, "by_example": True, "ranks": 1}
+    packed = list(plan_rows(made, packing=True, rows_per_forward=2, **layout).forwards[0])
+    alone = list(plan_rows(made, packing=False, rows_per_forward=1, **layout).forwards[0])
+    padded = list(plan_rows(made, packing=False, rows_per_forward=3, **layout).forwards[0])
+    assert (len(packed), len(alone), len(padded)) == (2, 7, 3)
+    loss, gradient = loss_and_gradient(model, alone, made)
+    for forwards in (packed, padded):
+        other_loss, other = loss_and_gradient(model, forwards, made)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert float((other - gradient).norm() / gradient.norm()) < 2e-6
+    blind_loss, blind = loss_and_gradient(model, packed, made, numbers=False)
+    assert abs(blind_loss - loss) > 1e-4 and float((blind - gradient).norm() / gradient.norm()) > 1e-2, "control"
 
 
-def test_other_weights_or_laws_are_biased():
-    def one_more(mask):
-        return (mask.shape[1] + 1) / mask.sum(axis=1, keepdims=True) * mask
-
-    assert expected_elbo(range(0, 3), one_more) == pytest.approx(EXACT_ELBO, abs=1e-9)  # ESPO's pair, right too
-    assert expected_elbo(range(1, 3), one_more) == pytest.approx(1.5 * EXACT_ELBO, abs=1e-9)
-    assert expected_elbo(range(0, 3), elbo_weights) == pytest.approx(-0.995921, abs=1e-6)  # DMPO's
+# ---- the order
 
 
-def test_masks_follow_that_law():
-    masked_BC = draw_masks(np.random.default_rng(0), 40_000, 4)
-    law = np.bincount(masked_BC.sum(axis=1), minlength=5) / 40_000
-    assert law[0] == 0
-    np.testing.assert_allclose(law[1:], 0.25, atol=0.01)
-    pairs = masked_BC[masked_BC.sum(axis=1) == 2] @ (1 << np.arange(4))
-    np.testing.assert_allclose(np.unique(pairs, return_counts=True)[1] / len(pairs), 1 / 6, atol=0.015)
+def test_every_epoch_shows_every_example_once_and_updates_straddle_epochs() -> None:
+    data = Demonstrations(tuple(example(f"e{i}", 3, 4) for i in range(10)), (), ())
+    shown: dict[int, list[str]] = {}
+    for number in range(5):
+        batch = update_batch(data, seed=0, batch=4, number=number)
+        for e, epoch in zip(batch.examples, batch.epochs, strict=True):
+            shown.setdefault(epoch, []).append(e.id)
+    assert {epoch: sorted(ids) for epoch, ids in shown.items()} == {e: sorted(x.id for x in data.train) for e in (0, 1)}
+    assert shown[0] != shown[1]
+    config = load_sft_config([*SOUND, "sft.epochs=2", "sft.batch=4"])
+    assert total_updates(config, data) == 5
+    assert total_updates(load_sft_config([*SOUND, "sft.epochs=1", "sft.batch=16"]), data) == 1
 
 
-def test_the_loss_is_minus_the_elbo_per_token():
-    """A model that knows nothing has ELBO -C log V whatever is masked, so the loss is log V for every draw."""
-    config, task = load_config(SMALL), get_task("sudoku")
-    tokenizer = sft.build_tokenizer()
-    data = sft._encode(task, task.problems("train", seed=0, size=4), tokenizer, 24)
-    model = sft._new_model(config.model.base, tokenizer)
-    torch.nn.init.zeros_(model.model.transformer.ff_out.weight)
-    for seed in range(5):
-        loss = sft._loss(model, data, np.random.default_rng(seed), 3, 0.5)
-        # Weights of a row sum to C, so the mean over rows and positions is that of a constant.
-        assert loss.item() == pytest.approx(math.log(len(tokenizer)), rel=1e-5)
+# ---- resuming
 
 
-@pytest.mark.parametrize("name", ["sudoku", "countdown", "countdown_in_order"])
-def test_demonstrators_are_right_and_consistently_wrong(name):
-    task, tokenizer = get_task(name), sft.build_tokenizer()
-    problems = task.problems("train", seed=3, size=200)
-    pairs = [demonstrations(name, problem.fields) for problem in problems]
-    graded = [
-        (task.grade(p.fields, d.right), task.grade(p.fields, d.wrong)) for p, d in zip(problems, pairs, strict=True)
-    ]
-    assert all(right.correct and right.reward == pytest.approx(4.0) for right, _ in graded)
-    assert 0 < np.mean([wrong.correct for _, wrong in graded]) < 0.15
-    assert max(len(tokenizer.encode(t, add_special_tokens=False)) for p in pairs for t in (p.right, p.wrong)) <= 24
-    if name == "sudoku":  # keeps the clues, and every row holds each digit once
-        assert all(wrong.components["clues"] == 0.5 for _, wrong in graded)
-        assert all(wrong.components["permutation"] == 0.25 for _, wrong in graded)
-    else:  # a well-formed expression in the given numbers
-        assert all(wrong.components["numbers"] == pytest.approx(1 / 3) for _, wrong in graded)
+def test_a_run_of_the_other_kind_is_passed_over_or_refused(tmp_path: Path) -> None:
+    for name, kind in (("tuned", "sft"), ("trained", "run")):
+        (tmp_path / name / "checkpoints" / "iteration-000001").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({kind: {}}))
 
+    def refused(name: str | None, kind: Any, error: type[Exception], sentence: str, resume: str = "auto") -> None:
+        with pytest.raises(error, match=sentence):
+            open_run(RunPlace(dir=str(tmp_path), name=name, resume=resume), kind=kind, label="x")
 
-def test_a_countdown_answer_in_order_comes_with_the_value_of_its_parentheses():
-    pair = demonstrations("countdown_in_order", {"numbers": [3, 5, 2], "target": 16})
-    assert pair.right == "<think>08</think><answer>(3+5)*2=16</answer>"
-    assert pair.wrong == "<think>15</think><answer>(3*5)*2=16</answer>"
-    task, tokenizer = get_task("countdown_in_order"), sft.build_tokenizer()
-    problems = task.problems("train", seed=0, size=2000)
-    data = sft._encode(task, problems, tokenizer, 16)
-    assert data.real_nP.all() and not (data.answers_n2C == tokenizer.eos_token_id).any()  # one layout, nothing padded
-
-
-def test_a_problem_without_a_solution_is_refused():
-    with pytest.raises(DataError, match=r"\[1, 1, 1\] -> 9 has no solution"):
-        demonstrations("countdown", {"numbers": [1, 1, 1], "target": 9})
-
-
-def test_a_task_without_demonstrators_is_refused():
-    with pytest.raises(ConfigError, match=r"gsm8k.*model\.path.*countdown, countdown_in_order, sudoku"):
-        demonstrations("gsm8k", {})
-
-
-def test_same_arguments_same_bits_and_global_generators_untouched(tmp_path):
-    config, task = load_config(SMALL), get_task("sudoku")
-    problems = task.problems("train", seed=0, size=40)
-    torch.manual_seed(5)
-    np.random.seed(5)
-    threads, state, numpy_state = torch.get_num_threads(), torch.get_rng_state(), np.random.get_state()[1].copy()
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(5 if name == "a" else 6)
-        spec = config.model.base.model_copy(update={"seed": seed})
-        metrics = train_base(spec, task, problems, 24, tmp_path / name)
-        assert metrics["loss"] > 0
-        if name == "a":
-            assert torch.equal(torch.get_rng_state(), state)
-    assert (np.random.get_state()[1] == numpy_state).all()
-    assert torch.get_num_threads() == threads
-    bits = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
-    assert bits["a"] == bits["b"] != bits["c"]
-
-
-def test_right_demonstrations_come_first(tmp_path, monkeypatch):
-    shares: list[float] = []
-    whole_loss = sft._loss
-
-    def noted(model, data, rng, rows, right_fraction):
-        shares.append(right_fraction)
-        return whole_loss(model, data, rng, rows, right_fraction)
-
-    monkeypatch.setattr(sft, "_loss", noted)
-    ensure_base(load_config([*SMALL, "model.base.right_first=0.5", "model.base.right_fraction=0.25"]), tmp_path)
-    assert shares == [1.0, 1.0, 0.25, 0.25]
-
-
-def test_training_lowers_the_loss(tmp_path):
-    config, task = load_config([*SMALL, "model.base.sft_steps=30", "model.base.sft_lr=5e-3"]), get_task("sudoku")
-    seen: list[float] = []
-    problems = task.problems("train", seed=0, size=40)
-    train_base(config.model.base, task, problems, 24, tmp_path / "base", on_progress=lambda *now: seen.append(now[2]))
-    assert len(seen) == 30
-    assert seen[-1] < 0.8 * seen[0]
-
-
-def test_a_prompt_and_its_padding_are_encoded_as_the_engine_sees_them():
-    task, tokenizer = get_task("countdown"), sft.build_tokenizer()
-    problems = task.problems("train", seed=0, size=50)
-    data = sft._encode(task, problems, tokenizer, 24)
-    widths = data.real_nP.sum(axis=1)
-    assert widths.min() < widths.max() == data.prompt_nP.shape[1]
-    row = int(widths.argmin())
-    ids = data.prompt_nP[row, -widths[row] :]
-    assert list(ids) == sft.encode_prompt(tokenizer, task.messages(problems[row].fields))
-    text = tokenizer.decode(data.answers_n2C[row, 1], skip_special_tokens=True)
-    assert task.grade(problems[row].fields, text).correct
-    with pytest.raises(ConfigError, match="completion_length=8 is too short"):
-        sft._encode(task, problems, tokenizer, 8)
-
-
-def test_the_base_is_cached_by_what_it_depends_on(tmp_path):
-    first = ensure_base(load_config(SMALL), tmp_path)
-    built = (first / "model.safetensors").stat().st_mtime_ns
-    assert ensure_base(load_config([*SMALL, "learner.lr=5e-4"]), tmp_path) == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == built
-    for other in ("model.base.seed=1", "run.seed=1", "model.base.right_fraction=0.5"):
-        assert ensure_base(load_config([*SMALL, other]), tmp_path) != first
-    assert policy_adapter(first).mask_token_id == load_tokenizer(first).mask_token_id
-    assert load_model(first).config.d_model == 32
-    assert json.loads((first / "sft.json").read_text())["task"] == "sudoku"
-
-
-def test_an_interrupted_build_leaves_no_base(tmp_path):
-    def stop(done: int, *_) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ensure_base(load_config(SMALL), tmp_path, on_progress=stop)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
-    assert (ensure_base(load_config(SMALL), tmp_path) / "config.json").is_file()
-
-
-def test_held_out_problems_are_never_taught(tmp_path):
-    config, task = load_config(SMALL), get_task("sudoku")
-    taught = {p.fields["solution"] for p in sft._training_problems(config, task)}
-    held_out = {p.fields["solution"] for p in task.problems("test", seed=config.run.seed, size=config.task.test_size)}
-    assert taught and held_out and not taught & held_out
-    # A file that shares every grid with the held-out problems leaves nothing to teach.
-    rows = "".join(f"{p.fields['puzzle']},{p.fields['solution']}\n" for p in task.problems("test", seed=0, size=5))
-    (tmp_path / "train.csv").write_text("puzzle,solution\n" + rows)
-    with pytest.raises(DataError, match="no training problem"):
-        ensure_base(load_config([*SMALL, f"task.train_path={tmp_path / 'train.csv'}"]), tmp_path)
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from learner.sft import _exclusive
-with _exclusive(Path(sys.argv[1]), timeout_s=5):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
-    lock = tmp_path / "base.lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None
-        assert any(line == "held\n" for line in holder.stdout)
-        with pytest.raises(WaitTimeout, match=f"process {holder.pid}"), sft._exclusive(lock, timeout_s=0.3):
-            pass
-    finally:
-        os.kill(holder.pid, signal.SIGKILL)
-        holder.wait(timeout=10)
-    with sft._exclusive(lock, timeout_s=0.3):
-        assert lock.read_text() == str(os.getpid())
+    refused("tuned", "run", ConfigError, "a run of python -m learner.sft")
+    refused("trained", "sft", ConfigError, "a run of python -m learner.main")
+    refused(None, "sft", CheckpointError, "tuned has no good checkpoint")  # its own kind, the checkpoint being empty
+    refused(None, "run", CheckpointError, "trained has no good checkpoint")

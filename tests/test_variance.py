@@ -32,10 +32,10 @@ from learner.bench.snapshot import (
 from learner.bench.variance import analyse, grid, least_variance, main, measure, rollout_variance
 from learner.config import dump_config, load_config
 from learner.objectives.agrpo import Agrpo
-from learner.plan import plan_update
 from learner.scorer import score
 from learner.settings import AgrpoConfig
 from learner.timesteps import draw_timesteps, draw_uniforms, step_probabilities, step_table
+from learner.update_plan import plan_update
 from learner.views import build_batch
 from rewards.errors import ConfigError, DataError
 from rewards.sudoku import Sudoku
@@ -292,7 +292,7 @@ def run(tmp_path_factory, tiny_model):
 
 @pytest.mark.parametrize(
     "config",
-    [AgrpoConfig(k=3), AgrpoConfig(k=2, timestep_sampling="entropy", low_discrepancy=False, beta=0.1)],
+    [AgrpoConfig(k=3, timestep_sampling="uniform"), AgrpoConfig(k=2, weight_floor=0, low_discrepancy=False, beta=0.1)],
     ids=["uniform", "entropy-kl"],
 )
 def test_gram_matrix_gives_the_learners_own_gradient(run, config):
@@ -338,7 +338,7 @@ def test_the_command_writes_table_json_and_plot(run, tmp_path, capsys):
     assert sum(row["own"] for row in found["estimators"]) == 1
     assert (tmp_path / "out" / "variance.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "out" / "variance.md").read_text()
-    assert table.count("\n| ") == 22 and "uniform (this run)" in table
+    assert table.count("\n| ") == 22 and "entropy, floor 0.1 (this run)" in table
     assert "Least total variance x work" in capsys.readouterr().out
 
 

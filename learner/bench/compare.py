@@ -9,9 +9,9 @@ import torch
 from learner.bench.plain import PlainRollout, plain_generate
 from learner.bench.policy import RUN_SEED, Shape
 from learner.objectives.agrpo import Agrpo
-from learner.plan import UpdatePlan, plan_update
 from learner.scorer import score
 from learner.settings import AgrpoConfig
+from learner.update_plan import UpdatePlan, plan_update
 from learner.views import build_batch
 from rollout.adapters import adapter_parameters
 from rollout.models import PolicyAdapter
@@ -38,7 +38,7 @@ def our_update(
 
     Returns the plan, each forward's batch with its log-probs, and the loss.
     """
-    objective = Agrpo(AgrpoConfig(k=k))
+    objective = Agrpo(AgrpoConfig(k=k, timestep_sampling="uniform"))
     plan = plan_update(
         [group],
         objective=objective,

@@ -28,9 +28,9 @@ from learner.bench.adapter_holder import AdapterHolder, adapter_shapes
 from learner.bench.measure import machine
 from learner.bench.model_free import ModelFreeActor, prebuilt_group
 from learner.objectives.agrpo import Agrpo
-from learner.plan import plan_update
 from learner.rank import PublishedAdapter
 from learner.settings import AgrpoConfig
+from learner.update_plan import plan_update
 from learner.views import build_batch
 from learner.weights import publish
 from rewards.task import Problem
@@ -123,7 +123,7 @@ def pass_groups(actors: list[Any], size: Size) -> dict[str, Any]:
         marks.append(time.perf_counter())
         plan = plan_update(
             groups,
-            objective=Agrpo(AgrpoConfig(k=size.k)),
+            objective=Agrpo(AgrpoConfig(k=size.k, timestep_sampling="uniform")),
             run_seed=0,
             update_index=iteration,
             eos_ids=(),

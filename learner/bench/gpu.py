@@ -6,6 +6,8 @@ Engine: 16 rows, prompt 256, completion 384, blocks of 12, 3 tokens a step, LoRA
 operations of its forwards over the time of these forwards, against the machine's bf16 rate for a large square product;
 ``whole share`` divides by the whole call, sampling included. Learner: 8 completions at k 24, activation checkpointing.
 Its share counts all operations that run, the checkpointing's second forward included; ``useful share`` leaves that out.
+``predicted GB`` is what the plan's memory model (docs/planning.md) says of the peak beside it: weights, adapter,
+gradients, activations, logits; no DeepSpeed here, and nothing of CUDA's own, which torch doesn't count either.
 Bars: 60 % of the ceiling in the engine's forward, 40 % in the learner. ``--small`` does the same on the CPU, tiny.
 """
 
@@ -17,10 +19,11 @@ import torch
 
 from learner.bench import report
 from learner.bench.compare import our_update
-from learner.bench.flops import forward_flops, training_flops
 from learner.bench.measure import machine, matmul_rate
 from learner.bench.model_free import prebuilt_group
+from learner.bench.planned import Case, predicted
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
+from learner.planning.flops import forward_flops, training_flops
 from rewards.errors import ConfigError
 from rollout.models import PolicyAdapter
 
@@ -38,9 +41,11 @@ ENGINE_BAR, LEARNER_BAR = 0.6, 0.4
 TABLES = {
     "Engine": [
         "rows", "forward s", "generate s", "tokens/s", "forward TF", "ceiling TF/s", "forward share", "whole share",
+        "predicted GB", "peak GB",
     ],
     "Learner": [
-        "completions", "k", "views", "update s", "peak GB", "forward TF", "backward TF", "recompute TF", "ceiling TF/s",
+        "completions", "k", "views", "update s", "predicted GB", "peak GB", "forward TF", "backward TF",
+        "recompute TF", "ceiling TF/s",
         "share", "useful share",
     ],
 }  # fmt: skip
@@ -98,11 +103,17 @@ def _engine_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, cei
     )
     generate(engine, first)
     engine.forward_s = 0.0
+    _forget_peak(engine.device)
     begin = _now(engine.device)
     group = generate(engine, shape)
     seconds = _now(engine.device) - begin
     assert int(group.nfe.max()) == shape.steps and bool(group.drawn.all()), "rows ended early: the operations are fewer"
-    flops = forward_flops(shape, rows=shape.rows, head_rows=shape.rows * shape.completion // shape.steps) * shape.steps
+    flops = (
+        forward_flops(
+            shape.model, **shape.sizes, rows=shape.rows, head_rows=shape.rows * shape.completion // shape.steps
+        )
+        * shape.steps
+    )
     return {
         "rows": shape.rows,
         "forward s": engine.forward_s,
@@ -112,6 +123,8 @@ def _engine_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, cei
         "ceiling TF/s": ceiling / 1e12,
         "forward share": flops.forward / engine.forward_s / ceiling,
         "whole share": flops.forward / seconds / ceiling,
+        "predicted GB": _predicted(Case("engine", shape, "bfloat16"), engine.device),
+        "peak GB": _peak(engine.device),
     }
 
 
@@ -122,20 +135,20 @@ def _learner_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, ce
     model.train()
     our_update(model, family, group, shape, 1)
     model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    _forget_peak(device)
     begin = _now(device)
     plan, _, _ = our_update(model, family, group, shape, K)
     seconds = _now(device) - begin
     views = sum(map(len, plan.forwards[0]))
     head_rows = views * shape.completion // shape.steps
-    flops = training_flops(shape, rows=views, head_rows=head_rows, checkpointing=True)
+    flops = training_flops(shape.model, **shape.sizes, rows=views, head_rows=head_rows, checkpointing=True)
     return {
         "completions": shape.rows,
         "k": K,
         "views": views,
         "update s": seconds,
-        "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+        "predicted GB": _predicted(Case("learner", shape, "bfloat16", checkpointing=True), device),
+        "peak GB": _peak(device),
         "forward TF": flops.forward / 1e12,
         "backward TF": flops.backward / 1e12,
         "recompute TF": flops.recompute / 1e12,
@@ -143,6 +156,23 @@ def _learner_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, ce
         "share": flops.total / seconds / ceiling,
         "useful share": (flops.forward + flops.backward) / seconds / ceiling,
     }
+
+
+def _predicted(case: Case, device: torch.device) -> float:
+    """GB, all that the process holds on the device."""
+    model = case.shape.model
+    weights = 2 * (model.parameters + model.adapter_parameters(case.shape.lora_r))
+    return (weights + sum(predicted(case, cpu=device.type == "cpu").values())) / 1e9
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> float | None:
+    """GB allocated at most since ``_forget_peak``; None on a CPU, where ``learner.bench.planned`` measures."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
 
 
 def _now(device: torch.device) -> float:

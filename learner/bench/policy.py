@@ -6,10 +6,12 @@ Shapes: G completions (= rows of the plain way), P prompt tokens, C completion p
 import dataclasses
 import tempfile
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
 
+from learner.planning.shapes import ModelShape, llada_shape
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
@@ -20,6 +22,11 @@ from rollout.seeds import numpy_generator
 from rollout.trajectory import GroupSpec, PositionRule, SamplerSpec, TrajectoryGroup
 
 RUN_SEED = 0
+
+
+class Sizes(TypedDict):
+    lora_r: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,24 @@ class Shape:
             self.top_k,
             self.top_p,
         )
+
+    @property
+    def model(self) -> ModelShape:
+        """The model's sizes, for counting operations and memory."""
+        return llada_shape(
+            {
+                "d_model": self.d_model,
+                "n_layers": self.layers,
+                "n_heads": self.heads,
+                "mlp_hidden_size": self.mlp,
+                "vocab_size": self.vocabulary,
+            }
+        )
+
+    @property
+    def sizes(self) -> "Sizes":
+        """What ``planning.flops`` wants beside the model and the rows."""
+        return Sizes(lora_r=self.lora_r, length=self.length)
 
     @property
     def length(self) -> int:

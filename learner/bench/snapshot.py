@@ -17,6 +17,7 @@ from learner.advantages import group_advantages
 from learner.bench.estimators import mean_weights
 from learner.config import RunConfig, load_dumped
 from learner.objectives.agrpo import Agrpo
+from learner.rank import lora_spec
 from learner.runs import task_problems
 from learner.scorer import score
 from learner.timesteps import StepTable, step_table
@@ -26,7 +27,6 @@ from rewards.task import Task, get_task
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
 from rollout.models import encode_prompt
-from rollout.models.lora import LoraSpec
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 
@@ -115,7 +115,7 @@ def load_engine(snapshot: Snapshot, *, device: str) -> TorchEngine:
     config, progress = snapshot.config, snapshot.checkpoint.progress
     engine = TorchEngine(
         model_path=snapshot.base,
-        lora=LoraSpec(config.lora.r, config.lora.alpha, config.lora.include_head),
+        lora=lora_spec(config),
         max_rows=config.rollout.max_rows,
         device=device,
         dtype=config.learner.dtype,

@@ -54,7 +54,7 @@ def memory_of(shape: Shape, way: str, k: int) -> int:
     def plain() -> None:
         rollout = as_plain(group, shape)  # the mask that the plain way carries through its buffer
         advantages = group_advantages(group.rewards)
-        mask, config = family.mask_token_id, AgrpoConfig(k=k)
+        mask, config = family.mask_token_id, AgrpoConfig(k=k, timestep_sampling="uniform")
         plain_update(model, shape, rollout, advantages, draws, mask_id=mask, config=config, keep=min(k, 2))
 
     return peak_above(plain)

@@ -30,12 +30,13 @@ from learner.bench.compare import (
     off_policy,
     our_update,
 )
-from learner.bench.flops import Flops, forward_flops, training_flops
 from learner.bench.measure import Seconds, interleaved, machine, matmul_rate
 from learner.bench.plain import PlainRollout, plain_generate, plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.bench.step_memory import memory_in_fresh_process
+from learner.planning.flops import Flops, forward_flops, training_flops
 from learner.settings import AgrpoConfig
+from rollout.malloc import keep_freed_memory
 from rollout.models import PolicyAdapter
 from rollout.trajectory import TrajectoryGroup
 
@@ -95,6 +96,7 @@ SMALL = (Size(_TINY, (2, 6), repeats=(1, 1, 1), plain_steps=8, plain_draws=6, ch
 def run(*, small: bool = False) -> dict[str, Any]:
     """Everything, as ``report`` stores it."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the product's own processes do; both ways gain by it
     about = machine(threads=1)
     rows: list[dict[str, Any]] = []
     for size in SMALL if small else FULL:
@@ -126,8 +128,10 @@ def measure(size: Size) -> list[dict[str, Any]]:
     ours, plain = interleaved(lambda: generate(engine, shape), plain_engine, size.repeats[0])
     part = size.plain_steps / shape.steps
     revealed = shape.completion // shape.steps
-    flops = forward_flops(shape, rows=shape.rows, head_rows=shape.rows * revealed) * shape.steps
-    plain_flops = forward_flops(shape, rows=shape.rows, head_rows=shape.rows * shape.length) * shape.steps
+    flops = forward_flops(shape.model, **shape.sizes, rows=shape.rows, head_rows=shape.rows * revealed) * shape.steps
+    plain_flops = (
+        forward_flops(shape.model, **shape.sizes, rows=shape.rows, head_rows=shape.rows * shape.length) * shape.steps
+    )
     rows = [_row(size, 0, ours, plain, part, flops, plain_flops, rate, agreement, f"{size.plain_steps}/{shape.steps}")]
     group = off_policy(group)
     rollout = as_plain(group, shape)
@@ -162,7 +166,7 @@ def _learner_row(
     repeats: int,
 ) -> dict[str, Any]:
     shape = size.shape
-    config, keep = AgrpoConfig(k=k), min(k, size.plain_draws)
+    config, keep = AgrpoConfig(k=k, timestep_sampling="uniform"), min(k, size.plain_draws)
     advantages = group_advantages(group.rewards)
     plan, scored, loss = _fresh(model, lambda: our_update(model, family, group, shape, k))
     mine = Update(loss, gradient_of(model), by_view(scored))
@@ -183,8 +187,10 @@ def _learner_row(
     errors = compare_updates(mine, plain[0], whole=keep == k)
     revealed = shape.completion // shape.steps
     views = sum(map(len, plan.forwards[0]))
-    flops = training_flops(shape, rows=views, head_rows=views * revealed)
-    plain_flops = training_flops(shape, rows=shape.rows * k, head_rows=shape.rows * k * shape.length)
+    flops = training_flops(shape.model, **shape.sizes, rows=views, head_rows=views * revealed)
+    plain_flops = training_flops(
+        shape.model, **shape.sizes, rows=shape.rows * k, head_rows=shape.rows * k * shape.length
+    )
     return _row(size, k, ours_s, plain_s, keep / k, flops, plain_flops, rate, errors, f"{keep}/{k}")
 
 

@@ -105,6 +105,7 @@ def result_settings(
         "noise_seed": config.noise_seed,
         "rows": config.rollout.max_rows,
         "dtype": config.learner.dtype,
+        "quantization": config.model.quantization,
         "device": "cuda" if config.resources.gpus_per_actor > 0 else "cpu",
         "grade_timeout_s": config.rollout.grade_timeout_s,
     }

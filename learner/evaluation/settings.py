@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from learner import overrides
-from learner.config import DEFAULT_RECIPE, RunConfig, load_dumped
+from learner.config import DEFAULT_RECIPE, RunConfig, load_dumped, refuse_relative
 from learner.settings import Fraction, NonNegative, Section
 from rewards.errors import ConfigError
 from rollout.trajectory import PositionRule
@@ -183,15 +183,7 @@ def check_paths(config: EvaluateConfig, run_dir: Path | None, in_job: bool) -> N
         "model.cache_dir": config.model.cache_dir,
         "UNMASK_CACHE": None if config.model.cache_dir else os.environ.get("UNMASK_CACHE"),
     }
-    relative = [f"{key}={path}" for key, path in paths.items() if path and not Path(path).expanduser().is_absolute()]
-    if relative:
-        raise ConfigError(
-            "\n".join(
-                f"{setting} is relative, and a Ray job works in a temporary copy that Ray may delete; "
-                "give an absolute path"
-                for setting in relative
-            )
-        )
+    refuse_relative(paths)
 
 
 def help_text() -> str:

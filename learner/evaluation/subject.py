@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from learner import checkpoint as checkpoints
+from learner.base_model import ensure_base, print_progress
 from learner.evaluation.settings import NO_ADAPTER, EvaluateConfig
 from learner.rundir import RunDirectory
 from learner.runs import task_problems
-from learner.sft import ensure_base, print_progress
 from rewards.errors import ConfigError, DataError
 from rewards.task import Problem, get_task
 from rollout.adapters import AdapterState, digest, read_peft_folder
@@ -87,9 +87,15 @@ def lora_spec(adapter: Adapter, model_path: str) -> LoraSpec:
     if odd or not isinstance(given.get("r"), int) or not isinstance(given.get("lora_alpha"), int | float):
         what = ", ".join(odd) or "no r or lora_alpha"
         raise ConfigError(f"the adapter in {adapter.source} has {what}, and only plain LoRA can be evaluated")
-    head = f"{policy_adapter(model_path).head_name}.lora_"
-    include_head = any(name.startswith(head) for name in adapter.state)
-    return LoraSpec(given["r"], float(given["lora_alpha"]), include_head)
+    family = policy_adapter(model_path)
+    modules = sorted({name.rpartition(".lora_")[0] for name in adapter.state})
+    include_head = family.head_name in modules
+    # The family's own choice is written as its pattern, alone or followed by the head's; everything else by name.
+    targets = given.get("target_modules")
+    own = targets is None or family.lora_regex in str(targets)
+    return LoraSpec(
+        given["r"], float(given["lora_alpha"]), include_head, target_modules=None if own else tuple(modules)
+    )
 
 
 def read_problems(config: EvaluateConfig) -> list[Problem]:

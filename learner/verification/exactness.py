@@ -38,18 +38,19 @@ def check_enumeration(meter: Meter) -> Iterator[tuple[str, list[Measurement]]]:
     for name, toy in TOYS.items():
         for sampling in ("uniform", "entropy"):
             for low_discrepancy in (True, False):
-                config = AgrpoConfig(k=K, timestep_sampling=sampling, low_discrepancy=low_discrepancy)
+                config = AgrpoConfig(k=K, timestep_sampling=sampling, weight_floor=0, low_discrepancy=low_discrepancy)
                 stratified = "low discrepancy" if low_discrepancy else "plain uniforms"
                 yield f"{name}, {sampling}, {stratified}", [_compare(meter, toy, config)]
     floor = AgrpoConfig(k=K, timestep_sampling="entropy", weight_floor=0.2)
     yield "random order, entropy with floor 0.2", [_compare(meter, RANDOM_ORDER, floor)]
-    yield "three completions a group, (G-1)/G = 2/3", [_compare(meter, SMALLEST, AgrpoConfig(k=1), size=3)]
+    three = _compare(meter, SMALLEST, AgrpoConfig(k=1, timestep_sampling="uniform"), size=3)
+    yield "three completions a group, (G-1)/G = 2/3", [three]
 
 
 def check_controls(meter: Meter) -> Iterator[tuple[str, list[Measurement]]]:
     """Named checks of estimators that are biased: their error must be above the bound."""
     for name, toy in TOYS.items():
-        published = AgrpoConfig(k=K, step_range="until_last_token")
+        published = AgrpoConfig(k=K, timestep_sampling="uniform", step_range="until_last_token")
         yield f"steps until the last token: {name}", [_control(_compare(meter, toy, published))]
     ordered = _compare(meter, THREE_POSITIONS, AgrpoConfig(k=1), law=low_confidence_law)
     yield "confidence order, token terms only", [_control(ordered)]

@@ -13,8 +13,10 @@ from peft import PeftModel
 
 from rewards.errors import WeightMismatch
 from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack
+from rollout.malloc import keep_freed_memory
 from rollout.models import load_model, load_tokenizer, policy_adapter
 from rollout.models.lora import LoraSpec, attach_lora
+from rollout.models.quantization import Quantization
 from rollout.sampling.denoise import Completion, Request, Tokens, denoise
 from rollout.seeds import derive_seed
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
@@ -32,6 +34,7 @@ class TorchEngine:
         threads: torch threads of this process; None leaves torch's choice.
         device: "cpu" or "cuda".
         dtype: "float32" or "bfloat16".
+        quantization: "nf4" or "int8" for a base with quantized blocks; None for one in dtype.
     """
 
     def __init__(
@@ -43,15 +46,18 @@ class TorchEngine:
         threads: int | None = None,
         device: str = "cpu",
         dtype: str = "float32",
+        quantization: Quantization | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        keep_freed_memory()
         self.family = policy_adapter(model_path)
         self.tokenizer = load_tokenizer(model_path)
-        model: torch.nn.Module = load_model(model_path, dtype)
+        model: torch.nn.Module = load_model(model_path, dtype, quantization=quantization, device=device)
         if lora is not None:
             model = attach_lora(model, self.family, lora)
-        self.model = model.eval().to(device)
+        self.model = model.eval()
+        self.quantization = quantization
         self.device = torch.device(device)
         self.max_rows = max_rows
         self.policy_version = -1
@@ -75,6 +81,8 @@ class TorchEngine:
             Groups in request order, without rewards (R = 0) and with verdicts false: grading is the caller's.
         """
         started = time.perf_counter()
+        # With shifted logits a sequence's first token would be read off the row before it.
+        assert all(len(prompt) >= self.family.logit_shift for prompt in prompts), "a completion without a prompt"
         place = [(g, row) for g, group in enumerate(groups) for row in range(group.size)]
         requests = [Request(prompts[g], derive_seed(groups[g].seed, row)) for g, row in place]
 
@@ -133,6 +141,7 @@ class TorchEngine:
             "family": self.family.family,
             "device": str(self.device),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "quantization": self.quantization,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "lora": isinstance(self.model, PeftModel),
             "max_rows": self.max_rows,

@@ -8,7 +8,8 @@ logits of a few rows only, in which case the head never runs on the others.
 Shapes: B rows, L positions, D model width, H heads, E head width, V rows of the embedding, N wanted rows.
 """
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from rewards.errors import ConfigError
+from rollout.models.layers import RMSNorm, Visibility, attend, rotary_tables, rotate, visibility
 
 # Switches of the published config.json that have one value in every LLaDA checkpoint. They are written out again, so
 # that other people's modelling code reads our checkpoints, and a checkpoint that sets one differently is refused.
@@ -26,6 +28,7 @@ FIXED_SWITCHES = {
     "layer_norm_type": "rms",
     "layer_norm_with_affine": True,
     "rope": True,
+    "rope_full_precision": True,
     "alibi": False,
     "attention_layer_norm": False,
     "input_emb_norm": False,
@@ -88,6 +91,15 @@ class LLaDAConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As any config's, but a mixture of experts, whose model type is "llada" as well, gets its own config."""
+        if "num_experts" not in config_dict:
+            return super().from_dict(config_dict, **kwargs)
+        from rollout.models.llada_moe import LLaDAMoEConfig
+
+        return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
@@ -117,9 +129,10 @@ class LLaDAModelLM(PreTrainedModel):
     ) -> MaskedLMOutput:
         """Logits of every position, or of the rows named.
 
-        input_ids: [B, L] int64. attention_mask: [B, L], 1 for a token and 0 for a pad; None when nothing is padded,
-        which lets the attention kernel run without a mask. Positions count from 0, pads included: rotary positions are
-        relative, so left padding changes logits by rounding only. logit_rows: [N] int64, flat indices ``b * L + l``.
+        input_ids: [B, L] int64. attention_mask: [B, L], 0 for a pad; tokens of one positive number see each other and
+        nobody else; None when nothing is padded or packed, which lets the attention kernel run without a mask.
+        Positions count from 0, pads included: rotary positions are relative, so left padding and packing change logits
+        by rounding only. logit_rows: [N] int64, flat indices ``b * L + l``.
 
         Returns an output whose ``logits`` are [B, L, V], or [N, V] when logit_rows is given. Logits at pads are finite
         and mean nothing.
@@ -152,7 +165,7 @@ class LLaDATransformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.embedding_rows, config.d_model)
         self.blocks = nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers))
-        self.ln_f = LLaDARMSNorm(config)
+        self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:
             self.ff_out = nn.Linear(config.d_model, config.embedding_rows, bias=False)
 
@@ -160,9 +173,9 @@ class LLaDATransformer(nn.Module):
         x_BLD = self.wte(input_ids)
         length, head_width = input_ids.shape[1], self.config.d_model // self.config.n_heads
         cos_LE, sin_LE = rotary_tables(length, head_width, self.config.rope_theta, x_BLD.device)
-        keys_seen = None if attention_mask is None else _visible_keys(attention_mask)
+        seen = visibility(attention_mask, x_BLD.dtype)
         for block in self.blocks:
-            x_BLD = block(x_BLD, cos_LE, sin_LE, keys_seen)
+            x_BLD = block(x_BLD, cos_LE, sin_LE, seen)
         if logit_rows is not None:
             x_BLD = x_BLD.flatten(0, 1).index_select(0, logit_rows)
         x_BLD = self.ln_f(x_BLD)
@@ -176,69 +189,23 @@ class LLaDABlock(GradientCheckpointingLayer):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
         width, kv_width = config.d_model, config.d_model // config.n_heads * config.kv_heads
-        self.attn_norm = LLaDARMSNorm(config)
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
-        self.ff_norm = LLaDARMSNorm(config)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
 
-    def forward(self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, keys_seen: Tensor | None) -> Tensor:
-        x_BLD = x_BLD + self.attn_out(self._attend(self.attn_norm(x_BLD), cos_LE, sin_LE, keys_seen))
+    def forward(self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
+        x_BLD = x_BLD + self.attn_out(self._attend(self.attn_norm(x_BLD), cos_LE, sin_LE, seen))
         h_BLD = self.ff_norm(x_BLD)
         return x_BLD + self.ff_out(F.silu(self.ff_proj(h_BLD)) * self.up_proj(h_BLD))
 
-    def _attend(self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, keys_seen: Tensor | None) -> Tensor:
+    def _attend(self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
         q_BHLE = rotate(self.q_proj(h_BLD).unflatten(-1, (self.n_heads, -1)).transpose(1, 2), cos_LE, sin_LE)
         k_BHLE = rotate(self.k_proj(h_BLD).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2), cos_LE, sin_LE)
         v_BHLE = self.v_proj(h_BLD).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
-        if self.n_kv_heads != self.n_heads:
-            # Repeating keys and values works with every attention kernel; the kernels' own GQA switch does not.
-            k_BHLE = k_BHLE.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
-            v_BHLE = v_BHLE.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
-        out_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, attn_mask=keys_seen)
-        return out_BHLE.transpose(1, 2).flatten(2)
-
-
-class LLaDARMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, the quotient in fp32 whatever the model's dtype."""
-
-    def __init__(self, config: LLaDAConfig):
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x_fp32 = x.float()
-        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x_fp32.to(x.dtype)
-
-
-def rotary_tables(length: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/E), each [L, E] float32, the frequencies written out twice (half, half).
-
-    The frequencies are rounded as by the modelling code that the published weights were trained with: a reciprocal of
-    a power. A negative power differs in the last bit, which position 60 makes an error of 1e-5 in a gradient.
-    """
-    frequency = 1.0 / theta ** (torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
-    angle_LE = torch.cat([angle, angle], dim=-1)
-    return angle_LE.cos(), angle_LE.sin()
-
-
-def rotate(x_BHLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) by its position's angle, in fp32; returns x's dtype."""
-    x_fp32 = x_BHLE.float()
-    first, second = x_fp32.chunk(2, dim=-1)
-    return (x_fp32 * cos_LE + torch.cat([-second, first], dim=-1) * sin_LE).to(x_BHLE.dtype)
-
-
-def _visible_keys(attention_mask: Tensor) -> Tensor:
-    """[B, 1, 1, L] bool, true where a key may be seen. A row of nothing but pads sees itself: softmax over no key at
-    all would be NaN, and a NaN row poisons the gradient of the whole batch."""
-    real_BL = attention_mask.bool()
-    real_BL = real_BL | ~real_BL.any(dim=-1, keepdim=True)
-    return real_BL[:, None, None, :]
+        return attend(q_BHLE, k_BHLE, v_BHLE, seen)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from learner.objectives.agrpo import Agrpo
-from learner.plan import UpdatePlan, plan_update
 from learner.settings import AgrpoConfig
 from learner.timesteps import step_probabilities, step_table
+from learner.update_plan import UpdatePlan, plan_update
 from learner.views import View
 from tests.hand_made import make_group, random_group
 
@@ -17,7 +17,7 @@ EOS = 1
 
 
 def plan(groups, *, ranks=1, views_per_forward=8, update_index=0, run_seed=3, **config) -> UpdatePlan:
-    objective = Agrpo(AgrpoConfig(**{"k": 3, "timestep_sampling": "entropy", **config}))
+    objective = Agrpo(AgrpoConfig(**{"k": 3, "timestep_sampling": "entropy", "weight_floor": 0.0, **config}))
     return plan_update(
         groups,
         objective=objective,

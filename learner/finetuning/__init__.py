@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of an adapter on demonstrations; ``python -m learner.sft`` starts it."""

@@ -1,0 +1,105 @@
+"""From its start to its exit status: what every kind of run does alike."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from learner import checkpoint as checkpoints
+from learner.config import dump_config
+from learner.reporting import Reporter
+from learner.rundir import RunDirectory
+from learner.runs import changed_settings
+from learner.settings import Section
+from learner.stopping import Interrupted, StopFlag, StopRequested
+from learner.trackers import build_trackers
+from services.store.writer import StoreWriter
+
+
+class Training(Protocol):
+    """A run's phases, in the order in which they are called."""
+
+    progress: checkpoints.Progress
+    saved: checkpoints.Progress | None
+    """Where the newest checkpoint stands; None before the first."""
+
+    def evaluate_base(self) -> None:
+        """Measure what the run starts from."""
+
+    def train(self) -> None:
+        """All remaining iterations. Raises StopRequested when the run is asked to stop."""
+
+    def checkpoint(self) -> None:
+        """Save where the run stands."""
+
+    def finish(self) -> dict[str, Any]:
+        """Leave the results behind; returns the summary."""
+
+
+def see_through(training: Training, reporter: Reporter, stop: StopFlag) -> dict[str, Any] | None:
+    """Train to the end and return the summary; None when the run was asked to stop, and has saved where it stands."""
+    try:
+        training.evaluate_base()
+        training.train()
+    except StopRequested:
+        at = training.progress.iteration + 1
+        reporter.event("info", "stop", f"asked to stop by {stop.name} in iteration {at}")
+        training.checkpoint()
+        saved = training.saved
+        at_saved = f"after iteration {saved.iteration}" if saved is not None else "from the start"
+        reporter.event("info", "stop", f"resume=auto will go on {at_saved}")
+        training.finish()
+        reporter.store.status("stopped")
+        return None
+    summary = training.finish()
+    reporter.store.status("finished", summary)
+    return summary
+
+
+@contextlib.contextmanager
+def told_failures(reporter: Reporter) -> Iterator[None]:
+    """Whatever ends the block early is told, and the store knows the run as stopped or failed."""
+    try:
+        yield
+    except Interrupted as error:
+        reporter.event("warning", "stop", f"{error} ended the run at once; its checkpoints are what is left")
+        reporter.store.status("stopped")
+        raise
+    except BaseException as error:
+        reporter.event("error", "failed", f"the run failed: {type(error).__name__}: {error}")
+        reporter.store.status("failed")
+        raise
+
+
+@contextlib.contextmanager
+def reporting(
+    config: Section,
+    run_dir: RunDirectory,
+    resumed: checkpoints.Checkpoint | None,
+    *,
+    task: str,
+    objective: str,
+    iterations: int,
+    trackers: tuple[str, ...],
+) -> Iterator[Reporter]:
+    """The run's reporter, which has forgotten what lies beyond the checkpoint that the run goes on from."""
+    changes = changed_settings(run_dir, config) if resumed is not None else []
+    run_dir.write_config(dump_config(config))
+    dumped = config.model_dump(mode="json")
+    store = StoreWriter(
+        run_dir.store_url, run_dir.id, task=task, objective=objective, total_iterations=iterations, config=dumped
+    )
+    iteration = resumed.progress.iteration if resumed is not None else None
+    tracking = build_trackers(trackers, run_dir=run_dir.path, run_id=run_dir.id, config=dumped, resumed_at=iteration)
+    reporter = Reporter(run_dir, store, tracking, total_iterations=iterations)
+    try:
+        if iteration is None and run_dir.metrics_path.exists():  # it ended before its first checkpoint
+            reporter.truncate_after(-1)
+        elif iteration is not None:
+            reporter.truncate_after(iteration)
+            checkpoints.drop_after(run_dir.checkpoints_dir, iteration)
+            reporter.event("info", "resume", f"run {run_dir.id} goes on after iteration {iteration}")
+        for change in changes:
+            reporter.event("warning", "settings", f"resumed with another setting: {change}")
+        yield reporter
+    finally:
+        reporter.close()

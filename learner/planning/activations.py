@@ -1,0 +1,136 @@
+"""What a forward and a backward hold in memory, in bytes, derived from the operations of the models' own code.
+
+*Kept* is what autograd saves for the backward (tests/test_planning.py counts it with saved-tensor hooks). *Working* is
+what lives for a moment: the largest sum of tensors that are alive together at one place, counted above what is kept.
+A tensor of the model's dtype takes e bytes a number; norms, softmax and log-probs are computed in fp32.
+
+Kept per token by a block of the gated kind (d width, q width of all heads, H heads, f hidden width of the MLP):
+
+    two norms      2 (4d + 4)   their inputs in fp32 (which in fp32 are the residual stream itself), 1/rms
+    maps' inputs   2 e d        the normalised inputs of attention and MLP: LoRA's A needs them
+    attention      4 e q + 4 H  queries, keys, values (repeated to all heads), output; the fused kernels' log-sum-exp
+    MLP            4 e f        gate, silu(gate), up, their product
+    LoRA           7 e r        A x of every map
+
+The first block's first norm keeps nothing: below it nothing is trained. With activation checkpointing a block keeps its
+input, e d, and the rest exists for one block at a time. Both fused attention kernels, the CPU's and FlashAttention,
+keep these tensors and no [L, L] scores; a GPU where torch falls back to the math kernel keeps H L more numbers a token.
+"""
+
+from dataclasses import dataclass
+
+from learner.planning.shapes import ModelShape
+
+_NOISE_CELLS = 1 << 22
+"""Cells of Gumbel noise made at once (rollout/sampling/noise.py)."""
+_NOISE_BYTES = 28
+"""Of 64-bit intermediates for each of them."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """Sizes of one forward through the blocks."""
+
+    model: ModelShape
+    rows: int
+    length: int
+    lora_r: int
+    itemsize: int
+    """e, bytes of the model's dtype."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def kept_by_block(trunk: Trunk, *, first: bool = False) -> int:
+    """Bytes that one block saves for the backward."""
+    model, e, r = trunk.model, trunk.itemsize, trunk.lora_r
+    d, f, q = model.width, model.mlp, model.heads * model.head_width
+    adapters = e * r * sum(one.used for one in model.maps if one.adapted)
+    attention = 4 * e * q + 4 * model.heads
+    inputs, masks = 2 * e * d, 0
+    if model.kind == "encoder":
+        norm = e * d + 8
+        mlp = e * f * (4 if model.gated else 2)
+        attention += 2 * e * q if model.fused_qkv else 0
+        masks = trunk.rows * trunk.length**2 * e if model.window_mask else 0
+    elif model.kind == "experts":
+        norm = 4 * d + 4
+        kv = model.kv_heads * model.head_width
+        attention += (4 * (q + kv + model.heads + model.kv_heads)) * model.qk_norm
+        # Of each of the token's experts gate, silu and up, its output to be weighted, and where it goes; what only an
+        # adapter's A would need, the inputs and the product, isn't kept without one.
+        adapted = model.maps[-1].adapted
+        inputs = e * d
+        mlp = model.active_experts * (e * (3 * f + d) + e * (f + d) * adapted + 24) + 4 * model.experts
+    else:
+        norm = 4 * d + 4
+        mlp = 4 * e * f
+    return trunk.tokens * ((1 if first else 2) * norm + inputs + attention + mlp + adapters) + masks
+
+
+def kept(trunk: Trunk, *, checkpointing: bool) -> int:
+    """Bytes that all blocks save for the backward, when it begins."""
+    layers = trunk.model.layers
+    if checkpointing:
+        return layers * trunk.tokens * trunk.itemsize * trunk.model.width
+    return kept_by_block(trunk, first=True) + (layers - 1) * kept_by_block(trunk)
+
+
+def working_forward(trunk: Trunk) -> int:
+    """Bytes alive inside one block of a forward without backward, its input included."""
+    model, e = trunk.model, trunk.itemsize
+    d, f, q = model.width, model.mlp, model.heads * model.head_width
+    # x before and after attention and the normed x; the finished half, and of the map at work its own output, its
+    # adapter's, and the scaled one.
+    widest = 6 * f if model.kind == "encoder" and model.gated else 4 * f
+    mlp = e * (3 * d + widest)
+    if model.kind == "experts":
+        mlp = e * (4 * d + model.active_experts * (2 * d + 4 * f))
+    turning = 4 * (3 + (e < 4)) if model.rotary_fp32 else 3 * e
+    attention = e * (2 * d + 2 * q) + turning * q
+    return trunk.tokens * max(mlp, attention)
+
+
+def working_backward(trunk: Trunk, *, checkpointing: bool) -> int:
+    """Bytes alive inside one block of a backward, above what is kept: gradients, and with checkpointing the block's own
+    tensors, computed again."""
+    model, e = trunk.model, trunk.itemsize
+    f = model.mlp * (model.active_experts or 1) * (2 if model.kind == "encoder" and model.gated else 1)
+    gradients = trunk.tokens * e * (2 * f + 3 * model.width)
+    return gradients + (kept_by_block(trunk) if checkpointing else 0)
+
+
+def scoring(*, rows: int, vocabulary: int, itemsize: int) -> int:
+    """Bytes of logits at scored positions, at the worse of forward and backward (learner/scorer.py): the model's
+    logits, the tempered fp32 copy, and one fp32 intermediate; or the copy, which autograd keeps for the gathers, and
+    two fp32 gradients."""
+    return rows * vocabulary * max(itemsize + 8, 12)
+
+
+def scoring_positions(*, candidates: int, rows: int, vocabulary: int, itemsize: int, tempered: bool) -> int:
+    """The same where the choice of positions is scored, on the logits of all candidates (decoupled confidence)."""
+    kept_cells = itemsize + 4 + 4 * tempered
+    return vocabulary * (candidates * (kept_cells + 8) + rows * (itemsize + 4))
+
+
+def sampling(*, cells: int, itemsize: int, truncation: str, cpu: bool) -> int:
+    """Bytes of drawing tokens from logits, the logits included (rollout/sampling/denoise.py).
+
+    Args:
+        cells: positions times vocabulary.
+        truncation: "top_k", "top_p" or "none".
+        cpu: there torch counts ties in 64 bits a cell.
+    """
+    if truncation == "top_k":
+        return cells * (itemsize + 9 + 8 * cpu)
+    if truncation == "top_p":  # a flat law's mass lies in the whole vocabulary, which is then sorted
+        return cells * (itemsize + 26 + 8 * cpu)
+    noise = _NOISE_BYTES * min(cells, _NOISE_CELLS)
+    return max(cells * (itemsize + 12) + noise, cells * (itemsize + 20))
+
+
+def choosing(*, cells: int, itemsize: int, tempered: bool) -> int:
+    """Bytes of the candidates' confidences, the logits included, where positions are chosen before tokens."""
+    return cells * (itemsize + 8 + 4 * tempered)

@@ -1,0 +1,113 @@
+"""Work of an iteration: forwards, operations, bytes that move, and the time they take at a stated utilisation."""
+
+import math
+from dataclasses import dataclass
+
+from learner.config import RunConfig
+from learner.planning.flops import Flops, forward_flops, training_flops
+from learner.planning.memory import adapter_bytes, scored_rows, trajectory_bytes
+from learner.planning.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one iteration, at most: no completion ends early, every group has a signal, no drawn step repeats."""
+
+    completions: int
+    engine_forwards: int
+    """Of the actor with the most leases."""
+    engine: Flops
+    """Of all actors."""
+    views: int
+    """Of all updates of the iteration."""
+    learner_forwards: int
+    """Per rank, all updates."""
+    learner: Flops
+    """Of all ranks, all updates."""
+    reference: Flops
+    """Forwards without the adapter, for the KL term; not in ``learner``."""
+    published: int
+    """Bytes that one actor pulls."""
+    published_by_all: int
+    """Bytes that leave the object store: one pull per actor."""
+    trajectories: int
+    """Bytes of the iteration's groups in the object store."""
+    buffered: int
+    """Bytes of a full buffer."""
+    engine_share: float
+    """Work of the busiest actor, as a share of all."""
+    batch_arrays: int
+    """Host bytes of one forward's arrays."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds at the stated utilisation; grading, evaluation, publishing and start-up are left out."""
+
+    rollout: float
+    learn: float
+    iteration: float
+    run: float
+
+
+def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
+    """Count one iteration's work. ``prompt``: tokens of a prompt."""
+    rollout, sampler, learner = config.rollout, config.rollout.sampler, config.learner
+    C, length, r = sampler.completion_length, prompt + sampler.completion_length, config.lora.r
+    completions = rollout.prompts_per_iteration * rollout.group_size
+    head = completions * C * candidates_per_token(config)
+    one_forward = forward_flops(model, lora_r=r, rows=completions, length=length, head_rows=head / sampler.steps)
+    leases = math.ceil(rollout.prompts_per_iteration / rollout.groups_per_lease)
+    rounds = math.ceil(leases / rollout.actors)
+    rows_of_lease = rollout.groups_per_lease * rollout.group_size
+    busiest = min(completions, rounds * rows_of_lease)
+    views = completions * config.objective.k * learner.updates_per_batch
+    rows, candidates = scored_rows(config, views)
+    training = training_flops(
+        model,
+        lora_r=r,
+        rows=views,
+        length=length,
+        head_rows=max(rows, candidates),
+        checkpointing=learner.activation_checkpointing,
+    )
+    plain = forward_flops(model, lora_r=0, rows=views, length=length, head_rows=max(rows, candidates))
+    per_rank = math.ceil(completions * config.objective.k / learner.ranks)
+    in_forward = min(per_rank, learner.views_per_forward)
+    scored, _ = scored_rows(config, in_forward)
+    return Work(
+        completions=completions,
+        engine_forwards=rounds * math.ceil(rows_of_lease / rollout.max_rows) * sampler.steps,
+        engine=one_forward * sampler.steps,
+        views=views,
+        learner_forwards=math.ceil(per_rank / learner.views_per_forward) * learner.updates_per_batch,
+        learner=training,
+        reference=plain if config.objective.beta > 0 else Flops(0.0),
+        published=adapter_bytes(config, model),
+        published_by_all=adapter_bytes(config, model) * rollout.actors,
+        trajectories=trajectory_bytes(config, prompt) * rollout.prompts_per_iteration,
+        buffered=trajectory_bytes(config, prompt) * rollout.buffer_size,
+        engine_share=busiest / completions,
+        batch_arrays=in_forward * length * 16 + scored * (40 + 9 * (sampler.top_k or 1)),
+    )
+
+
+def candidates_per_token(config: RunConfig) -> float:
+    """Positions that the head sees per position that is revealed, on average over a rollout."""
+    sampler = config.rollout.sampler
+    if sampler.position_rule in ("random", "left_to_right"):
+        return 1.0
+    steps = sampler.steps * sampler.block_length // sampler.completion_length
+    revealed = sampler.block_length / steps
+    return sum(sampler.block_length - revealed * step for step in range(steps)) / sampler.block_length
+
+
+def duration(
+    config: RunConfig, work: Work, *, flops_per_actor: float, flops_per_rank: float, utilisation: float
+) -> Duration:
+    """Seconds when every process does this share of its device's peak. Synchronous runs add up; asynchronous ones take
+    as long as their slower half."""
+    rollout = work.engine.total * work.engine_share / (flops_per_actor * utilisation)
+    learn = (work.learner.total + work.reference.total) / config.learner.ranks / (flops_per_rank * utilisation)
+    iteration = rollout + learn if config.rollout.max_staleness == 0 else max(rollout, learn)
+    return Duration(rollout, learn, iteration, iteration * config.run.iterations)

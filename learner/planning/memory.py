@@ -1,0 +1,302 @@
+"""Memory of a learner rank and of a rollout actor, item by item, from the run's settings and the model's sizes.
+
+What DeepSpeed 0.19 holds was read in its sources and is named so in the items' notes; everything else follows from this
+code base. docs/planning.md has the formulas and the measured peaks.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from learner.config import RunConfig
+from learner.planning import activations
+from learner.planning.activations import Trunk
+from learner.planning.shapes import ModelShape
+from rollout.sampling.schedule import tokens_per_step
+
+GIB = 1 << 30
+BYTES_PER_QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Of a quantized weight, as rollout.models.quantization stores it; that module loads torch."""
+
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer that DeepSpeed allocates for gradients at ZeRO 1 to 3 (its reduce_bucket_size)."""
+GATHERED_LIVE = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered at once, at most (its stage3_max_live_parameters)."""
+CUDA_ALLOWANCE = int(0.75 * GIB)
+"""Assumed: CUDA context, loaded kernels and cuBLAS workspaces of one process."""
+NCCL_ALLOWANCE = int(0.5 * GIB)
+"""Assumed: communication buffers of one rank among several."""
+FRAGMENTATION = 0.05
+"""Assumed: share of what is allocated and freed that the CUDA allocator can't hand out again."""
+PROCESS_ALLOWANCE = int(0.6 * GIB)
+"""Python with torch, transformers and Ray imported; 0.55 to 0.61 GB measured on the CPU."""
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What one process holds. ``resident`` is there all the time, ``kept`` while a forward waits for its backward. Of
+    ``moments`` only the largest counts: they don't meet. What comes ``after`` the last backward finds nothing kept."""
+
+    name: str
+    device: Device
+    resident: tuple[Item, ...]
+    kept: tuple[Item, ...]
+    moments: tuple[Item, ...]
+    after: tuple[Item, ...]
+    host: tuple[Item, ...]
+    """In the node's memory, where the device is a GPU."""
+
+    @property
+    def largest_moment(self) -> Item:
+        return max(self.moments, key=lambda item: item.bytes)
+
+    @property
+    def allocator(self) -> int:
+        """What fragmentation may cost."""
+        return int(FRAGMENTATION * self.dynamic) if self.device == "cuda" else 0
+
+    @property
+    def dynamic(self) -> int:
+        """Bytes above what is resident."""
+        during = sum(item.bytes for item in self.kept) + self.largest_moment.bytes
+        return max(during, *(item.bytes for item in self.after), 0)
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device."""
+        return sum(item.bytes for item in self.resident) + self.dynamic + self.allocator
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(item.bytes for item in self.host)
+
+
+def itemsize(config: RunConfig) -> int:
+    """e, bytes of a number in the model's dtype."""
+    return 2 if config.learner.dtype == "bfloat16" else 4
+
+
+def truncation(config: RunConfig) -> str:
+    """Of the training sampler, as ``activations.sampling`` names it."""
+    sampler = config.rollout.sampler
+    return "top_k" if sampler.top_k is not None else "top_p" if sampler.top_p < 1.0 else "none"
+
+
+def scored_rows(config: RunConfig, views: int) -> tuple[int, int]:
+    """(positions scored, candidates of scored choices) of so many views: what one step reveals, and a full block."""
+    sampler = config.rollout.sampler
+    revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
+    chooses = sampler.position_rule == "decoupled_confidence" and sampler.position_temperature > 0
+    return views * revealed, views * sampler.block_length if chooses else 0
+
+
+def rank_memory(
+    config: RunConfig,
+    model: ModelShape,
+    *,
+    device: Device,
+    prompt: int,
+    views: int | None = None,
+    checkpointing: bool | None = None,
+) -> ProcessMemory:
+    """One learner rank.
+
+    Args:
+        prompt: tokens of the longest prompt.
+        views: instead of ``learner.views_per_forward``.
+        checkpointing: instead of ``learner.activation_checkpointing``.
+    """
+    learner, e = config.learner, itemsize(config)
+    views = learner.views_per_forward if views is None else views
+    checkpointing = learner.activation_checkpointing if checkpointing is None else checkpointing
+    length = prompt + config.rollout.sampler.completion_length
+    trunk = Trunk(model, views, length, config.lora.r, e)
+    remark = "inputs of the blocks; one block's rest is recomputed" if checkpointing else "no checkpointing"
+    rows, candidates = scored_rows(config, views)
+    moments = [
+        Item("logits at scored positions", _scoring(config, model, rows, candidates), _scoring_note(rows, candidates)),
+        Item(
+            "one block's backward",
+            activations.working_backward(trunk, checkpointing=checkpointing),
+            "its gradients, and its tensors computed again" if checkpointing else "its gradients",
+        ),
+        Item("one block's forward", activations.working_forward(trunk)),
+    ]
+    return ProcessMemory(
+        name="learner rank",
+        device=device,
+        resident=(
+            *_weights(config, model, rank=True),
+            *_training_state(config, model, device),
+            *_allowances(config, device, rank=True),
+        ),
+        kept=(Item("activations", activations.kept(trunk, checkpointing=checkpointing), remark),),
+        moments=tuple(moments),
+        after=(_step(config, model),),
+        host=_host(config, model, device),
+    )
+
+
+def actor_memory(
+    config: RunConfig, model: ModelShape, *, device: Device, prompt: int, rows: int | None = None
+) -> ProcessMemory:
+    """One rollout actor. ``rows`` stands instead of ``rollout.max_rows``."""
+    sampler, e = config.rollout.sampler, itemsize(config)
+    rows = config.rollout.max_rows if rows is None else rows
+    trunk = Trunk(model, rows, prompt + sampler.completion_length, config.lora.r, e)
+    revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
+    block = rows * sampler.block_length
+    V, cpu = model.vocabulary, device == "cpu"
+    drawn = rows * revealed
+    if sampler.position_rule in ("low_confidence", "entropy"):
+        drawn = block
+    moments = [
+        Item("one block's forward", activations.working_forward(trunk), f"{rows} rows of {trunk.length} tokens"),
+        Item(
+            "drawing tokens",
+            activations.sampling(cells=drawn * V, itemsize=e, truncation=truncation(config), cpu=cpu),
+            f"logits at {drawn:,} positions and the sampler's copies",
+        ),
+    ]
+    if sampler.position_rule == "decoupled_confidence":
+        tempered = sampler.confidence_temperature != 1.0
+        moments.append(
+            Item("choosing positions", activations.choosing(cells=block * V, itemsize=e, tempered=tempered),
+                 f"confidences at {block:,} positions")
+        )  # fmt: skip
+    if config.evaluation.position_rule in ("low_confidence", "entropy"):
+        moments.append(
+            Item(
+                "greedy evaluation",
+                activations.sampling(cells=block * V, itemsize=e, truncation="none", cpu=cpu),
+                f"logits at all {block:,} masked positions of the blocks ({config.evaluation.position_rule})",
+            )
+        )
+    return ProcessMemory(
+        name="rollout actor",
+        device=device,
+        resident=(*_weights(config, model, rank=False), *_allowances(config, device, rank=False)),
+        kept=(),
+        moments=tuple(moments),
+        after=(),
+        host=_host(config, model, device),
+    )
+
+
+def trajectory_bytes(config: RunConfig, prompt: int) -> int:
+    """One group in the object store, at most: every position keeps all the tokens that top-k allows."""
+    sampler, G = config.rollout.sampler, config.rollout.group_size
+    C = sampler.completion_length
+    per_position = 4 + 2 + 2 + 1 + 3 * 4
+    kept = sampler.top_k or (256 if sampler.top_p < 1.0 else 0)
+    support = C * (8 + 4 * kept) if kept else 0
+    choices = 8 * sampler.steps if sampler.position_rule == "decoupled_confidence" else 0
+    return G * (C * per_position + support + choices + 16) + 4 * prompt
+
+
+def weight_bytes(config: RunConfig, model: ModelShape) -> int:
+    """The base's weights, in the run's dtype or quantized."""
+    e = itemsize(config)
+    kind = config.model.quantization
+    quantized = model.layers * sum(one.parameters for one in model.maps if one.name != "router") if kind else 0
+    return int(quantized * BYTES_PER_QUANTIZED.get(kind or "", 0.0)) + (model.parameters - quantized) * e
+
+
+def adapter_bytes(config: RunConfig, model: ModelShape) -> int:
+    """The adapter in the dtype of the forward, which is what is published."""
+    return trained(config, model) * itemsize(config)
+
+
+def trained(config: RunConfig, model: ModelShape) -> int:
+    """Trained parameters."""
+    return model.adapter_parameters(config.lora.r, include_head=config.lora.include_head)
+
+
+def _scoring(config: RunConfig, model: ModelShape, rows: int, candidates: int) -> int:
+    e, V = itemsize(config), model.vocabulary
+    tokens = activations.scoring(rows=rows, vocabulary=V, itemsize=e)
+    if not candidates:
+        return tokens
+    tempered = config.rollout.sampler.confidence_temperature != 1.0
+    return max(
+        tokens + candidates * V * e,
+        activations.scoring_positions(candidates=candidates, rows=rows, vocabulary=V, itemsize=e, tempered=tempered),
+    )
+
+
+def _scoring_note(rows: int, candidates: int) -> str:
+    also = f" and {candidates:,} candidates" if candidates else ""
+    return f"{rows:,} positions{also}, with fp32 copies or gradients"
+
+
+def _weights(config: RunConfig, model: ModelShape, *, rank: bool) -> list[Item]:
+    e, kind = itemsize(config), config.model.quantization
+    weights = weight_bytes(config, model)
+    says = f"{model.parameters / 1e6:,.1f} M parameters, {kind or config.learner.dtype}"
+    items = []
+    if rank and config.learner.zero_stage == 3 and config.learner.ranks > 1:
+        items.append(Item("base weights", math.ceil(weights / config.learner.ranks), f"{says}, partitioned (ZeRO-3)"))
+        live = min(model.parameters, GATHERED_LIVE + max(one.inputs * one.outputs for one in model.maps))
+        items.append(Item("gathered weights", live * e, "ZeRO-3 keeps up to 1e9 at once"))
+    else:
+        items.append(Item("base weights", weights, says))
+    if kind:
+        largest = max(one.inputs * one.outputs for one in model.maps)
+        items.append(Item("one map expanded", largest * e, f"{kind} to {config.learner.dtype}, while it is used"))
+    adapter = adapter_bytes(config, model)
+    items.append(Item("adapter", adapter, f"LoRA r {config.lora.r}: {trained(config, model) / 1e6:,.2f} M parameters"))
+    return items
+
+
+def _training_state(config: RunConfig, model: ModelShape, device: Device) -> list[Item]:
+    learner, e, A = config.learner, itemsize(config), trained(config, model)
+    stage = learner.zero_stage
+    share = math.ceil(A / learner.ranks) if stage > 0 else A
+    split = f", 1/{learner.ranks} of it (ZeRO-{stage})" if stage > 0 and learner.ranks > 1 else ""
+    grads_split = stage >= 2
+    items = [
+        Item("gradients", (share if grads_split else A) * 4, "fp32 sums" + (split if grads_split else "")),
+        Item("AdamW's moments", share * 8, "two, fp32" + split),
+    ]
+    if stage > 0:
+        items.append(Item("fp32 masters", share * 4, "of the adapter" + split))
+        # ZeRO-1 stages the fp32 sums, 2 and 3 the dtype of the backward. On a CPU only touched pages are resident.
+        width = 4 if stage == 1 else e
+        elements = REDUCE_BUCKET if device == "cuda" else min(A, REDUCE_BUCKET)
+        items.append(Item("reduce bucket", elements * width, "DeepSpeed's reduce_bucket_size, 5e8 numbers"))
+    return items
+
+
+def _step(config: RunConfig, model: ModelShape) -> Item:
+    """After the last backward: what the optimizer step itself needs."""
+    A = trained(config, model)
+    share = math.ceil(A / config.learner.ranks) if config.learner.zero_stage > 0 else A
+    return Item("optimizer step", share * 8, "reduced gradients and AdamW's square roots, fp32")
+
+
+def _allowances(config: RunConfig, device: Device, *, rank: bool) -> list[Item]:
+    if device == "cpu":
+        return [Item("Python and libraries", PROCESS_ALLOWANCE, "measured: 0.55 to 0.61 GB")]
+    items = [Item("CUDA context and libraries", CUDA_ALLOWANCE, "assumed")]
+    if rank and config.learner.ranks > 1:
+        items.append(Item("NCCL buffers", NCCL_ALLOWANCE, "assumed"))
+    return items
+
+
+def _host(config: RunConfig, model: ModelShape, device: Device) -> tuple[Item, ...]:
+    if device == "cpu":
+        return ()
+    loaded = model.parameters * itemsize(config) if config.model.quantization is None else 0
+    return (
+        Item("Python and libraries", PROCESS_ALLOWANCE),
+        Item("weights while they are loaded", loaded, "read into the node's memory, then moved"),
+    )

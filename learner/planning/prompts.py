@@ -1,0 +1,45 @@
+"""How long prompts are: measured where tokenizer and problems are at hand, assumed otherwise."""
+
+from pathlib import Path
+
+from learner.config import RunConfig
+from rewards.errors import UnmaskError
+from rewards.task import Problem, Task, get_task
+
+ASSUMED = 256
+"""Tokens, where they can't be counted without a download."""
+_SAMPLE = 64
+
+
+def prompt_tokens(config: RunConfig) -> tuple[int, str]:
+    """(tokens of the longest prompt, how that is known). Nothing is downloaded."""
+    path = config.model.path
+    if path is not None and not Path(path).expanduser().is_dir():
+        return ASSUMED, "assumed; --prompt says better"
+    try:
+        task = get_task(config.task.name)
+        problems = _problems(config, task)
+        if not problems:
+            return ASSUMED, "assumed; --prompt says better"
+        lengths = _lengths(path, task, problems)
+    except (UnmaskError, OSError) as error:
+        return ASSUMED, f"assumed, since prompts can't be counted here ({str(error).splitlines()[0]})"
+    return max(lengths), f"the longest of {len(lengths)} of the task's"
+
+
+def _problems(config: RunConfig, task: Task) -> list[Problem]:
+    source = config.task.train_path
+    if source is not None and not Path(source).expanduser().is_file():
+        return []
+    if source is None and config.task.name not in ("sudoku", "countdown"):
+        return []  # on a hub
+    size = min(_SAMPLE, config.task.train_size)
+    return task.problems("train", seed=config.run.seed, size=size, path=source)[:_SAMPLE]
+
+
+def _lengths(path: str | None, task: Task, problems: list[Problem]) -> list[int]:
+    from rollout.models import encode_prompt, load_tokenizer
+    from rollout.models.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer() if path is None else load_tokenizer(path)
+    return [len(encode_prompt(tokenizer, task.messages(problem.fields))) for problem in problems]

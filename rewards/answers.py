@@ -1,0 +1,156 @@
+r"""Finds the answer of a mathematical completion: boxes, ``####``, "The answer is 42." Total and linear in the text.
+
+Thinking and answer tags are those of ``rewards.parsing``: the last complete ``<answer>`` is the submission, else what
+follows an ``<answer>`` that was not closed, else the whole text without its closed think blocks. In it:
+
+1. The *last* filled ``\boxed{...}`` is the answer: solutions box what they end with. Boxes that only commas, "and" or
+   "or" part are one answer of several values: ``\boxed{2} or \boxed{3}`` is the list 2, 3, and no right answer to 3
+   (unless each of them is right: ``\boxed{1/2} or \boxed{0.5}``).
+2. Without a box: what follows the last ``####`` or the last "answer is", "answer:", to the end of the line or sentence.
+3. Without that: the text, when it is the answer itself. In a tag, or in a last sentence that concludes ("So ...",
+   "Therefore ..."), the number counts that is the only one there or that ends a calculation (``6 * 7 = 42``), or the
+   only formula.
+
+A box that is not closed is no box; ``\boxed 9`` is one. No number is taken from a text that denies or bounds it ("not
+5", "more than 5", "5 or 6").
+"""
+
+import re
+from dataclasses import dataclass
+
+from rewards.parsing import MAX_CHARACTERS, boxes, last_answer, without_thinking
+
+MAX_ANSWER = 1000
+
+_SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>")
+_OPEN_ANSWER = re.compile(r"<answer>", re.IGNORECASE | re.ASCII)
+_BETWEEN = re.compile(r"(?:[\s,;$.]|\\[()\[\],;! ]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){0,20}")
+_MARK = re.compile(
+    r"####|\b(?:final\s+)?(?:answer|answers|result)(?:\s+to\s+(?:the|this)\s+(?:problem|question))?"
+    r"\**\s*(?:\bis\b|\bare\b|\bwas\b|:|=)",
+    re.IGNORECASE | re.ASCII,
+)
+_SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=[\s*]|$)")
+_UNBRACED_BOX = re.compile(r"\\boxed\s+(-?[0-9A-Za-z.]{1,60})")
+_CONCLUSION = re.compile(
+    r"\W{0,5}(?:so|therefore|thus|hence|in total|in conclusion|finally|as a result)\b", re.I | re.ASCII
+)
+_NUMBER = re.compile(
+    r"(?<![\w.\\^_{/])(?:-\s?)?(?:\\?\$\s?)?-?(?:[0-9]{1,3}(?:,(?:\\!)?[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))(?![0-9])"
+    r"(?:\s?\\?%)?"
+)
+_NO_STATEMENT = re.compile(
+    r"\b(?:not|never|neither|either|between|cannot|unknown|or)\b|n't\b|"
+    r"\b(?:more|less|greater|fewer|least|most|over|under)\s+(?:than\s+)?\\?\$?[0-9]",
+    re.IGNORECASE | re.ASCII,
+)
+_FORMULA = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\(([^$]+?)\\\)")
+_DIGIT = re.compile(r"[0-9]")
+_VARIABLE = re.compile(r"(?<![A-Za-z'])[A-Za-z](?![A-Za-z'])")
+_AFTER = re.compile(
+    r"\s(?:because|since|as|which|so|where|when|for|after|if)\b|[,;]\s+(?!and\b|or\b)[A-Za-z]|\s\(|\s[-=]>\s"
+)
+
+
+@dataclass(frozen=True)
+class FinalAnswer:
+    """What to compare: readings of the answer in order of preference, one of which must be right; or, where several
+    boxes end the text, also ``boxes`` that must all be right. ``tagged``: it stood in a complete answer tag."""
+
+    candidates: tuple[str, ...]
+    boxes: tuple[str, ...]
+    tagged: bool
+
+
+def final_answer(completion: str) -> FinalAnswer:
+    """The answer that a completion gives; no candidates when there is none."""
+    text = _SPECIAL.sub(" ", without_thinking(completion.strip()[-MAX_CHARACTERS:]))
+    inside = last_answer(text)
+    region = text if inside is None else inside
+    if inside is None and (opened := [match.end() for match in _OPEN_ANSWER.finditer(text)]):
+        region = text[opened[-1] :] if text[opened[-1] :].strip() else region
+    in_tag = region is not text
+    found = _boxed(region)
+    if found:
+        readings = found if len(found) == 1 else [", ".join(found)]
+    else:
+        readings = _marked(region) or _bare(region.strip(), in_tag)
+    candidates = dict.fromkeys(answer for answer in readings if answer and len(answer) <= MAX_ANSWER)
+    return FinalAnswer(tuple(candidates), tuple(found) if len(found) > 1 else (), inside is not None)
+
+
+def _boxed(text: str) -> list[str]:
+    """The last filled box, and those that only commas and the like part from it."""
+    filled = [(begin, text[start:end].strip(), end) for begin, start, end in boxes(text) if text[start:end].strip()]
+    if not filled:
+        return _UNBRACED_BOX.findall(text)[-1:]
+    values = [filled[-1][1]]
+    for (_, value, end), (begin, _, _) in zip(filled[-2::-1], filled[:0:-1], strict=True):
+        between = text[end + 1 : begin]
+        if len(between) > 60 or len(values) > 20 or not _BETWEEN.fullmatch(between):
+            break
+        values.insert(0, value)
+    return values[:1] if len(set(values)) == 1 else values
+
+
+def _marked(text: str) -> list[str]:
+    """Readings of what follows the last mark."""
+    marks = [match.end() for match in _MARK.finditer(text)]
+    if not marks:
+        return []
+    rest = text[marks[-1] :].lstrip(" \t:*=")
+    line = next((line for line in rest.split("\n", 3)[:3] if line.strip(" \t*$\\[]():")), "")
+    return _readings(line.strip()) if line else []
+
+
+def _bare(text: str, in_tag: bool) -> list[str]:
+    """Readings of a text that is the answer itself, or of the number in it or in its conclusion."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        return []
+    readings = [_undecorated(text)] if len(lines) == 1 or len(text) <= 200 else []
+    sentence = text if in_tag else _last_sentence(lines[-1])
+    return readings + (_statement(sentence) if in_tag or _concludes(sentence) else [])
+
+
+def _readings(line: str) -> list[str]:
+    """The line as an answer, cut before its second sentence and before an explanation, or its only number."""
+    sentence = line
+    if end := _SENTENCE_END.search(line):
+        sentence = line[: end.start()]
+    short = _AFTER.split(sentence, maxsplit=1)[0]
+    return [_undecorated(sentence), _undecorated(short), *_statement(short)]
+
+
+def _concludes(sentence: str) -> bool:
+    return _CONCLUSION.match(sentence) is not None
+
+
+def _last_sentence(text: str) -> str:
+    text = text.strip()
+    ends = [match.end() for match in _SENTENCE_END.finditer(text[:-1])]
+    return text[ends[-1] :].strip() if ends else text
+
+
+def _statement(text: str) -> list[str]:
+    """Readings of a sentence: its only number, the only formula with all its numbers, or what a calculation gives."""
+    if _NO_STATEMENT.search(text[:MAX_ANSWER]):
+        return []
+    formulas = [match for match in _FORMULA.finditer(text[:MAX_ANSWER])]
+    if len(formulas) == 1 and not _DIGIT.search(text.replace(formulas[0].group(), "", 1)):
+        return [next(part for part in formulas[0].groups() if part)]
+    calculation, equals, value = text[:MAX_ANSWER].rpartition("=")
+    if equals and not _VARIABLE.search(calculation):
+        return _only_number(value)
+    return _only_number(text)
+
+
+def _only_number(text: str) -> list[str]:
+    numbers = {match.group().strip() for match in _NUMBER.finditer(text[:MAX_ANSWER])} - {""}
+    digits = sum(character.isdigit() for character in text)
+    only = next(iter(numbers)) if len(numbers) == 1 else ""
+    return [only] if only and sum(map(str.isdigit, only)) == digits else []
+
+
+def _undecorated(text: str) -> str:
+    return text.strip().strip("*").strip().removesuffix(".")

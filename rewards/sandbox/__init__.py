@@ -1,0 +1,1 @@
+"""Runs programs that a model wrote: ``runner`` is the protocol, ``local`` the sandbox on this machine."""

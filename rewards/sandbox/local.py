@@ -1,0 +1,198 @@
+"""The sandbox on this machine: Linux namespaces, a jail, rlimits and a system call filter around every program.
+
+What holds, as root in a container as much as for an ordinary user, where the kernel lets a process make a user
+namespace (``LocalRunner`` says so in one sentence where it doesn't; there is no weaker mode that it falls back to):
+
+- A program runs in an interpreter of its own (``rewards.sandbox.server``) with an empty environment, standard input
+  from /dev/null, no open file but its outputs and the socket to its judge, no capability, and no way to get one.
+- It sees a read-only root with Python's library, the system's shared libraries and five devices; it can write to a
+  /tmp in memory, of bounded size, that ends with it. No other file of the machine exists for it, nor /proc.
+- No network: a network namespace without an interface, and every socket family but unix is refused. No program can be
+  started but by fork: there is none to execute.
+- Address space, processes and threads, CPU time, open files and output are bounded (``runner.Limits``), and everything
+  together by wall-clock time, after which its process namespace is killed: nothing outlives a verdict, whatever it
+  forked or detached. It can't see or signal a process outside.
+- Its verdict is made by another process, which it can't reach (``rewards.sandbox.harness``).
+- When the process that uses the runner ends, SIGKILL included, the kernel kills the sandbox with all that runs in it.
+
+What it does not protect from: faults of the kernel, which a program talks to directly (a virtual machine or gVisor
+behind ``runner.CodeRunner`` does); side channels and measuring the machine's load; reading what lies in the folders
+that it sees, the interpreter's own site-packages among them; slowing others down within its limits, which together are
+``processes`` times ``memory_mb`` of memory and all of its CPU time on as many cores. It is not a defence of the tests
+against a program that knows their answers: prompts of MBPP contain the tests.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rewards.errors import ConfigError
+from rewards.sandbox.runner import Job, Limits, Outcome, Status
+
+START_LIMIT_S = 20.0
+GRACE_S = 2.0
+"""Seconds after the time limit for the server to kill and answer, on a busy machine; then it is killed itself."""
+
+_ATTEMPTS = 2
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from rewards.sandbox.server import main; main(int(sys.argv[2]))"
+
+
+class LocalRunner:
+    """Starts the sandbox's server when there is a first program; one program at a time. ``close`` ends it."""
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket
+
+    def run(self, job: Job, limits: Limits) -> Outcome:
+        """Raises ConfigError when this machine can't isolate a program."""
+        for _ in range(_ATTEMPTS):
+            if self._server is None or self._server.poll() is not None:
+                self.close()
+                self._start()
+            try:
+                return _outcome(self._ask(job, limits), len(job.tests))
+            except TimeoutError:  # the machine is too busy to count the seconds; what ran dies with the server
+                self.close()
+                return Outcome("timeout", error="the sandbox gave no verdict in time")
+            except OSError:  # it was killed, which no program can do
+                self.close()
+        raise ConfigError("the sandbox's server was killed over a program, twice; is the machine out of memory?")
+
+    def close(self) -> None:
+        """Ends the server and all that runs in it."""
+        if self._server is None:
+            return
+        self._server.kill()
+        self._server.wait(timeout=START_LIMIT_S)
+        self._control.close()
+        self._server = None
+
+    def _start(self) -> None:
+        if sys.platform != "linux":
+            raise ConfigError(f"the code sandbox needs Linux, not {sys.platform}; {_REMEDY}")
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            root = Path(__file__).resolve().parents[2]
+            self._server = subprocess.Popen(
+                [sys.executable, "-P", "-s", "-S", "-B", "-c", _BOOT, str(root), str(theirs.fileno())],
+                # Sets of strings must come in the same order every time, or verdicts would not repeat.
+                env={"PYTHONHASHSEED": "0"},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        try:
+            reply = self._receive(time.monotonic() + START_LIMIT_S)
+        except OSError as error:
+            reply = {"unavailable": f"its server did not start ({error})"}
+        if "unavailable" not in reply:
+            reply |= self._tried()
+        if "unavailable" in reply:
+            self.close()
+            raise ConfigError(f"this machine can't isolate programs ({reply['unavailable']}); {_REMEDY}")
+
+    def _tried(self) -> dict[str, Any]:
+        """Runs an empty program: what the kernel refuses to a job must not be told as the job's fault."""
+        try:
+            outcome = _outcome(self._ask(Job(""), Limits(seconds=START_LIMIT_S)), 0)
+        except OSError as error:
+            return {"unavailable": f"its server ended ({error})"}
+        if outcome.status == "passed":
+            return {}
+        return {"unavailable": (outcome.stderr.strip() or outcome.error or outcome.status).splitlines()[-1]}
+
+    def _ask(self, job: Job, limits: Limits) -> dict[str, Any]:
+        deadline = time.monotonic() + limits.seconds + GRACE_S
+        fields = {name: getattr(job, name) for name in ("program", "setup", "preamble")}
+        # Files, not the socket: the server must not hold what they say.
+        with _memory_file("job") as question, _memory_file("report") as report:
+            question.write(json.dumps(fields | {"tests": list(job.tests), "names": dict(job.names)}).encode())
+            question.seek(0)
+            socket.send_fds(self._control, [json.dumps(asdict(limits)).encode()], [question.fileno(), report.fileno()])
+            reply = self._receive(deadline)
+            report.seek(0)
+            lines = report.read().splitlines()
+        return reply | {"report": [json.loads(line) for line in lines if line.endswith(b"}")]}
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        """Raises OSError (TimeoutError among them)."""
+        size = int.from_bytes(self._read(4, deadline), "big")
+        reply = json.loads(self._read(size, deadline))
+        assert isinstance(reply, dict)
+        return reply
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            self._control.settimeout(max(0.001, deadline - time.monotonic()))
+            piece = self._control.recv(size - len(data))
+            if not piece:
+                raise ConnectionError("it ended")
+            data += piece
+        return bytes(data)
+
+
+def _memory_file(name: str) -> BinaryIO:
+    return open(os.memfd_create(name, os.MFD_CLOEXEC), "r+b", buffering=0)
+
+
+_REMEDY = (
+    "allow user namespaces (for Docker: --security-opt seccomp=unconfined or --cap-add SYS_ADMIN; on the host: "
+    "user.max_user_namespaces above 0), or name a remote sandbox in UNMASK_CODE_RUNNER=package.module:Class"
+)
+
+
+def _outcome(reply: dict[str, Any], test_count: int) -> Outcome:
+    records: list[dict[str, Any]] = reply["report"]
+    first = next((record for record in records if "compiled" in record), {})
+    results: list[str | None] = [record["result"] for record in records if "result" in record]
+    last = records[-1] if records else {}
+    code = last.get("ended")
+    status, error = _verdict(reply["stopped"], first, last, results, code)
+    missing = [f"not run: {error}"] * (test_count - len(results))
+    return Outcome(
+        status=status,
+        tests=(*results, *missing),
+        compiled=first.get("compiled") is True,
+        error=error,
+        exit_code=code if code is not None and code >= 0 else None,
+        signal=-code if code is not None and code < 0 else None,
+        stdout=reply["stdout"],
+        stderr=reply["stderr"],
+        seconds=reply["seconds"],
+    )
+
+
+def _verdict(
+    stopped: str | None, first: dict[str, Any], last: dict[str, Any], results: list[str | None], code: int | None
+) -> tuple[Status, str | None]:
+    """Status and error of an outcome."""
+    if stopped == "timeout" or code == -signal.SIGXCPU:
+        return "timeout", "the program did not end in time"
+    if stopped == "output":
+        return "output", "the program wrote too much"
+    if "ended" in last:
+        how = f"ended with exit code {code}" if code is not None else "stopped answering"
+        if code is not None and code < 0:
+            how = f"was ended by signal {-code}"
+        return "crashed", f"the program {how} before its tests were over"
+    raised = first.get("error")
+    if raised is not None:
+        return ("memory" if raised.startswith("MemoryError") else "failed"), raised
+    if "judge_error" in last:
+        return "memory", last["judge_error"]
+    failed = next((result for result in results if result is not None), None)
+    if failed is not None:
+        return ("memory" if failed.startswith("MemoryError") else "failed"), failed
+    if "done" in last:
+        return "passed", None
+    return "crashed", "the sandbox lost the verdict"
