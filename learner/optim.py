@@ -31,14 +31,18 @@ class FiniteAdamW(torch.optim.AdamW):
             super().step(closure)
 
 
-def deepspeed_config(*, zero_stage: int, dtype: str, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's settings. Batch sizes are 1: accumulation is ours, the boundary is set before each backward."""
+def deepspeed_config(*, zero_stage: int, dtype: str, max_grad_norm: float, trained: int) -> dict[str, Any]:
+    """DeepSpeed's settings. Batch sizes are 1: accumulation is ours, the boundary is set before each backward.
+
+    trained: number of trained parameters. DeepSpeed allocates its gradient bucket whole, 5e8 numbers unless told
+    otherwise; an adapter fits into a smaller one, and is reduced at once as it would be there.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": trained},
         "steps_per_print": 10**9,
     }
     if dtype == "bfloat16":

@@ -72,7 +72,7 @@ def settings_from_arguments(
 def help_text(model: type[BaseModel], kind: Literal["run", "sft"]) -> str:
     """The recipes of this kind, and every key with its meaning, unit and default."""
     lines = ["recipes (recipe=NAME, or the path of a .yaml file):"]
-    lines += [f"  {name:<16}{recipe_summary(name)}" for name in recipe_names(kind)]
+    lines += [f"  {name:<18}{recipe_summary(name)}" for name in recipe_names(kind)]
     lines += ["", "keys (key.sub=value; what is shown is the default before the recipe):"]
     for key, field in leaf_fields(model):
         default = json.dumps(field.get_default())

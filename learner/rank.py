@@ -169,7 +169,10 @@ class Rank(ABC):
             parameters, lr=learner.lr, betas=learner.betas, eps=learner.adam_eps, weight_decay=learner.weight_decay
         )
         settings = deepspeed_config(
-            zero_stage=learner.zero_stage, dtype=learner.dtype, max_grad_norm=learner.max_grad_norm
+            zero_stage=learner.zero_stage,
+            dtype=learner.dtype,
+            max_grad_norm=learner.max_grad_norm,
+            trained=sum(parameter.numel() for parameter in parameters),
         )
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameters, optimizer=optimizer, config=settings, dist_init_required=False

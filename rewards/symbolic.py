@@ -24,6 +24,7 @@ CPU_LIMIT_S = 0.5
 WALL_LIMIT_S = 0.75
 START_LIMIT_S = 60.0
 _GRACE_S = 0.1
+_KILL_LIMIT_S = 10.0
 """For the helper to kill its fork; after that the helper itself is killed and started anew at the next question."""
 
 Finding = Literal["equal", "different", "timeout", "failed"]
@@ -105,7 +106,7 @@ class _Helper:
         if self._popen is None:
             return
         self._popen.kill()
-        self._popen.wait()
+        self._popen.wait(timeout=_KILL_LIMIT_S)
         for pipe in (self._popen.stdin, self._popen.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

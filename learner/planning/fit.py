@@ -361,7 +361,6 @@ def _assumptions(needs: _Needs, prompt: int, prompt_source: str) -> tuple[str, .
             "fused attention (FlashAttention or torch's): no [L, L] scores are kept",
             "0.75 GiB per process for CUDA and its libraries, 0.5 GiB per rank for NCCL, 5 % of what is allocated and "
             "freed lost to fragmentation; none of the three was measured",
-            "DeepSpeed allocates its gradient bucket of 5e8 numbers whatever the adapter's size",
         ]
     said.append("no evaluation, grading, publishing or start-up in the times; evaluation's memory is in the actor's")
     if needs.model.kind == "experts":

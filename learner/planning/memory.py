@@ -18,8 +18,6 @@ GIB = 1 << 30
 BYTES_PER_QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """Of a quantized weight, as rollout.models.quantization stores it; that module loads torch."""
 
-REDUCE_BUCKET = 500_000_000
-"""Elements of the buffer that DeepSpeed allocates for gradients at ZeRO 1 to 3 (its reduce_bucket_size)."""
 GATHERED_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at once, at most (its stage3_max_live_parameters)."""
 CUDA_ALLOWANCE = int(0.75 * GIB)
@@ -136,7 +134,7 @@ def rank_memory(
         device=device,
         resident=(
             *_weights(config, model, rank=True),
-            *_training_state(config, model, device),
+            *_training_state(config, model),
             *_allowances(config, device, rank=True),
         ),
         kept=(Item("activations", activations.kept(trunk, checkpointing=checkpointing), remark),),
@@ -257,7 +255,7 @@ def _weights(config: RunConfig, model: ModelShape, *, rank: bool) -> list[Item]:
     return items
 
 
-def _training_state(config: RunConfig, model: ModelShape, device: Device) -> list[Item]:
+def _training_state(config: RunConfig, model: ModelShape) -> list[Item]:
     learner, e, A = config.learner, itemsize(config), trained(config, model)
     stage = learner.zero_stage
     share = math.ceil(A / learner.ranks) if stage > 0 else A
@@ -269,10 +267,9 @@ def _training_state(config: RunConfig, model: ModelShape, device: Device) -> lis
     ]
     if stage > 0:
         items.append(Item("fp32 masters", share * 4, "of the adapter" + split))
-        # ZeRO-1 stages the fp32 sums, 2 and 3 the dtype of the backward. On a CPU only touched pages are resident.
+        # ZeRO-1 stages the fp32 sums, 2 and 3 the dtype of the backward.
         width = 4 if stage == 1 else e
-        elements = REDUCE_BUCKET if device == "cuda" else min(A, REDUCE_BUCKET)
-        items.append(Item("reduce bucket", elements * width, "DeepSpeed's reduce_bucket_size, 5e8 numbers"))
+        items.append(Item("reduce bucket", A * width, "DeepSpeed's, as large as the adapter"))
     return items
 
 
