@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 
 .NOTPARALLEL:
-.PHONY: setup run test test-fast test-slow lint format reproduce bench clean
+.PHONY: setup run dashboard test test-fast test-slow lint format reproduce bench clean
 
 setup: $(STAMP)
 
@@ -31,7 +31,11 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	touch $(STAMP)
 
 run: setup
-	$(PY) -m learner.main recipe=$(RECIPE) run.dir=runs $(ARGS)
+	$(PY) -m learner.main recipe=$(RECIPE) run.dir=runs run.dashboard=true $(ARGS)
+
+# Stays when runs end; Ctrl-C ends it.
+dashboard: setup
+	$(PY) -m services.dashboard --runs runs $(ARGS)
 
 # The fast suite first: when it fails, the end-to-end tests are not worth their minutes.
 test: test-fast test-slow

@@ -27,6 +27,7 @@ from learner.settings import (
     RunPlace,
     RunSection,
     Section,
+    StoreSection,
     TaskSection,
     TimeoutsSection,
 )
@@ -51,15 +52,18 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     resources: ResourcesSection = ResourcesSection()
     timeouts: TimeoutsSection = TimeoutsSection()
+    store: StoreSection = StoreSection()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also report to these: tensorboard, wandb."""
     samples_per_iteration: NonNegativeInt = 2
-    """Trajectories kept per iteration for playback."""
+    """Completions kept per iteration for playback, rounded up to whole groups, so that two of a group can be compared;
+    0 keeps none."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "RunConfig":
         problems = [
             *name_problems(self.run),
+            *store_problems(self.store),
             *_sampler_problems(self),
             *_objective_problems(self),
             *_rollout_problems(self),
@@ -178,6 +182,18 @@ def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
 # ---- contradictions, each as one sentence
 
 
+def store_problems(store: StoreSection) -> list[str]:
+    """What is wrong with the place of the run's records; a password is not repeated."""
+    url = store.url
+    if url is None:
+        return []
+    if not url.startswith(("postgresql://", "sqlite:////")):
+        return [f"store.url={url.partition('://')[0]}... is no run store: use postgresql://user@host/database, or null"]
+    if ":" in url.partition("://")[2].rpartition("@")[0] or "password=" in url:
+        return ["store.url holds a password, which config.json would show: put it into PGPASSWORD or ~/.pgpass"]
+    return []
+
+
 def name_problems(run: RunPlace) -> list[str]:
     """What is wrong with the run's name."""
     name = run.name
@@ -239,6 +255,11 @@ def _rollout_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"rollout.groups_per_lease={rollout.groups_per_lease} is more than "
             f"rollout.prompts_per_iteration={rollout.prompts_per_iteration}; lower it"
+        )
+    if rollout.max_actors is not None and rollout.max_actors < rollout.actors:
+        problems.append(
+            f"rollout.max_actors={rollout.max_actors} is less than rollout.actors={rollout.actors}; raise it, or leave "
+            "it null"
         )
     if rollout.buffer_size < rollout.prompts_per_iteration:
         problems.append(

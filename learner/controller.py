@@ -17,18 +17,20 @@ from typing import Any
 from learner import checkpoint as checkpoints
 from learner.actors import start_actors
 from learner.atomic import atomic_dir
+from learner.commands import Commands
 from learner.config import RunConfig
 from learner.evaluation.greedy import greedy_solve_rates
 from learner.feed import Feed
 from learner.group import LearnerGroup, reserve_ranks
 from learner.objectives import Statistics, make_objective
 from learner.optim import learning_rate
+from learner.playback import PlaybackRecorder
 from learner.plots import plot_run
 from learner.rank import UpdateReport, lora_spec
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
 from learner.runs import check_lengths, starting_adapter, task_problems
-from learner.stopping import StopFlag
+from learner.stopping import StopFlag, StopRequested
 from learner.update_plan import plan_update
 from learner.weights import publish
 from rewards.errors import TrainingDiverged, WeightMismatch
@@ -40,6 +42,9 @@ from rollout.models import load_tokenizer, policy_adapter
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
+
+_WORKERS_S = 10.0
+_REST_S = 0.2
 
 
 class Controller:
@@ -53,20 +58,24 @@ class Controller:
         model_path: str,
         resumed: checkpoints.Checkpoint | None,
         stop: StopFlag,
+        commands: Commands,
         closing: contextlib.ExitStack,
     ) -> None:
         self.config, self.run_dir, self.reporter = config, run_dir, reporter
         self._on_tick = partial(stop.enforce, config.timeouts.stop)
+        self._stop, self._commands = stop, commands
+        self._workers: dict[str, dict[str, Any]] = {}  # the actors as they were told last
         self.task = get_task(config.task.name)
         family = policy_adapter(model_path)
         self.eos_ids = (family.eos_token_id,)
-        self.tokenizer = load_tokenizer(model_path)
+        tokenizer = load_tokenizer(model_path)
+        self.recorder = PlaybackRecorder(reporter, tokenizer, completions=config.samples_per_iteration)
         train, self.held_out = task_problems(config, self.task, on_event=reporter.event)
         rollout = config.rollout
         check_lengths(
             [*train, *self.held_out],
             self.task,
-            self.tokenizer,
+            tokenizer,
             completion_length=rollout.sampler.completion_length,
             longest=family.max_length,
         )
@@ -81,7 +90,15 @@ class Controller:
         placement = reserve_ranks(config)
         pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
         closing.callback(pool.close)
-        self.feed = Feed(config, train, pool, ReplayBuffer(ledger), on_event=reporter.event, stop=stop.is_set)
+        self.feed = Feed(
+            config,
+            train,
+            pool,
+            ReplayBuffer(ledger),
+            on_event=reporter.event,
+            stop=stop.is_set,
+            on_pump=partial(commands.tick, pool),
+        )
         adapter = resumed.adapter if resumed is not None else starting_adapter(config.lora)
         shards = resumed.shards if resumed is not None else None
         self.learner = LearnerGroup(
@@ -109,6 +126,7 @@ class Controller:
         """All remaining iterations. Raises StopRequested in the middle of one when the run is asked to stop."""
         self._evaluate_and_save()  # a run that was stopped in an evaluation makes up for it
         while self.progress.iteration < self.config.run.iterations:
+            self._commands.between_iterations(self.progress.iteration, self, self.feed.pool)
             self._iterate(self.progress.iteration)
             self._evaluate_and_save()
 
@@ -124,6 +142,19 @@ class Controller:
         checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
         self.saved = self.progress
         self.reporter.store.checkpoint(progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
+
+    def rest(self) -> bool:
+        """A moment of a pause: what is being drawn is taken in, nothing is leased. True when nothing is being drawn.
+
+        Raises StopRequested when the run is asked to stop.
+        """
+        if self._stop.is_set():
+            raise StopRequested
+        self.feed.take_in(timeout_s=0.0)
+        if time.monotonic() - self._workers_told > _WORKERS_S:
+            self._report_workers()
+        time.sleep(_REST_S)
+        return self.feed.replay.ledger.counts()["leased"] == 0
 
     def finish(self) -> dict[str, Any]:
         """Leave adapter, summary and plots behind; returns the summary."""
@@ -150,7 +181,8 @@ class Controller:
         groups = self._groups(items)
         for group in groups[:2]:
             print(
-                f"\nproblem {group.problem_id}\nprompt: {self._prompt(group)!r}\ncompletion: {self._text(group, 0)!r}"
+                f"\nproblem {group.problem_id}\nprompt: {self.recorder.prompt(group)!r}\n"
+                f"completion: {self.recorder.text(group, 0)!r}"
             )
             rewards = ", ".join(f"{n} {v:.3f}" for n, v in zip(group.reward_names, group.rewards[0], strict=True))
             print(f"right: {bool(group.correct[0])}; reward {group.rewards[0].sum():.3f} ({rewards})")
@@ -213,8 +245,7 @@ class Controller:
             train_seconds=self.progress.train_seconds + total,
         )
         self.reporter.iteration(version, metrics)
-        for group in groups[: self.config.samples_per_iteration]:
-            self.reporter.sample(version, group, 0, self._prompt(group), self._text(group, 0))
+        self.recorder.iteration(version, groups, [report.scored for report in reports])
         self._report_workers()
         self._check_health(version, items, reports)
 
@@ -290,23 +321,18 @@ class Controller:
             )
 
     def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
-        rates = greedy_solve_rates(self.config, self.feed, self.held_out, weights, on_tick=self._on_tick)
+        rates, kept = greedy_solve_rates(self.config, self.feed, self.held_out, weights, on_tick=self._tick)
         evaluations = {**self.progress.evaluations, name: rates}
         best = self.progress.best
         if rates["m"] > best.get("solve_rate", -1.0):
             best = {"iteration": iteration, "solve_rate": rates["m"]}
         self.progress = dataclasses.replace(self.progress, evaluations=evaluations, evaluated_at=iteration, best=best)
         self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
+        self.recorder.evaluation(iteration, name, kept)
 
     def _groups(self, items: Sequence[ReplayItem]) -> list[TrajectoryGroup]:
         limit = self.config.timeouts.publish
         return bounded_get([item.ref for item in items], who="the replay buffer's objects", timeout_s=limit)
-
-    def _prompt(self, group: TrajectoryGroup) -> str:
-        return str(self.tokenizer.decode(group.prompt_ids.tolist()))
-
-    def _text(self, group: TrajectoryGroup, row: int) -> str:
-        return str(self.tokenizer.decode(group.completion_ids[row].tolist(), skip_special_tokens=True))
 
     def _layout(self) -> dict[str, Any]:
         learner = self.config.learner
@@ -327,9 +353,18 @@ class Controller:
             train_seconds=0.0,
         )
 
+    def _tick(self) -> None:
+        """Once a second of an evaluation."""
+        self._on_tick()
+        self._commands.tick(self.feed.pool)
+
     def _report_workers(self) -> None:
+        self._workers_told = time.monotonic()
         store = self.reporter.store
-        for worker in self.feed.pool.workers():
+        workers = {worker["actor_id"]: worker for worker in self.feed.pool.workers()}
+        gone = {name: worker | {"state": "retired"} for name, worker in self._workers.items() if name not in workers}
+        self._workers = workers
+        for worker in [*workers.values(), *gone.values()]:
             store.worker(
                 worker["actor_id"],
                 role="rollout",
@@ -339,7 +374,7 @@ class Controller:
                 policy_version=worker["policy_version"],
                 restarts=worker["restarts"],
                 last_error=worker["last_error"],
-                data={"node_id": worker["node_id"], "engine": worker["engine"]},
+                data={"node_id": worker["node_id"], "engine": worker["engine"], **(worker["usage"] or {})},
             )
         for rank in self.learner.descriptions:
             store.worker(
@@ -349,4 +384,5 @@ class Controller:
                 node=rank["host"],
                 pid=rank["pid"],
                 policy_version=self.weights.version,
+                data=rank.get("usage"),
             )

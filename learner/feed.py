@@ -23,6 +23,7 @@ class Feed:
     Args:
         on_event: called as (level, kind, text) with what a person should know.
         stop: says whether the run was asked to stop.
+        on_pump: called whenever work goes on, every second at least.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class Feed:
         *,
         on_event: Callable[[str, str, str], None],
         stop: Callable[[], bool],
+        on_pump: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.problems, self.pool, self.replay = config, problems, pool, replay
         self.sampler = SamplerSpec(**config.rollout.sampler.model_dump())
         self.grader_failures = 0
-        self._on_event, self._stop = on_event, stop
+        self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
 
     def issue_through(self, iteration: int) -> None:
         """Plan all iterations up to and including this one (from 0), as far as the run goes."""
@@ -88,7 +90,13 @@ class Feed:
 
     def pump(self, weights: Weights, *, timeout_s: float) -> None:
         """Lease what may be leased, then take in what has happened, waiting at most ``timeout_s`` seconds for it."""
+        self._on_pump()
         self._lease(weights)
+        self.take_in(timeout_s=timeout_s)
+        self._lease(weights)
+
+    def take_in(self, *, timeout_s: float) -> None:
+        """Take in what has happened, waiting at most ``timeout_s`` seconds for it, and lease nothing."""
         for lease_id in self.replay.ledger.expire():
             self._on_event("warning", "lease", f"lease {lease_id} timed out; its groups are leased again")
             self.pool.kill_lease(lease_id)
@@ -104,7 +112,6 @@ class Feed:
                 if group.invalid is not None:
                     text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {group.invalid}"
                     self._on_event("warning", "dropped", text)
-        self._lease(weights)
 
     def _lease(self, weights: Weights) -> None:
         ledger, rollout, timeout_s = self.replay.ledger, self.config.rollout, self.config.timeouts.lease

@@ -89,6 +89,8 @@ class LearnerGroup:
             "update", list(refs), update_index, lr, limit=self.config.timeouts.update
         )
         first = reports[0]
+        for description, report in zip(self.descriptions, reports, strict=True):
+            description["usage"] = report.usage
         return UpdateReport(
             statistics=Statistics.merged(report.statistics for report in reports),
             plan_statistics=first.plan_statistics,
@@ -98,6 +100,7 @@ class LearnerGroup:
             learning_rate=first.learning_rate,
             forwards=sum(report.forwards for report in reports),
             seconds=max(report.seconds for report in reports),
+            scored=tuple(view for report in reports for view in report.scored),
         )
 
     def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> AdapterState:

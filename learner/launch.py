@@ -2,11 +2,14 @@
 
 import contextlib
 import tempfile
+import time
 
 from learner import checkpoint as checkpoints
 from learner.base_model import ensure_base, print_progress
+from learner.commands import Commands
 from learner.config import RunConfig, bias_warnings, check_paths, in_ray_job
 from learner.controller import Controller
+from learner.dashboard import dashboard
 from learner.lifecycle import reporting, see_through, told_failures
 from learner.planning.check import check_memory
 from learner.planning.hardware import ray_cluster, this_machine
@@ -39,6 +42,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
             config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
         run_dir, resumed = open_run(config.run, kind="run", label=config.task.name)
         stack.enter_context(run_dir)
+        since = time.time()
         reporter = stack.enter_context(
             reporting(
                 config,
@@ -48,35 +52,58 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
                 objective=config.objective.type,
                 iterations=config.run.iterations,
                 trackers=config.trackers,
+                place=config.store,
             )
         )
         if unchecked is not None:
             reporter.event("warning", "memory", unchecked)
-        return _train(config, run_dir, reporter, resumed, dry_run)
+        if config.run.dashboard and not dry_run:
+            stack.enter_context(dashboard(run_dir, reporter))
+        return _train(config, run_dir, reporter, resumed, dry_run, since)
+
+
+def _where(controller: Controller) -> str:
+    at, saved = controller.progress.iteration, controller.saved
+    if saved is None:
+        return f"stopped after iteration {at}, nothing is saved; resume=auto begins again"
+    goes_on = "there" if saved.iteration == at else f"after iteration {saved.iteration}, the last one saved"
+    return f"stopped after iteration {at}; resume=auto goes on {goes_on}"
 
 
 def _train(
-    config: RunConfig, run_dir: RunDirectory, reporter: Reporter, resumed: checkpoints.Checkpoint | None, dry_run: bool
+    config: RunConfig,
+    run_dir: RunDirectory,
+    reporter: Reporter,
+    resumed: checkpoints.Checkpoint | None,
+    dry_run: bool,
+    since: float,
 ) -> int:
     with told_failures(reporter):
         model_path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
-        with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
+        with (
+            ray_session(config) as told,
+            StopFlag() as stop,
+            Commands(config, run_dir, reporter, stop, since=since) as commands,
+            contextlib.ExitStack() as closing,
+        ):
             reporter.event("info", "start", f"run {run_dir.id}: {told}; base model {model_path}")
             for warning in bias_warnings(config):
                 reporter.event("warning", "biased", warning)
             if joins(config.resources.ray_address) and (unchecked := check_memory(config, ray_cluster(config))):
                 reporter.event("warning", "memory", unchecked)
             try:
-                controller = Controller(config, run_dir, reporter, model_path, resumed, stop, closing)
+                controller = Controller(config, run_dir, reporter, model_path, resumed, stop, commands, closing)
                 if dry_run:
                     controller.dry_run()
                     return 0
             except StopRequested:
                 reporter.event("info", "stop", f"asked to stop by {stop.name} while actors and ranks were starting")
                 reporter.store.status("stopped")
+                commands.stopped("stopped while actors and ranks were starting")
                 return stop.exit_status
             summary = see_through(controller, reporter, stop)
             if summary is None:
+                commands.stopped(_where(controller))
                 return stop.exit_status
             reporter.closing_table(summary, steps=config.rollout.sampler.steps)
             return 0

@@ -9,9 +9,10 @@ from learner.config import dump_config
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
 from learner.runs import changed_settings
-from learner.settings import Section
+from learner.settings import Section, StoreSection
 from learner.stopping import Interrupted, StopFlag, StopRequested
 from learner.trackers import build_trackers
+from services.store.retention import Retention
 from services.store.writer import StoreWriter
 
 
@@ -80,13 +81,23 @@ def reporting(
     objective: str,
     iterations: int,
     trackers: tuple[str, ...],
+    place: StoreSection,
 ) -> Iterator[Reporter]:
     """The run's reporter, which has forgotten what lies beyond the checkpoint that the run goes on from."""
     changes = changed_settings(run_dir, config) if resumed is not None else []
+    is_new = not run_dir.config_path.exists()
     run_dir.write_config(dump_config(config))
     dumped = config.model_dump(mode="json")
+    run_dir.store_url = place.url or run_dir.store_url
     store = StoreWriter(
-        run_dir.store_url, run_dir.id, task=task, objective=objective, total_iterations=iterations, config=dumped
+        run_dir.store_url,
+        run_dir.id,
+        is_new=is_new,
+        task=task,
+        objective=objective,
+        total_iterations=iterations,
+        config=dumped,
+        retention=Retention(samples=place.keep_samples, metric_days=place.metric_days),
     )
     iteration = resumed.progress.iteration if resumed is not None else None
     tracking = build_trackers(trackers, run_dir=run_dir.path, run_id=run_dir.id, config=dumped, resumed_at=iteration)

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from learner.build_ops import prepare_environment
 from learner.config import RunConfig
 from learner.objectives import Statistics, make_objective
 from learner.optim import FiniteAdamW, deepspeed_config, export_state, import_state, inner_optimizer, updates_applied
+from learner.scored import ScoredView, recorded_groups, scored_views
 from learner.scorer import score
 from learner.settings import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, TimeoutsSection
 from learner.update_plan import Forward, plan_update
@@ -34,6 +35,7 @@ from rollout.models import load_model, policy_adapter
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.seeds import derive_seed
 from rollout.trajectory import TrajectoryGroup
+from rollout.usage import process_usage
 from rollout.waits import bounded_get
 
 
@@ -54,6 +56,10 @@ class UpdateReport:
     learning_rate: float
     forwards: int
     seconds: float
+    scored: tuple[ScoredView, ...] = ()
+    """What this rank scored of the groups that are kept for playback, in the order of the plan."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """What this rank's process uses, see ``rollout.usage``."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,8 @@ class Rank(ABC):
             learning_rate=lr,
             forwards=len(plan.forwards[self.rank]),
             seconds=time.perf_counter() - started,
+            scored=self._scored(),
+            usage=process_usage(),
         )
 
     def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> dict[str, PackedTensor]:
@@ -249,6 +257,10 @@ class Rank(ABC):
     @abstractmethod
     def _loss(self, forward: Any, data: Any) -> tuple[torch.Tensor, Statistics]:
         """Loss of one forward, summed and not yet divided by the plan's normaliser, and its figures."""
+
+    def _scored(self) -> tuple[ScoredView, ...]:
+        """What the forwards since the newest ``_work`` scored of trajectories that are kept for playback."""
+        return ()
 
     def _accumulate(self, plan: Plan, data: Any) -> tuple[Statistics, float]:
         """All of this rank's forwards and backwards; the last backward reduces over ranks."""
@@ -287,9 +299,12 @@ class LearnerRank(Rank):
     def __init__(self, config: RunConfig, model_path: str, rank: int, world: int) -> None:
         super().__init__(config, model_path, rank, world)
         self.objective = make_objective(config.objective)
+        self._kept: tuple[int, ...] = ()
+        self._seen: list[ScoredView] = []
 
     def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[Plan, list[TrajectoryGroup]]:
         groups = self._groups(refs)
+        self._kept, self._seen = recorded_groups(groups, self.config.samples_per_iteration), []
         plan = plan_update(
             groups,
             objective=self.objective,
@@ -300,6 +315,9 @@ class LearnerRank(Rank):
             views_per_forward=self.config.learner.views_per_forward,
         )
         return plan, groups
+
+    def _scored(self) -> tuple[ScoredView, ...]:
+        return tuple(self._seen)
 
     def _loss(self, forward: Forward, data: list[TrajectoryGroup]) -> tuple[torch.Tensor, Statistics]:
         temperature = data[0].sampler.temperature
@@ -317,6 +335,7 @@ class LearnerRank(Rank):
             position_logp_Z=scores.position_logp_Z,
             ref_position_logp_Z=ref_position_logp_Z,
         )
+        self._seen += scored_views(batch, scores, data, self._kept)
         real_N = torch.from_numpy(batch.weight > 0).to(scores.mass_N.device)
         inside = Statistics(means={"support_mass": (float(scores.mass_N[real_N].sum()), float(real_N.sum()))})
         return loss, Statistics.merged([statistics, inside])

@@ -127,11 +127,12 @@ class Reporter:
         kind: str = "train",
         data: Mapping[str, Any] | None = None,
         arrays: Mapping[str, np.ndarray] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Keep one completion of a group for playback, and its text in samples/completions.jsonl.
 
-        ``kind``: where it was drawn (train, base, trained, ...); ``data`` and ``arrays`` are kept beside it (the
-        timesteps that the learner sampled and their weights, say).
+        ``kind``: where it was drawn (train, base, trained, ...); ``data`` is kept beside it, ``arrays`` and
+        ``metadata`` with the trajectory (see ``learner.playback``).
         """
         rewards = {name: float(value) for name, value in zip(group.reward_names, group.rewards[row], strict=True)}
         correct = bool(group.correct[row])
@@ -154,7 +155,7 @@ class Reporter:
             completion=completion,
             correct=correct,
             rewards=rewards,
-            trajectory=trajectory_bytes(group, row, arrays),
+            trajectory=trajectory_bytes(group, row, arrays, metadata),
             data=about,
         )
         text = {
@@ -287,17 +288,23 @@ class Reporter:
         self._console.print(text, style=style, markup=False, soft_wrap=True)
 
 
-def trajectory_bytes(group: TrajectoryGroup, row: int, arrays: Mapping[str, np.ndarray] | None = None) -> bytes:
+def trajectory_bytes(
+    group: TrajectoryGroup,
+    row: int,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """One completion as safetensors: the group's arrays of that row ([C], ``position_logp`` [m]) and ``prompt_ids``
-    [P], under the names of ``TrajectoryGroup``, and ``arrays`` beside them. The support is left out: playback doesn't
-    need it, and at top-k 150 it is most of the bytes.
+    [P], under the names of ``TrajectoryGroup``, and ``arrays`` beside them; ``metadata`` goes into the header. The
+    support is left out: playback doesn't need it, and at top-k 150 it is most of the bytes.
     """
     names = ["completion_ids", "unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy"]
     if group.position_logp is not None:
         names.append("position_logp")
     tensors = {name: np.ascontiguousarray(getattr(group, name)[row]) for name in names}
     tensors["prompt_ids"] = np.ascontiguousarray(group.prompt_ids)
-    return to_safetensors(tensors | {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()})
+    tensors |= {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    return to_safetensors(tensors, None if metadata is None else dict(metadata))
 
 
 class _LineFile:

@@ -17,6 +17,9 @@ from rollout.adapters import AdapterState, read_peft_folder
 from rollout.models import encode_prompt
 from rollout.models.quantization import require_bitsandbytes
 
+_OF_A_START = ("run.resume", "run.dashboard")
+"""Settings that say nothing about the run itself."""
+
 
 def open_run(
     run: RunPlace, *, kind: Literal["run", "sft"], label: str
@@ -71,7 +74,7 @@ def changed_settings(run_dir: RunDirectory, config: Section) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"the earlier settings can't be read ({error})"]
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
-    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key) and key != "run.resume")
+    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key) and key not in _OF_A_START)
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 

@@ -20,7 +20,8 @@ _KNOCK_LIMIT_S = 10.0
 def ray_session(config: RunConfig) -> Iterator[str]:
     """The Ray of a run that samples and learns; see ``joined_ray``."""
     cpus, _ = required_resources(config)
-    with joined_ray(config.resources.ray_address, cpus, partial(check_resources, config)) as told:
+    room = (config.rollout.most_actors - config.rollout.actors) * config.resources.cpus_per_actor
+    with joined_ray(config.resources.ray_address, cpus + room, partial(check_resources, config)) as told:
         yield told
 
 

@@ -41,6 +41,8 @@ class RunPlace(Section):
     """Every random choice derives from it."""
     resume: str = "never"
     """never; auto (the newest good checkpoint); or the path of a checkpoint."""
+    dashboard: bool = False
+    """Serve the dashboard on 127.0.0.1 while the run lasts (make run does); its address is told as an event."""
 
 
 class RunSection(RunPlace):
@@ -156,6 +158,9 @@ class RolloutSection(Section):
 
     actors: PositiveInt = 2
     """Rollout actors."""
+    max_actors: PositiveInt | None = None
+    """Actors that the run may be given while it runs, for which a local Ray is started with room; null: no more than
+    actors on a local Ray, as many as there is room for on a cluster."""
     prompts_per_iteration: PositiveInt = 16
     """Prompt groups of one iteration."""
     group_size: AtLeastTwo = 8
@@ -175,6 +180,11 @@ class RolloutSection(Section):
     """Seconds for grading one completion; it counts as wrong afterwards."""
     second_lease_after_s: PositiveFloat | None = None
     """Seconds until a straggler's groups are leased a second time; null: never, which bitwise repetition needs."""
+
+    @property
+    def most_actors(self) -> int:
+        """How many actors a local Ray has room for."""
+        return max(self.actors, self.max_actors or 0)
 
     @property
     def buffer_size(self) -> int:
@@ -268,6 +278,8 @@ class EvaluationSection(Section):
     """Evaluate at steps / divisor denoising steps, for each."""
     position_rule: PositionRule = "low_confidence"
     """Which positions a step reveals."""
+    kept: NonNegativeInt = 4
+    """Problems whose greedy completion is kept for playback at each evaluation, the base's and the trained one's."""
 
 
 class CheckpointSection(Section):
@@ -298,6 +310,18 @@ class ResourcesSection(Section):
     """auto, local or host:port; null: join what RAY_ADDRESS or a Ray job names, otherwise start a local Ray."""
 
 
+class StoreSection(Section):
+    """Where the run is recorded for people to look at, and for how long (docs/run-store.md)."""
+
+    url: str | None = None
+    """A store that many runs share, postgresql://user@host/database; null: store.sqlite in the run's folder. A password
+    goes into PGPASSWORD or ~/.pgpass: the settings are kept in clear."""
+    keep_samples: NonNegativeInt | None = None
+    """Newest samples kept of each kind; null: all."""
+    metric_days: PositiveFloat | None = None
+    """Days after which values give way to the mean, extremes and count of eight iterations; null: never."""
+
+
 class TimeoutsSection(Section):
     """Longest waits, in seconds; when one runs out the error names who was awaited."""
 
@@ -309,6 +333,8 @@ class TimeoutsSection(Section):
     """Seconds for an adapter to be returned by rank 0, and loaded by an actor."""
     start: PositiveFloat = 300.0
     """Seconds for a process to start and load its model."""
+    resize: PositiveFloat = 120.0
+    """Seconds for actors that are added to a run to be ready; the old number is kept otherwise."""
     evaluate: PositiveFloat = 1800.0
     """Seconds for one evaluation."""
     checkpoint: PositiveFloat = 300.0

@@ -44,21 +44,27 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._signum: int | None = None
+        self._who: str | None = None
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def is_set(self) -> bool:
         return self._signum is not None
 
+    def request(self, who: str) -> None:
+        """Ask for what the first SIGTERM does, from any thread. ``who``: named in its place."""
+        if self._signum is None:
+            self._asked_at, self._who, self._signum = time.monotonic(), who, signal.SIGTERM
+
     def enforce(self, grace_s: float) -> None:
-        """Raise StopRequested when the first signal came more than ``grace_s`` seconds ago."""
+        """Raise StopRequested when the run was first asked more than ``grace_s`` seconds ago."""
         if self.is_set() and time.monotonic() - self._asked_at > grace_s:
             raise StopRequested
 
     @property
     def name(self) -> str:
         assert self._signum is not None, "nobody asked to stop"
-        return signal.Signals(self._signum).name
+        return self._who or signal.Signals(self._signum).name
 
     @property
     def exit_status(self) -> int:

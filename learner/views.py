@@ -27,6 +27,8 @@ class View(NamedTuple):
     advantage: float
     weight: float
     """Factor of every score in the view. 0 marks a pad, which keeps ranks in step and is left out of statistics."""
+    draws: int = 1
+    """How many draws of the step the weight stands for."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from rollout.grading import GradeResult, GraderPool
 from rollout.models import encode_prompt
 from rollout.seeds import derive_seed
 from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
+from rollout.usage import process_usage
 from rollout.waits import bounded_get
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ class LeaseReport:
     load_s: float
     generate_s: float
     grade_wait_s: float
+    usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the actor's process uses, see ``rollout.usage``."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ class EvalResult:
     tokens: tuple[int, ...]
     nfe: tuple[int, ...]
     grader_failures: int
+    trajectory: TrajectoryGroup | None = None
+    """How they were written, graded, with the problem's number in its chunk for a group id; where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +227,15 @@ class RolloutActor:
             load_s=loaded - begin,
             generate_s=generated - loaded,
             grade_wait_s=time.perf_counter() - generated,
+            usage=process_usage(),
         )
         return report, *groups
 
     def evaluate(
-        self, problems: Sequence[Problem], sampler: SamplerSpec, weights: Weights, samples: int = 1
+        self, problems: Sequence[Problem], sampler: SamplerSpec, weights: Weights, samples: int = 1, keep: int = 0
     ) -> EvalReport:
         """``samples`` graded completions per problem, all in one call of the engine; temperature 0 decodes greedily.
+        The trajectories of the first ``keep`` problems are in their results.
 
         Raises as ``run_lease`` does.
         """
@@ -241,12 +248,14 @@ class RolloutActor:
         groups, futures = self._generate(specs, sampler)
         generated = time.perf_counter()
         results = [
-            self._eval_result(group, self._graders.collect(pending))
+            self._eval_result(group, self._graders.collect(pending), with_trajectory=group.group_id < keep)
             for group, pending in zip(groups, futures, strict=True)
         ]
         return EvalReport(results, generated - begin)
 
-    def _eval_result(self, group: TrajectoryGroup, grades: Sequence[GradeResult]) -> EvalResult:
+    def _eval_result(
+        self, group: TrajectoryGroup, grades: Sequence[GradeResult], *, with_trajectory: bool
+    ) -> EvalResult:
         return EvalResult(
             problem_id=group.problem_id,
             completions=tuple(self._text(ids_C) for ids_C in group.completion_ids),
@@ -255,6 +264,7 @@ class RolloutActor:
             tokens=tuple(group.drawn.sum(axis=1).tolist()),
             nfe=tuple(group.nfe.tolist()),
             grader_failures=sum(grade.timed_out or grade.crashed for grade in grades),
+            trajectory=self._with_grades(group, grades) if with_trajectory else None,
         )
 
     def _hold(self, weights: Weights) -> None:

@@ -4,11 +4,10 @@ It lives in the controller and never blocks longer than it is told to. What it r
 controller passes on to the replay buffer; which lease comes next is the ledger's decision.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,6 +23,7 @@ from rewards.errors import (
 )
 from rewards.task import Problem
 from rollout.actor import ActorSettings, EvalReport, EvalResult, LeaseReport, RolloutActor, Weights
+from rollout.places import STATES, Evaluation, Task, Worker
 from rollout.trajectory import Lease, SamplerSpec
 from rollout.waits import bounded_get, bounded_wait
 
@@ -49,6 +49,17 @@ class ActorLost:
     actor_id: str
     lease_id: int | None
     error: str
+
+
+@dataclass(eq=False)
+class Resize:
+    """A change of the pool's size while it works: under way until ``over``."""
+
+    size: int
+    before: int
+    over: bool = False
+    error: str | None = None
+    """Why the size that was there ``before`` is kept."""
 
 
 class RolloutPool:
@@ -78,11 +89,12 @@ class RolloutPool:
         self._threads = threads
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._started = 0
         self._failures = 0
         self._events: list[Delivery | ActorLost] = []
-        self._evaluation = _Evaluation()
+        self._evaluation = Evaluation()
+        self._resize: Resize | None = None
         self.set_size(size)
 
     def wait_ready(self, on_tick: Callable[[], None] = lambda: None) -> None:
@@ -108,7 +120,7 @@ class RolloutPool:
         """Give the lease to an idle actor."""
         worker = self._idle_workers()[0]
         method = worker.handle.run_lease.options(num_returns=1 + len(lease.groups))
-        worker.take(_Task(method.remote(lease, sampler, weights), weights, lease_id=lease.lease_id))
+        worker.take(Task(method.remote(lease, sampler, weights), weights, lease_id=lease.lease_id))
 
     def poll(self, timeout_s: float) -> list[Delivery | ActorLost]:
         """What has happened; waits up to ``timeout_s`` seconds for something to happen.
@@ -138,6 +150,7 @@ class RolloutPool:
         timeout_s: float,
         expire: Callable[[], Iterable[int]],
         samples: int = 1,
+        keep: int = 0,
         on_chunk: Callable[[int, EvalReport], None] | None = None,
     ) -> list[EvalResult]:
         """``samples`` graded completions per problem, in the problems' order.
@@ -149,34 +162,53 @@ class RolloutPool:
             timeout_s: seconds for one chunk; an actor that needs longer is replaced and the chunk repeated.
             expire: the ledger's ``expire``, called every tick; the leases it names are killed, so that a stuck actor
                 can't block this. What it raises ends the evaluation.
+            keep: problems, the first ones, whose trajectories are in their results.
             on_chunk: called with (chunk, its report) as soon as a chunk is finished, in any order.
 
         Raises: as ``poll`` does.
         """
         chunks = [problems[start : start + chunk_size] for start in range(0, len(problems), chunk_size)]
-        self._evaluation = _Evaluation(deque(range(len(chunks))), on_chunk=on_chunk)
+        self._evaluation = Evaluation(deque(range(len(chunks))), on_chunk=on_chunk)
         while len(self._evaluation.results) < len(chunks):
             for worker in self._idle_workers()[: len(self._evaluation.waiting)]:
                 chunk = self._evaluation.waiting.popleft()
-                ref = worker.handle.evaluate.remote(chunks[chunk], sampler, weights, samples)
-                worker.take(_Task([ref], weights, chunk=chunk), deadline=time.monotonic() + timeout_s)
+                kept = max(0, keep - chunk * chunk_size)
+                ref = worker.handle.evaluate.remote(chunks[chunk], sampler, weights, samples, kept)
+                worker.take(Task([ref], weights, chunk=chunk), deadline=time.monotonic() + timeout_s)
             self._pump(_TICK_S)
             for lease_id in expire():
                 self.kill_lease(lease_id)
         return [result for chunk in range(len(chunks)) for result in self._evaluation.results[chunk]]
 
     def set_size(self, size: int) -> None:
-        """Start or retire actors; one with a lease finishes it first."""
-        staying = [worker for worker in self._workers if not worker.retiring]
-        for worker in staying[size:]:
-            worker.retiring = True
-            if worker.task is None:
-                self._remove(worker)
+        """Start or retire actors; one with a lease finishes it first, and idle ones go before busy ones."""
+        staying = self._staying()
+        dispensable = sorted(reversed(staying), key=lambda worker: STATES.index(worker.state))  # newest first
+        for worker in dispensable[: max(0, len(staying) - size)]:
+            self._retire(worker)
         for _ in range(len(staying), size):
-            worker = _Worker(f"rollout-{self._started}")
-            self._started += 1
-            self._workers.append(worker)
-            self._start(worker)
+            self._start(self._add())
+
+    def resize(self, size: int, *, timeout_s: float) -> Resize:
+        """Start or retire actors while work goes on. The answer changes as ``poll`` and ``evaluate`` go on.
+
+        When one of the new actors is not ready in time, or fails while it starts, all new ones go and the others stay.
+        """
+        assert size >= 1 and self._resize is None, "one change of size at a time, and never to none"
+        before = len(self._staying())
+        self._resize = Resize(size, before)
+        for _ in range(before, size):
+            worker = self._add()
+            worker.on_trial = True
+            self._start(worker, timeout_s)
+        self.set_size(size)
+        self._see_resize()
+        return self._resize or Resize(size, before, over=True)
+
+    @property
+    def size(self) -> int:
+        """Number of actors, those that are retiring aside."""
+        return len(self._staying())
 
     def workers(self) -> list[dict[str, Any]]:
         """The actors for the run store: id, state, lease, where they run, version held, restarts, last error."""
@@ -189,7 +221,7 @@ class RolloutPool:
                 "policy_version": worker.version,
                 "restarts": worker.restarts,
                 "last_error": worker.last_error,
-                **{key: (worker.info or {}).get(key) for key in ("pid", "host", "node_id", "code", "engine")},
+                **{key: (worker.info or {}).get(key) for key in ("pid", "host", "node_id", "code", "engine", "usage")},
             }
             for worker in self._workers
         ]
@@ -207,23 +239,26 @@ class RolloutPool:
         if done:
             done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=0.0, num_returns=len(awaited))
         for worker in list(self._workers):
+            if worker not in self._workers:  # it went with another one, just now
+                continue
             if worker.awaited is not None and worker.awaited in done:
                 self._settle(worker, worker.awaited)
             elif time.monotonic() >= worker.deadline:
                 late = self._not_ready([worker]) if worker.info is None else f"{worker.name} did not evaluate in time"
                 self._replace(worker, late)
+        self._see_resize()
 
-    def _settle(self, worker: "_Worker", answered: ray.ObjectRef) -> None:
+    def _settle(self, worker: Worker, answered: ray.ObjectRef) -> None:
         try:
             answer = bounded_get(answered, who=worker.name, timeout_s=_REPORT_LIMIT_S)
-        except FATAL:
-            raise
         except (UnmaskError, ray.exceptions.RayError) as error:
+            if isinstance(error, FATAL) and not worker.on_trial:
+                raise
             self._replace(worker, f"{worker.name} was lost: {_sentence(error)}")
             return
         task = worker.finish()
         if task is None:
-            worker.info = answer
+            worker.info, worker.on_trial = answer, False
             return
         self._failures = 0
         worker.version = task.weights.version
@@ -231,11 +266,15 @@ class RolloutPool:
             self._evaluation.take(task.chunk, answer)
         else:
             _check_weights(answer, task.weights)
+            worker.info = {**(worker.info or {}), "usage": answer.usage}
             self._events.append(Delivery(answer, task.refs[1:]))
         if worker.retiring:
             self._remove(worker)
 
-    def _replace(self, worker: "_Worker", error: str) -> None:
+    def _replace(self, worker: Worker, error: str) -> None:
+        if worker.on_trial:
+            self._give_growth_up(error)
+            return
         task = worker.task
         if task is not None and task.chunk is not None:
             self._evaluation.waiting.appendleft(task.chunk)
@@ -251,7 +290,31 @@ class RolloutPool:
         worker.last_error = error
         self._start(worker)
 
-    def _start(self, worker: "_Worker") -> None:
+    def _give_growth_up(self, error: str) -> None:
+        assert self._resize is not None, "an actor is on trial while the size changes"
+        self._resize.error = error
+        for worker in self._workers[self._resize.before :]:  # new ones come last
+            worker.on_trial = False
+            self._retire(worker)
+
+    def _see_resize(self) -> None:
+        """The change is over when the new actors are ready and the old ones gone."""
+        if self._resize is not None and not any(worker.retiring or worker.on_trial for worker in self._workers):
+            self._resize.over = True
+            self._resize = None
+
+    def _add(self) -> Worker:
+        worker = Worker(f"rollout-{self._started}")
+        self._started += 1
+        self._workers.append(worker)
+        return worker
+
+    def _retire(self, worker: Worker) -> None:
+        worker.retiring = True
+        if worker.task is None:
+            self._remove(worker)
+
+    def _start(self, worker: Worker, limit_s: float | None = None) -> None:
         custom = {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")}
         # Ray neither restarts the actor nor repeats its tasks: that is decided, and counted, here and in the ledger.
         actor_class = ray.remote(RolloutActor).options(
@@ -263,16 +326,19 @@ class RolloutPool:
             max_task_retries=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
         )
-        worker.begin(actor_class.remote(worker.name, self._settings), time.monotonic() + self._start_timeout_s)
+        worker.begin(actor_class.remote(worker.name, self._settings), limit_s or self._start_timeout_s)
 
-    def _remove(self, worker: "_Worker") -> None:
+    def _remove(self, worker: Worker) -> None:
         _kill(worker)
         self._workers.remove(worker)
 
-    def _idle_workers(self) -> list["_Worker"]:
+    def _idle_workers(self) -> list[Worker]:
         return [worker for worker in self._workers if worker.state == "idle"]
 
-    def _not_ready(self, workers: Sequence["_Worker"]) -> str:
+    def _staying(self) -> list[Worker]:
+        return [worker for worker in self._workers if not worker.retiring]
+
+    def _not_ready(self, workers: Sequence[Worker]) -> str:
         free, total = ray.available_resources(), ray.cluster_resources()
         short = [
             f"{name} ({amount:g} asked for by each, {free.get(name, 0):g} of {total.get(name, 0):g} free)"
@@ -284,64 +350,7 @@ class RolloutPool:
         else:
             why = "loading takes longer, or no single node has all that an actor asks for; raise the time limit"
         names = ", ".join(worker.name for worker in workers)
-        return f"{names} did not start within {self._start_timeout_s:g} s: {why}"
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    refs: list[ray.ObjectRef]  # the first one is awaited
-    weights: Weights
-    lease_id: int | None = None
-    chunk: int | None = None
-    since: float = field(default_factory=time.time)
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A place in the pool; the actor in it may change."""
-
-    name: str
-    handle: Any = None
-    info: dict[str, Any] | None = None  # what the actor said when it was ready
-    awaited: ray.ObjectRef | None = None
-    deadline: float = math.inf  # of what is awaited; a lease's is kept by the ledger
-    task: _Task | None = None
-    version: int | None = None
-    restarts: int = 0
-    last_error: str | None = None
-    retiring: bool = False
-
-    @property
-    def state(self) -> str:
-        if self.info is None:
-            return "starting"
-        if self.task is not None:
-            return "busy"
-        return "idle"
-
-    def begin(self, handle: Any, deadline: float) -> None:
-        self.handle = handle
-        self.info = self.task = self.version = None
-        self.awaited, self.deadline = handle.start.remote(), deadline
-
-    def take(self, task: _Task, deadline: float = math.inf) -> None:
-        self.task, self.awaited, self.deadline = task, task.refs[0], deadline
-
-    def finish(self) -> _Task | None:
-        task, self.task, self.awaited, self.deadline = self.task, None, None, math.inf
-        return task
-
-
-@dataclass(eq=False)
-class _Evaluation:
-    waiting: deque[int] = field(default_factory=deque)  # chunks without an actor
-    results: dict[int, list[EvalResult]] = field(default_factory=dict)
-    on_chunk: Callable[[int, EvalReport], None] | None = None
-
-    def take(self, chunk: int, report: EvalReport) -> None:
-        self.results[chunk] = report.results
-        if self.on_chunk is not None:
-            self.on_chunk(chunk, report)
+        return f"{names} did not start within {workers[0].limit_s:g} s: {why}"
 
 
 def _check_weights(report: LeaseReport, weights: Weights) -> None:
@@ -352,7 +361,7 @@ def _check_weights(report: LeaseReport, weights: Weights) -> None:
         )
 
 
-def _kill(worker: _Worker) -> None:
+def _kill(worker: Worker) -> None:
     ray.kill(worker.handle, no_restart=True)
 
 

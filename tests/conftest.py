@@ -1,11 +1,13 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from learner.rundir import RunDirectory
+from tests.databases import Server
 from tests.real_runs import Runs
 
 
@@ -57,3 +59,21 @@ def undisturbed(runs: Runs) -> RunDirectory:
     output = runs.train("undisturbed")
     (runs["undisturbed"].path / "output.txt").write_text(output)
     return runs["undisturbed"]
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Server]:
+    """A PostgreSQL server that nobody stops."""
+    server = Server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a run store that isn't there yet, once of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'store.sqlite'}"
+    else:
+        with request.getfixturevalue("postgresql").database() as url:
+            yield url

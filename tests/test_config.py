@@ -131,6 +131,7 @@ MISTAKES = {
     "top_p above 1": (["rollout.sampler.top_p=1.5"], ["top_p=1.5", "at most 1"]),
     "top_k 0": (["rollout.sampler.top_k=0"], ["top_k=0", "above 0"]),
     "group of one": (["rollout.group_size=1"], ["group_size=1", "at least 2"]),
+    "room for fewer actors": (["rollout.max_actors=1"], ["max_actors=1", "rollout.actors=2"]),
     "lease beyond the iteration": (["rollout.groups_per_lease=17"], ["groups_per_lease=17", "=16"]),
     "buffer below the iteration": (["rollout.buffer_groups=3"], ["buffer_groups=3", "at least"]),
     "second lease in a synchronous run": (
@@ -145,6 +146,8 @@ MISTAKES = {
     "CUDA without a GPU": (["learner.device=cuda"], ["gpus_per_rank above 0"]),
     "Ray address": (["resources.ray_address=ray://x:1"], ["ray://x:1", "host:port"]),
     "more problems than there are": (["evaluation.problems=999"], ["problems=999", "test_size=256"]),
+    "password in a URL": (["store.url=postgresql://me:hunter2@host/x"], ["store.url holds a password", "PGPASSWORD"]),
+    "no run store": (["store.url=mysql://me:hunter2@host/x"], ["store.url=mysql... is no run store"]),
     "heads do not divide the width": (["model.base.n_heads=5"], ["d_model=128", "n_heads=5"]),
 }
 
@@ -155,6 +158,7 @@ def test_mistake_gets_one_sentence_with_value_and_remedy(arguments: list[str], f
         load_config(arguments)
     text = str(caught.value)
     assert all(fragment in text for fragment in fragments), text
+    assert "hunter2" not in text
     assert len(text.splitlines()) == 1, text
     assert "validation error" not in text and "pydantic" not in text
 

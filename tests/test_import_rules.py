@@ -42,6 +42,7 @@ VIOLATIONS = [
     ("services/store/violation.py", "import fastapi", "the run store imports nothing of ours"),
     ("services/store/violation.py", "import rewards.task", "the run store imports nothing of ours"),
     ("services/store/violation.py", "import rollout.seeds", "the run store imports nothing of ours"),
+    ("services/dashboard/violation.py", "import learner.config", "the dashboard reads the run store and nothing else"),
     ("learner/overrides.py", "import torch", "reading a configuration loads neither torch nor Ray"),
     ("learner/objectives/violation.py", "import ray", "objectives are pure"),
     ("rewards/errors.py", "import rewards.task", "no cycles inside a package"),

@@ -27,7 +27,7 @@ from rollout.adapters import adapter_parameters, digest, pack
 from rollout.engines.torch import TorchEngine
 from rollout.ledger import STATUSES, Ledger
 from rollout.models.lora import LoraSpec
-from rollout.pool import ActorLost, Delivery, RolloutPool
+from rollout.pool import ActorLost, Delivery, Resize, RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 from rollout.waits import bounded_get
@@ -445,6 +445,66 @@ def test_size_follows_orders(make_pool: Callable[..., RolloutPool], weights: Cal
     assert pool.poll(0.0) == []
     with pytest.raises(AssertionError, match="nothing to do"):
         pool.poll(1.0)
+
+
+def settled(pool: RolloutPool, change: Resize) -> Resize:
+    deadline = time.monotonic() + 120.0
+    while not change.over:
+        assert time.monotonic() < deadline, "the change of size never ends"
+        assert pool.poll(0.0) == [], "an actor on trial is nobody's loss"
+        time.sleep(0.05)
+    return change
+
+
+def test_pool_grows_and_shrinks_while_it_works(
+    make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights], undisturbed: list[dict[str, Any]]
+) -> None:
+    replay, pool = new_replay(), make_pool(1)
+    replay.ledger.issue(0, plan())
+    lease = replay.ledger.lease(policy_version=0, timeout_s=60.0)
+    assert lease is not None
+    pool.submit(lease, SAMPLER, weights(0))
+    more = pool.resize(3, timeout_s=120.0)
+    assert pool.size == 3 and not more.over
+    deliveries: list[Any] = []
+    deadline = time.monotonic() + 120.0
+    while not (more.over and deliveries):
+        assert time.monotonic() < deadline
+        deliveries += pool.poll(0.2)
+    assert more.error is None and pool.idle() == 3
+    replay.deliver(deliveries[0].report, deliveries[0].refs)
+
+    lease = replay.ledger.lease(policy_version=0, timeout_s=60.0)
+    assert lease is not None
+    pool.submit(lease, SAMPLER, weights(0))
+    (busy,) = [worker["actor_id"] for worker in pool.workers() if worker["state"] == "busy"]
+    fewer = pool.resize(1, timeout_s=120.0)
+    assert fewer.over and [worker["actor_id"] for worker in pool.workers()] == [busy], "idle actors go first"
+    pump(pool, replay, 0, weights(0))
+    assert content(groups_of(replay.take(0, 0))) == undisturbed
+
+
+def test_pool_that_grows_in_vain_keeps_its_size_and_its_work(
+    tiny_model: str, make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(tiny_model)
+    engine = functools.partial(TorchEngine, model_path=str(model), lora=LORA, max_rows=32, threads=1)
+    pool, replay = make_pool(1, settings={"make_engine": engine}), new_replay()
+    too_many = settled(pool, pool.resize(9, timeout_s=5.0))
+    assert too_many.error is not None
+    assert "did not start within 5 s: the cluster is short of CPU" in too_many.error, too_many.error
+    assert [worker["actor_id"] for worker in pool.workers()] == ["rollout-0"]
+
+    model.unlink()  # fatal for an actor of the run, and the end of a mere attempt
+    broken = settled(pool, pool.resize(2, timeout_s=120.0))
+    assert broken.error is not None and "ConfigError" in broken.error and pool.size == 1
+    replay.ledger.issue(0, plan(2))
+    pump(pool, replay, 0, weights(0))
+    assert len(replay.take(0, 0)) == 2
+    with pytest.raises(ConfigError):  # the control
+        pool.set_size(2)
+        pool.wait_ready()
 
 
 def test_start_failures_have_a_name(make_pool: Callable[..., RolloutPool]) -> None:

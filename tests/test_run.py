@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -93,13 +94,24 @@ def test_samples_can_be_played_back(undisturbed: RunDirectory, store: sa.Engine)
     from safetensors.numpy import load
 
     samples = reader.list_samples(store, "undisturbed")
-    assert [sample["iteration"] for sample in samples] == [i for i in range(1, 7) for _ in range(2)]
+    kinds = Counter((sample["iteration"], sample["kind"]) for sample in samples)
+    assert kinds == {(0, "base"): 4} | {(i, "trained"): 4 for i in (2, 4, 6)} | {(i, "train"): 4 for i in range(1, 7)}
+    base, trained = ({s["problem_id"] for s in samples if s["kind"] == kind} for kind in ("base", "trained"))
+    assert len(base) == 4 and base == trained, "the same problems each time"
+    learnt = 0
     for sample in samples:
         assert "Puzzle: " in sample["prompt"] and sample["correct"] in (False, True)
         assert sample["reward"] == pytest.approx(sum(sample["rewards"].values()))
         trajectory = reader.sample_trajectory(store, sample["id"])
         assert trajectory is not None
-        assert load(trajectory)["unmask_step"].shape == (24,)
+        arrays = load(trajectory)
+        assert arrays["unmask_step"].shape == (24,)
+        if sample["kind"] == "train" and sample["data"]["advantage"]:
+            learnt += 1
+            assert arrays["view_count"].sum() == 4, "k draws"
+            old = arrays["logp"][arrays["new_position"]]
+            assert arrays["new_logp"] == pytest.approx(old, abs=1e-4), "one update a batch: the weights that drew it"
+    assert learnt
     texts = read_rows(undisturbed.samples_path)
     assert [row["iteration"] for row in texts] == [sample["iteration"] for sample in samples]
 

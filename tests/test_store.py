@@ -1,34 +1,24 @@
-"""The run store's writer: what it keeps, and that neither a lock nor a full disk holds up the caller."""
+"""The run store's writer: what it keeps, in SQLite and in PostgreSQL."""
 
 import math
-import sqlite3
-import subprocess
-import sys
-import time
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateTable
 
+from learner.config import load_config
+from learner.lifecycle import reporting
+from learner.runs import open_run
 from rewards.errors import StoreError
 from services.store import reader, schema
 from services.store.writer import StoreWriter
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'store.sqlite'}"
+from tests.databases import wait_until
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.sqlite"
+def url(store_url: str) -> str:
+    return store_url
 
 
 def put_sample(writer: StoreWriter, iteration: int, row: int = 0, completion: str = "text") -> None:
@@ -45,13 +35,6 @@ def put_sample(writer: StoreWriter, iteration: int, row: int = 0, completion: st
         trajectory=save({"unmask_step": np.arange(4, dtype=np.int16)}),
         data={"seed": 2**62, "policy_version": 3},
     )
-
-
-def exclusive_lock(path: Path) -> sqlite3.Connection:
-    """A connection that keeps every other writer out until it is closed."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("BEGIN EXCLUSIVE")
-    return connection
 
 
 def test_all_kinds_of_rows_come_back(url):
@@ -151,143 +134,93 @@ def test_truncation_leaves_other_runs_alone(url):
         assert reader.metric_series(engine, "b", ["loss"])["loss"] == [(5, 2.0)]
 
 
-def test_a_locked_store_delays_no_call_and_loses_nothing_that_fits(url, path):
-    writer = StoreWriter(url, "r")
-    with closing(exclusive_lock(path)):
-        assert held_up_calls(writer, 100) <= 1
-        assert not writer.flush(1.5)
-        assert writer.last_error is not None and "locked" in writer.last_error
-    assert writer.flush(10)
-    writer.close(10)
-    assert writer.lost_rows == 0
-    assert len(reader.metric_series(schema.open_engine(url, create=False), "r", ["loss"])["loss"]) == 100
-
-
-def test_without_the_queue_the_same_lock_does_hold_up_the_caller(url, path):
-    writer = StoreWriter(url, "r")
-    with closing(exclusive_lock(path)):
-        started = time.monotonic()
-        with pytest.raises(StoreError, match="locked"):
-            writer.truncate_after(0)  # this one is meant to wait for the store
-        assert time.monotonic() - started > 0.5
-    writer.close(10)
-
-
-def test_rows_beyond_the_bound_are_lost_and_counted(url, path):
-    writer = StoreWriter(url, "r", max_queued_bytes=10_000)
-    with closing(exclusive_lock(path)):
-        assert held_up_calls(writer, 300) <= 1
-        lost = writer.lost_rows
-        assert 0 < lost < 300
-    assert writer.flush(10)
-    writer.metrics(1000, {"late": 1.0})
-    writer.close(10)
-    engine = schema.open_engine(url, create=False)
-    assert writer.lost_rows == lost and reader.list_runs(engine)[0]["lost_rows"] == lost
-    kept = reader.metric_series(engine, "r", ["loss", "late"])
-    assert len(kept["loss"]) == 300 - lost and len(kept["late"]) == 1
-
-
-def test_close_is_bounded_and_counts_what_is_left(url, path):
-    writer = StoreWriter(url, "r")
-    with closing(exclusive_lock(path)):
-        writer.metrics(1, {"a": 1.0, "b": 2.0})
-        started = time.monotonic()
-        writer.close(0.3)
-        assert time.monotonic() - started < 1.0
-        assert writer.lost_rows == 2 and writer.last_error
-        writer.event("info", "late", "after the end")
-        assert writer.lost_rows == 3
-
-
-def test_a_row_the_store_refuses_takes_no_neighbour_along(url, path):
-    writer = StoreWriter(url, "r")
-    with closing(exclusive_lock(path)):  # so that all of them end up in one batch
-        writer.metrics(1, {"before": 1.0})
-        writer.metrics(2**70, {"bad": 1.0})  # no 64-bit integer
-        writer.metrics(2, {"after": 1.0})
-    writer.close(10)
-    assert writer.lost_rows == 1 and "OverflowError" in (writer.last_error or "")
-    kept = reader.metric_series(schema.open_engine(url, create=False), "r", ["before", "after", "bad"])
-    assert [len(kept[name]) for name in ("before", "after", "bad")] == [1, 1, 0]
-
-
-FULL_DISK = """
-import resource, sys, time
-from services.store.writer import StoreWriter
-writer = StoreWriter(sys.argv[1], "r", max_queued_bytes=200_000)
-writer.metrics(0, {"loss": 1.0})
-assert writer.flush(10)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)  # stands for a full disk: files stop growing
-held_up = 0
-for iteration in range(1, 400):
-    start = time.monotonic()
-    writer.event("info", "fill", "x" * 2000)
-    held_up += time.monotonic() - start >= 0.05
-writer.close(2.0)
-print(writer.lost_rows, held_up, writer.last_error)
-"""
-
-
-@pytest.mark.parametrize(("limit", "full"), [(150_000, True), (50_000_000, False)])
-def test_a_full_disk_costs_rows_not_the_run(url, limit, full):
-    # the second case is the control: the same program with room loses only what outran the small queue, or nothing
-    command = [sys.executable, "-c", FULL_DISK, url, str(limit)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    lost, held_up, error = done.stdout.strip().split(" ", 2)
-    assert int(held_up) <= 1
-    assert ("OperationalError" in error) == full
-    assert not full or int(lost) > 200
-    engine = schema.open_engine(url, create=False)
-    assert reader.metric_series(engine, "r", ["loss"])["loss"] == [(0, 1.0)]
-
-
-def test_a_store_that_cannot_be_opened_is_told_at_the_start(url, path, tmp_path):
-    with pytest.raises(StoreError, match="no run store at"):
-        schema.open_engine(url, create=False)
-    assert not path.exists()
-    with pytest.raises(StoreError, match="unable to open"):
-        StoreWriter(f"sqlite:///{tmp_path}/missing/store.sqlite", "r")
-    with pytest.raises(StoreError, match="URL"):
-        StoreWriter("nonsense", "r")
-    path.write_bytes(b"this is no database at all" * 100)
-    with pytest.raises(StoreError, match="not a database"):
-        StoreWriter(url, "r")
-
-
-def test_another_schema_version_is_refused(url, path):
-    StoreWriter(url, "r").close(5)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("UPDATE schema_version SET version = 99")
-        connection.commit()
-    with pytest.raises(StoreError, match="version 99"):
-        StoreWriter(url, "r")
-
-
-def test_readers_do_not_wait_for_the_writer(url, path):
+def test_a_commit_that_went_through_unheard_is_not_written_twice(url):
     with StoreWriter(url, "r") as writer:
-        writer.metrics(1, {"loss": 1.0})
+        writer.event("info", "x", "first")
         assert writer.flush(10)
-        with closing(sqlite3.connect(path)) as connection:
-            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-            connection.execute("BEGIN")
-            assert connection.execute("SELECT count(*) FROM metrics").fetchone() == (1,)
-            writer.metrics(2, {"loss": 2.0})  # the reader's open transaction keeps nobody out
-            assert writer.flush(10)
-            assert connection.execute("SELECT count(*) FROM metrics").fetchone() == (1,)
+        writer._revision -= 1  # as after a connection that broke before the answer came: the same call comes again
+        writer.event("info", "x", "first")
+        assert writer.flush(10)
+        writer.event("info", "x", "second")
+    engine = schema.open_engine(url, create=False)
+    assert [event["text"] for event in reader.list_events(engine, "r")] == ["first", "second"]
+    assert writer.lost_rows == 0
 
 
-def test_the_tables_are_postgresql_too():
-    for table in schema.metadata.sorted_tables:
-        assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=postgresql.dialect()))
+def test_a_writer_whose_run_was_taken_over_writes_nothing_more(url):
+    with StoreWriter(url, "r") as old:
+        old.metrics(1, {"loss": 1.0})
+        assert old.flush(10)
+        with StoreWriter(url, "r") as new:
+            old.metrics(2, {"loss": 2.0})
+            new.metrics(3, {"loss": 3.0})
+            assert old.flush(10) and new.flush(10)
+            with pytest.raises(StoreError, match="taken it over"):
+                old.truncate_after(0)
+    assert old.lost_rows == 1 and "taken it over" in (old.last_error or "") and new.lost_rows == 0
+    kept = reader.metric_series(schema.open_engine(url, create=False), "r", ["loss"])["loss"]
+    assert kept == [(1, 1.0), (3, 3.0)]
 
 
-def held_up_calls(writer: StoreWriter, calls: int) -> int:
-    """How many took 50 ms or more. A busy machine may stop the process once; a lock would hold up every call."""
-    slow = 0
-    for iteration in range(calls):
-        started = time.monotonic()
-        writer.metrics(iteration, {"loss": 1.0})
-        slow += time.monotonic() - started >= 0.05
-    return slow
+def test_a_paused_run_has_not_ended(url):
+    with StoreWriter(url, "r") as writer:
+        writer.status("paused")
+        assert writer.flush(10)
+        engine = schema.open_engine(url, create=False)
+        assert reader.list_runs(engine)[0]["ended"] is None
+        writer.status("stopped")
+    assert reader.list_runs(engine)[0]["ended"] is not None
+
+
+def test_the_newest_values_follow_replacement_and_truncation(url):
+    with StoreWriter(url, "r") as writer:
+        for iteration in range(1, 30):
+            writer.metrics(iteration, {"loss": float(iteration)} | ({"late": 1.0} if iteration > 20 else {}))
+        writer.metrics(3, {"loss": -3.0})  # an old row is replaced: the newest stays
+        assert writer.flush(10)
+        found = reader.Reader(schema.open_engine(url, create=False, read_only=True))
+        latest = found.latest_metrics("r")
+        assert (latest["loss"]["iteration"], latest["loss"]["value"]) == (29, 29.0) and found.metric_names("r") == [
+            "late",
+            "loss",
+        ]
+        writer.truncate_after(10)
+        assert found.latest_metrics("r")["loss"]["value"] == 10.0 and found.metric_names("r") == ["loss"]
+        writer.metrics(11, {"loss": math.nan})
+        assert writer.flush(10)
+        assert math.isnan(found.latest_metrics("r")["loss"]["value"])
+
+
+def test_a_new_run_never_goes_on_with_another_of_its_name(url):
+    StoreWriter(url, "r", is_new=True).close(10)
+    with pytest.raises(StoreError, match="holds a run named r already: choose another run.name"):
+        StoreWriter(url, "r", is_new=True)
+    StoreWriter(url, "r").close(10)
+    assert reader.list_runs(schema.open_engine(url, create=False))[0]["starts"] == 2
+
+
+def test_a_run_is_recorded_where_its_settings_say(url, tmp_path):
+    def record(folder: str) -> None:
+        config = load_config(["recipe=smoke", f"run.dir={tmp_path / folder}", "run.name=a", f"store.url={url}"])
+        run_dir, _ = open_run(config.run, kind="run", label="x")
+        about = dict(task="sudoku", objective="agrpo", iterations=3, trackers=(), place=config.store)
+        with run_dir, reporting(config, run_dir, None, **about) as reporter:
+            reporter.iteration(1, {"reward/mean": 1.5})
+        assert not run_dir.store_path.exists() and run_dir.store_url == url
+
+    url = url.replace(".sqlite", "-shared.sqlite")
+    record("here")
+    engine = schema.open_engine(url, create=False)
+    assert reader.metric_series(engine, "a", ["reward/mean"])["reward/mean"] == [(1, 1.5)]
+    with pytest.raises(StoreError, match="choose another run.name"):
+        record("there")
+    engine.dispose()
+
+
+def test_a_silent_run_gives_signs_of_life(url, monkeypatch):
+    monkeypatch.setattr("services.store.writer.HEARTBEAT_S", 0.05)
+    with StoreWriter(url, "r") as writer:
+        engine = schema.open_engine(url, create=False)
+        first = reader.list_runs(engine)[0]["heartbeat"]
+        wait_until(lambda: reader.list_runs(engine)[0]["heartbeat"] > first)
+    assert writer.last_error is None

@@ -17,6 +17,7 @@ import ray
 from learner import checkpoint as checkpoints
 from learner.atomic import atomic_dir, atomic_write_text
 from learner.config import in_ray_job, refuse_relative
+from learner.dashboard import dashboard
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources, file_settings
@@ -54,9 +55,18 @@ def run(config: SftConfig) -> int:
         stack.enter_context(run_dir)
         _same_data(run_dir, data, resumed)
         told = reporting(
-            config, run_dir, resumed, task="sft", objective="sft", iterations=updates, trackers=config.trackers
+            config,
+            run_dir,
+            resumed,
+            task="sft",
+            objective="sft",
+            iterations=updates,
+            trackers=config.trackers,
+            place=config.store,
         )
         reporter = stack.enter_context(told)
+        if config.run.dashboard:
+            stack.enter_context(dashboard(run_dir, reporter))
         return _train(config, run_dir, reporter, resumed, data)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from learner import overrides
-from learner.config import group_problems, model_problems, name_problems
+from learner.config import group_problems, model_problems, name_problems, store_problems
 from learner.settings import (
     CheckpointSection,
     GroupSection,
@@ -15,6 +15,7 @@ from learner.settings import (
     ResourcesSection,
     RunPlace,
     Section,
+    StoreSection,
     TimeoutsSection,
 )
 from rewards.errors import ConfigError
@@ -79,6 +80,7 @@ class SftConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     resources: ResourcesSection = ResourcesSection()
     timeouts: TimeoutsSection = TimeoutsSection()
+    store: StoreSection = StoreSection()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also report to these: tensorboard, wandb."""
 
@@ -86,6 +88,7 @@ class SftConfig(Section):
     def _no_contradictions(self) -> "SftConfig":
         problems = [
             *name_problems(self.run),
+            *store_problems(self.store),
             *_data_problems(self),
             *_sft_problems(self),
             *group_problems(self.learner, self.resources),

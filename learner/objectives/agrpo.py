@@ -69,9 +69,9 @@ class Agrpo:
         drawn = draw_timesteps(table, u_Gk, config.timestep_sampling, config.weight_floor)
         live = [row for row in range(group.size) if advantages_G[row] != 0 or self.needs_reference]
         views = [
-            View(index, row, int(step), float(advantages_G[row]), float(weight))
+            View(index, row, int(step), float(advantages_G[row]), float(weight), int(count))
             for row in live
-            for step, weight in zip(drawn[row].steps, drawn[row].weights, strict=True)
+            for step, count, weight in zip(*drawn[row], strict=True)
         ]
         largest = [float((drawn[row].weights / drawn[row].counts).max()) for row in live]
         return views, Statistics(

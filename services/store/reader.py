@@ -1,25 +1,259 @@
-"""Reading the run store. ``engine`` is ``schema.open_engine(url, create=False)``; times are Unix seconds."""
+"""Reading the run store. ``engine`` is ``schema.open_engine(url, create=False)``; times are Unix seconds, rows dicts of
+the columns in ``schema``, and metric values that are no finite number come as floats nan, inf and -inf.
+"""
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import sqlalchemy as sa
 
-from services.store import schema
+from rewards.errors import StoreError
+from services.store import buckets, schema
+from services.store.pages import Page, RunOrder, read_cursor, write_cursor
+from services.store.schema import checkpoints, events, latest_metrics, metric_buckets, metrics, runs, samples, workers
+from services.store.values import plain
+
+
+class Series(TypedDict):
+    """Points of a metric by rising iteration.
+
+    A point stands for up to as many iterations as the series needs to fit: ``iteration`` is the last of them, ``value``
+    their mean, or the worst of nan, inf and -inf when one is among them, ``low`` and ``high`` the extremes of the
+    finite values (None without any), ``count`` how many values there are.
+    """
+
+    iteration: list[int]
+    value: list[float]
+    low: list[float | None]
+    high: list[float | None]
+    count: list[int]
+
+
+class Changes(NamedTuple):
+    """What is new behind a marker. Apply it in this order: ``reset``, ``truncated_after``, then the rows, which replace
+    those with the same key (name and iteration, event id, worker id, ...).
+
+    Attributes:
+        marker: where the next call begins; ``more``: and that it will find something right away.
+        reset: the marker was of another run by this name: forget everything and load it anew.
+        truncated_after: the run went back: metrics, samples and checkpoints of later iterations are gone.
+        run: as it is now, without config and summary; None when it is gone.
+        metrics: name, iteration, value, time, revision. ``samples``: without texts and trajectories.
+    """
+
+    marker: str
+    more: bool = False
+    reset: bool = False
+    truncated_after: int | None = None
+    run: dict[str, Any] | None = None
+    metrics: list[dict[str, Any]] = []  # noqa: RUF012
+    events: list[dict[str, Any]] = []
+    workers: list[dict[str, Any]] = []
+    checkpoints: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+
+
+class Reader:
+    """The runs of one store. Every method raises ``StoreError`` when the database can't answer (locked, damaged, gone);
+    a run that isn't there has no rows.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        """engine: opened with ``read_only``, so that each answer is of one moment."""
+        self._engine = engine
+
+    def list_runs(
+        self,
+        *,
+        status: str | None = None,
+        task: str | None = None,
+        objective: str | None = None,
+        text: str | None = None,
+        sort: str = "-created",
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
+        """Runs without config and summary, each with ``latest`` (see ``latest_metrics``). ``text``: part of the id.
+
+        Raises ``ValueError`` for a ``sort`` (see ``pages.RunOrder``) or cursor that is none.
+        """
+        order = RunOrder(sort)
+        query = sa.select(*_LISTED)
+        for column, wanted in ((runs.c.status, status), (runs.c.task, task), (runs.c.objective, objective)):
+            if wanted is not None:
+                query = query.where(column == plain(wanted))
+        if text is not None:
+            query = query.where(runs.c.id.icontains(plain(text), autoescape=True))
+        with self._reading() as connection:
+            rows = _rows(connection, order.apply(query, cursor).limit(limit + 1))
+            latest = _latest(connection, [row["id"] for row in rows[:limit]])
+        following = order.cursor(rows[limit - 1]) if len(rows) > limit else None
+        for row in rows:
+            del row["sort_key"]
+        return Page([row | {"latest": latest[row["id"]]} for row in rows[:limit]], following)
+
+    def run_ids(self) -> list[str]:
+        return [row["id"] for row in self.select(sa.select(runs.c.id).order_by(runs.c.id))]
+
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        """All there is in ``runs``, config and summary too."""
+        return next(iter(self.select(sa.select(runs).where(runs.c.id == plain(run_id)))), None)
+
+    def latest_metrics(self, run_id: str) -> dict[str, dict[str, Any]]:
+        """By name the newest ``iteration``, ``value`` and ``time``."""
+        with self._reading() as connection:
+            return _latest(connection, [plain(run_id)])[plain(run_id)]
+
+    def metric_names(self, run_id: str) -> list[str]:
+        return sorted(self.latest_metrics(run_id))
+
+    def series(
+        self, run_id: str, names: Sequence[str], *, first: int | None = None, last: int | None = None, points: int = 500
+    ) -> dict[str, Series]:
+        """Each name's course from iteration ``first`` to ``last`` (0 and the newest), in at most ``points`` points, a
+        few more where rows were pruned. The points of all names lie on the same grid of iterations."""
+        with self._reading() as connection:
+            parts = _plan(connection, run_id, names, first, last, points)
+            rows = [row for part in parts for row in connection.execute(_grouped(run_id, names, part))]
+        series: dict[str, Series] = {name: Series(iteration=[], value=[], low=[], high=[], count=[]) for name in names}
+        stored_as = {plain(name): name for name in names}
+        for name, _, iteration, count, bad, nonfinite, low, high, mean, _ in rows:
+            one = series[stored_as[name]]
+            one["iteration"].append(iteration)
+            one["value"].append(mean if nonfinite is None else float(nonfinite))
+            one["low"].append(low)
+            one["high"].append(high)
+            one["count"].append(int(count + bad))
+        return series
+
+    def events(
+        self,
+        run_id: str,
+        *,
+        after_id: int = 0,
+        before_id: int | None = None,
+        level: str | None = None,
+        kind: str | None = None,
+        limit: int = 200,
+        newest: bool = False,
+    ) -> list[dict[str, Any]]:
+        """By rising id, in the order in which they happened: the first ``limit``, or with ``newest`` the last."""
+        query = sa.select(events).where(events.c.run_id == plain(run_id), events.c.id > _int64(after_id))
+        if before_id is not None:
+            query = query.where(events.c.id < _int64(before_id))
+        for column, wanted in ((events.c.level, level), (events.c.kind, kind)):
+            if wanted is not None:
+                query = query.where(column == plain(wanted))
+        rows = self.select(query.order_by(events.c.id.desc() if newest else events.c.id).limit(limit))
+        return rows[::-1] if newest else rows
+
+    def workers(self, run_id: str) -> list[dict[str, Any]]:
+        return self.select(sa.select(workers).where(workers.c.run_id == plain(run_id)).order_by(workers.c.worker_id))
+
+    def checkpoints(self, run_id: str) -> list[dict[str, Any]]:
+        of_run = checkpoints.c.run_id == plain(run_id)
+        return self.select(sa.select(checkpoints).where(of_run).order_by(checkpoints.c.iteration))
+
+    def samples(
+        self,
+        run_id: str,
+        *,
+        kind: str | None = None,
+        iteration: int | None = None,
+        correct: bool | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page:
+        """Sampled completions, the newest iteration first, without their trajectories. Raises ``ValueError`` for a
+        cursor that is none."""
+        table = samples.c
+        query = sa.select(*_WITHOUT_TRAJECTORY).where(table.run_id == plain(run_id))
+        if kind is not None:
+            query = query.where(table.kind == plain(kind))
+        if iteration is not None:
+            query = query.where(table.iteration == _int64(iteration))
+        if correct is not None:
+            query = query.where(table.correct == correct)
+        if cursor is not None:
+            seen, id_ = read_cursor(cursor, int, int)
+            query = query.where((table.iteration < seen) | ((table.iteration == seen) & (table.id > id_)))
+        rows = self.select(query.order_by(table.iteration.desc(), table.id).limit(limit + 1))
+        more = len(rows) > limit
+        return Page(rows[:limit], write_cursor(rows[limit - 1]["iteration"], rows[limit - 1]["id"]) if more else None)
+
+    def sample(self, run_id: str, sample_id: int) -> dict[str, Any] | None:
+        """One of them with its ``trajectory``, safetensors bytes."""
+        query = sa.select(samples).where(samples.c.run_id == plain(run_id), samples.c.id == _int64(sample_id))
+        return next(iter(self.select(query)), None)
+
+    def marker(self, run_id: str) -> str:
+        """Where the run's rows end now: take it, load what is there, then follow with ``changes_since``."""
+        with self._reading() as connection:
+            return _marker(_run(connection, run_id))
+
+    def changes_since(self, run_id: str, marker: str, *, limit: int = 5000) -> Changes:
+        """What was written since, once each, as long as each call takes the marker of the one before; a service that
+        starts anew, or reads a copy of the store, goes on with it too.
+
+        Whole transactions of the writer, whose metrics and events together are about ``limit`` rows at most. Nothing of
+        what stood in a version 1 store, which carries no revision, is ever a change.
+        """
+        with self._reading() as connection:
+            run = _run(connection, run_id)
+            identity, _, seen = marker.partition("-")
+            known = identity == _marker(run).partition("-")[0] and seen.isdecimal() and len(seen) < 19
+            if run is None or not known or int(seen) > run["revision"]:
+                return Changes(_marker(run), reset=True, run=run)
+            since, until = int(seen), run["revision"]
+            for table in (metrics, events):
+                until = _until(connection, table, run["id"], since, until, limit)
+
+            def new(table: sa.Table, *columns: sa.Column[Any]) -> list[dict[str, Any]]:
+                between = (table.c.run_id == run["id"]) & (table.c.revision > since) & (table.c.revision <= until)
+                return _rows(connection, sa.select(*(columns or [table])).where(between).order_by(table.c.revision))
+
+            went_back = [row["after"] for row in new(schema.truncations)]
+            return Changes(
+                f"{identity}-{until}",
+                more=until < run["revision"],
+                truncated_after=min(went_back, default=None),
+                run=run,
+                metrics=[_value(row) for row in new(metrics, *_METRIC)],
+                events=new(events),
+                workers=new(workers),
+                checkpoints=new(checkpoints),
+                samples=new(samples, *_BRIEF),
+            )
+
+    def select(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        """Rows of a query of one's own on the tables of ``schema``."""
+        with self._reading() as connection:
+            return _rows(connection, query)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except (sa.exc.SQLAlchemyError, sqlite3.Error) as error:
+            reason = schema.short_reason(error)
+            raise StoreError(f"cannot read the run store {self._engine.url}: {reason}") from error
 
 
 def list_runs(engine: sa.Engine) -> list[dict[str, Any]]:
-    """All runs, newest first, as dicts of the columns of ``schema.runs``."""
-    return _rows(engine, sa.select(schema.runs).order_by(schema.runs.c.created.desc(), schema.runs.c.id))
+    """All runs, newest first, as dicts of the columns of ``runs``."""
+    return Reader(engine).select(sa.select(runs).order_by(runs.c.created.desc(), runs.c.id))
 
 
 def metric_series(engine: sa.Engine, run_id: str, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
     """(iteration, value) of each name by rising iteration; NaN and infinities come back as floats."""
-    table = schema.metrics
+    table = metrics
     query = sa.select(table.c.name, table.c.iteration, table.c.value, table.c.nonfinite)
     query = query.where(table.c.run_id == run_id, table.c.name.in_(names)).order_by(table.c.name, table.c.iteration)
     series: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
-    for row in _rows(engine, query):
+    for row in Reader(engine).select(query):
         value = row["value"] if row["nonfinite"] is None else float(row["nonfinite"])
         series[row["name"]].append((row["iteration"], value))
     return series
@@ -27,26 +261,115 @@ def metric_series(engine: sa.Engine, run_id: str, names: Sequence[str]) -> dict[
 
 def list_events(engine: sa.Engine, run_id: str, *, after_id: int = 0) -> list[dict[str, Any]]:
     """Events in the order in which they were written, from behind ``after_id`` on."""
-    table = schema.events
+    table = events
     query = sa.select(table).where(table.c.run_id == run_id, table.c.id > after_id).order_by(table.c.id)
-    return _rows(engine, query)
+    return Reader(engine).select(query)
 
 
 def list_samples(engine: sa.Engine, run_id: str) -> list[dict[str, Any]]:
     """Sampled trajectories by iteration, group and row, without their ``trajectory`` bytes."""
-    table = schema.samples
+    table = samples
     columns = [column for column in table.c if column is not table.c.trajectory]
     query = sa.select(*columns).where(table.c.run_id == run_id)
-    return _rows(engine, query.order_by(table.c.iteration, table.c.kind, table.c.group_id, table.c.row))
+    return Reader(engine).select(query.order_by(table.c.iteration, table.c.kind, table.c.group_id, table.c.row))
 
 
 def sample_trajectory(engine: sa.Engine, sample_id: int) -> bytes | None:
     """The safetensors bytes of one sample, None when there is no such sample."""
-    query = sa.select(schema.samples.c.trajectory).where(schema.samples.c.id == sample_id)
+    query = sa.select(samples.c.trajectory).where(samples.c.id == sample_id)
     with engine.connect() as connection:
         return connection.execute(query).scalar()
 
 
-def _rows(engine: sa.Engine, query: sa.Select[Any]) -> list[dict[str, Any]]:
-    with engine.connect() as connection:
-        return [dict(row) for row in connection.execute(query).mappings()]
+class _Part(NamedTuple):
+    """Iterations first to last from one level, ``width`` to a point."""
+
+    level: int
+    first: int
+    last: int
+    width: int
+
+
+_LISTED = [column for column in runs.c if column.name not in ("config", "summary")]
+_WITHOUT_TRAJECTORY = [column for column in samples.c if column is not samples.c.trajectory]
+_METRIC = [metrics.c[name] for name in ("name", "iteration", "value", "nonfinite", "time", "revision")]
+_BRIEF = [
+    samples.c[name] for name in ("id", "iteration", "kind", "group_id", "row", "time", "correct", "reward", "revision")
+]
+
+
+def _plan(
+    connection: sa.Connection, run_id: str, names: Sequence[str], first: int | None, last: int | None, points: int
+) -> list[_Part]:
+    """What to read so that no name has to give much more than eight rows a point."""
+    run = _run(connection, run_id)
+    of_names = (latest_metrics.c.run_id == plain(run_id)) & latest_metrics.c.name.in_([plain(name) for name in names])
+    newest = connection.execute(sa.select(sa.func.max(latest_metrics.c.iteration)).where(of_names)).scalar()
+    if run is None or newest is None:
+        return []
+    first, last = max(0, first or 0), newest if last is None else min(last, newest)
+    if first > last:
+        return []
+    width = -(-(last - first + 1) // max(points, 1))
+    while last // width - first // width >= max(points, 1) and width <= last:  # the grid's first point may be cut short
+        width += 1
+    level = max(level for level in range(buckets.LEVELS + 1) if buckets.FACTOR**level <= width)
+    unit = buckets.FACTOR**level
+    width = -(-width // unit) * unit
+    if level > 0 or first >= run["raw_from"]:
+        return [_Part(level, first, last, width)]
+    pruned = _Part(1, first, min(last, run["raw_from"] - 1), buckets.FACTOR)
+    return [pruned, *([_Part(0, run["raw_from"], last, width)] if last >= run["raw_from"] else [])]
+
+
+def _grouped(run_id: str, names: Sequence[str], part: _Part) -> sa.Select[Any]:
+    table = metrics if part.level == 0 else metric_buckets
+    points = buckets.of_rows() if part.level == 0 else buckets.of_buckets()
+    unit = buckets.FACTOR**part.level
+    slot, *rest = buckets.merged(points, part.width // unit, part.width)
+    query = sa.select(table.c.name, slot, *rest)
+    query = query.where(table.c.run_id == plain(run_id), table.c.name.in_([plain(name) for name in names]))
+    query = query.where(points.position >= part.first // unit, points.position <= part.last // unit)
+    if part.level > 0:
+        query = query.where(table.c.level == part.level)
+    return query.group_by(table.c.name, slot).order_by(table.c.name, slot)
+
+
+def _until(connection: sa.Connection, table: sa.Table, run_id: str, since: int, until: int, limit: int) -> int:
+    """The last revision before the table's new rows are more than ``limit``; one revision always fits."""
+    new = sa.select(table.c.revision).where(table.c.run_id == run_id, table.c.revision > since)
+    new = new.where(table.c.revision <= until).order_by(table.c.revision)
+    over = connection.execute(new.offset(limit).limit(1)).scalar()
+    if over is None:
+        return until
+    return over if connection.execute(new.limit(1)).scalar() == over else over - 1
+
+
+def _latest(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {run_id: {} for run_id in run_ids}
+    for row in _rows(connection, sa.select(latest_metrics).where(latest_metrics.c.run_id.in_(run_ids))):
+        run_id, name = row.pop("run_id"), row.pop("name")
+        found[run_id][name] = _value(row)
+    return found
+
+
+def _run(connection: sa.Connection, run_id: str) -> dict[str, Any] | None:
+    return next(iter(_rows(connection, sa.select(*_LISTED).where(runs.c.id == plain(run_id)))), None)
+
+
+def _marker(run: dict[str, Any] | None) -> str:
+    """The run's identity, which is when it was first entered, and its revision."""
+    return "0-0" if run is None else f"{round(run['created'] * 1e6):x}-{run['revision']}"
+
+
+def _value(row: dict[str, Any]) -> dict[str, Any]:
+    nonfinite = row.pop("nonfinite")
+    return row if nonfinite is None else row | {"value": float(nonfinite)}
+
+
+def _int64(value: int) -> int:
+    return max(-(2**63), min(value, 2**63 - 1))
+
+
+def _rows(connection: sa.Connection, query: sa.Select[Any]) -> list[dict[str, Any]]:
+    return [dict(row) for row in connection.execute(query).mappings()]

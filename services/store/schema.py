@@ -1,5 +1,8 @@
 """Tables of the run store, in SQL that SQLite and PostgreSQL share.
 
+Every transaction of a run's writer has the next number of ``runs.revision``, and the rows it wrote carry that number:
+what is new since revision r is every row of the run with a higher one. Rows of a version 1 store have 0.
+
 Times are Unix seconds. A metric that is not a finite number has ``value`` NULL and its kind in ``nonfinite`` ("nan",
 "inf", "-inf"): SQLite would turn NaN into NULL and PostgreSQL's JSON refuses it, so no column holds one.
 """
@@ -13,12 +16,19 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from rewards.errors import StoreError
+from services.store.upgrade import found_version, upgrade
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The newest revision in ``migrations/versions``; a change of a table here needs a new one there."""
 BUSY_TIMEOUT_S = 1.0
-"""How long one statement waits for another connection's lock on a SQLite store."""
+"""How long one statement waits for another connection's lock."""
+STATEMENT_TIMEOUT_S = 30.0
+"""How long PostgreSQL works on one statement."""
 
 metadata = sa.MetaData()
+
+_LIMITS = ("54000", "54001", "54011", "54023")
+"""PostgreSQL's codes for what is too large or too complex for it (a name that no index holds), and stays so."""
 
 _row_id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows only in INTEGER columns
 
@@ -30,7 +40,7 @@ runs = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("task", sa.Text, nullable=False),
     sa.Column("objective", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False),  # running, finished, stopped, failed
+    sa.Column("status", sa.Text, nullable=False),  # running, paused, finished, stopped, failed
     sa.Column("total_iterations", sa.Integer, nullable=False),
     sa.Column("created", sa.Double, nullable=False),
     sa.Column("heartbeat", sa.Double, nullable=False),  # a running run with an old one is dead
@@ -41,11 +51,17 @@ runs = sa.Table(
     sa.Column("lost_rows", sa.Integer, nullable=False),  # rows that could not be written since the last start
     sa.Column("config", sa.JSON, nullable=False),
     sa.Column("summary", sa.JSON(none_as_null=True)),
+    sa.Column("revision", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("raw_from", sa.Integer, nullable=False, server_default="0"),  # below it only metric_buckets are left
 )
 
 
 def _run_id() -> sa.Column[str]:
     return sa.Column("run_id", sa.Text, sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False)
+
+
+def _revision() -> sa.Column[int]:
+    return sa.Column("revision", sa.BigInteger, nullable=False, server_default="0")
 
 
 metrics = sa.Table(  # clustered by series: a page reads one name over all iterations
@@ -57,8 +73,51 @@ metrics = sa.Table(  # clustered by series: a page reads one name over all itera
     sa.Column("value", sa.Double),
     sa.Column("nonfinite", sa.Text),
     sa.Column("time", sa.Double, nullable=False),
+    _revision(),
     sa.PrimaryKeyConstraint("run_id", "name", "iteration"),
+    sa.Index("metrics_changed", "run_id", "revision"),
     sqlite_with_rowid=False,
+)
+
+latest_metrics = sa.Table(  # the newest row of each name
+    "latest_metrics",
+    metadata,
+    _run_id(),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("iteration", sa.Integer, nullable=False),
+    sa.Column("value", sa.Double),
+    sa.Column("nonfinite", sa.Text),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.PrimaryKeyConstraint("run_id", "name"),
+    sqlite_with_rowid=False,
+)
+
+metric_buckets = sa.Table(  # iterations [bucket, bucket + 1) * 8**level of a series in one row; see ``buckets``
+    "metric_buckets",
+    metadata,
+    _run_id(),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("level", sa.Integer, nullable=False),
+    sa.Column("bucket", sa.Integer, nullable=False),
+    sa.Column("last_iteration", sa.Integer, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),  # finite rows
+    sa.Column("bad", sa.Integer, nullable=False),  # rows that are not
+    sa.Column("nonfinite", sa.Text),  # the worst of those
+    sa.Column("low", sa.Double),
+    sa.Column("high", sa.Double),
+    sa.Column("mean", sa.Double),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.PrimaryKeyConstraint("run_id", "name", "level", "bucket"),
+    sqlite_with_rowid=False,
+)
+
+truncations = sa.Table(  # a resumed run took back its rows beyond an iteration
+    "truncations",
+    metadata,
+    _run_id(),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("after", sa.Integer, nullable=False),
+    sa.PrimaryKeyConstraint("run_id", "revision"),
 )
 
 events = sa.Table(
@@ -71,7 +130,9 @@ events = sa.Table(
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("text", sa.Text, nullable=False),
     sa.Column("data", sa.JSON, nullable=False),
+    _revision(),
     sa.Index("events_of_run", "run_id", "id"),
+    sa.Index("events_changed", "run_id", "revision"),
 )
 
 workers = sa.Table(  # the newest state of each
@@ -88,6 +149,7 @@ workers = sa.Table(  # the newest state of each
     sa.Column("last_error", sa.Text),
     sa.Column("heartbeat", sa.Double, nullable=False),
     sa.Column("data", sa.JSON, nullable=False),  # memory, GPU, ...
+    _revision(),
     sa.PrimaryKeyConstraint("run_id", "worker_id"),
 )
 
@@ -109,7 +171,10 @@ samples = sa.Table(  # one sampled trajectory
     sa.Column("rewards", sa.JSON, nullable=False),  # by component
     sa.Column("data", sa.JSON, nullable=False),  # sampler, seed, policy version, digest, actor, ...
     sa.Column("trajectory", sa.LargeBinary, nullable=False),  # safetensors
+    _revision(),
     sa.UniqueConstraint("run_id", "iteration", "kind", "group_id", "row"),
+    sa.Index("samples_changed", "run_id", "revision"),
+    sa.Index("samples_of_kind", "run_id", "kind", "id"),
 )
 
 checkpoints = sa.Table(
@@ -120,42 +185,73 @@ checkpoints = sa.Table(
     sa.Column("time", sa.Double, nullable=False),
     sa.Column("path", sa.Text, nullable=False),
     sa.Column("data", sa.JSON, nullable=False),  # digest, solve rate, ...
+    _revision(),
     sa.PrimaryKeyConstraint("run_id", "iteration"),
 )
 
+actions = sa.Table(  # what people asked of a run, and the audit trail; see ``actions``
+    "actions",
+    metadata,
+    sa.Column("id", _row_id, primary_key=True),
+    sa.Column("run_id", sa.Text),  # NULL: none of a run (a submission); no foreign key, the trail outlives its run
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("arguments", sa.JSON, nullable=False),
+    sa.Column("requested_by", sa.Text, nullable=False),
+    sa.Column("time", sa.Double, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),  # requested, accepted, done, refused, expired
+    sa.Column("result", sa.Text),
+    sa.Column("decided", sa.Double),
+    sa.Index("actions_of_run", "run_id", "id"),
+    sa.Index("actions_waiting", "run_id", "status"),
+)
 
-def open_engine(url: str, *, create: bool) -> sa.Engine:
-    """Engine on the store at ``url``, its tables made when ``create`` is set and they are missing.
 
-    Raises ``StoreError`` (never with a password in it) when the URL is no URL, the store is absent (``create`` unset),
-    locked, damaged or of another schema version, or the disk refuses.
+def open_engine(url: str, *, create: bool, read_only: bool = False) -> sa.Engine:
+    """Engine on the store at ``url``. ``create``, for a run's writer: it is made if absent, upgraded if old.
+
+    With ``read_only`` nothing can be written, and each transaction sees one state of the store. Raises ``StoreError``
+    (never with a password in it) when the URL is no URL, the store is absent or old (``create`` unset), locked, damaged
+    or of a newer schema version, or the disk refuses.
     """
     try:
         parsed = make_url(url)
     except sa.exc.ArgumentError:
-        raise StoreError("the run store's URL is none: expected something like sqlite:////path/store.sqlite") from None
+        raise StoreError(
+            "the run store's URL is none: expected something like sqlite:////path/store.sqlite "
+            "or postgresql://user@host/database"
+        ) from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
     try:
-        is_sqlite = parsed.get_backend_name() == "sqlite"
-        if is_sqlite and not create and not Path(parsed.database or "").is_file():
-            raise StoreError(f"no run store at {parsed.database}")
-        engine = sa.create_engine(parsed, json_serializer=_to_json)
-        if is_sqlite:
-            sa.event.listen(engine, "connect", _prepare_sqlite)
-        with engine.begin() as connection:
-            if create:
-                metadata.create_all(connection)
-            found = connection.execute(sa.select(schema_version.c.version)).scalar()
-            if found is None and create:
-                connection.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-                found = SCHEMA_VERSION
+        if parsed.get_backend_name() == "sqlite":
+            engine = _sqlite_engine(parsed, create=create, read_only=read_only)
+        else:
+            engine = _server_engine(parsed, read_only=read_only)
+        with engine.connect() as connection:
+            found = found_version(connection)
+            connection.rollback()
+            if create and (found is None or found < SCHEMA_VERSION):
+                found = upgrade(connection, SCHEMA_VERSION)
     except (sa.exc.SQLAlchemyError, sqlite3.Error, ImportError) as error:
         raise StoreError(f"cannot open the run store {parsed}: {short_reason(error)}") from error
-    if found != SCHEMA_VERSION:
+    if found is None:
+        raise StoreError(f"the run store {parsed} is empty: no run has been written into it")
+    if found > SCHEMA_VERSION:
         raise StoreError(
-            f"the run store {parsed} has schema version {found}, this Unmask reads {SCHEMA_VERSION}: use "
-            f"the version that wrote it"
+            f"the run store {parsed} has schema version {found}, this Unmask knows versions up to {SCHEMA_VERSION}: "
+            f"use the newer Unmask that wrote it"
+        )
+    if found < SCHEMA_VERSION:
+        raise StoreError(
+            f"the run store {parsed} has schema version {found}, this Unmask reads {SCHEMA_VERSION}: upgrade it with "
+            f"python -m services.store upgrade {parsed}"
         )
     return engine
+
+
+def sqlite_url(path: Path) -> str:
+    """URL of the store in a file, whatever characters its path has."""
+    return sa.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def short_reason(error: Exception) -> str:
@@ -164,14 +260,66 @@ def short_reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether the same statement may go through later: the store is locked, its disk full, its server gone."""
+    if getattr(getattr(error, "orig", None), "sqlstate", None) in _LIMITS:
+        return False
+    passing = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.TimeoutError)
+    return isinstance(error, passing) or getattr(error, "connection_invalidated", False)
+
+
+def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool) -> sa.Engine:
+    path = url.database or ""
+    if not create and not Path(path).is_file():
+        raise StoreError(f"no run store at {path}")
+    engine = sa.create_engine(url, json_serializer=_to_json, pool_size=2, max_overflow=8, pool_timeout=10)
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin where we say, for DDL too
+        connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+        connection.execute("PRAGMA foreign_keys = ON")
+        if create:
+            connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer don't wait for each other
+        connection.execute(
+            "PRAGMA synchronous = NORMAL"
+        )  # a killed process loses nothing, a power cut the last moments
+        if read_only:
+            connection.execute("PRAGMA query_only = ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if create else "BEGIN")
+
+    return engine
+
+
+def _server_engine(url: sa.URL, *, read_only: bool) -> sa.Engine:
+    """No statement, lock or dead peer may hold up a caller for good."""
+    if url.get_backend_name() != "postgresql":
+        raise StoreError(f"the run store {url} is neither SQLite nor PostgreSQL: take one of the two")
+    options = f"-c lock_timeout={int(BUSY_TIMEOUT_S * 1000)} -c statement_timeout={int(STATEMENT_TIMEOUT_S * 1000)}"
+    arguments = {
+        "application_name": "unmask",
+        "connect_timeout": 5,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20_000,
+        "options": options + (" -c default_transaction_read_only=on" if read_only else ""),
+    }
+    isolation = "REPEATABLE READ" if read_only else "READ COMMITTED"
+    return sa.create_engine(
+        url,
+        connect_args={name: value for name, value in arguments.items() if name not in url.query},
+        isolation_level=isolation,
+        json_serializer=_to_json,
+        pool_pre_ping=read_only,  # a restarted server must not cost a reader an error; the writer tries again anyway
+        pool_size=2,
+        max_overflow=8,
+        pool_timeout=10,
+    )
+
+
 def _to_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
-
-
-def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA journal_mode = WAL")  # readers and the writer don't wait for each other
-    cursor.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing, a power cut the last moments
-    cursor.close()

@@ -1,8 +1,11 @@
 """Writing to the run store without ever holding up training.
 
 A call puts rows in a bounded queue and returns; one daemon thread writes them. While the store is locked or its disk
-full the thread tries again and again, and the queue fills; rows that find it full are dropped and counted. Training
-goes on either way.
+full, or its server gone, the thread tries again and again, and the queue fills; rows that find it full are dropped and
+counted. Training goes on either way.
+
+Each transaction takes the run's next revision (see ``schema``), so that one whose commit went through unheard is not
+written twice, and a writer whose run another process has taken over writes nothing more.
 """
 
 import math
@@ -20,13 +23,15 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from rewards.errors import StoreError
-from services.store import schema
+from services.store import buckets, schema
+from services.store.retention import KEEP_ALL, Retention, prune
+from services.store.values import plain, size
 
 MAX_QUEUED_BYTES = 64 * 2**20
 HEARTBEAT_S = 10.0
 _BATCH = 200  # calls written in one transaction
 _RETRY_S = 0.5
-_ROW_BYTES = 200  # a row without its texts and blobs, roughly
+_PRUNE_S = 600.0
 
 
 class StoreWriter:
@@ -43,13 +48,16 @@ class StoreWriter:
         url: str,
         run_id: str,
         *,
+        is_new: bool = False,
         task: str = "",
         objective: str = "",
         total_iterations: int = 0,
         config: Mapping[str, Any] | None = None,
+        retention: Retention = KEEP_ALL,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ):
-        """Open (or make) the store at ``url`` and enter the run; a run with this id is gone on with.
+        """Open (make, upgrade) the store at ``url`` and enter the run; a run with this id is gone on with, or with
+        ``is_new`` refused.
 
         Raises ``StoreError`` when the store can't be opened: nothing has started yet, so this is the time to say so.
         """
@@ -64,7 +72,7 @@ class StoreWriter:
             task=task,
             objective=objective,
             total_iterations=total_iterations,
-            config=_plain(config or {}),
+            config=plain(config or {}),
             status="running",
             ended=None,
             heartbeat=now,
@@ -74,14 +82,33 @@ class StoreWriter:
             summary=None,
         )
         enter = self._insert(schema.runs).values(id=run_id, created=now, starts=1, **started)
-        enter = enter.on_conflict_do_update(index_elements=["id"], set_=started | {"starts": schema.runs.c.starts + 1})
-        self._now("enter the run in", enter)
+        if not is_new:
+            enter = enter.on_conflict_do_update(
+                index_elements=["id"], set_=started | {"starts": schema.runs.c.starts + 1}
+            )
+        table = schema.runs
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(enter)
+                mine = connection.execute(sa.select(table.c.starts, table.c.revision).where(table.c.id == run_id)).one()
+        except sa.exc.IntegrityError as error:
+            taken = f"the run store {self._engine.url} holds a run named {run_id} already: choose another run.name"
+            raise StoreError(taken) from error
+        except sa.exc.SQLAlchemyError as error:
+            reason = schema.short_reason(error)
+            raise StoreError(f"cannot enter the run in the run store {self._engine.url}: {reason}") from error
+        self._start: int = mine.starts
+        self._revision: int | None = mine.revision  # None: to be read
+        self._in_transaction = threading.Lock()  # guards the revision
+        self._retention = retention
+        self._pruned = time.monotonic()
         self._queue: deque[_Call] = deque()
         self._queued_bytes = 0
         self._changed = threading.Condition()  # guards the queue and the counters
         self._closing = threading.Event()
         self._abandoned = False
         self._one_by_one = 0  # calls still to be tried alone because their batch holds a bad row
+        self._in_doubt = 0  # calls of a transaction that failed: to be tried again as they were
         self._thread = threading.Thread(target=self._write_until_closed, name="run-store-writer", daemon=True)
         self._thread.start()
 
@@ -182,8 +209,9 @@ class StoreWriter:
         self._put(schema.checkpoints, [{"iteration": iteration, "time": time.time(), "path": path, "data": data or {}}])
 
     def status(self, status: str, summary: Mapping[str, Any] | None = None) -> None:
-        """How the run ended: finished, stopped or failed."""
-        change = {"status": status, "ended": time.time()} | ({} if summary is None else {"summary": summary})
+        """How the run ended: finished, stopped or failed; or that it is paused, or running again."""
+        ended = None if status in ("running", "paused") else time.time()
+        change = {"status": status, "ended": ended} | ({} if summary is None else {"summary": summary})
         self._put(schema.runs, [change])
 
     def truncate_after(self, iteration: int) -> None:
@@ -193,9 +221,23 @@ class StoreWriter:
         """
         if not self.flush(5.0):
             raise StoreError(f"the run store {self._engine.url} took no rows for 5 s: {self.last_error}")
-        for table in (schema.metrics, schema.samples, schema.checkpoints):
-            beyond = table.delete().where(table.c.run_id == self.run_id, table.c.iteration > iteration)
-            self._now("truncate", beyond)
+        if not self._in_transaction.acquire(timeout=5.0):
+            raise StoreError(f"the run store {self._engine.url} is busy for 5 s: {self.last_error}")
+        try:
+            with self._engine.begin() as connection:
+                revision, _ = self._take_revision(connection)
+                self._revision = None  # whatever becomes of the commit
+                for table in (schema.metrics, schema.samples, schema.checkpoints):
+                    beyond = (table.c.run_id == self.run_id) & (table.c.iteration > iteration)
+                    connection.execute(table.delete().where(beyond))
+                buckets.truncate(connection, self.run_id, iteration)
+                told = {"run_id": self.run_id, "revision": revision, "after": iteration}
+                connection.execute(schema.truncations.insert().values(told))
+        except sa.exc.SQLAlchemyError as error:
+            reason = schema.short_reason(error)
+            raise StoreError(f"cannot truncate the run store {self._engine.url}: {reason}") from error
+        finally:
+            self._in_transaction.release()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was put so far and since is written or given up. False when the time ran out first."""
@@ -223,17 +265,9 @@ class StoreWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.close(5.0)
 
-    def _now(self, purpose: str, statement: sa.Executable) -> None:
-        try:
-            with self._engine.begin() as connection:
-                connection.execute(statement)
-        except sa.exc.SQLAlchemyError as error:
-            reason = schema.short_reason(error)
-            raise StoreError(f"cannot {purpose} the run store {self._engine.url}: {reason}") from error
-
     def _put(self, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-        rows = [_plain(row) for row in rows]  # a copy: the caller may change its dicts before the thread gets there
-        call = _Call(table, rows, sum(_size(row) for row in rows))
+        rows = [plain(row) for row in rows]  # a copy: the caller may change its dicts before the thread gets there
+        call = _Call(table, rows, sum(size(row) for row in rows))
         with self._changed:
             if self._closing.is_set():
                 self.last_error = self.last_error or "the writer was closed before these rows came"
@@ -255,46 +289,82 @@ class StoreWriter:
         while not self._abandoned:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closing.is_set(), HEARTBEAT_S)
-                calls = list(islice(self._queue, 1 if self._one_by_one else _BATCH))
-            if self._write(calls):
+                calls = list(islice(self._queue, self._in_doubt or (1 if self._one_by_one else _BATCH)))
+            done = self._write(calls)
+            self._in_doubt = 0 if done or self._one_by_one else len(calls)
+            if done:
                 self._forget(calls)
             if not calls and self._closing.is_set():  # the write without calls told the last count of lost rows
                 return
+            if not self._queue and time.monotonic() - self._pruned > _PRUNE_S:
+                self._prune()
 
     def _write(self, calls: "list[_Call]") -> bool:
         """Write the calls in one transaction. True when they are done with: written, or given up as unwritable."""
         try:
-            with self._engine.begin() as connection:
-                for call in calls:
-                    connection.execute(*self._statement(call))
-                alive = {"heartbeat": time.time(), "lost_rows": self.lost_rows}
-                connection.execute(schema.runs.update().where(schema.runs.c.id == self.run_id).values(alive))
+            with self._in_transaction:
+                with self._engine.begin() as connection:
+                    revision, is_new = self._take_revision(connection, by=1 if calls else 0)
+                    if is_new:
+                        for call in calls:
+                            connection.execute(*self._statement(call, revision))
+                        rows = [row for call in calls if call.table is schema.metrics for row in call.rows]
+                        buckets.follow(connection, self.run_id, rows)
+                self._revision = revision
             return True
-        except sa.exc.OperationalError as error:  # locked, disk full, connection gone: they may go through later
+        except Exception as error:
             self.last_error = schema.short_reason(error)
-            if self._closing.wait(_RETRY_S):
-                time.sleep(0.05)
-            return not calls
-        except Exception as error:  # a row that the store will never take must not take its neighbours along
-            self.last_error = schema.short_reason(error)
-            if len(calls) > 1:
+            if schema.may_pass(error):
+                if self._closing.wait(_RETRY_S):
+                    time.sleep(0.05)
+                return not calls
+            if len(calls) > 1:  # a row that the store will never take must not take its neighbours along
                 self._one_by_one = len(calls)
                 return False
             with self._changed:
                 self._lose(len(call.rows) for call in calls)
             return True
 
-    def _statement(self, call: "_Call") -> tuple[Any, list[dict[str, Any]] | None]:
+    def _take_revision(self, connection: sa.Connection, by: int = 1) -> tuple[int, bool]:
+        """Go on by a revision, or only give a sign of life; the revision, and whether it is new to the store: when the
+        answer to a commit was lost it is not.
+
+        Raises ``StoreError`` when the run is no longer this writer's.
+        """
+        table = schema.runs
+        mine = (table.c.id == self.run_id) & (table.c.starts == self._start)
+        before = self._revision
+        if before is None:
+            before = connection.execute(sa.select(table.c.revision).where(mine)).scalar() or 0
+        after = before + by
+        values = {"heartbeat": time.time(), "lost_rows": self.lost_rows, "revision": after}
+        if connection.execute(table.update().where(mine, table.c.revision == before).values(values)).rowcount == 1:
+            return after, True
+        if not by:  # a commit may be in doubt: the calls that come again will tell
+            return before, False
+        if connection.execute(sa.select(table.c.revision).where(mine)).scalar() != after:
+            raise StoreError("the run was deleted from the store, or another process has taken it over")
+        return after, False
+
+    def _statement(self, call: "_Call", revision: int) -> tuple[Any, list[dict[str, Any]] | None]:
         table = call.table
         if table is schema.runs:
             return table.update().where(table.c.id == self.run_id).values(call.rows[0]), None
-        rows = [{"run_id": self.run_id, **row} for row in call.rows]
+        rows = [{"run_id": self.run_id, "revision": revision, **row} for row in call.rows]
         keys = _KEYS.get(table.name)
         if keys is None:
             return table.insert(), rows
         insert = self._insert(table)
         replaced = {name: insert.excluded[name] for name in rows[0] if name not in keys}
         return insert.on_conflict_do_update(index_elements=keys, set_=replaced), rows
+
+    def _prune(self) -> None:
+        self._pruned = time.monotonic()
+        try:
+            with self._in_transaction:
+                prune(self._engine, self.run_id, self._retention)
+        except StoreError as error:  # the next time will do
+            self.last_error = str(error)
 
     def _forget(self, calls: "list[_Call]") -> None:
         with self._changed:
@@ -318,31 +388,3 @@ _KEYS = {
     "samples": ["run_id", "iteration", "kind", "group_id", "row"],
     "checkpoints": ["run_id", "iteration"],
 }
-
-
-def _plain(value: Any) -> Any:
-    """A copy that every database takes: numpy scalars as numbers, non-finite numbers as text, text without NUL and lone
-    surrogates, anything else as its ``str``."""
-    if isinstance(value, Mapping):
-        return {_plain(str(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-    if value is None or isinstance(value, bool | int | bytes):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return _plain(value.item())
-    return _plain(str(value))
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, dict):
-        return _ROW_BYTES + sum(_size(item) for item in value.values())
-    if isinstance(value, list):
-        return sum(_size(item) for item in value)
-    return 8

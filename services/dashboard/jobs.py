@@ -1,0 +1,220 @@
+"""Runs as jobs of a Ray cluster: shipped recipes, the check of a run's settings, submission, status and log.
+
+A job runs ``python -m learner.main`` with whatever settings it is given, and settings can name a user's own task: who
+may submit may run code on the cluster. The settings are checked by ``learner.main --print-config`` in a process of its
+own, so that nothing of the learner is imported here.
+"""
+
+import concurrent.futures
+import importlib.util
+import json
+import os
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from rewards.errors import UnmaskError
+from services.dashboard.settings import TOKEN_VARIABLE
+
+CHECK_LIMIT_S = 60.0
+RAY_LIMIT_S = 30.0
+LOG_CHARACTERS = 20_000
+"""Of the end of a job's log that are shown."""
+
+_RESERVED = ("recipe", "run.dir", "resources.ray_address")
+_Answer = TypeVar("_Answer")
+
+
+class SettingsRefused(UnmaskError):
+    """The settings of the run are wrong; the message is for whoever gave them."""
+
+
+class RayUnavailable(UnmaskError):
+    """No Ray was named, none answers, or it can't be spoken to."""
+
+
+class RayRefused(UnmaskError):
+    """Ray answered that it won't."""
+
+
+class Recipe(NamedTuple):
+    name: str
+    summary: str
+    text: str
+
+
+class Checked(NamedTuple):
+    """Settings that the learner accepts."""
+
+    config: dict[str, Any]
+    arguments: list[str]
+    """Of ``learner.main``."""
+    run_id: str
+
+
+class JobState(NamedTuple):
+    status: str
+    """Ray's word in lower case: pending, running, stopped, succeeded, failed; unknown: Ray has forgotten the job."""
+    message: str
+    log: str
+
+
+def recipes() -> list[Recipe]:
+    """What ships for ``learner.main``, by name."""
+    found = []
+    for path in sorted((_learner_folder() / "recipes").glob("*.yaml")):
+        if not path.name.startswith("sft_"):  # those are for learner.sft
+            text = path.read_text(encoding="utf-8")
+            found.append(Recipe(path.stem, text.partition("\n")[0].removeprefix("#").strip(), text))
+    return found
+
+
+def check(recipe: str, overrides: Sequence[str], runs_dir: Path) -> Checked:
+    """The settings that the recipe and the overrides give. The run gets a name of its own unless they name it.
+
+    Raises:
+        SettingsRefused: the learner refuses them, or they would lead out of the folder of runs.
+        RayUnavailable: the learner could not be asked.
+    """
+    if recipe not in (known := [each.name for each in recipes()]):
+        raise SettingsRefused(f"there is no recipe {recipe!r}; shipped are {', '.join(known)}")
+    for override in overrides:
+        _require_setting(override)
+    arguments = [f"recipe={recipe}", *overrides, f"run.dir={runs_dir}"]
+    if not any(override.startswith("run.name=") for override in overrides):
+        arguments.append(f"run.name={time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{secrets.token_hex(2)}")
+    config = _resolved(arguments)
+    return Checked(config, arguments, str(config["run"]["name"]))
+
+
+class Jobs:
+    """The Job API of one Ray cluster. Safe from several threads; every call is bounded.
+
+    Args:
+        address: ``http://host:port`` of Ray's dashboard; None: nothing can be submitted. Ray's own token, where its
+            authentication is on, is Ray's business: RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH in the environment.
+        working_dir: a checkout to send along; None when Unmask is installed on the cluster.
+    """
+
+    def __init__(self, address: str | None, working_dir: Path | None) -> None:
+        self.address, self._working_dir = address, working_dir
+        self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="ray-jobs")
+
+    def require(self) -> None:
+        """Raises RayUnavailable when there is no address or nobody listens there."""
+        if self.address is None:
+            raise RayUnavailable(
+                "submission is off: start the dashboard with --ray-address http://HOST:8265 of a Ray cluster"
+            )
+        place = urlsplit(self.address)
+        try:
+            socket.create_connection((place.hostname or "", place.port or 80), timeout=5).close()
+        except OSError as error:
+            raise RayUnavailable(f"no Ray answers at {self.address}: {error}") from None
+
+    def submit(self, checked: Checked) -> str:
+        """Have Ray start the run; the job's id. Raises RayUnavailable, RayRefused."""
+        self.require()
+        job_id = f"unmask-{checked.run_id}-{secrets.token_hex(3)}"
+        runtime = {} if self._working_dir is None else {"working_dir": str(self._working_dir)}
+
+        def submit(client: Any) -> str:
+            return str(
+                client.submit_job(
+                    entrypoint=shlex.join(["python", "-m", "learner.main", *checked.arguments]),  # a shell runs it
+                    submission_id=job_id,
+                    runtime_env=runtime,
+                    metadata={"unmask_run": checked.run_id},
+                )
+            )
+
+        return self._ask(submit)
+
+    def state(self, job_id: str) -> JobState:
+        """How the job is and the end of its log. Raises RayUnavailable, RayRefused."""
+        self.require()
+
+        def look(client: Any) -> JobState:
+            try:
+                info = client.get_job_info(job_id)
+            except RuntimeError as error:
+                if "404" in str(error):
+                    return JobState("unknown", "Ray no longer knows this job", "")
+                raise
+            log = str(client.get_job_logs(job_id) or "")
+            return JobState(str(info.status).lower(), str(info.message or "")[:2000], log[-LOG_CHARACTERS:])
+
+        return self._ask(look)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, question: Callable[[Any], _Answer]) -> _Answer:
+        """Ray's client knows no time limits, so the wait is bounded here."""
+
+        def answer() -> _Answer:
+            from ray.job_submission import JobSubmissionClient  # a second of imports
+
+            return question(JobSubmissionClient(self.address))
+
+        try:
+            return self._threads.submit(answer).result(timeout=RAY_LIMIT_S)
+        except concurrent.futures.TimeoutError:
+            raise RayUnavailable(f"Ray at {self.address} did not answer within {RAY_LIMIT_S:g} s") from None
+        except ConnectionError as error:
+            raise RayUnavailable(f"no Ray answers at {self.address}: {error}") from None
+        except ImportError as error:
+            raise RayUnavailable(f"Ray's job client can't be imported here: {error}") from None
+        except Exception as error:  # Ray's own kinds, requests' kinds, RuntimeError with a status inside
+            told = " ".join(str(error).split())[:500]
+            raise RayRefused(f"Ray at {self.address} refused: {type(error).__name__}: {told}") from None
+
+
+def _require_setting(override: str) -> None:
+    key = override.partition("=")[0].strip()
+    if override.startswith("-") or "=" not in override or re.search(r"[\x00-\x1f\x7f]", override):
+        raise SettingsRefused(f"{override[:200]!r} is not of the form key.sub=value")
+    if key in _RESERVED:
+        raise SettingsRefused(f"{key} is the dashboard's to set; leave it out")
+
+
+def _resolved(arguments: Sequence[str]) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
+    paths = [str(_learner_folder().parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "learner.main", *arguments, "--print-config"]
+    with tempfile.TemporaryDirectory(prefix="unmask-check-") as folder:
+        try:
+            answer = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=CHECK_LIMIT_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise RayUnavailable(f"the settings could not be checked within {CHECK_LIMIT_S:g} s; try again") from None
+    errors = answer.stderr.decode(errors="replace").strip()[-4000:]
+    if answer.returncode == 2:
+        raise SettingsRefused(errors.removeprefix("error: "))
+    if answer.returncode != 0:
+        raise RayUnavailable(f"the settings could not be checked: {errors}")
+    config: dict[str, Any] = json.loads(answer.stdout)
+    return config
+
+
+def _learner_folder() -> Path:
+    """Found, not imported."""
+    found = importlib.util.find_spec("learner")
+    assert found is not None and found.submodule_search_locations, "the learner is a package of this distribution"
+    return Path(found.submodule_search_locations[0])

@@ -1,0 +1,128 @@
+"""What the playback routes answer with: a completion as columns of its positions, and the order of a whole batch."""
+
+from typing import Any
+
+from services.dashboard.models import Model, Number
+
+
+class Cells(Model):
+    """The completion's positions, as columns of equal length. A filler (drawn false) has no law: its figures are
+    null."""
+
+    text: list[str]
+    """The token by itself; may be a part of a character."""
+    token: list[int]
+    special: list[bool]
+    """A special token, such as the end of the text."""
+    step: list[int]
+    """Denoising step, from 0, at which the position was revealed; a filler's is the first one not taken."""
+    rank: list[int]
+    """Its order within the step."""
+    drawn: list[bool]
+    """False where the position was filled with the end of the text after a finished block."""
+    logp: list[Number | None]
+    """Log-prob under the law that the token was drawn from (temperature, truncation)."""
+    logp_raw: list[Number | None]
+    """The same at temperature 1, untruncated."""
+    confidence: list[Number | None]
+    """exp(logp)."""
+    entropy: list[Number | None]
+    """Entropy of that law in nats."""
+
+
+class ScoredToken(Model):
+    """A token that an update scored."""
+
+    position: int
+    old_logp: Number
+    """As the rollout recorded it."""
+    new_logp: Number
+    """Under the weights that the update started from."""
+    ratio: Number
+    """exp(new - old)."""
+
+
+class ScoredStep(Model):
+    """A denoising step that an update drew for this completion."""
+
+    update: int
+    """Number of the update on this batch, from 0."""
+    step: int
+    count: int
+    """How often the step was drawn."""
+    weight: Number
+    """Count times the importance weight of one draw."""
+    log_ratio: Number
+    """New minus old log-prob, summed over the step's tokens."""
+    choice_old_logp: Number | None
+    """Log-prob of the choice of positions, where it is an action of the policy."""
+    choice_new_logp: Number | None
+    tokens: list[ScoredToken]
+
+
+class SampleReference(Model):
+    """Another sample of the run."""
+
+    id: int
+    kind: str
+    iteration: int
+    group_id: int
+    row: int
+    problem_id: str
+    correct: bool
+    reward: Number | None
+
+
+class Playback(Model):
+    """One sampled completion, ready to be played back."""
+
+    id: int
+    run_id: str
+    iteration: int
+    kind: str
+    """train; base and trained are greedy completions of held-out problems."""
+    group_id: int
+    row: int
+    problem_id: str
+    time: Number
+    prompt: str
+    completion: str
+    correct: bool
+    reward: Number | None
+    rewards: dict[str, Number]
+    """By component."""
+    advantage: Number | None
+    """Within its group; null where nothing was learnt from it."""
+    steps: int
+    """Denoising steps that it took: fewer than the sampler's where the text ended before the last block."""
+    cells: Cells
+    position_logp: list[Number] | None
+    """Log-prob of each step's choice of positions, where it is an action of the policy."""
+    updates: int
+    """Updates that were made on the batch."""
+    scored: list[ScoredStep]
+    """By update and step; empty where the completion had no signal."""
+    sampler: dict[str, Any]
+    provenance: dict[str, str]
+    """Policy version, adapter digest, actor, seed, forward passes."""
+    notes: list[str]
+    """What this sample lacks, in sentences."""
+    siblings: list[SampleReference] = []
+    """The kept completions of the same group, this one included, by row."""
+    counterparts: list[SampleReference] = []
+    """Greedy completions of the same problem, this one included: the base's, then trained ones by iteration."""
+
+
+class OrderMap(Model):
+    """When each position is written, over all completions of an iteration."""
+
+    iteration: int
+    completions: int
+    positions: int
+    steps: int
+    positions_per_bin: int
+    steps_per_bin: int
+    counts: list[list[int]]
+    """[bin of positions][bin of steps]: tokens drawn there."""
+    mean_step: list[Number | None]
+    """By position; null where none was drawn."""

@@ -1,0 +1,62 @@
+"""What belongs to a run: events, workers, checkpoints, samples."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from services.dashboard.access import RunOfPath
+from services.dashboard.models import Checkpoint, Checkpoints, Event, Page, Sample, Worker, Workers
+from services.dashboard.problems import ProblemError, documented
+from services.dashboard.routes.series import Iteration
+
+router = APIRouter(responses=documented(404, 422, 503))
+
+Word = Annotated[str | None, Query(max_length=100)]
+Limit = Annotated[int, Query(ge=1, le=500, description="Items on a page")]
+RowId = Annotated[int | None, Query(ge=0, le=2**63 - 1)]
+
+
+@router.get("/runs/{run_id}/events", operation_id="listEvents", summary="Events of a run", tags=["runs"])
+def list_events(
+    run: RunOfPath,
+    level: Annotated[Literal["info", "warning", "error"] | None, Query(description="Only this level")] = None,
+    kind: Annotated[Word, Query(description="Only this kind")] = None,
+    limit: Limit = 100,
+    order: Annotated[Literal["newest", "oldest"], Query(description="Which come first")] = "newest",
+    cursor: Annotated[RowId, Query(description="next_cursor of the page before")] = None,
+) -> Page[Event]:
+    """What happened, newest first unless asked otherwise."""
+    newest = order == "newest"
+    bound = {} if cursor is None else {"before_id": cursor} if newest else {"after_id": cursor}
+    rows = run.reader.events(run.id, level=level, kind=kind, limit=limit + 1, newest=newest, **bound)
+    items = [Event(**row) for row in (rows[::-1] if newest else rows)[:limit]]
+    return Page(items=items, next_cursor=str(items[-1].id) if len(rows) > limit else None)
+
+
+@router.get("/runs/{run_id}/workers", operation_id="listWorkers", summary="Actors and ranks of a run", tags=["workers"])
+def list_workers(run: RunOfPath) -> Workers:
+    """The newest state of each."""
+    return Workers(run_id=run.id, items=[Worker(**row) for row in run.reader.workers(run.id)])
+
+
+@router.get("/runs/{run_id}/checkpoints", operation_id="listCheckpoints", summary="Checkpoints of a run", tags=["runs"])
+def list_checkpoints(run: RunOfPath) -> Checkpoints:
+    """Checkpoints that the run has told, by rising iteration."""
+    return Checkpoints(run_id=run.id, items=[Checkpoint(**row) for row in run.reader.checkpoints(run.id)])
+
+
+@router.get("/runs/{run_id}/samples", operation_id="listSamples", summary="Sampled completions", tags=["samples"])
+def list_samples(
+    run: RunOfPath,
+    iteration: Annotated[Iteration, Query(description="Only of this iteration")] = None,
+    kind: Annotated[Word, Query(description="Only this kind: train, base, trained, ...")] = None,
+    correct: Annotated[bool | None, Query(description="Only right ones, or only wrong ones")] = None,
+    limit: Limit = 100,
+    cursor: Annotated[str | None, Query(max_length=200, description="next_cursor of the page before")] = None,
+) -> Page[Sample]:
+    """Newest iteration first, without their trajectories."""
+    try:
+        found = run.reader.samples(run.id, iteration=iteration, kind=kind, correct=correct, limit=limit, cursor=cursor)
+    except ValueError as error:
+        raise ProblemError(422, str(error)) from None
+    return Page(items=[Sample(**row) for row in found.rows], next_cursor=found.next)

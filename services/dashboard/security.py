@@ -1,0 +1,97 @@
+"""Who may write: a bearer token and an origin check; and who may read: not pages that lie about the host's name.
+
+No cookie exists, so a page of another origin has nothing to borrow; the origin check is the second lock.
+"""
+
+import contextlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from rewards.errors import ConfigError
+from services.dashboard.problems import ProblemError
+from services.dashboard.settings import MIN_TOKEN_LENGTH, TOKEN_VARIABLE, Settings, check_binding, is_loopback
+
+_bearer = HTTPBearer(auto_error=False, description="The token in RUNS/.dashboard-token, or UNMASK_DASHBOARD_TOKEN")
+
+
+class Security:
+    """The token of one service. It is never part of a message, a log line or a ``repr``."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Takes the token from the environment, or from the token file, which is made when it is missing.
+
+        Raises:
+            ConfigError: when the address needs a better token, or the token file can't be used.
+        """
+        given = os.environ.get(TOKEN_VARIABLE)
+        check_binding(settings, given)
+        self._loopback = settings.loopback
+        self._token = (given if given is not None else _token_of(settings.token_path)).encode()
+
+    def authorised(self, token: str) -> bool:
+        """Whether this is the token, in constant time."""
+        return hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._token)
+
+    def host_allowed(self, host: str) -> bool:
+        """Whether a Host header may be served: on loopback only this machine's own names, so that no other site's
+        page reads runs through a name that it points here (DNS rebinding)."""
+        if not self._loopback:
+            return True
+        with contextlib.suppress(ValueError):
+            return is_loopback(urlsplit(f"//{host}").hostname or "")
+        return False
+
+
+def require_writer(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> None:
+    """Ends a request that may not write with 403 (another page's) or 401 (without the token)."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
+    same = origin is None or origin.partition("://")[2] == request.headers.get("host")  # behind a proxy https is http
+    if not same or site not in ("same-origin", "none"):
+        raise ProblemError(403, "this page is not the dashboard's own; use the dashboard's page, or no browser at all")
+    security: Security = request.app.state.security
+    if credentials is None or not security.authorised(credentials.credentials):
+        said = "no token was given" if credentials is None else "this is not the token"
+        detail = f"{said}; it is in the dashboard's token file, or in {TOKEN_VARIABLE} where it was started"
+        raise ProblemError(401, detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+RequireWriter = Depends(require_writer)
+"""``dependencies=[RequireWriter]`` of every route that writes."""
+
+
+def _token_of(path: Path) -> str:
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # another dashboard was quicker: its token is as good
+                _make(path)
+        mode = path.stat().st_mode & 0o777
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the token file {path} can't be used: {error}; give another with --token-file") from None
+    if mode & 0o077:
+        raise ConfigError(f"the token file {path} can be read by others (mode {mode:o}); chmod 600 it, or delete it")
+    if len(token) < MIN_TOKEN_LENGTH:
+        raise ConfigError(f"the token in {path} is shorter than {MIN_TOKEN_LENGTH} characters; delete the file")
+    return token
+
+
+def _make(path: Path) -> None:
+    """Under another name first: whoever finds the file finds the whole token in it."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+        os.link(draft, path)
+    finally:
+        draft.unlink()

@@ -1,0 +1,106 @@
+// The workers of a run by node: what each holds, whether it is alive, its memory and GPU, restarts and last error.
+
+import { at, get } from "../api.js";
+import { ago, bytes, count, empty, failure, figure, h, loading, pill, put } from "../dom.js";
+import { cursorKeys } from "../rows.js";
+import { runHeader } from "../run/header.js";
+import { follow } from "./run.js";
+
+const SILENT_S = 60;
+const COLUMNS = [["Worker"], ["Status"], ["Weights", "num"], ["Heartbeat", "num"], ["Memory", "num"], ["GPU"], ["Restarts", "num"], ["Process", "num"], ["Last error"]];
+
+export async function render(root, params, app) {
+  const { id } = params;
+  app.title([["Runs", "#/runs"], [id, `#/run/${encodeURIComponent(id)}`], ["workers", null]]);
+  const run = await get(at`runs/${id}`);
+  if (!app.alive()) return;
+  const header = runHeader(run, "workers", app);
+  const host = h("div.stack", null, loading("workers"));
+  put(root, header.element, host);
+  const rows = { children: [], contains: (row) => host.contains(row) };
+  const cursor = cursorKeys(app, rows, { open: (row) => row.querySelector("summary")?.click() });
+  let workers = [];
+  let pending = null;
+
+  function show() {
+    if (!workers.length) return put(host, h("section.card", null, empty("No workers yet", "Actors and ranks are told with the first iteration.")));
+    const newest = Math.max(...workers.map((worker) => worker.policy_version ?? -1));
+    const ended = !["running", "paused"].includes(header.run().status);
+    const nodes = new Map();
+    for (const worker of workers) nodes.set(worker.node, [...(nodes.get(worker.node) ?? []), worker]);
+    const opened = new Set([...host.querySelectorAll("details[open]")].map((item) => item.closest("tr").dataset.worker));
+    put(host, [...nodes].map(([node, items]) => nodeCard(node, items, newest, ended)));
+    for (const row of host.querySelectorAll("tbody tr")) if (opened.has(row.dataset.worker)) row.querySelector("details")?.setAttribute("open", "");
+    rows.children = [...host.querySelectorAll("tbody tr")];
+    cursor.refresh();
+  }
+
+  async function load() {
+    try {
+      workers = (await get(at`runs/${id}/workers`)).items;
+      if (app.alive()) show();
+    } catch (error) {
+      if (app.alive() && !workers.length) put(host, failure(error, load));
+    }
+  }
+
+  const refresh = () => {
+    pending ??= setTimeout(() => ((pending = null), load()), 1000);
+  };
+  const clock = setInterval(show, 10_000);
+  app.onLeave(() => [clearInterval(clock), clearTimeout(pending)]);
+  follow(id, app, header, run, { worker: refresh, metrics: refresh, reload: load });
+  await load();
+}
+
+function nodeCard(node, workers, newest, ended) {
+  const actors = workers.filter((worker) => worker.role === "rollout").length;
+  const others = workers.length - actors;
+  const text = [actors && `${actors} rollout ${actors === 1 ? "actor" : "actors"}`, others && `${others} learner ${others === 1 ? "rank" : "ranks"}`].filter(Boolean).join(", ");
+  return h(
+    "section.card",
+    { dataset: { node } },
+    h("header", null, h("h2", null, node || "unknown node"), h("span.note", null, text)),
+    h("div.table-wrap", null, h(
+      "table.table.workers",
+      null,
+      h("thead", null, h("tr", null, COLUMNS.map(([title, kind]) => h(kind ? `th.${kind}` : "th", null, title)))),
+      h("tbody", null, workers.map((worker) => workerRow(worker, newest, ended))),
+    )),
+  );
+}
+
+function workerRow(worker, newest, ended) {
+  const behind = worker.policy_version === null ? null : newest - worker.policy_version;
+  const silent = !ended && Date.now() / 1000 - worker.heartbeat > SILENT_S;
+  const engine = worker.data.engine ?? {};
+  const details = [engine.engine, engine.family, engine.dtype, engine.parameters && `${count(engine.parameters)} parameters`].filter(Boolean).join(" · ");
+  const cell = (name, kind, ...content) => h(kind, { dataset: { cell: name } }, content);
+  return h(
+    "tr",
+    { dataset: { worker: worker.worker_id } },
+    cell("worker", "td", h("b", null, worker.worker_id), h("div.note", null, [worker.role, details].filter(Boolean).join(" · "))),
+    cell("status", "td", pill(worker.status)),
+    cell("weights", "td.num", worker.policy_version === null ? "–" : `v${worker.policy_version}`, behind > 0 && h("div.note", null, `${behind} behind`)),
+    cell("heartbeat", "td.num", h("span", { dataset: { silent: String(silent) } }, ago(worker.heartbeat))),
+    cell("memory", "td.num", memory(worker.data)),
+    cell("gpu", "td", gpu(worker.data, engine)),
+    cell("restarts", "td.num", count(worker.restarts)),
+    cell("process", "td.num", worker.pid === null ? "–" : String(worker.pid)),
+    cell("error", "td", worker.last_error ? h("details.error", null, h("summary.clip", null, worker.last_error.split("\n")[0]), h("pre", null, worker.last_error)) : h("span.muted", null, "none")),
+  );
+}
+
+function memory(data) {
+  const used = data.memory_bytes ?? data.rss_bytes ?? data.memory;
+  return used === undefined ? "–" : bytes(used);
+}
+
+function gpu(data, engine) {
+  const found = data.gpu ?? data.gpus;
+  if (found && typeof found === "object") {
+    const parts = [found.name, found.memory_used_bytes !== undefined && `${bytes(found.memory_used_bytes)} of ${bytes(found.memory_total_bytes)}`, found.utilization !== undefined && `${figure(found.utilization)} %`];
+    return parts.filter(Boolean).join(", ") || JSON.stringify(found);
+  }
+  return found !== undefined ? String(found) : engine.device ?? "–";
+}

@@ -1,0 +1,111 @@
+// Which metrics go together on a run's page. Names that no panel claims are grouped by their first part at the end, so
+// that nothing a run writes stays hidden.
+
+import { duration, figure, percent } from "./dom.js";
+
+const seconds = (value) => (typeof value === "number" && value >= 60 ? duration(value) : `${figure(value, 3)} s`);
+
+/** Names in the order of drawing; a RegExp takes all that match, sorted. `label` names a series. */
+const PANELS = [
+  {
+    id: "reward",
+    title: "Reward",
+    hint: "Mean over the iteration's completions, and its components",
+    names: ["reward/mean", /^reward\//],
+    label: (name) => name.slice(7),
+  },
+  { id: "solve", title: "Solved while training", hint: "Sampled completions that are right", names: ["solve_rate"], label: () => "share", format: percent, zero: true },
+  {
+    id: "eval",
+    title: "Solve rate by step count",
+    hint: "Held-out problems, greedy, with m denoising steps and with fewer",
+    names: [/^eval\/.*solve_rate$/],
+    label: (name) => name.slice(5).replace(/\/solve_rate$/, "") + " steps",
+    format: percent,
+    zero: true,
+  },
+  { id: "loss", title: "Loss", names: ["loss", /^(eval|held_out|sft)\/.*loss$/, /^loss\//], label: (name) => name },
+  { id: "entropy", title: "Entropy", hint: "Of the law that tokens were drawn from, nats a token", names: ["entropy"], label: () => "nats", zero: true },
+  {
+    id: "clip",
+    title: "Clip fraction",
+    hint: "Share of scored actions whose ratio is clipped",
+    names: [/clip_fraction\/(low|high)$/],
+    label: (name) => name.replace(/clip_fraction\//, "").replaceAll("_", " "),
+    format: percent,
+    zero: true,
+  },
+  {
+    id: "ratio",
+    title: "Importance ratio",
+    hint: "New policy against the one that drew the batch",
+    names: [/ratio\/(mean|max)$/],
+    label: (name) => name.replace(/ratio\//, "").replaceAll("_", " "),
+  },
+  {
+    id: "weights",
+    title: "Timestep weights",
+    hint: "Largest importance weight of a sampled denoising step",
+    names: [/^importance_weight\//],
+    label: (name) => name.slice(18),
+    zero: true,
+  },
+  { id: "staleness", title: "Staleness", hint: "Versions between drawing a group and learning from it", names: [/^staleness\//], label: (name) => name.slice(10), zero: true },
+  { id: "kl", title: "KL to the reference", names: [/(^|_)kl$/], label: (name) => name.replaceAll("_", " ") },
+  { id: "grad", title: "Gradient norm", names: ["grad_norm"], label: () => "norm", zero: true },
+  { id: "speed", title: "Tokens per second", names: ["machine/tokens_per_s"], label: () => "tokens/s", zero: true },
+  {
+    id: "time",
+    title: "Time by stage",
+    hint: "Seconds of an iteration; the rest is what no stage claims",
+    names: [/^time\/(?!iteration_s$).*_s$/],
+    total: "time/iteration_s",
+    label: (name) => name.slice(5, -2).replaceAll("_", " "),
+    format: seconds,
+    kind: "stacked",
+  },
+];
+
+/** Shown by the ledger's own drawing. */
+const ELSEWHERE = [/^ledger\//];
+
+const OTHERS = { machine: "Machine", ledger: "Ledger", log_ratio: "Learner against rollout", updates: "Updates", groups: "Groups" };
+
+/** Panels for these metric names: [{id, title, names, total?, label(name), format, kind, zero, other}]. */
+export function panelsFor(names) {
+  const left = new Set(names);
+  const panels = [];
+  for (const panel of PANELS) {
+    const taken = [];
+    for (const pattern of panel.names) {
+      const found = [...left].filter((name) => (typeof pattern === "string" ? name === pattern : pattern.test(name))).sort(byName);
+      for (const name of found) {
+        left.delete(name);
+        taken.push(name);
+      }
+    }
+    const total = panel.total && left.delete(panel.total) ? panel.total : null;
+    if (taken.length || total) panels.push({ format: figure, ...panel, names: taken, total, other: false });
+  }
+  const groups = new Map();
+  for (const name of [...left].filter((item) => !ELSEWHERE.some((pattern) => pattern.test(item))).sort(byName)) {
+    const slash = name.indexOf("/");
+    const key = slash > 0 ? name.slice(0, slash) : "";
+    groups.set(key, [...(groups.get(key) ?? []), name]);
+  }
+  for (const [key, found] of groups) {
+    if (key === "") for (const name of found) panels.push(otherPanel(name, name.replaceAll("_", " "), [name], () => "value"));
+    else panels.push(otherPanel(`other-${key}`, OTHERS[key] ?? key, found, (name) => name.slice(key.length + 1).replaceAll("_", " ")));
+  }
+  return panels;
+}
+
+function otherPanel(id, title, names, label) {
+  return { id, title, names, total: null, label, format: figure, kind: "lines", other: true };
+}
+
+/** "m" before "m/2" before "m/4" before "m/16"; otherwise by the alphabet. */
+export function byName(first, second) {
+  const stem = (name) => name.replace(/\/solve_rate$/, "");
+  return stem(first).localeCompare(stem(second), "en", { numeric: true });
+}

@@ -1,0 +1,167 @@
+// What happened at each denoising step, under the slider: how undecided the policy was, which steps the update drew and
+// with which weights, and how far the log-probs had moved.
+
+import { figure, h, number, put, s } from "../dom.js";
+
+const ROWS = [
+  { id: "entropy", title: "entropy", height: 34, about: "Mean entropy of the tokens drawn at the step" },
+  { id: "drawn", title: "weight", height: 30, about: "Steps that the update drew: the dot's area is the importance weight" },
+  { id: "ratio", title: "log ratio", height: 40, about: "New minus old log-prob of the step's tokens" },
+];
+const GAP = 6;
+
+/** What is drawn: one entry a step. */
+export function profile(play) {
+  const steps = Array.from({ length: play.steps }, () => ({ tokens: 0, entropy: 0 }));
+  play.cells.step.forEach((step, position) => {
+    if (!play.cells.drawn[position]) return;
+    steps[step].tokens += 1;
+    steps[step].entropy += number(play.cells.entropy[position]) || 0;
+  });
+  return steps;
+}
+
+/** `onStep(done)` is called when a step is clicked. */
+export class StepAxis {
+  constructor(play, onStep) {
+    this.play = play;
+    this.update = 0;
+    this.done = play.steps;
+    this.steps = profile(play);
+    this.element = h("div.play-axis");
+    this.observer = new ResizeObserver(() => this.draw());
+    this.observer.observe(this.element);
+    this.element.addEventListener("click", (event) => {
+      const { left, width } = this.element.getBoundingClientRect();
+      onStep(1 + Math.min(play.steps - 1, Math.floor(((event.clientX - left) / width) * play.steps)));
+    });
+  }
+
+  close() {
+    this.observer.disconnect();
+  }
+
+  /** Which of the updates on the batch. */
+  choose(update) {
+    this.update = update;
+    this.draw();
+  }
+
+  show(done) {
+    this.done = done;
+    this.#cursor();
+  }
+
+  #cursor() {
+    if (!this.cursor) return;
+    const at = Math.max(0, this.done - 1);
+    this.cursor.setAttribute("x", (at * this.width) / this.play.steps);
+    this.cursor.setAttribute("visibility", this.done ? "visible" : "hidden");
+  }
+
+  draw() {
+    const width = this.element.clientWidth;
+    if (!width) return;
+    this.width = width;
+    const scored = this.play.scored.filter((step) => step.update === this.update);
+    const rows = scored.length ? ROWS : ROWS.slice(0, 1);
+    const height = rows.reduce((sum, row) => sum + row.height + GAP, 0);
+    const slot = width / this.play.steps;
+    const middle = (step) => (step + 0.5) * slot;
+    const parts = [];
+    let top = 0;
+    for (const row of rows) {
+      if (row.id !== "ratio") parts.push(s("line.play-base", { x1: 0, x2: width, y1: top + row.height, y2: top + row.height }));
+      if (row.id === "entropy") parts.push(this.#entropy(top, row.height, slot));
+      if (row.id === "drawn") parts.push(drawnSteps(scored, middle, top, row.height, slot));
+      if (row.id === "ratio") parts.push(ratios(scored, middle, top, row.height));
+      const peak = row.id === "ratio" ? ` ±${figure(span(scored), 2)}` : "";
+      parts.push(s("text.play-row", { x: 2, y: top + 9 }, s("title", null, row.about), row.title + peak));
+      top += row.height + GAP;
+    }
+    this.cursor = s("rect.play-cursor", { y: 0, width: Math.max(1.5, slot), height });
+    put(
+      this.element,
+      s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": this.#summary(scored) }, this.cursor, parts),
+    );
+    this.#cursor();
+  }
+
+  #entropy(top, height, slot) {
+    const means = this.steps.map(({ tokens, entropy }) => (tokens ? entropy / tokens : 0));
+    const most = Math.max(1e-9, ...means);
+    const inner = Math.max(1, slot - Math.min(2, slot * 0.2));
+    return means.map((mean, step) => {
+      const tall = (mean / most) * (height - 11);
+      const label = `step ${step + 1}: ${this.steps[step].tokens} drawn, mean entropy ${figure(mean, 3)} nats`;
+      return s("rect.play-bar", { x: step * slot, y: top + height - tall, width: inner, height: tall }, s("title", null, label));
+    });
+  }
+
+  #summary(scored) {
+    const drawn = scored.map((step) => `${step.step + 1} with weight ${figure(step.weight, 3)}`).join(", ");
+    return `${this.play.steps} denoising steps. ` + (drawn ? `The update drew steps ${drawn}.` : "The update scored none of them.");
+  }
+}
+
+const span = (scored) => Math.max(1e-12, ...scored.map((step) => Math.abs(number(step.log_ratio))).filter(Number.isFinite));
+
+function drawnSteps(scored, middle, top, height, slot) {
+  const most = Math.max(1e-9, ...scored.map((step) => number(step.weight)).filter(Number.isFinite));
+  const largest = Math.min(9, Math.max(3.5, slot / 2));
+  return scored.map((step) => {
+    const radius = Math.max(1.5, largest * Math.sqrt((number(step.weight) || 0) / most));
+    const times = step.count > 1 ? `, drawn ${step.count} times` : "";
+    const label = `step ${step.step + 1}: weight ${figure(step.weight, 4)}${times}`;
+    const x = middle(step.step);
+    return [
+      s("circle.play-drawn", { cx: x, cy: top + height - 10, r: radius }, s("title", null, label)),
+      step.count > 1 && slot > 16 && s("text.play-count", { x: x + radius + 1, y: top + height - 13 }, `×${step.count}`),
+    ];
+  });
+}
+
+function ratios(scored, middle, top, height) {
+  const zero = top + height / 2 + 3;
+  const half = height / 2 - 6;
+  const most = span(scored);
+  return [
+    s("line.play-base", { x1: 0, x2: "100%", y1: zero, y2: zero }),
+    ...scored.map((step) => {
+      const value = number(step.log_ratio);
+      const label = `step ${step.step + 1}: log ratio ${figure(value, 3)}, ratio ${figure(Math.exp(value), 6)}`;
+      const x = middle(step.step);
+      if (!Number.isFinite(value)) return s("text.play-odd", { x: x - 4, y: zero - 2 }, s("title", null, label), "✕");
+      const y = zero - (value / most) * half;
+      const side = value < 0 ? "down" : "up";
+      return s(`g.play-ratio.${side}`, null, s("line", { x1: x, x2: x, y1: zero, y2: y }), s("circle", { cx: x, cy: y, r: 2.5 }, s("title", null, label)));
+    }),
+  ];
+}
+
+/** The same as a table, for those who can't see the marks, and for exact figures. */
+export function stepTable(play, update) {
+  const scored = play.scored.filter((step) => step.update === update);
+  if (!scored.length) return h("p.note", null, play.kind === "train" ? "The update scored nothing of this completion: it had no signal." : "Evaluations aren't learnt from.");
+  const choice = scored.some((step) => step.choice_new_logp !== null);
+  const titles = ["Step", "Drawn", "Weight", "Tokens", "Log ratio", "Ratio", ...(choice ? ["Choice of positions"] : [])];
+  const line = (step) => [
+    step.step + 1,
+    `×${step.count}`,
+    figure(step.weight),
+    step.tokens.length,
+    figure(step.log_ratio, 3),
+    figure(Math.exp(number(step.log_ratio)), 6),
+    ...(choice ? [step.choice_new_logp === null ? "–" : figure(number(step.choice_new_logp) - number(step.choice_old_logp), 3)] : []),
+  ];
+  return h(
+    "div.play-scroll",
+    { tabIndex: 0, role: "region", ariaLabel: "Steps that the update drew" },
+    h(
+      "table.table",
+      null,
+      h("thead", null, h("tr", null, titles.map((title) => h("th.num", { scope: "col" }, title)))),
+      h("tbody", null, scored.map((step) => h("tr", null, line(step).map((value) => h("td.num", null, String(value)))))),
+    ),
+  );
+}

@@ -1,0 +1,128 @@
+// The parts around the cells: what a completion was worth, where it comes from, and its neighbours.
+
+import { clock, figure, h, number } from "../dom.js";
+
+export const verdict = (correct) => h("span.play-verdict", { dataset: { correct } }, correct ? "✓ right" : "✗ wrong");
+
+/** "completion 3", "base", "trained, iteration 20". */
+export function nameOf(sample) {
+  if (sample.kind === "train") return `completion ${sample.row + 1}`;
+  return sample.kind === "base" ? "base model" : `${sample.kind}, iteration ${sample.iteration}`;
+}
+
+/** Rewards by component, as bars from zero on one scale for all documents shown. */
+export function rewards(plays) {
+  const names = [...new Set(plays.flatMap((play) => Object.keys(play.rewards)))];
+  const most = Math.max(1e-9, ...plays.flatMap((play) => Object.values(play.rewards).map((value) => Math.abs(number(value)))).filter(Number.isFinite));
+  const bar = (play, name) => {
+    const value = number(play.rewards[name] ?? null);
+    const share = Number.isFinite(value) ? Math.abs(value ?? 0) / most : 0;
+    return h("td", null, h("div.play-reward", { dataset: { sign: value < 0 ? "minus" : "plus" } }, h("i", { style: { width: `${100 * share}%` } }), h("span", null, figure(value, 3))));
+  };
+  const total = (play) => h("td", null, h("strong", null, figure(play.reward)));
+  const advantage = (play) => h("td", null, play.advantage === null ? "–" : figure(play.advantage));
+  return h(
+    "table.play-rewards",
+    null,
+    plays.length > 1 && h("thead", null, h("tr", null, h("td"), plays.map((play) => h("th", { scope: "col" }, nameOf(play))))),
+    h(
+      "tbody",
+      null,
+      names.map((name) => h("tr", null, h("th", { scope: "row" }, name), plays.map((play) => bar(play, name)))),
+      h("tr", null, h("th", { scope: "row" }, "reward"), plays.map(total)),
+      h("tr", null, h("th", { scope: "row" }, "advantage"), plays.map(advantage)),
+    ),
+  );
+}
+
+/** Where a completion comes from. */
+export function provenance(play) {
+  const { sampler, provenance: from } = play;
+  const facts = [
+    ["Problem", play.problem_id],
+    ["Written", clock(number(play.time), { date: true })],
+    ["Policy", from.policy_version === "-1" ? "base, without adapter" : `version ${from.policy_version ?? "?"}`],
+    ["Adapter", from.adapter_digest ? from.adapter_digest.slice(0, 12) : "–"],
+    ["Actor", from.actor_id || "–"],
+    ["Forward passes", from.nfe ?? "–"],
+    ["Seed", from.seed ?? "–"],
+    ["Order", [sampler.position_rule, sampler.threshold != null && `threshold ${sampler.threshold}`].filter(Boolean).join(", ") || "–"],
+    ["Temperature", sampler.temperature === 0 ? "0 (greedy)" : figure(sampler.temperature ?? null)],
+    ["Truncation", [sampler.top_k && `top-k ${sampler.top_k}`, sampler.top_p < 1 && `top-p ${sampler.top_p}`].filter(Boolean).join(", ") || "none"],
+    ["Lengths", `${play.cells.text.length} positions, blocks of ${sampler.block_length ?? "?"}, ${play.steps} steps`],
+  ];
+  return h("dl.play-facts", null, facts.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, String(value)))));
+}
+
+/** Links to the completions of the same group; `link(id)` gives their address. */
+export function siblings(play, link) {
+  if (play.siblings.length < 2) return null;
+  return h(
+    "nav.play-siblings",
+    { ariaLabel: "Completions of this group" },
+    play.siblings.map((sample) =>
+      h(
+        "a",
+        {
+          href: link(sample.id),
+          title: `${nameOf(sample)}: reward ${figure(sample.reward)}, ${sample.correct ? "right" : "wrong"}`,
+          "aria-current": sample.id === play.id ? "true" : null,
+          dataset: { correct: sample.correct },
+        },
+        h("span", { ariaHidden: "true" }, sample.correct ? "✓" : "✗"),
+        String(sample.row + 1),
+        h("small", null, figure(sample.reward, 3)),
+      ),
+    ),
+  );
+}
+
+/** A choice of what to show beside this completion. */
+export function besideChoice(play, besideId, onChange) {
+  const option = (sample) => h("option", { value: String(sample.id), selected: sample.id === besideId }, `${nameOf(sample)} ${sample.correct ? "✓" : "✗"} ${figure(sample.reward, 3)}`);
+  const others = (samples) => samples.filter((sample) => sample.id !== play.id);
+  const groups = [
+    ["Same group", others(play.siblings)],
+    ["Same problem, base and trained", others(play.counterparts).filter((sample) => !play.siblings.some((own) => own.id === sample.id && play.kind === "train"))],
+  ].filter(([, samples]) => samples.length);
+  if (!groups.length) return null;
+  const known = groups.some(([, samples]) => samples.some((sample) => sample.id === besideId));
+  return h(
+    "label.play-field",
+    null,
+    h("span", null, "Beside it"),
+    h(
+      "select",
+      { onchange: (event) => onChange(event.target.value || null) },
+      h("option", { value: "", selected: !besideId }, "nothing"),
+      besideId && !known && h("option", { value: String(besideId), selected: true }, `sample ${besideId}`),
+      groups.map(([label, samples]) => h("optgroup", { label }, samples.map(option))),
+    ),
+  );
+}
+
+/** A choice among the run's samples, by kind and iteration. */
+export function sampleChoice(samples, play, onChange) {
+  const label = (sample) => `${sample.kind === "train" ? `iteration ${sample.iteration}` : nameOf(sample)} · ${sample.problem_id}`;
+  const seen = new Set();
+  const firsts = samples.filter((sample) => {
+    const key = `${sample.kind} ${sample.iteration} ${sample.group_id}`;
+    const own = sample.kind === play.kind && sample.iteration === play.iteration && sample.group_id === play.group_id;
+    return own ? sample.id === play.id : !seen.has(key) && seen.add(key);
+  });
+  if (!firsts.some((sample) => sample.id === play.id)) firsts.unshift(play);
+  const kinds = [
+    ["Training", firsts.filter((sample) => sample.kind === "train")],
+    ["Base and trained", firsts.filter((sample) => sample.kind !== "train")],
+  ].filter(([, found]) => found.length);
+  return h(
+    "label.play-field",
+    null,
+    h("span", null, "Prompt"),
+    h(
+      "select",
+      { onchange: (event) => onChange(event.target.value) },
+      kinds.map(([kind, found]) => h("optgroup", { label: kind }, found.map((sample) => h("option", { value: String(sample.id), selected: sample.id === play.id }, label(sample))))),
+    ),
+  );
+}

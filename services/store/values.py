@@ -1,0 +1,37 @@
+"""What any database takes of what a run reports."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ROW_BYTES = 200
+"""A row without its texts and blobs, roughly."""
+
+
+def plain(value: Any) -> Any:
+    """A copy that every database takes: numpy scalars as numbers, non-finite numbers as text, text without NUL and lone
+    surrogates, anything else as its ``str``."""
+    if isinstance(value, Mapping):
+        return {plain(str(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+    if value is None or isinstance(value, bool | int | bytes):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return plain(value.item())
+    return plain(str(value))
+
+
+def size(value: Any) -> int:
+    """Bytes that the value takes in memory, roughly."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return ROW_BYTES + sum(size(item) for item in value.values())
+    if isinstance(value, list):
+        return sum(size(item) for item in value)
+    return 8
