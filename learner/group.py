@@ -22,8 +22,8 @@ _TICK_S = 1.0
 def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
     """Room for all ranks at once, None when they ask for no resources.
 
-    A run reserves it before its actors start, which then share what is left of the GPUs. Actors that came first could
-    fill some GPUs by themselves and leave too few for ranks that need one each.
+    A run reserves it before its actors start: what is left of the GPUs is theirs, however Ray spreads them. With more
+    than half of a GPU each, two ranks never share one, which NCCL refuses.
 
     Raises:
         WaitTimeout: when the cluster can't hold the ranks within ``timeouts.start``, naming what is missing.
