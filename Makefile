@@ -59,7 +59,7 @@ format: setup
 reproduce: setup
 	$(PY) -m learner.reproduce $(ARGS)
 
-# Prints the ratios and keeps them in runs/bench; `steps` alone takes more than 7 minutes. SIZES=small takes one, and measures nothing.
+# Prints the ratios and keeps them in runs/bench; 13 minutes. SIZES=small takes one, and measures nothing.
 bench: setup
 	OMP_NUM_THREADS=1 $(PY) -m learner.bench $(if $(filter small,$(SIZES)),--small) $(ARGS)
 

@@ -6,10 +6,11 @@ Only parses: what is defined here would be called ``__main__.X`` on Ray's worker
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from learner.evaluation.settings import help_text, load_evaluation
-from learner.stopping import Interrupted, interrupting
-from rewards.errors import ConfigError, UnmaskError
+from learner.stopping import exit_status, interrupting
+from rewards.errors import ConfigError
 
 USAGE = """usage: python -m learner.evaluate [--run RUN | recipe=NAME] [key.sub=value ...]
 
@@ -24,25 +25,19 @@ The same command goes on where it was stopped. Writes results.json, results.png 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0, 1 when the evaluation failed, 2 for wrong settings, 128 + signal when asked to stop."""
-    try:
-        if set(argv) & {"--help", "-h"}:
-            print(f"{USAGE}\n{help_text()}", end="")
-            return 0
-        run, settings = _run_option(argv)
-        config, run_dir = load_evaluation(settings, run)
-        with interrupting():
-            from learner.evaluation.drive import evaluate  # torch and Ray take seconds to import
+    return exit_status(partial(_command, argv))
 
-            return evaluate(config, run_dir)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UnmaskError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        print(f"stopped by {error}", file=sys.stderr)
-        return error.exit_status
+
+def _command(argv: Sequence[str]) -> int:
+    if set(argv) & {"--help", "-h"}:
+        print(f"{USAGE}\n{help_text()}", end="")
+        return 0
+    run, settings = _run_option(argv)
+    config, run_dir = load_evaluation(settings, run)
+    with interrupting():
+        from learner.evaluation.drive import evaluate  # torch and Ray take seconds to import
+
+        return evaluate(config, run_dir)
 
 
 def _run_option(argv: Sequence[str]) -> tuple[str | None, list[str]]:

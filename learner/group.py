@@ -22,8 +22,8 @@ _TICK_S = 1.0
 def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
     """Room for all ranks at once, None when they ask for no resources.
 
-    A run reserves it before its actors start, which then share what is left of the GPUs. Actors that came first could
-    fill some GPUs by themselves and leave too few for ranks that need one each.
+    A run reserves it before its actors start: what is left of the GPUs is theirs, however Ray spreads them. With more
+    than half of a GPU each, two ranks never share one, which NCCL refuses.
 
     Raises:
         WaitTimeout: when the cluster can't hold the ranks within ``timeouts.start``, naming what is missing.
@@ -53,8 +53,8 @@ class LearnerGroup:
         model_path: folder or hub name of the base, readable on every node with a rank.
         adapter: weights to start from; None for a fresh adapter.
         shards: each rank's optimizer state from a checkpoint, in rank order; None for a fresh optimizer.
-        on_tick: called every second of a wait for ranks that have started; when it raises StopRequested, the ranks are
-            killed.
+        on_tick: called every second of a wait for the ranks, their start included; when it raises StopRequested, the
+            ranks are killed.
         rank_type: what the ranks learn from; None for groups of trajectories.
         placement: what ``reserve_ranks`` gave, and the group's to give back; None reserves here.
 
@@ -148,7 +148,7 @@ class LearnerGroup:
 
     def _start(self, adapter: AdapterState | None, shards: Sequence[bytes] | None) -> list[dict[str, Any]]:
         timeout_s = self.config.timeouts.start
-        address = self._answers([self._ranks[0].address.remote()], "address", timeout_s)[0]
+        address = self._answers([self._ranks[0].address.remote()], "address", timeout_s, self._on_tick)[0]
         given = shards if shards is not None else [None] * len(self._ranks)
         starts = [actor.start.remote(address, adapter, shard) for actor, shard in zip(self._ranks, given, strict=True)]
         return self._answers(starts, "start", timeout_s, self._on_tick)

@@ -6,11 +6,12 @@ learning (docs/sft.md). Only parses: what is defined here would be called ``__ma
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from learner.config import dump_config
 from learner.finetuning.settings import help_text, load_sft_config
-from learner.stopping import Interrupted, interrupting
-from rewards.errors import ConfigError, UnmaskError
+from learner.stopping import exit_status, interrupting
+from rewards.errors import ConfigError
 
 USAGE = """usage: python -m learner.sft [recipe=NAME] [key.sub=value ...] [option]
 
@@ -25,30 +26,24 @@ options:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0, 1 when the run failed, 2 for wrong settings, 128 + signal when asked to stop."""
-    options = {argument for argument in argv if argument.startswith("-")}
-    try:
-        if options & {"--help", "-h"}:
-            print(f"{USAGE}\n{help_text()}")
-            return 0
-        if unknown := options - {"--print-config"}:
-            raise ConfigError(f"unknown option {min(unknown)}; see --help")
-        config = load_sft_config([argument for argument in argv if argument not in options])
-        if "--print-config" in options:
-            print(dump_config(config), end="")
-            return 0
-        with interrupting():
-            from learner.finetuning.run import run  # torch and Ray take seconds to import
+    return exit_status(partial(_command, argv))
 
-            return run(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UnmaskError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        print(f"stopped by {error}", file=sys.stderr)
-        return error.exit_status
+
+def _command(argv: Sequence[str]) -> int:
+    options = {argument for argument in argv if argument.startswith("-")}
+    if options & {"--help", "-h"}:
+        print(f"{USAGE}\n{help_text()}")
+        return 0
+    if unknown := options - {"--print-config"}:
+        raise ConfigError(f"unknown option {min(unknown)}; see --help")
+    config = load_sft_config([argument for argument in argv if argument not in options])
+    if "--print-config" in options:
+        print(dump_config(config), end="")
+        return 0
+    with interrupting():
+        from learner.finetuning.run import run  # torch and Ray take seconds to import
+
+        return run(config)
 
 
 if __name__ == "__main__":

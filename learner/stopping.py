@@ -2,10 +2,13 @@
 
 import contextlib
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+from rewards.errors import ConfigError, UnmaskError
 
 
 class StopRequested(Exception):
@@ -19,6 +22,19 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(signal.Signals(signum).name)
         self.exit_status = 128 + signum
         """What shells expect of a process that a signal ended."""
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """What the command returns. What it raises is told on standard error: wrong settings are 2, another error of ours
+    is 1, and a signal that ended it 128 + signal."""
+    try:
+        return command()
+    except UnmaskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except Interrupted as error:
+        print(f"stopped by {error}", file=sys.stderr)
+        return error.exit_status
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ follows an ``<answer>`` that was not closed, else the whole text without its clo
    (unless each of them is right: ``\boxed{1/2} or \boxed{0.5}``).
 2. Without a box: what follows the last ``####`` or the last "answer is", "answer:", to the end of the line or sentence.
 3. Without that: the text, when it is the answer itself. In a tag, or in a last sentence that concludes ("So ...",
-   "Therefore ..."), the number counts that is the only one there or that ends a calculation (``6 * 7 = 42``), or the
-   only formula.
+   "Therefore ...") or is complete, the number counts that is the only one there or that ends a calculation
+   (``6 * 7 = 42``), or the only formula. A last sentence without an end may be one that was cut off.
+
+GSM8K's calculator notes (``<<6*7=42>>``), which models copy, are taken out first.
 
 A box that is not closed is no box; ``\boxed 9`` is one. No number is taken from a text that denies or bounds it ("not
 5", "more than 5", "5 or 6").
@@ -23,6 +25,7 @@ from rewards.parsing import MAX_CHARACTERS, boxes, last_answer, without_thinking
 MAX_ANSWER = 1000
 
 _SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>")
+_CALCULATOR_NOTE = re.compile(r"<<[^<>\n]{0,100}>>")
 _OPEN_ANSWER = re.compile(r"<answer>", re.IGNORECASE | re.ASCII)
 _BETWEEN = re.compile(r"(?:[\s,;$.]|\\[()\[\],;! ]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){0,20}")
 _MARK = re.compile(
@@ -65,6 +68,7 @@ class FinalAnswer:
 def final_answer(completion: str) -> FinalAnswer:
     """The answer that a completion gives; no candidates when there is none."""
     text = _SPECIAL.sub(" ", without_thinking(completion.strip()[-MAX_CHARACTERS:]))
+    text = _CALCULATOR_NOTE.sub("", text)
     inside = last_answer(text)
     region = text if inside is None else inside
     if inside is None and (opened := [match.end() for match in _OPEN_ANSWER.finditer(text)]):
@@ -123,7 +127,8 @@ def _readings(line: str) -> list[str]:
 
 
 def _concludes(sentence: str) -> bool:
-    return _CONCLUSION.match(sentence) is not None
+    """Whether the last sentence of a text says what all before came to: by its first word, or by being whole."""
+    return _CONCLUSION.match(sentence) is not None or sentence.rstrip("*").endswith((".", "!"))
 
 
 def _last_sentence(text: str) -> str:

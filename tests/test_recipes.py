@@ -1,6 +1,7 @@
 """Every shipped recipe for a published model runs, end to end, for two iterations: its own settings with sizes cut
 down, a small model of its family in the published layout, and real data from the shared folder."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ SMALLER = (
 def test_every_recipe_for_a_published_model_is_here():
     own_base = {"countdown", "smoke", "sudoku", "sudoku_async"}
     assert set(recipe_names()) == own_base | DATA.keys()
+    assert recipe_names("sft") == ["sft_d1_s1k"]
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +61,22 @@ def test_recipe_runs(runs: Runs, shared: Path, tmp_path: Path, recipe: str) -> N
     assert len(trained) == 2 and summary(runs[recipe])["iterations"] == 2
     assert all(row["updates/applied"] == 1 and "nonfinite" not in row for row in trained)
     assert (runs[recipe].adapter_dir / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.e2e
+def test_fine_tuning_recipe_runs(tmp_path: Path) -> None:
+    """On rows with s1K's columns: s1K itself isn't among the shared data."""
+    write_published(tmp_path / "model", "llada", max_sequence_length=8192)
+    rows = [
+        {"question": f"{i} + {i}?", "thinking_trajectories": [f"{i} twice is {2 * i}."], "attempt": str(2 * i)}
+        for i in range(20)
+    ]
+    (tmp_path / "s1k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    smaller = ["sft.epochs=2", "sft.batch=16", "data.max_tokens=900", "data.held_out_fraction=0.2", "lora.r=4"]
+    one_cpu = ["learner.ranks=1", "resources.gpus_per_rank=0"]
+    runs = Runs(tmp_path, tmp_path / "cache", settings=[*smaller, *one_cpu], module="learner.sft")
+    told = [f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 's1k.jsonl'}"]
+    runs.train("sft", "recipe=sft_d1_s1k", *told)
+    trained = [row for row in read_rows(runs["sft"].metrics_path) if "loss" in row]
+    assert len(trained) == 2 and all(row["updates/applied"] == 1 for row in trained)
+    assert (runs["sft"].adapter_dir / "adapter_model.safetensors").is_file()

@@ -77,6 +77,8 @@ RIGHT = [  # gold, completion, reason
     ("42", r"The answer is: \[ 42 \]", "displayed"),
     ("42", "The answer is **42**.", "bold"),
     ("18", "Janet sells 16 - 3 - 4 = 9 eggs.\nShe makes 9 * 2 = $18.\n#### 18", "a whole solution"),
+    ("42", "6 bags of 7 apples.\nJanet has 42 apples.", "a last sentence that is whole, with one number"),
+    ("64", "Thus, he pays $24 + $40 = $<<24+40=64>>64 for the glasses.", "a calculator note, as in the training set"),
 ]
 
 WRONG = [
@@ -100,6 +102,8 @@ WRONG = [
     ("42", "The answer is between 40 and 44.", "a range"),
     ("42", "Therefore she has 42 apples, 6 a bag.", "two numbers in the conclusion"),
     ("42", "Therefore, 2x = 42.", "an unknown that is not solved for"),
+    ("42", "First she buys 6 bags. Then she has 42", "a sentence that may have been cut off"),
+    ("42", "24 + 40 = <<24+18=42>>64.", "a note alone is no answer"),
     ("42", r"Therefore, Janet makes \( 42 \) dollars in \( 6 \) days.", "two formulas"),
     ("42", "<answer>41 + 1</answer><answer>6 * 8</answer>", "an expression of another value"),
     ("42", "The answer is 42. Wait. The answer is 41.", "the last statement counts"),

@@ -19,6 +19,7 @@ from learner.bench.measure import interleaved, machine
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.bench.step_memory import memory_in_fresh_process
 from learner.bench.steps import FULL, SMALL, Size
+from rollout.malloc import keep_freed_memory
 
 COLUMNS = [
     "V", "step", "head rows", "random s", "decoupled s", "time ratio", "random MB", "decoupled MB", "memory ratio",
@@ -28,6 +29,7 @@ COLUMNS = [
 def run(*, small: bool = False) -> dict[str, Any]:
     """Everything, as ``report`` stores it."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     about = machine(threads=1)
     rows: list[dict[str, Any]] = []
     sizes = SMALL if small else FULL

@@ -88,14 +88,17 @@ def _cell(value: Any) -> str:
 
 
 def main(run: Callable[..., dict[str, Any]]) -> None:
-    """The command line of one benchmark: run, print, store."""
+    """The command line of one benchmark: run, print, store, and write it down."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder of the JSON results")
+    parser.add_argument("--write", type=Path, help="put the result between the marks of this document")
     arguments = parser.parse_args()
     try:
         result = run(small=arguments.small)
+        store(arguments.out, result)
+        print(render(result))
+        if arguments.write is not None:
+            write_into(arguments.write, render(result))
     except UnmaskError as error:
         sys.exit(f"error: {error}")
-    store(arguments.out, result)
-    print(render(result))

@@ -84,7 +84,7 @@ class Size:
 
 
 FULL = (
-    Size(Shape(200), (4, 24), repeats=(3, 9, 3), plain_steps=32, plain_draws=24, check_steps=32),
+    Size(Shape(200), (4, 24), repeats=(9, 9, 5), plain_steps=32, plain_draws=24, check_steps=32),
     Size(Shape(32_000), (4, 24), repeats=(2, 2, 2), plain_steps=8, plain_draws=6, check_steps=4),
     Size(Shape(126_464), (4, 24), repeats=(3, 3, 3), plain_steps=4, plain_draws=4, check_steps=2),
 )
