@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from learner.atomic import atomic_dir
-from rewards.errors import CheckpointError, DataError
+from learner.settings import GroupSection
+from rewards.errors import CheckpointError, DataError, WeightMismatch
 from rollout.adapters import AdapterState, digest, read_peft_folder, write_peft_folder
 
 FORMAT = 2
@@ -43,6 +44,23 @@ class Progress:
     evaluated_at: int
     """iteration of the newest evaluation of trained weights; 0 before the first"""
     train_seconds: float
+
+    @classmethod
+    def before_the_first(cls, layout: dict[str, Any]) -> "Progress":
+        """Where a new run stands."""
+        return cls(
+            iteration=0,
+            policy_version=0,
+            adapter_digest="",
+            updates=0,
+            nonfinite_in_a_row=0,
+            ledger={},
+            layout=layout,
+            best={},
+            evaluations={},
+            evaluated_at=0,
+            train_seconds=0.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,11 @@ def drop_after(folder: Path, iteration: int) -> None:
             shutil.rmtree(path)
 
 
+def layout_of(learner: GroupSection) -> dict[str, Any]:
+    """The settings that an optimizer shard depends on."""
+    return {"ranks": learner.ranks, "zero_stage": learner.zero_stage, "dtype": learner.dtype}
+
+
 def require_layout(progress: Progress, layout: dict[str, Any]) -> None:
     """Refuse to continue with optimizer shards of another layout.
 
@@ -139,6 +162,16 @@ def require_layout(progress: Progress, layout: dict[str, Any]) -> None:
                 f"the checkpoint of iteration {progress.iteration} has learner.{key}={progress.layout.get(key)}, this "
                 f"run has {value}; set it back, or start a new run with lora.adapter=<checkpoint>/adapter"
             )
+
+
+def require_adapter(progress: Progress, held: str) -> None:
+    """Refuse to continue with ranks that hold another adapter, by its digest, than the checkpoint's.
+
+    Raises:
+        WeightMismatch: naming both.
+    """
+    if held != progress.adapter_digest:
+        raise WeightMismatch(f"the ranks hold adapter {held[:12]}, the checkpoint has {progress.adapter_digest[:12]}")
 
 
 def saved(folder: Path) -> list[Path]:

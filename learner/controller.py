@@ -33,7 +33,7 @@ from learner.runs import check_lengths, starting_adapter, task_problems
 from learner.stopping import StopFlag, StopRequested
 from learner.update_plan import plan_update
 from learner.weights import publish
-from rewards.errors import TrainingDiverged, WeightMismatch
+from rewards.errors import TrainingDiverged
 from rewards.task import get_task
 from rollout.actor import BASE_WEIGHTS, Weights
 from rollout.adapters import write_peft_folder
@@ -84,8 +84,9 @@ class Controller:
             groups_per_lease=rollout.groups_per_lease,
             max_staleness=rollout.max_staleness,
         )
+        layout = checkpoints.layout_of(config.learner)
         if resumed is not None:
-            checkpoints.require_layout(resumed.progress, self._layout())
+            checkpoints.require_layout(resumed.progress, layout)
             ledger.restore(resumed.progress.ledger)
         placement = reserve_ranks(config)
         pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
@@ -106,14 +107,11 @@ class Controller:
         )
         closing.callback(self.learner.close)
         pool.wait_ready(self._on_tick)
-        self.progress = resumed.progress if resumed is not None else self._no_progress()
+        self.progress = resumed.progress if resumed is not None else checkpoints.Progress.before_the_first(layout)
         self.saved = self.progress if resumed is not None else None
         self.adapter = self.learner.publish()
-        if resumed is not None and self.adapter.digest != resumed.progress.adapter_digest:
-            raise WeightMismatch(
-                f"the ranks hold adapter {self.adapter.digest[:12]}, "
-                f"the checkpoint has {resumed.progress.adapter_digest[:12]}"
-            )
+        if resumed is not None:
+            checkpoints.require_adapter(resumed.progress, self.adapter.digest)
         self.weights = publish(self.progress.iteration, self.adapter)
         self._report_workers()
 
@@ -333,25 +331,6 @@ class Controller:
     def _groups(self, items: Sequence[ReplayItem]) -> list[TrajectoryGroup]:
         limit = self.config.timeouts.publish
         return bounded_get([item.ref for item in items], who="the replay buffer's objects", timeout_s=limit)
-
-    def _layout(self) -> dict[str, Any]:
-        learner = self.config.learner
-        return {"ranks": learner.ranks, "zero_stage": learner.zero_stage, "dtype": learner.dtype}
-
-    def _no_progress(self) -> checkpoints.Progress:
-        return checkpoints.Progress(
-            iteration=0,
-            policy_version=0,
-            adapter_digest="",
-            updates=0,
-            nonfinite_in_a_row=0,
-            ledger={},
-            layout=self._layout(),
-            best={},
-            evaluations={},
-            evaluated_at=0,
-            train_seconds=0.0,
-        )
 
     def _tick(self) -> None:
         """Once a second of an evaluation."""

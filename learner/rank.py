@@ -206,9 +206,7 @@ class Rank(ABC):
         local_norm = self._stage0_grad_norm()
         if local_norm is not None and not math.isfinite(local_norm):
             # Finite gradients whose norm overflows would be clipped to a step of zeros, and counted as applied.
-            optimizer = inner_optimizer(self.engine)
-            assert isinstance(optimizer, FiniteAdamW)
-            optimizer.refuse_step()
+            inner_optimizer(self.engine).refuse_step()
         self.engine.step()
         taken = updates_applied(self.engine) - before
         assert taken in (0, 1), f"rank {self.rank} took {taken} optimizer steps in one update"

@@ -1,8 +1,8 @@
 """The C library's allocator, told to keep what was freed.
 
 A forward allocates and frees the same activations step after step. glibc hands blocks of that size back to the kernel
-at once, and the next step has every page zeroed and mapped anew: about a quarter of the CPU time of a small model's
-rollout (docs/benchmarks.md).
+at once, and the next step has every page zeroed and mapped anew: 16 to 30 % of the CPU time of a small model's rollout
+(docs/benchmarks.md).
 """
 
 import ctypes

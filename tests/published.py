@@ -15,6 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from rollout.models.tokenizer import build_tokenizer
 
 FAMILIES = ("llada", "dream", "llada_moe")
+HEAD = {"llada": "model.transformer.ff_out", "dream": "lm_head", "llada_moe": "lm_head"}
 SHARDS = 3
 
 _LLADA_TEMPLATE = (
@@ -40,6 +41,11 @@ def write_published(folder: Path, family: str, *, seed: int = 0, **changes: Any)
     state = _random_weights(shapes, seed)
     write_shards(folder, state)
     return state
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """[rows, length] token ids that every small vocabulary here has."""
+    return torch.randint(20, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def write_shards(folder: Path, state: dict[str, torch.Tensor]) -> None:

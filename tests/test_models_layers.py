@@ -8,9 +8,7 @@ import torch
 
 from rollout.models import load_model
 from rollout.models.layers import attend, attend_varlen, rotary_tables, rotate, sequences, visibility
-from tests.published import FAMILIES, write_published
-
-HEAD = {"llada": "model.transformer.ff_out", "dream": "lm_head", "llada_moe": "lm_head"}
+from tests.published import FAMILIES, HEAD, random_ids, write_published
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -28,10 +26,6 @@ def folder(family, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder) -> torch.nn.Module:
     return load_model(folder)
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(20, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

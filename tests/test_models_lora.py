@@ -12,10 +12,9 @@ from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.models import load_model, policy_adapter
 from rollout.models.lora import LoraSpec, attach_lora
 from tests.hand_made import acting_adapter
-from tests.published import FAMILIES, write_published
+from tests.published import FAMILIES, HEAD, random_ids, write_published
 
 LORA = LoraSpec(r=4, alpha=8.0)
-HEAD = {"llada": "model.transformer.ff_out", "dream": "lm_head", "llada_moe": "lm_head"}
 QWEN_MLP = [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 ATTENTION = [f"self_attn.{part}_proj" for part in "qkvo"]
 LORA_NAMES = {
@@ -40,10 +39,6 @@ def folder(family, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder) -> torch.nn.Module:
     return load_model(folder)
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(20, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def adapted(model: torch.nn.Module) -> set[str]:

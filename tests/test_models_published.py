@@ -18,7 +18,7 @@ from rollout.adapters import adapter_parameters, load_state, pack, write_peft_fo
 from rollout.models import encode_prompt, load_model, load_tokenizer, policy_adapter
 from rollout.models.lora import LoraSpec, attach_lora
 from tests.hand_made import acting_adapter
-from tests.published import FAMILIES, write_published, write_shards
+from tests.published import FAMILIES, random_ids, write_published, write_shards
 
 LORA = LoraSpec(r=4, alpha=8.0)
 
@@ -38,10 +38,6 @@ def folder(family, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder) -> torch.nn.Module:
     return load_model(folder)
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(20, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 # ---- loading

@@ -30,7 +30,7 @@ from learner.rundir import RunDirectory
 from learner.runs import check_quantization, open_run, starting_adapter
 from learner.session import joined_ray
 from learner.stopping import StopFlag, StopRequested
-from rewards.errors import CheckpointError, ConfigError, TrainingDiverged, WeightMismatch
+from rewards.errors import CheckpointError, ConfigError, TrainingDiverged
 from rollout.actor import code_identity
 from rollout.adapters import write_peft_folder
 from rollout.models import load_tokenizer, policy_adapter
@@ -100,8 +100,9 @@ class Finetuning:
         assert config.model.path is not None
         self.config, self.run_dir, self.reporter, self.data, self._stop = config, run_dir, reporter, data, stop
         self.updates = total_updates(config, data)
+        layout = checkpoints.layout_of(config.learner)
         if resumed is not None:
-            checkpoints.require_layout(resumed.progress, self._layout())
+            checkpoints.require_layout(resumed.progress, layout)
         self.learner = SftGroup(
             config,
             config.model.path,
@@ -110,14 +111,11 @@ class Finetuning:
             on_tick=partial(stop.enforce, config.timeouts.stop),
         )
         closing.callback(self.learner.close)
-        self.progress = resumed.progress if resumed is not None else self._no_progress()
+        self.progress = resumed.progress if resumed is not None else checkpoints.Progress.before_the_first(layout)
         self.saved = self.progress if resumed is not None else None
         self.adapter = self.learner.publish()
-        if resumed is not None and self.adapter.digest != resumed.progress.adapter_digest:
-            raise WeightMismatch(
-                f"the ranks hold adapter {self.adapter.digest[:12]}, "
-                f"the checkpoint has {resumed.progress.adapter_digest[:12]}"
-            )
+        if resumed is not None:
+            checkpoints.require_adapter(resumed.progress, self.adapter.digest)
         self._held_out = [ray.put(data.held_out)] if data.held_out else []
         for rank in self.learner.descriptions:
             reporter.store.worker(
@@ -249,25 +247,6 @@ class Finetuning:
         evaluations = {**self.progress.evaluations, name: figures}
         self.progress = dataclasses.replace(self.progress, evaluations=evaluations, evaluated_at=iteration, best=best)
         self.reporter.evaluation(iteration, figures)
-
-    def _layout(self) -> dict[str, Any]:
-        learner = self.config.learner
-        return {"ranks": learner.ranks, "zero_stage": learner.zero_stage, "dtype": learner.dtype}
-
-    def _no_progress(self) -> checkpoints.Progress:
-        return checkpoints.Progress(
-            iteration=0,
-            policy_version=0,
-            adapter_digest="",
-            updates=0,
-            nonfinite_in_a_row=0,
-            ledger={},
-            layout=self._layout(),
-            best={},
-            evaluations={},
-            evaluated_at=0,
-            train_seconds=0.0,
-        )
 
 
 def _train(
