@@ -21,10 +21,13 @@ FUNCTIONS = {
 def endless_waits(source: str) -> list[tuple[int, str]]:
     """(line, call) of each wait that could last for ever."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(ast.parse(source)))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    awaited = [call.args[0] for call in calls if ast.unparse(call.func) == "asyncio.wait_for" and len(call.args) == 2]
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module == "ray":
             found += [(node.lineno, f"from ray import {a.name}") for a in node.names if a.name in ("get", "wait")]
-        if not isinstance(node, ast.Call):
+        if not isinstance(node, ast.Call) or node in awaited:
             continue
         name = ast.unparse(node.func)
         bounded = any(keyword.arg in ("timeout", None) for keyword in node.keywords)
@@ -64,6 +67,7 @@ def test_no_endless_waits(package: str) -> None:
         "process.communicate(data)",
         "subprocess.run(['ls'])",
         "deepspeed.init_distributed('gloo')",
+        "asyncio.wait_for(changed.wait())",
     ],
 )
 def test_lint_finds(bad: str) -> None:
@@ -84,6 +88,7 @@ def test_lint_finds(bad: str) -> None:
         "subprocess.run(['ls'], timeout=9)",
         "ray.get_runtime_context()",
         "thread.join(timeout=left)",
+        "asyncio.wait_for(changed.wait(), 3)",
     ],
 )
 def test_lint_lets_pass(good: str) -> None:

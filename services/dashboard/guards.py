@@ -4,6 +4,8 @@ answer to what nobody expected.
 Plain ASGI, so that event streams flow through untouched.
 """
 
+import asyncio
+import contextlib
 import logging
 from collections import Counter
 
@@ -15,6 +17,8 @@ from services.dashboard.problems import problem_response
 from services.dashboard.security import Security
 
 MAX_BODY_BYTES = 1 << 20
+_LINGER_BYTES = 32 << 20
+_LINGER_S = 5.0
 
 log = logging.getLogger("services.dashboard")
 
@@ -79,20 +83,35 @@ class _Guards:
         async def refuse(status: int, detail: str) -> None:
             await problem_response(status, detail, scope["path"], headers={"Connection": "close"})(scope, receive, tell)
 
-        too_large = f"the request's body is larger than {MAX_BODY_BYTES} bytes"
+        async def refuse_body() -> None:
+            await _linger(receive)
+            await refuse(413, f"the request's body is larger than {MAX_BODY_BYTES} bytes")
+
         if not self._security.host_allowed(headers.get("host", "")):
             await refuse(400, "the Host header names another machine; use 127.0.0.1 or localhost")
         elif int(length if (length := headers.get("content-length", "0")).isdecimal() else "0") > MAX_BODY_BYTES:
-            await refuse(413, too_large)
+            await refuse_body()
         else:
             try:
                 await self._app(scope, take, tell)
             except _TooLarge:
                 if answered:
                     raise
-                await refuse(413, too_large)
+                await refuse_body()
             except Exception as error:
                 if answered:
                     raise
                 log.exception("%s %r", scope["method"], scope["path"])
                 await refuse(500, f"{type(error).__name__} in the dashboard; its log has the rest")
+
+
+async def _linger(receive: Receive) -> None:
+    """Take in what a client still sends, within bounds: an answer to one that is cut off while it sends gets lost."""
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            while taken < _LINGER_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return

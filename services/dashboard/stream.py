@@ -21,6 +21,7 @@ POLL_S = 0.5
 RING_FRAMES = 2000
 RING_BYTES = 2 << 20
 MAX_CLIENTS = 1000
+_LOOK_S = 10.0
 
 log = logging.getLogger("services.dashboard")
 
@@ -82,7 +83,7 @@ class Feed:
             if self._trouble != told:
                 told = self._trouble
                 yield _state(told)
-            await self._changed.wait()
+            await self._change()
         if self.over:
             return
         since = since or self._end  # without any run there is no frame that would say where we are
@@ -111,7 +112,7 @@ class Feed:
             if self._trouble != told:
                 told = self._trouble
                 yield _state(told)
-            await self._changed.wait()
+            await self._change()
 
     def close(self) -> None:
         """End the poller: nobody follows any more."""
@@ -136,6 +137,12 @@ class Feed:
                     yield frame
                 if since >= self._begin:
                     return
+
+    async def _change(self) -> None:
+        """The next change, or time to look whether somebody still polls."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+        self.over |= self._task.done()
 
     async def _poll(self) -> None:
         while not self.over:
