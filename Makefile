@@ -4,18 +4,22 @@
 #   PYTHON       interpreter that .venv is made from
 #   TORCH_INDEX  extra package index for torch; empty: the default index, whose Linux wheels carry CUDA. On a machine
 #                without a GPU, https://download.pytorch.org/whl/cpu saves several gigabytes.
+#   WORKERS      tests that run side by side; each starts processes of its own
 #   SIZES        small: `make bench` at tiny sizes
 #   RECIPE, ARGS recipe and further arguments (key.sub=value ...) of `make run`; ARGS also goes to `make reproduce`
 #                and `make bench`
 
 PYTHON ?= python3.11
 TORCH_INDEX ?=
+WORKERS ?= 2
 RECIPE ?= sudoku
 ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+# Several processes share few cores, so each computes with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
 .PHONY: setup run dashboard test test-fast test-slow lint format reproduce bench clean
@@ -41,10 +45,10 @@ dashboard: setup
 test: test-fast test-slow
 
 test-fast: setup
-	$(PY) -m pytest -m "not slow and not e2e"
+	$(PYTEST) -m "not slow and not e2e"
 
 test-slow: setup
-	$(PY) -m pytest -m "slow or e2e"
+	$(PYTEST) -m "slow or e2e"
 
 lint: setup
 	$(VENV)/bin/ruff check .

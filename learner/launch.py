@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 import time
+from functools import partial
 
 from learner import checkpoint as checkpoints
 from learner.base_model import ensure_base, print_progress
@@ -39,7 +40,8 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         if dry_run:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-dry-run-"))
             changes = {"dir": place, "name": "dry-run", "resume": "never"}
-            config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
+            of_its_own = config.store.model_copy(update={"url": None})
+            config = config.model_copy(update={"run": config.run.model_copy(update=changes), "store": of_its_own})
         run_dir, resumed = open_run(config.run, kind="run", label=config.task.name)
         stack.enter_context(run_dir)
         since = time.time()
@@ -62,14 +64,6 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         return _train(config, run_dir, reporter, resumed, dry_run, since)
 
 
-def _where(controller: Controller) -> str:
-    at, saved = controller.progress.iteration, controller.saved
-    if saved is None:
-        return f"stopped after iteration {at}, nothing is saved; resume=auto begins again"
-    goes_on = "there" if saved.iteration == at else f"after iteration {saved.iteration}, the last one saved"
-    return f"stopped after iteration {at}; resume=auto goes on {goes_on}"
-
-
 def _train(
     config: RunConfig,
     run_dir: RunDirectory,
@@ -83,7 +77,7 @@ def _train(
         with (
             ray_session(config) as told,
             StopFlag() as stop,
-            Commands(config, run_dir, reporter, stop, since=since) as commands,
+            Commands(run_dir, reporter, stop, since=since) as commands,
             contextlib.ExitStack() as closing,
         ):
             reporter.event("info", "start", f"run {run_dir.id}: {told}; base model {model_path}")
@@ -91,19 +85,15 @@ def _train(
                 reporter.event("warning", "biased", warning)
             if joins(config.resources.ray_address) and (unchecked := check_memory(config, ray_cluster(config))):
                 reporter.event("warning", "memory", unchecked)
-            try:
-                controller = Controller(config, run_dir, reporter, model_path, resumed, stop, commands, closing)
-                if dry_run:
-                    controller.dry_run()
-                    return 0
-            except StopRequested:
-                reporter.event("info", "stop", f"asked to stop by {stop.name} while actors and ranks were starting")
-                reporter.store.status("stopped")
-                commands.stopped("stopped while actors and ranks were starting")
-                return stop.exit_status
-            summary = see_through(controller, reporter, stop)
+            start = partial(Controller, config, run_dir, reporter, model_path, resumed, stop, commands, closing)
+            if dry_run:
+                try:
+                    start().dry_run()
+                except StopRequested:
+                    return stop.exit_status
+                return 0
+            summary = see_through(start, reporter, stop, commands)
             if summary is None:
-                commands.stopped(_where(controller))
                 return stop.exit_status
             reporter.closing_table(summary, steps=config.rollout.sampler.steps)
             return 0

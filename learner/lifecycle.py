@@ -1,10 +1,11 @@
 """From its start to its exit status: what every kind of run does alike."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from learner import checkpoint as checkpoints
+from learner.commands import Commands
 from learner.config import dump_config
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
@@ -12,32 +13,22 @@ from learner.runs import changed_settings
 from learner.settings import Section, StoreSection
 from learner.stopping import Interrupted, StopFlag, StopRequested
 from learner.trackers import build_trackers
+from learner.training import Training
 from services.store.retention import Retention
 from services.store.writer import StoreWriter
 
 
-class Training(Protocol):
-    """A run's phases, in the order in which they are called."""
-
-    progress: checkpoints.Progress
-    saved: checkpoints.Progress | None
-    """Where the newest checkpoint stands; None before the first."""
-
-    def evaluate_base(self) -> None:
-        """Measure what the run starts from."""
-
-    def train(self) -> None:
-        """All remaining iterations. Raises StopRequested when the run is asked to stop."""
-
-    def checkpoint(self) -> None:
-        """Save where the run stands."""
-
-    def finish(self) -> dict[str, Any]:
-        """Leave the results behind; returns the summary."""
-
-
-def see_through(training: Training, reporter: Reporter, stop: StopFlag) -> dict[str, Any] | None:
+def see_through(
+    start: Callable[[], Training], reporter: Reporter, stop: StopFlag, commands: Commands
+) -> dict[str, Any] | None:
     """Train to the end and return the summary; None when the run was asked to stop, and has saved where it stands."""
+    try:
+        training = start()
+    except StopRequested:
+        reporter.event("info", "stop", f"asked to stop by {stop.name} while the run's processes were starting")
+        reporter.store.status("stopped")
+        commands.stopped("stopped while the run's processes were starting")
+        return None
     try:
         training.evaluate_base()
         training.train()
@@ -50,10 +41,19 @@ def see_through(training: Training, reporter: Reporter, stop: StopFlag) -> dict[
         reporter.event("info", "stop", f"resume=auto will go on {at_saved}")
         training.finish()
         reporter.store.status("stopped")
+        commands.stopped(_where(training))
         return None
     summary = training.finish()
     reporter.store.status("finished", summary)
     return summary
+
+
+def _where(training: Training) -> str:
+    at, saved = training.progress.iteration, training.saved
+    if saved is None:
+        return f"stopped after iteration {at}, nothing is saved; resume=auto begins again"
+    goes_on = "there" if saved.iteration == at else f"after iteration {saved.iteration}, the last one saved"
+    return f"stopped after iteration {at}; resume=auto goes on {goes_on}"
 
 
 @contextlib.contextmanager
@@ -85,14 +85,13 @@ def reporting(
 ) -> Iterator[Reporter]:
     """The run's reporter, which has forgotten what lies beyond the checkpoint that the run goes on from."""
     changes = changed_settings(run_dir, config) if resumed is not None else []
-    is_new = not run_dir.config_path.exists()
     run_dir.write_config(dump_config(config))
     dumped = config.model_dump(mode="json")
     run_dir.store_url = place.url or run_dir.store_url
     store = StoreWriter(
         run_dir.store_url,
         run_dir.id,
-        is_new=is_new,
+        identity=run_dir.identity,
         task=task,
         objective=objective,
         total_iterations=iterations,

@@ -187,7 +187,13 @@ class Rank(ABC):
         if shard is not None:
             import_state(self.engine, shard)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-        return {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "trained_parameters": trained}
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "trained_parameters": trained,
+            "usage": process_usage(),
+        }
 
     def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
         """One optimizer step.

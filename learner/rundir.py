@@ -4,6 +4,7 @@ runs/<id>/
   config.json     the resolved configuration        store.sqlite   run store (services.store)
   metrics.jsonl   one JSON object a report          summary.json   base against trained
   plots/  checkpoints/  adapter/ (PEFT)  samples/   run.lock       who writes here
+  run.uuid        tells the run from others of its name
 """
 
 import contextlib
@@ -14,12 +15,14 @@ import re
 import secrets
 import socket
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from learner.atomic import atomic_write_text, disk_errors, recover_replaced, remove_leftovers
 from rewards.errors import ConfigError
+from services.store.schema import sqlite_url
 
 
 class RunDirectory:
@@ -33,13 +36,14 @@ class RunDirectory:
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.store_path = self.path / "store.sqlite"
-        self.store_url = f"sqlite:///{self.store_path}"
+        self.store_url = sqlite_url(self.store_path)
         self.summary_path = self.path / "summary.json"
         self.plots_dir = self.path / "plots"
         self.checkpoints_dir = self.path / "checkpoints"
         self.adapter_dir = self.path / "adapter"
         self.samples_dir = self.path / "samples"
         self.samples_path = self.samples_dir / "completions.jsonl"
+        self._uuid_path = self.path / "run.uuid"
         self._lock: int | None = None
 
     @classmethod
@@ -65,6 +69,7 @@ class RunDirectory:
             run.plots_dir.mkdir(exist_ok=True)
             run.checkpoints_dir.mkdir(exist_ok=True)
         run._acquire()
+        atomic_write_text(run._uuid_path, f"{uuid.uuid4()}\n")
         return run
 
     @classmethod
@@ -83,6 +88,14 @@ class RunDirectory:
                 folder.mkdir(exist_ok=True)
                 remove_leftovers(folder)
         return run
+
+    @property
+    def identity(self) -> str:
+        """Tells the run from others of its name, wherever its records lie; empty for a run of an Unmask that gave none.
+        Raises ``UnmaskError`` when the disk refuses."""
+        with disk_errors(self._uuid_path), contextlib.suppress(FileNotFoundError):
+            return self._uuid_path.read_text().strip()
+        return ""
 
     def write_config(self, text: str) -> None:
         """Save the resolved configuration (JSON text). Raises ``UnmaskError`` when the disk refuses."""

@@ -57,6 +57,11 @@ class Watched:
             assert time.monotonic() < end, f"not seen within {limit_s:g} s: {what}; errors: {self.errors}"
             self.page.wait_for_timeout(50)
 
+    def expect_errors(self, *texts: str) -> None:
+        """There were errors, each with one of these texts; they are forgiven."""
+        assert self.errors and all(any(text in error for text in texts) for error in self.errors), self.errors
+        self.errors.clear()
+
     def strangers(self) -> list[str]:
         """Requests that went elsewhere than to the service."""
         home = urlsplit(self.origin)
@@ -84,13 +89,23 @@ def chromium() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def watched(browser: Any, origin: str, *, phone: bool = False, dark: bool = False) -> Iterator[Watched]:
-    """A page in a context of its own: nothing is remembered from others."""
+def watched(
+    browser: Any, origin: str, *, phone: bool = False, dark: bool = False, calm: bool = False
+) -> Iterator[Watched]:
+    """A page in a context of its own: nothing is remembered from others. It must end without an error that nobody
+    expected, and without a request to anybody else. ``calm``: the reader prefers reduced motion.
+    """
     context = browser.new_context(
         viewport=PHONE if phone else DESKTOP,
         is_mobile=phone,
         has_touch=phone,
         color_scheme="dark" if dark else "light",
+        reduced_motion="reduce" if calm else "no-preference",
     )
-    yield Watched(context.new_page(), origin.rstrip("/"))
-    context.close()
+    page = Watched(context.new_page(), origin.rstrip("/"))
+    try:
+        yield page
+        assert page.errors == [], page.errors
+        assert page.strangers() == [], page.strangers()
+    finally:
+        context.close()

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from learner.rundir import RunDirectory
+from services.store.reader import Reader
+from services.store.schema import sqlite_url
+from services.store.writer import StoreWriter
+from tests.dashboards import Place
 from tests.databases import Server
 from tests.real_runs import Runs
+from tests.store_contents import reading
+
+DATABASES = ("sqlite", "postgresql")
 
 
 @pytest.fixture(scope="session")
@@ -69,11 +77,42 @@ def postgresql() -> Iterator[Server]:
     server.remove()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=DATABASES)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """URL of a run store that isn't there yet, once of each kind."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'store.sqlite'}"
+        yield sqlite_url(tmp_path / "store.sqlite")
     else:
         with request.getfixturevalue("postgresql").database() as url:
             yield url
+
+
+@pytest.fixture
+def pair(store_url: str) -> Iterator[tuple[StoreWriter, Reader]]:
+    """A run being written, and a reader of its store, once of each kind."""
+    with StoreWriter(store_url, "r") as writer, reading(store_url) as reader:
+        yield writer, reader
+
+
+@pytest.fixture(params=DATABASES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """A place for runs, once of each kind: a folder, and a PostgreSQL database."""
+    (tmp_path / "runs").mkdir()
+    with _place(request, tmp_path / "runs") as place:
+        yield place
+
+
+@pytest.fixture(scope="module", params=DATABASES)
+def shared_place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The same for all tests of a file."""
+    with _place(request, tmp_path_factory.mktemp("runs")) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def _place(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
+    if request.param == "sqlite":
+        yield Place(folder)
+    else:
+        with request.getfixturevalue("postgresql").database() as url:
+            yield Place(folder, url)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from services.store.schema import sqlite_url
 from services.store.writer import StoreWriter
 from tests.dashboards import Dashboard, dashboard
 from tests.store_load import NAMES, fill_folder
@@ -83,7 +84,7 @@ async def follow(port: int, received: list[int], place: int) -> None:
 
 
 def write(runs: Path, seconds: float) -> None:
-    with StoreWriter(f"sqlite:///{runs / 'load-000' / 'store.sqlite'}", "load-000", total_iterations=10**6) as store:
+    with StoreWriter(sqlite_url(runs / "load-000" / "store.sqlite"), "load-000", total_iterations=10**6) as store:
         for i in range(int(seconds * 2)):
             store.metrics(10_000 + i, dict.fromkeys(NAMES, float(i)))
             time.sleep(0.5)

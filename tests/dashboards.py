@@ -2,19 +2,50 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import sqlalchemy as sa
 
+from services.store import schema
 from services.store.writer import StoreWriter
 
 START_LIMIT_S = 60.0
 ANSWER_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs lie: in a folder of run directories, each with a store of its own, or in one store by URL. The folder
+    keeps the dashboard's own files either way."""
+
+    folder: Path
+    store: str | None = None
+
+    def url(self, name: str) -> str:
+        """Of the store that has the run, or is to have it."""
+        return self.store or schema.sqlite_url(self.folder / name / "store.sqlite")
+
+    def execute(self, name: str, statement: str) -> None:
+        """Do this to the store of a run."""
+        engine = schema.open_engine(self.url(name), create=False)
+        with engine.begin() as connection:
+            connection.execute(sa.text(statement))
+        engine.dispose()
+
+    def remove(self, name: str) -> None:
+        """Delete a run."""
+        if self.store is None:
+            shutil.rmtree(self.folder / name)
+        else:
+            self.execute(name, f"DELETE FROM runs WHERE id = '{name}'")
 
 
 class Dashboard:
@@ -47,8 +78,11 @@ class Dashboard:
 
 
 @contextlib.contextmanager
-def dashboard(runs: Path, *options: str, **environment: str) -> Iterator[Dashboard]:
-    """A service for the folder ``runs`` on a free port, until the end of the block."""
+def dashboard(place: Path | Place, *options: str, **environment: str) -> Iterator[Dashboard]:
+    """A service for these runs (a path: a folder of run directories) on a free port, until the end of the block."""
+    if isinstance(place, Place) and place.store is not None:
+        options = ("--store", place.store, *options)
+    runs = _place(place).folder
     log = runs.parent / f"{runs.name}-dashboard-{time.monotonic_ns()}.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -90,15 +124,17 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def writer(runs: Path, name: str, **about: Any) -> Iterator[StoreWriter]:
-    """The store of the run ``name`` in the folder ``runs``, being written."""
-    (runs / name).mkdir(parents=True, exist_ok=True)
+def writer(runs: Path | Place, name: str, **about: Any) -> Iterator[StoreWriter]:
+    """The store of the run ``name``, being written."""
+    place = _place(runs)
+    if place.store is None:
+        (place.folder / name).mkdir(parents=True, exist_ok=True)
     about = {"task": "sudoku", "objective": "agrpo", "total_iterations": 100} | about
-    with StoreWriter(f"sqlite:///{runs / name / 'store.sqlite'}", name, **about) as store:
+    with StoreWriter(place.url(name), name, **about) as store:
         yield store
 
 
-def write_run(runs: Path, name: str, *, iterations: int = 5, config: dict[str, Any] | None = None) -> None:
+def write_run(runs: Path | Place, name: str, *, iterations: int = 5, config: dict[str, Any] | None = None) -> None:
     """A run that has finished, with something of everything."""
     with writer(runs, name, config=config or {"run": {"name": name, "seed": 0}, "learner": {"lr": 1e-3}}) as store:
         store.event("info", "start", f"run {name} starts")
@@ -153,8 +189,12 @@ def is_problem(answer: httpx.Response, status: int) -> dict[str, Any]:
     return document
 
 
-def eventually(condition: Any, limit_s: float = 20.0) -> None:
+def eventually(condition: Any, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"it did not come true within {limit_s:g} s"
         time.sleep(0.1)
+
+
+def _place(runs: Path | Place) -> Place:
+    return runs if isinstance(runs, Place) else Place(runs)

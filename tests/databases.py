@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-USER = "postgres"  # initdb refuses root: the package's user serves, or nobody
+USER = "postgres"  # initdb refuses root: the package's user serves then
 
 
 def binaries() -> Path | None:
@@ -26,7 +26,8 @@ def binaries() -> Path | None:
 
 class Server:
     """A PostgreSQL server on a free port of 127.0.0.1, in a folder of its own under the system's temporary one (the
-    unprivileged user that runs it must get there, and can't enter root's)."""
+    unprivileged user that runs it must get there, and can't enter root's). It goes with this process, however that
+    ends: a shell waits for the end of a pipe, then stops the server and removes the folder."""
 
     def __init__(self) -> None:
         folder = binaries()
@@ -40,11 +41,17 @@ class Server:
         if os.geteuid() == 0:
             shutil.chown(self.home, USER)
             self._as_user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self._keeper = self._keep()
+        self.port = _free_port()
         self._call("initdb", "-D", str(self.home / "data"), "-U", "unmask", "-A", "trust", "-E", "UTF8", "--no-sync")
-        self.start()
+        for attempt in range(3):
+            try:
+                self.start()
+                return
+            except AssertionError:  # somebody else may have taken the port meanwhile
+                if attempt == 2 or "could not create any TCP/IP sockets" not in self.log():
+                    raise
+                self.port = _free_port()
 
     def start(self, *, largest_file: int | None = None) -> None:
         """largest_file: bytes beyond which no file of the server's grows."""
@@ -55,16 +62,26 @@ class Server:
 
     def kill(self) -> None:
         """As a power cut would: no goodbye to anybody."""
-        self._call("pg_ctl", "-D", str(self.home / "data"), "-m", "immediate", "-w", "-t", "60", "stop")
+        self._call(*self._stop)
+
+    def log(self) -> str:
+        """What the server wrote so far."""
+        path = self.home / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def remove(self) -> None:
-        with contextlib.suppress(AssertionError):  # a test may have left it stopped
-            self.kill()
-        shutil.rmtree(self.home)
+        """Stop it, if it runs, and remove its folder."""
+        self._keeper.communicate(timeout=120)
+        assert not self.home.exists()
 
     def connect(self, database: str = "postgres") -> psycopg.Connection:
         address = f"host=127.0.0.1 port={self.port} user=unmask dbname={database} connect_timeout=10"
         return psycopg.connect(address, autocommit=True)
+
+    def disconnect(self, database: str) -> None:
+        """Cut all connections to it."""
+        with self.connect() as connection:
+            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
 
     @contextlib.contextmanager
     def database(self) -> Iterator[str]:
@@ -77,12 +94,28 @@ class Server:
             with self.connect() as connection:
                 connection.execute(f"CREATE DATABASE {name}")
         yield f"postgresql://unmask@127.0.0.1:{self.port}/{name}"
+        self.disconnect(name)
         with self.connect(name) as connection:
-            others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> %s"
-            connection.execute(others, [name, connection.info.backend_pid])
             connection.execute("DROP SCHEMA public CASCADE")
             connection.execute("CREATE SCHEMA public")
         self._free.append(name)
+
+    @property
+    def _stop(self) -> list[str]:
+        return ["pg_ctl", "-D", str(self.home / "data"), "-m", "immediate", "-w", "-t", "60", "stop"]
+
+    def _keep(self) -> subprocess.Popen[bytes]:
+        program, *arguments = self._stop
+        wait = 'cat; "$@"; rm -rf "$0"'
+        command = ["sh", "-c", wait, str(self.home), *self._as_user, str(self._bin / program), *arguments]
+        return subprocess.Popen(
+            command,
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # what ends the tests' processes as a group must leave it
+        )
 
     def _call(self, program: str, *arguments: str, limit: Sequence[str] = ()) -> None:
         """pg_ctl's server keeps what it inherits: its output goes to a file, which has an end."""
@@ -91,6 +124,13 @@ class Server:
             done = subprocess.run(command, cwd="/", stdout=output, stderr=output, timeout=120)
             output.seek(0)
             assert done.returncode == 0, output.read().decode(errors="replace")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:

@@ -1,7 +1,8 @@
 """Runs whose samples can be played back, written by the run's own recorder: made-up completions of given texts."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -163,9 +164,23 @@ def scored_of(groups: Sequence[TrajectoryGroup], *, k: int, update: int, shift: 
     return views
 
 
-def write_playable(runs: Path, name: str, *, long: bool = False, iterations: int = 3) -> None:
-    """A finished run: sudoku in 8 steps, or (``long``) word problems in 128 steps over 384 positions; groups of 8, two
-    updates a batch, base and trained on two held-out problems; the last group of the last iteration has odd tokens."""
+def write_playable(runs: Path, name: str, *, long: bool = False, iterations: int = 3, scored: bool = True) -> None:
+    """A finished run, see ``playable``."""
+    with playable(runs, name, long=long, iterations=iterations, scored=scored) as iterate:
+        for iteration in range(1, iterations + 1):
+            iterate(iteration)
+
+
+@contextlib.contextmanager
+def playable(
+    runs: Path, name: str, *, long: bool = False, iterations: int, scored: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A run that does the iterations that it is called with, and has finished at the end of the block.
+
+    Sudoku in 8 steps, or (``long``) word problems in 128 steps over 384 positions; groups of 8, two updates a batch,
+    base and trained on two held-out problems; the last group of iteration ``iterations`` has odd tokens. ``scored``:
+    the updates score single steps.
+    """
     story = [*pieces(STORY)]
     wrong = [*pieces(STORY.replace("14", "16").replace("Check: ", "So "))]
     text, other = (story, wrong) if long else (GRID, [*GRID[:9], *"3412", *GRID[13:]])
@@ -187,17 +202,20 @@ def write_playable(runs: Path, name: str, *, long: bool = False, iterations: int
             ]
             recorder.evaluation(iteration, kind, held_out)
 
-        evaluation(0, "base")
-        for iteration in range(1, iterations + 1):
+        def iterate(iteration: int) -> None:
             words = [text if row % 3 else other for row in range(8)]
             if iteration == iterations and not long:
                 words[7] = ODD
             groups = [
                 written(tokenizer, 10 * iteration + g, words, **shape, prompt=prompt) for g in range(4 if long else 6)
             ]
-            updates = [scored_of(groups, k=24 if long else 4, update=u, shift=(1e-7, 0.05)[u]) for u in range(2)]
+            k = 24 if long else 4
+            updates = [scored_of(groups, k=k, update=u, shift=(1e-7, 0.05)[u]) if scored else [] for u in range(2)]
             reporter.iteration(iteration, {"reward/mean": 1.0 + 0.1 * iteration, "loss": 0.1, "solve_rate": 0.4})
             recorder.iteration(iteration, groups, updates)
+
+        evaluation(0, "base")
+        yield iterate
         evaluation(iterations, "trained")
         reporter.store.status("finished", {})
         assert reporter.flush(60)

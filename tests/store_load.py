@@ -42,7 +42,7 @@ def fill_folder(folder: Path, runs: int, rows: int) -> None:
     for number in range(runs):
         path = folder / f"load-{number:03d}"
         path.mkdir(parents=True)
-        fill_run(f"sqlite:///{path / 'store.sqlite'}", path.name, rows)
+        fill_run(schema.sqlite_url(path / "store.sqlite"), path.name, rows)
 
 
 def _put_metrics(connection: sa.Connection, run_id: str, iterations: int, names: Sequence[str], seconds: float) -> None:

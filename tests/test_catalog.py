@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from rewards.errors import StoreError
+from services.store import schema
 from services.store.catalog import UNREADABLE, Catalog
 from services.store.schema import sqlite_url
 from services.store.writer import StoreWriter
-from tests.databases import wait_until
+from tests.dashboards import writer
+from tests.databases import Server, wait_until
 
 
 @pytest.fixture
@@ -23,6 +25,13 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "runs"
     path.mkdir()
     return path
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are looked through more often, for the sake of the tests' time."""
+    monkeypatch.setattr("services.store.catalog._SCAN_S", 0.1)
+    monkeypatch.setattr("services.store.catalog._RETRY_S", 0.1)
 
 
 @pytest.fixture
@@ -33,12 +42,14 @@ def catalog(folder: Path) -> Iterator[Catalog]:
 
 
 def make_run(folder: Path, name: str, **columns: str) -> Path:
-    """Store of a run directory with one metric row and one event."""
+    """Store of a run directory with one metric row and one event; whole when a catalog first sees it, so that nothing
+    is left in a write-ahead log that a reader kept from being folded in."""
     (folder / name).mkdir()
-    with StoreWriter(sqlite_url(folder / name / "store.sqlite"), name, **columns) as writer:
+    making = folder / name / "making.sqlite"
+    with StoreWriter(sqlite_url(making), name, **columns) as writer:
         writer.metrics(1, {"loss": 1.0})
         writer.event("info", "x", f"of {name}")
-    return folder / name / "store.sqlite"
+    return making.rename(folder / name / "store.sqlite")
 
 
 def reason(catalog: Catalog, run_id: str) -> str | None:
@@ -184,10 +195,16 @@ def test_few_stores_are_open_at_a_time(folder, bound, at_most):
     wait_until(lambda: open_files(folder) == 0)
 
 
-def test_many_threads_share_it(folder, catalog):
+def test_many_threads_share_it(place):
     for number in range(6):
-        make_run(folder, f"run-{number}")
-    wait_until(lambda: len(catalog.run_ids()) == 6)
+        with writer(place, f"run-{number}") as store:
+            store.event("info", "x", f"of run-{number}")
+    with closing(Catalog(place.store or place.folder)) as catalog:
+        wait_until(lambda: len(catalog.run_ids()) == 6)
+        assert_shared(catalog)
+
+
+def assert_shared(catalog: Catalog) -> None:
     errors: list[BaseException] = []
 
     def look() -> None:
@@ -225,10 +242,36 @@ def test_one_store_by_url(store_url):
             catalog.reader("c")
 
 
+def test_locked_tables_and_cut_connections_pass(postgresql):
+    with postgresql.database() as url, StoreWriter(url, "a"), closing(Catalog(url)) as catalog:
+        assert catalog.run_ids() == ["a"]
+        with postgresql.connect(url.rsplit("/", 1)[1]) as other, other.transaction():
+            other.execute("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE")
+            for ask in (catalog.run_ids, catalog.list_runs, lambda: catalog.run("a"), lambda: catalog.store_url("a")):
+                with pytest.raises(StoreError, match="lock timeout"):
+                    ask()
+        assert catalog.run_ids() == ["a"]
+        postgresql.disconnect(url.rsplit("/", 1)[1])
+        assert catalog.run_ids() == ["a"]  # a restart of the server costs no error
+
+
+def test_other_versions_of_a_store_by_url_say_what_to_do(store_url):
+    StoreWriter(store_url, "a").close(10)
+    engine = schema.open_engine(store_url, create=False)
+    for version, told in ((1, "python -m services.store upgrade"), (99, "newer Unmask"), (2, "")):
+        with engine.begin() as connection:
+            connection.execute(schema.schema_version.update().values(version=version))
+        with closing(Catalog(store_url)) as catalog:
+            if told:
+                with pytest.raises(StoreError, match=told):
+                    catalog.list_runs()
+            else:
+                assert catalog.run_ids() == ["a"]
+    engine.dispose()
+
+
 @pytest.mark.slow
 def test_a_killed_server_is_told_and_comes_back():
-    from tests.databases import Server
-
     server = Server()
     try:
         with server.database() as url, StoreWriter(url, "a"), closing(Catalog(url)) as catalog:

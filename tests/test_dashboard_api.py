@@ -1,7 +1,7 @@
 """The REST API over real stores, and what it says to garbage."""
 
 import json
-import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,37 +9,39 @@ from starlette.testclient import TestClient
 
 from services.dashboard.app import create_app
 from services.dashboard.settings import Settings
-from tests.dashboards import Dashboard, dashboard, is_problem, write_run, writer
+from tests.dashboards import Dashboard, Place, dashboard, is_problem, write_run, writer
 
 HTML = "<img src=x onerror=alert(1)>"
 SQL = "x'; DROP TABLE runs; --"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory):
-    runs = tmp_path_factory.mktemp("runs")
-    write_run(runs, "one", iterations=6)
-    write_run(
-        runs, "two", iterations=3, config={"run": {"name": "two", "seed": 1}, "learner": {"lr": 1e-3}, "extra": 1}
-    )
-    write_run(runs, HTML, iterations=2)
-    write_run(runs, SQL, iterations=1)
-    with writer(runs, "countdown-1", task="countdown") as store:  # never ended, and silent by now
+def service(shared_place: Place) -> Iterator[Dashboard]:
+    place = shared_place
+    write_run(place, "one", iterations=6)
+    changed = {"run": {"name": "two", "seed": 1}, "learner": {"lr": 1e-3}, "extra": 1}
+    write_run(place, "two", iterations=3, config=changed)
+    write_run(place, HTML, iterations=2)
+    write_run(place, SQL, iterations=1)
+    with writer(place, "countdown-1", task="countdown") as store:  # never ended, and silent by now
         store.metrics(1, {"reward/mean": float("nan"), "loss": float("inf"), "solve_rate": 0.5})
-    with sqlite3.connect(runs / "countdown-1" / "store.sqlite") as connection:
-        connection.execute("UPDATE runs SET heartbeat = heartbeat - 3600")
-    connection.close()
-    with dashboard(runs) as service:
+    place.execute("countdown-1", "UPDATE runs SET heartbeat = heartbeat - 3600 WHERE id = 'countdown-1'")
+    with writer(place, "long") as store:
+        for iteration in range(1, 601):
+            store.metrics(iteration, {"loss": 100.0 if iteration == 377 else 0.5})
+        store.status("stopped")
+        assert store.flush(60)
+    with dashboard(place) as service:
         yield service
 
 
 # ---- runs
 
 
-def test_list_shows_runs_newest_first_with_their_figures(service: Dashboard) -> None:
+def test_list_shows_runs_newest_first_with_their_figures(service: Dashboard, shared_place: Place) -> None:
     answer = service.api("runs")
-    assert [run["id"] for run in answer["items"]] == ["countdown-1", SQL, HTML, "two", "one"]
-    assert answer["total"] == 5 and answer["folder"] == str(service.runs)
+    assert [run["id"] for run in answer["items"]] == ["long", "countdown-1", SQL, HTML, "two", "one"]
+    assert answer["total"] == 6 and answer["folder"] == ("" if shared_place.store else str(shared_place.folder))
     one = answer["items"][-1]
     assert (one["status"], one["iteration"], one["task"], one["method"]) == ("finished", 6, "sudoku", "agrpo")
     assert one["reward"] == pytest.approx(0.06) and one["tokens_per_s"] == 1006 and one["workers"] == 2
@@ -84,15 +86,10 @@ def test_series_of_several_names(service: Dashboard) -> None:
     assert "ledger/ready" in service.api("runs/one/metric-names")["names"]
 
 
-def test_a_long_series_is_thinned_and_keeps_its_extremes(tmp_path: Path) -> None:
-    with writer(tmp_path, "long") as store:
-        for iteration in range(1, 2001):
-            store.metrics(iteration, {"loss": 100.0 if iteration == 777 else 0.5})
-        assert store.flush(30)
-    with dashboard(tmp_path) as service:
-        loss = service.api("runs/long/metrics", name="loss", points=50)["series"]["loss"]
-        assert 20 <= len(loss["iteration"]) <= 50 and max(loss["high"]) == 100.0
-        assert sum(loss["count"]) == 2000 and loss["iteration"] == sorted(loss["iteration"])
+def test_a_long_series_is_thinned_and_keeps_its_extremes(service: Dashboard) -> None:
+    loss = service.api("runs/long/metrics", name="loss", points=50)["series"]["loss"]
+    assert 20 <= len(loss["iteration"]) <= 50 and max(loss["high"]) == 100.0
+    assert sum(loss["count"]) == 600 and loss["iteration"] == sorted(loss["iteration"])
 
 
 def test_events_workers_checkpoints_ledger_samples(service: Dashboard) -> None:
@@ -139,7 +136,7 @@ def test_hostile_names_are_names(service: Dashboard, name: str) -> None:
     run = service.client.get(f"/api/v1/runs/{name.replace('/', '%2F')}")
     assert run.status_code == 200 and run.json()["id"] == name
     assert run.headers["content-type"] == "application/json"
-    assert len(service.api("runs")["items"]) == 5  # nothing was dropped
+    assert len(service.api("runs")["items"]) == 6  # nothing was dropped
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from tests.dashboards import Dashboard, dashboard, write_run
+from tests.dashboards import Dashboard, Place, dashboard, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -41,11 +41,10 @@ FUZZ = settings(
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
-    runs = tmp_path_factory.mktemp("runs")
+def service(shared_place: Place) -> Iterator[Dashboard]:
     for name in ("0", "one"):
-        write_run(runs, name)
-    with dashboard(runs) as service:
+        write_run(shared_place, name)
+    with dashboard(shared_place) as service:
         yield service
 
 

@@ -5,8 +5,11 @@ import json
 import queue
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import pytest
 
 from services.dashboard import jobs
 from services.store.actions import Action, Inbox
-from tests.dashboards import Dashboard, dashboard, write_run, writer
-from tests.real_runs import Runs, iterations, saved_iterations, wait_until
-from tests.test_ray_job import Head, checkout, head  # noqa: F401  (fixtures)
+from tests.dashboards import Dashboard, Place, dashboard, write_run, writer
+from tests.databases import Server
+from tests.real_runs import Runs, command_line, iterations, saved_iterations, send, wait_until
+from tests.test_ray_job import Head, checkout, free_ports, head  # noqa: F401  (fixtures)
 
 LIMIT_S = 60.0
 
@@ -69,7 +73,15 @@ def confirmed(service: Dashboard, answer: httpx.Response) -> dict[str, Any]:
         ({"Authorization": "Bearer wrong"}, 401),
         ({"Authorization": "Basic {token}"}, 401),
         ({"Authorization": "Bearer {token}", "Origin": "http://elsewhere.example"}, 403),
+        ({"Authorization": "Bearer {token}", "Origin": "null"}, 403),
+        ({"Authorization": "Bearer {token}", "Origin": ""}, 403),
+        ({"Authorization": "Bearer {token}", "Origin": "http://127.0.0.1"}, 403),
+        ({"Authorization": "Bearer {token}", "Origin": "{origin}.evil.example"}, 403),
         ({"Authorization": "Bearer {token}", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Authorization": "Bearer {token}", "Sec-Fetch-Site": "same-site"}, 403),
+        ({"Authorization": "Bearer {token}x"}, 401),
+        ({"Authorization": "Bearer"}, 401),
+        ({"Cookie": "token={token}"}, 401),
         ({"Authorization": "Bearer {token}"}, 202),
         ({"Authorization": "Bearer {token}", "Origin": "{origin}", "Sec-Fetch-Site": "same-origin"}, 202),
     ],
@@ -86,6 +98,15 @@ def test_only_who_has_the_token_and_no_other_page_may_ask(
     assert len(after) == before + (status == 202), "asked for in spite of the answer"
     submitted = service.client.post("/api/v1/submissions", json={"recipe": "nothing"}, headers=given)
     assert submitted.status_code == (422 if status == 202 else status)
+
+
+def test_token_in_an_address_opens_nothing_and_is_not_logged(service: Dashboard) -> None:
+    for name in ("token", "access_token", "authorization"):
+        answer = service.client.post(
+            "/api/v1/runs/live/actions", params={name: service.token}, json={"action": "checkpoint"}
+        )
+        assert answer.status_code == 401 and service.token not in answer.text
+    assert service.token not in service.log()
 
 
 def test_action_is_confirmed_by_the_run_alone(service: Dashboard) -> None:
@@ -174,6 +195,9 @@ def test_recipes_and_the_check_of_settings(service: Dashboard) -> None:
     assert (sound.json()["run_id"], sound.json()["status"]) == ("mine", "checked")
     unknown = submit(service, overrides=["learner.lrr=0.5"], dry=True)
     assert unknown.status_code == 422 and "did you mean 'learner.lr'" in unknown.json()["detail"]
+    leaky = submit(service, overrides=["store.url=postgresql://u:geheim@h/d"], dry=True)
+    assert leaky.status_code == 422 and "geheim" not in leaky.text + service.log()
+    assert "postgresql://u:***@h/d" in service.log(), "the control: the line is there"
     off = submit(service)
     assert off.status_code == 503 and "--ray-address" in off.json()["detail"]
     assert service.api("submissions")["items"][0]["status"] == "refused"
@@ -190,12 +214,26 @@ def test_recipes_and_the_check_of_settings(service: Dashboard) -> None:
         ("smoke", ["run.name=a\nb=1"], "not of the form key.sub=value"),
         ("smoke", ["run.dir=/tmp"], "run.dir is the dashboard's to set"),
         ("smoke", ["recipe=sudoku"], "recipe is the dashboard's to set"),
+        ("smoke", [" store.url =postgresql://u:geheim@h/d"], "store.url is the dashboard's to set"),
+        ("smoke", ["store={url: postgresql:///elsewhere}"], "store.url and resources.ray_address are the dashboard's"),
+        ("smoke", ["resources={ray_address: auto}"], "store.url and resources.ray_address are the dashboard's"),
+        ("smoke", ["run.name=null"], "gives the run no name"),
+        ("smoke", ["resume=/elsewhere/checkpoints/iteration-000001"], "it is never or auto"),
         ("smoke", ["run.name=a; touch /tmp/x"], "names a folder"),
     ],
 )
 def test_settings_that_lead_elsewhere_are_refused(tmp_path: Path, recipe: str, overrides: list[str], told: str) -> None:
     with pytest.raises(jobs.SettingsRefused, match=re.escape(told)):
-        jobs.check(recipe, overrides, tmp_path)
+        jobs.check(recipe, overrides, tmp_path, None)
+
+
+def test_run_is_told_the_store_and_the_folder_whatever_else_it_is_told(tmp_path: Path) -> None:
+    given = ["store={url: postgresql:///elsewhere}", "run={dir: /elsewhere}", "run.resume=auto"]
+    checked = jobs.check("smoke", given, tmp_path, "postgresql://somebody@db/unmask")
+    assert checked.config["store"]["url"] == "postgresql://somebody@db/unmask"
+    assert checked.config["run"]["dir"] == str(tmp_path)
+    assert "store.url=postgresql://somebody@db/unmask" in checked.arguments
+    assert checked.config["run"]["name"] == checked.run_id and "-smoke-" in checked.run_id
 
 
 def submit(service: Dashboard, recipe: str = "smoke", **body: Any) -> httpx.Response:
@@ -203,6 +241,34 @@ def submit(service: Dashboard, recipe: str = "smoke", **body: Any) -> httpx.Resp
     return service.client.post(
         "/api/v1/submissions", json={"recipe": recipe, **body}, headers=headers, timeout=2 * LIMIT_S
     )
+
+
+def test_ray_that_is_not_there_is_told() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(jobs.RayUnavailable, match=f"no Ray answers at http://127.0.0.1:{port}"):
+        jobs.Jobs(f"http://127.0.0.1:{port}", None).state("a-job")
+
+
+@pytest.mark.slow
+def test_ray_that_never_answers_holds_up_neither_a_request_nor_the_end() -> None:
+    code = """
+import sys
+import ray.job_submission
+from services.dashboard import jobs
+jobs.RAY_LIMIT_S = 1.0
+ray = jobs.Jobs(sys.argv[1], None)
+for _ in range(jobs.CALLS + 1):
+    try:
+        ray.state("a-job")
+    except jobs.RayUnavailable as error:
+        print(error)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-c", code, address]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT_S)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [f"Ray at {address} did not answer within 1 s"] * (jobs.CALLS + 1)
 
 
 # ---- real runs
@@ -239,28 +305,72 @@ def test_real_run_obeys_the_service(runs: Runs) -> None:
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-def test_submitted_run_appears(head: Head, checkout: Path, runs: Runs, tmp_path: Path) -> None:  # noqa: F811
-    environment = {key: value for key, value in head.environment.items() if key.startswith("RAY_AUTH")}
+def test_submitted_run_appears(
+    head: Head,  # noqa: F811
+    checkout: Path,  # noqa: F811
+    runs: Runs,
+    tmp_path: Path,
+    postgresql: Server,
+) -> None:
+    """In a store by URL where Ray wants a token, in the folder where it wants none."""
+    ray = {key: value for key, value in head.environment.items() if key.startswith("RAY_AUTH")}
     options = ("--ray-address", f"http://127.0.0.1:{head.dashboard}", "--ray-working-dir", str(checkout))
-    with dashboard(tmp_path / "runs", *options, **environment) as service:
+    with contextlib.ExitStack() as stack:
+        secured = ray["RAY_AUTH_MODE"] == "token"
+        url = stack.enter_context(postgresql.database()) if secured else None
+        place = Place(tmp_path / "runs", url)
+        service = stack.enter_context(dashboard(place, *options, **ray))
         assert service.api("recipes")["submission"] is True
         given = [f"model.cache_dir={runs.cache}", "run.name=from-the-page", "run.iterations=1"]
-        answer = submit(service, overrides=given)
-        assert answer.status_code == 202, answer.text
-        assert answer.json()["job_id"].startswith("unmask-from-the-page-")
-        found: dict[str, Any] = {}
+        dies = submit(service, overrides=[*given, "model.cache_dir=relative"])  # wrong only inside a job
+        dead = settled(service, dies)
+        assert dead["status"] == "refused" and "model.cache_dir=relative is relative" in dead["result"], dead
+        assert service.get("/api/v1/runs/from-the-page").status_code == 404
 
-        def over() -> bool:
-            found.update(service.client.get(answer.headers["Location"], timeout=LIMIT_S).json())
-            return found["status"] not in ("requested", "accepted")
-
-        wait_until(over, "the run", 4 * LIMIT_S)
+        with stopped(head.processes(), "runtime_env/agent/main.py"):  # no job can start
+            answer = submit(service, overrides=given)
+            assert answer.status_code == 202, answer.text
+            assert answer.json()["job_id"].startswith("unmask-from-the-page-")
+            for _ in range(3):
+                waiting = submission(service, answer)
+                assert (waiting["status"], waiting["job_status"]) == ("accepted", "pending"), waiting
+        found = settled(service, answer)
         assert (found["status"], found["result"]) == ("done", "run from-the-page has started"), found
         wait_until(lambda: service.api("runs/from-the-page")["status"] == "finished", "the run's end", 4 * LIMIT_S)
+        assert (tmp_path / "runs/from-the-page/store.sqlite").exists() == (url is None)
         again = submit(service, overrides=given)
         assert again.status_code == 409 and "there is a run from-the-page already" in again.json()["detail"]
-        if environment["RAY_AUTH_MODE"] == "token":
-            with dashboard(tmp_path / "runs", *options, RAY_AUTH_MODE="disabled") as stranger:
-                refused = submit(stranger, overrides=["run.name=stranger"])
-                assert refused.status_code == 502, refused.text
-                assert not (tmp_path / "runs" / "stranger").exists()
+
+        if secured:
+            wrong = tmp_path / "wrong-token"
+            wrong.write_text("0" * 64)
+            wrong.chmod(0o600)
+            for other in ({"RAY_AUTH_MODE": "disabled"}, ray | {"RAY_AUTH_TOKEN_PATH": str(wrong)}):
+                with dashboard(place, *options, **other) as stranger:
+                    refused = submit(stranger, overrides=["run.name=stranger"])
+                    assert refused.status_code == 502, refused.text
+            assert not (tmp_path / "runs" / "stranger").exists()
+
+
+def submission(service: Dashboard, answer: httpx.Response) -> dict[str, Any]:
+    """How a submission stands."""
+    assert answer.status_code == 202, answer.text
+    found: dict[str, Any] = service.client.get(answer.headers["Location"], timeout=LIMIT_S).json()
+    return found
+
+
+def settled(service: Dashboard, answer: httpx.Response) -> dict[str, Any]:
+    wait_until(lambda: submission(service, answer)["status"] not in ("requested", "accepted"), "its end", 4 * LIMIT_S)
+    return submission(service, answer)
+
+
+@contextlib.contextmanager
+def stopped(processes: Sequence[int], script: str) -> Iterator[None]:
+    """In the block those of the processes that run ``script`` hang."""
+    hanging = [pid for pid in processes if script in command_line(pid)]
+    assert hanging, f"none of them runs {script}"
+    send(signal.SIGSTOP, hanging)
+    try:
+        yield
+    finally:
+        send(signal.SIGCONT, hanging)

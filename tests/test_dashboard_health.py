@@ -8,28 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from services.store.writer import StoreWriter
-from tests.dashboards import Dashboard, dashboard, eventually, figures, is_problem, write_run, writer
+from services.dashboard.index import RunIndex
+from services.store import schema
+from services.store.catalog import Catalog
+from tests.dashboards import Dashboard, Place, dashboard, eventually, is_problem, write_run, writer
 from tests.databases import Server
 
 ODD = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
+def several(shared_place: Place) -> Iterator[Dashboard]:
     """Three finished runs and one that is lost."""
-    runs = tmp_path_factory.mktemp("runs")
     for name in ("one", "two", ODD):
-        write_run(runs, name, iterations=6)
-    with writer(runs, "countdown-1") as store:
+        write_run(shared_place, name, iterations=6)
+    with writer(shared_place, "countdown-1") as store:
         store.metrics(1, {"reward/mean": float("nan")})
-    with contextlib.closing(sqlite3.connect(runs / "countdown-1" / "store.sqlite")) as connection, connection:
-        connection.execute("UPDATE runs SET heartbeat = heartbeat - 3600")
-    with dashboard(runs) as service:
+    shared_place.execute("countdown-1", "UPDATE runs SET heartbeat = heartbeat - 3600 WHERE id = 'countdown-1'")
+    with dashboard(shared_place) as service:
         yield service
 
 
-# ---- stores that can't be read
+# ---- stores that can't be read: files, each by itself
 
 
 def test_a_corrupt_store_is_said_and_recovers(tmp_path: Path) -> None:
@@ -70,16 +70,64 @@ def test_a_locked_store_is_said_and_recovers(tmp_path: Path) -> None:
             eventually(lambda: service.api("runs")["items"][0]["status"] == "finished")
 
 
-def test_runs_appear_and_vanish_without_a_restart(tmp_path: Path) -> None:
-    with dashboard(tmp_path) as service:
-        assert service.api("runs")["items"] == []
-        write_run(tmp_path, "late")
-        eventually(lambda: [run["id"] for run in service.api("runs")["items"]] == ["late"])
+# ---- stores that can't be read: one for all
+
+
+def test_locked_tables_are_said_and_recover(tmp_path: Path, postgresql: Server) -> None:
+    with postgresql.database() as url:
+        write_run(Place(tmp_path, url), "one")
+        with dashboard(Place(tmp_path, url)) as service:
+            with postgresql.connect(url.rsplit("/", 1)[1]) as other, other.transaction():
+                other.execute("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE")
+                for path in ("/api/v1/runs", "/api/v1/runs/one", "/readyz", "/metrics"):
+                    answer = service.get(path)
+                    assert "lock timeout" in is_problem(answer, 503)["detail"] and answer.headers["retry-after"]
+                assert service.get("/healthz").status_code == 200
+            assert service.api("runs/one")["status"] == "finished"
+            assert service.get("/readyz").json() == {"status": "ok", "runs": 1, "unreadable": 0}
+
+
+def test_an_empty_database_is_said_until_the_first_run_comes(tmp_path: Path, postgresql: Server) -> None:
+    with postgresql.database() as url, dashboard(Place(tmp_path, url)) as service:
+        assert "no run has been written into it" in is_problem(service.get("/api/v1/runs"), 503)["detail"]
+        write_run(Place(tmp_path, url), "first")
+        assert [run["id"] for run in service.api("runs")["items"]] == ["first"]
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_is_said_and_comes_back(tmp_path: Path) -> None:
+    server = Server()
+    try:
+        with server.database() as url:
+            place = Place(tmp_path, url)
+            for name in ("one", "two"):
+                write_run(place, name)
+            with dashboard(place) as service:
+                assert sorted(run["id"] for run in service.api("runs")["items"]) == ["one", "two"]
+                server.kill()
+                for path in ("/api/v1/runs/two", "/api/v1/runs/two/events", "/readyz", "/metrics"):
+                    eventually(lambda path=path: service.get(path).status_code == 503)
+                    is_problem(service.get(path), 503)
+                assert service.get("/healthz").status_code == 200
+                server.start()
+                eventually(lambda: service.get("/api/v1/runs/two/events").status_code == 200)
+                eventually(lambda: service.get("/readyz").json()["runs"] == 2)
+    finally:
+        server.remove()
+
+
+# ---- both
+
+
+def test_runs_appear_and_vanish_without_a_restart(place: Place) -> None:
+    write_run(place, "early")
+    with dashboard(place) as service:
+        eventually(lambda: [run["id"] for run in service.api("runs")["items"]] == ["early"])
+        write_run(place, "late")
+        eventually(lambda: [run["id"] for run in service.api("runs")["items"]] == ["late", "early"])
         assert service.get("/api/v1/runs/late").status_code == 200
-        for path in (tmp_path / "late").iterdir():
-            path.unlink()
-        (tmp_path / "late").rmdir()
-        eventually(lambda: service.api("runs")["items"] == [])
+        place.remove("late")
+        eventually(lambda: [run["id"] for run in service.api("runs")["items"]] == ["early"])
         is_problem(service.get("/api/v1/runs/late"), 404)
 
 
@@ -105,13 +153,22 @@ def test_prometheus_figures(several: Dashboard) -> None:
     assert f'run="{ODD}"' in text  # as text: the format's own escapes are for quotes, backslashes and newlines
 
 
-def test_prometheus_labels_stay_bounded(tmp_path: Path) -> None:
-    for number in range(55):
-        with writer(tmp_path, f"run-{number:03d}") as store:
-            store.metrics(1, figures(1))
-            store.worker(f"w-{number}", role=f"role-{number}", status=f"status-{number}")
-            store.status("finished")
-    with dashboard(tmp_path) as service:
+def test_prometheus_labels_stay_bounded(store_url: str, tmp_path: Path) -> None:
+    with writer(Place(tmp_path, store_url), "run-000") as store:
+        store.metrics(1, {"loss": 1.0})
+        store.worker("w", role="role-0", status="status-0")
+        store.status("finished")
+    engine = schema.open_engine(store_url, create=False)
+    with engine.begin() as connection:
+        (run,), (worker,) = (
+            connection.execute(table.select()).mappings().all() for table in (schema.runs, schema.workers)
+        )
+        more = [f"run-{number:03d}" for number in range(1, 55)]
+        connection.execute(schema.runs.insert(), [{**run, "id": name} for name in more])
+        odd = [{"run_id": name, "role": f"role-{name}", "status": f"status-{name}"} for name in more]
+        connection.execute(schema.workers.insert(), [{**worker, **each} for each in odd])
+    engine.dispose()
+    with dashboard(Place(tmp_path, store_url)) as service:
         for path in ("/api/v1/nope", *(f"/nope-{number}" for number in range(30))):
             service.get(path)
         text = service.get("/metrics").text
@@ -120,39 +177,27 @@ def test_prometheus_labels_stay_bounded(tmp_path: Path) -> None:
     assert 'role="other"' in text
 
 
+def test_events_are_counted_once_each_and_anew_for_another_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.dashboard.index.MAX_AGE_S", 0.0)
+
+    def counts() -> tuple[int, int] | None:
+        known = index.runs().get("one")
+        return known and (known.errors, known.warnings)
+
+    with contextlib.closing(Catalog(place.store or place.folder)) as catalog:
+        index = RunIndex(catalog)
+        with writer(place, "one") as store:
+            for number in range(1200):
+                store.event("error", "x", f"error {number}")
+            store.event("warning", "x", "behind them all")
+            eventually(lambda: counts() == (1200, 1))
+            store.event("error", "x", "one more")
+            eventually(lambda: counts() == (1201, 1))
+        place.remove("one")
+        write_run(place, "one")
+        eventually(lambda: counts() == (0, 1))
+
+
 def test_health(several: Dashboard) -> None:
     assert several.get("/healthz").json()["status"] == "ok"
     assert several.get("/readyz").json() == {"status": "ok", "runs": 4, "unreadable": 0}
-
-
-# ---- PostgreSQL
-
-
-@pytest.mark.slow
-def test_one_server_for_many_runs_goes_and_comes_back(tmp_path: Path) -> None:
-    server = Server()
-    try:
-        with server.database() as url:
-            for name in ("one", "two"):
-                with StoreWriter(url, name, task="sudoku", objective="agrpo", total_iterations=5) as store:
-                    for iteration in range(1, 6):
-                        store.metrics(iteration, figures(iteration))
-                    store.event("info", "start", f"run {name} starts")
-                    store.status("finished")
-                    assert store.flush(30)
-            with dashboard(tmp_path, "--store", url) as service:
-                found = service.api("runs")
-                assert sorted(run["id"] for run in found["items"]) == ["one", "two"] and found["folder"] == ""
-                assert service.api("runs/two/metrics", name="loss")["series"]["loss"]["iteration"] == [1, 2, 3, 4, 5]
-                assert service.api("runs/two/events")["items"][0]["text"] == "run two starts"
-                is_problem(service.get("/api/v1/runs/three"), 404)
-                server.kill()
-                for path in ("/api/v1/runs/two", "/api/v1/runs/two/events", "/readyz", "/metrics"):
-                    eventually(lambda path=path: service.get(path).status_code == 503)
-                    is_problem(service.get(path), 503)
-                assert service.get("/healthz").status_code == 200
-                server.start()
-                eventually(lambda: service.get("/api/v1/runs/two/events").status_code == 200)
-                eventually(lambda: service.get("/readyz").json()["runs"] == 2)
-    finally:
-        server.remove()

@@ -19,7 +19,8 @@ from rewards.errors import StoreError
 from services.store.reader import list_events
 from services.store.schema import open_engine
 from services.store.writer import StoreWriter
-from tests.real_runs import Runs, command_line, wait_until
+from tests import dashboards
+from tests.real_runs import Runs, command_line, iterations, wait_until
 
 LIMIT_S = 150.0
 
@@ -135,23 +136,69 @@ def test_ctrl_c_in_the_terminal_reaches_the_run_alone(tmp_path: Path) -> None:
         run.kill()
 
 
+def test_one_that_dies_is_started_again_so_often_and_no_more(
+    told: tuple[RunDirectory, Reporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.dashboard.RESTARTS", 1)
+    run_dir, reporter = told
+    with dashboard(run_dir, reporter):
+        wait_until(lambda: address_in(run_dir) is not None, "the address", LIMIT_S)
+        address = address_in(run_dir)
+        assert address is not None
+        os.kill(pid_of_dashboard(run_dir), signal.SIGKILL)
+        wait_until(lambda: len(events(run_dir)["info"]) == 2, "another start", LIMIT_S)
+        assert events(run_dir)["warning"] == ["the dashboard died (killed by SIGKILL); it is started again"]
+        assert address in events(run_dir)["info"][1] and up(address), "on the port that open pages ask"
+        os.kill(pid_of_dashboard(run_dir), signal.SIGKILL)
+        wait_until(lambda: len(events(run_dir)["warning"]) == 2, "the last word", LIMIT_S)
+        assert "training goes on without it; by hand: " in events(run_dir)["warning"][1]
+    assert len(events(run_dir)["info"]) == 2 and not up(address)
+
+
+def test_one_that_is_asked_to_end_stays_away(told: tuple[RunDirectory, Reporter]) -> None:
+    run_dir, reporter = told
+    with dashboard(run_dir, reporter):
+        wait_until(lambda: address_in(run_dir) is not None, "the address", LIMIT_S)
+        os.kill(pid_of_dashboard(run_dir), signal.SIGTERM)
+        wait_until(lambda: len(events(run_dir)["info"]) == 2, "the word of its end", LIMIT_S)
+    assert "the dashboard was ended; training goes on" in events(run_dir)["info"][1]
+    assert events(run_dir)["warning"] == []
+
+
 @pytest.mark.e2e
-def test_a_run_brings_its_dashboard_and_survives_its_death(runs: Runs) -> None:
-    with runs.started("watched", "run.dashboard=true") as run:
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_9_of_run_or_dashboard_leaves_the_other_alone(runs: Runs) -> None:
+    settings = ("run.dashboard=true", "run.iterations=400", "evaluation.every=0")
+    with dashboards.dashboard(runs.folder) as standing, runs.started("watched", *settings) as run:
         run.wait_for("an address", lambda: address_in(run.dir) is not None)
         address = address_in(run.dir)
         assert address is not None and address in run.output()
         run.wait_for_row(1)
-        assert httpx.get(f"{address}api/v1/runs/watched", trust_env=False).json()["iteration"] >= 1
-        (pid,) = [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_dashboard_of(path, runs.folder)]
-        os.kill(pid, signal.SIGKILL)
-        assert run.wait() == 0, run.output()
-    assert not up(address)
+        assert httpx.get(f"{address}api/v1/runs/watched", trust_env=False, timeout=30).json()["iteration"] >= 1
+        os.kill(pid_of_dashboard(run.dir), signal.SIGKILL)
+        run.wait_for("another start", lambda: len(events(run.dir)["info"]) == 2)
+        assert "killed by SIGKILL" in events(run.dir)["warning"][0] and "killed by SIGKILL" in run.output()
+        run.wait_for_row(iterations(run.dir)[-1] + 2)
+
+        os.killpg(run.popen.pid, signal.SIGKILL)
+        run.wait()
+        wait_until(lambda: not up(address), "the end of the dashboard that came along", LIMIT_S)
+        left = iterations(run.dir)[-1]
+        shown = standing.api("runs/watched")
+        assert shown["status"] == "running" and left - 1 <= shown["iteration"] <= left
+        assert standing.api("runs/watched/metrics", name="loss")["series"]["loss"]["iteration"][-1] >= left - 1
+
+
+def pid_of_dashboard(run_dir: RunDirectory) -> int:
+    (pid,) = [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_dashboard_of(path, run_dir.path.parent)]
+    return pid
 
 
 def is_dashboard_of(process: Path, folder: Path) -> bool:
     line = command_line(int(process.name))
-    return "services.dashboard" in line and f"--runs {folder} " in f"{line} " and "Z" not in status_of(process)
+    brought = "services.dashboard" in line and "--while-stdin" in line
+    return brought and f"--runs {folder} " in f"{line} " and "Z" not in status_of(process)
 
 
 def status_of(process: Path) -> str:

@@ -1,12 +1,18 @@
 """Who may reach the dashboard, and who may write: a real service each time."""
 
+import os
+import socket
 import stat
 from pathlib import Path
 
 import httpx
 import pytest
 
+from rewards.errors import ConfigError
+from services.dashboard.security import Security
+from services.dashboard.settings import Settings, check_binding
 from tests.dashboards import Dashboard, dashboard, refused, write_run
+from tests.real_runs import command_line
 
 GOOD_TOKEN = "a-token-of-more-than-thirty-two-characters"
 
@@ -46,6 +52,58 @@ def test_an_unsafe_token_file_is_refused(tmp_path: Path, content: str, mode: int
     assert not content or content not in said.replace(str(path), "")
 
 
+@pytest.mark.parametrize("umask", ["0000", "0077", "0777"])
+def test_umask_neither_opens_nor_spoils_the_token_file(tmp_path: Path, umask: str) -> None:
+    path = tmp_path / "token"
+    before = os.umask(int(umask, 8))
+    try:
+        Security(Settings(runs_dir=tmp_path, token_file=path))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and len(path.read_text()) > 43
+
+
+def test_a_token_file_that_somebody_else_may_know_is_refused(tmp_path: Path) -> None:
+    settings = Settings(runs_dir=tmp_path, token_file=tmp_path / "token")
+    other = tmp_path / "other"
+    other.write_text(GOOD_TOKEN)
+    other.chmod(0o644)
+    settings.token_path.symlink_to(other)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        Security(settings)
+    other.chmod(0o600)
+    assert Security(settings).authorised(GOOD_TOKEN), "the control: a link to a good file is good"
+    if os.geteuid() == 0:
+        os.chown(other, 12345, 12345)
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            Security(settings)
+    other.unlink()
+    with pytest.raises(ConfigError, match="can't be used: No such file"):
+        Security(settings)
+    settings.token_path.unlink()
+    os.mkfifo(settings.token_path, 0o600)
+    with pytest.raises(ConfigError, match="no regular file"):
+        Security(settings)
+
+
+@pytest.mark.parametrize("token", ["", "a" * 31, "a" * 32 + " ", "\u00e4" * 32, "a" * 40 + "\n"])
+def test_a_token_that_nobody_can_send_or_everybody_guess_is_refused(tmp_path: Path, token: str) -> None:
+    with pytest.raises(ConfigError, match="UNMASK_DASHBOARD_TOKEN") as caught:
+        check_binding(Settings(runs_dir=tmp_path), token)
+    assert not token or token not in str(caught.value)
+    check_binding(Settings(runs_dir=tmp_path), "a" * 32)
+
+
+def test_neither_token_nor_password_is_in_a_command_line(service: Dashboard, tmp_path: Path) -> None:
+    with dashboard(tmp_path, UNMASK_DASHBOARD_TOKEN=GOOD_TOKEN) as other:
+        assert "services.dashboard" in command_line(other.process.pid)
+        assert GOOD_TOKEN not in command_line(other.process.pid)
+    assert service.token not in command_line(service.process.pid)
+    for url in ("postgresql://u:geheim@h/d", "postgresql:///d?password=geheim"):
+        status, said = refused("--runs", str(tmp_path), "--store", url)
+        assert status == 2 and "PGPASSWORD" in said and "geheim" not in said
+
+
 def test_token_appears_nowhere_but_in_its_file(service: Dashboard) -> None:
     token = service.token
     wrong = {"Authorization": "Bearer wrong-and-noticeable"}
@@ -77,6 +135,20 @@ def test_all_addresses_with_a_good_token_start(tmp_path: Path) -> None:
     with dashboard(tmp_path, "--host", "0.0.0.0", UNMASK_DASHBOARD_TOKEN=GOOD_TOKEN) as service:
         assert httpx.get(f"http://127.0.0.1:{service.port}/healthz", trust_env=False).status_code == 200
     assert not (tmp_path / ".dashboard-token").exists()
+
+
+def test_the_loopback_of_ipv6_needs_no_token_of_the_environment(tmp_path: Path) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with dashboard(tmp_path, "--host", "::1") as service:
+        assert service.url.startswith("http://[::1]:") and service.get("/api/v1/runs").status_code == 200
+        assert service.client.get("/api/v1/runs", headers={"Host": "evil.example"}).status_code == 400
+        headers = {"Authorization": f"Bearer {service.token}", "Origin": service.url.rstrip("/")}
+        asked = service.client.post("/api/v1/runs/none/actions", json={"action": "stop"}, headers=headers)
+        assert asked.status_code == 404, "past the guard: there is no such run"
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "192.0.2.7"])

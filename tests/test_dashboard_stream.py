@@ -17,8 +17,10 @@ import httpx
 import pytest
 
 from services.dashboard.changes import Key
+from services.store.writer import StoreWriter
 from tests.dashboards import (
     Dashboard,
+    Place,
     clean_environment,
     dashboard,
     eventually,
@@ -27,6 +29,28 @@ from tests.dashboards import (
     write_run,
     writer,
 )
+from tests.databases import Server
+
+
+@pytest.fixture(scope="module")
+def service(shared_place: Place) -> Iterator[Dashboard]:
+    """Each test has runs of its own in it; ``quiet`` is one that never changes."""
+    write_run(shared_place, "quiet")
+    with dashboard(shared_place) as service:
+        shown(service, "quiet")
+        yield service
+
+
+@contextlib.contextmanager
+def following(service: Dashboard, place: Place, name: str) -> Iterator[StoreWriter]:
+    """A run that is being written, and that the service knows already."""
+    with writer(place, name) as store:
+        shown(service, name)
+        yield store
+
+
+def shown(service: Dashboard, name: str) -> None:
+    eventually(lambda: service.get(f"/api/v1/runs/{name}").status_code == 200)
 
 
 class Received(NamedTuple):
@@ -67,12 +91,11 @@ def take(events: Iterator[Received], name: str, count: int) -> list[Received]:
     raise AssertionError(f"the stream ended after {len(found)} {name} events")
 
 
-def test_a_client_sees_how_things_stand_and_then_every_change(tmp_path: Path) -> None:
-    with writer(tmp_path, "one") as store, dashboard(tmp_path) as service:
+def test_a_client_sees_how_things_stand_and_then_every_change(service: Dashboard, shared_place: Place) -> None:
+    with following(service, shared_place, "seen") as store:
         store.metrics(1, figures(1))
-        store.flush(10)
-        eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
-        with stream(service, run="one") as events:
+        assert store.flush(10)
+        with stream(service, run="seen") as events:
             first = next(events)
             assert first.name == "run" and first.data["status"] == "running" and first.data["iteration"] == 1
             store.metrics(2, {"loss": float("nan"), "reward/mean": 0.5})
@@ -88,11 +111,10 @@ def test_a_client_sees_how_things_stand_and_then_every_change(tmp_path: Path) ->
             assert take(events, "run", 2)[-1].data["status"] in ("running", "stopped")
 
 
-def test_a_stream_cut_anywhere_goes_on_without_loss_or_repeats(tmp_path: Path) -> None:
+def test_a_stream_cut_anywhere_goes_on_without_loss_or_repeats(service: Dashboard, shared_place: Place) -> None:
     """A client that reconnects after every third event, while the run writes rows of all kinds in odd batches."""
-    with writer(tmp_path, "one") as store, dashboard(tmp_path) as service:
-        eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
-        marker = service.api("runs/one")["marker"]
+    with following(service, shared_place, "cut") as store:
+        marker = service.api("runs/cut")["marker"]
         total = 40
 
         def write() -> None:
@@ -107,7 +129,7 @@ def test_a_stream_cut_anywhere_goes_on_without_loss_or_repeats(tmp_path: Path) -
         seen: list[Received] = []
         last = marker
         while len([event for event in seen if event.name in ("metrics", "event")]) < 2 * total:
-            with stream(service, run="one", last_event_id=last) as events:
+            with stream(service, run="cut", last_event_id=last) as events:
                 for event, _ in zip(events, range(3), strict=False):
                     assert event.id is not None
                     last = event.id
@@ -118,104 +140,106 @@ def test_a_stream_cut_anywhere_goes_on_without_loss_or_repeats(tmp_path: Path) -
             f"step {i}" for i in range(1, total + 1)
         ]
         # The control: without the id the same events come again, or are not told at all.
-        with stream(service, run="one", since=marker) as events:
+        with stream(service, run="cut", since=marker) as events:
             assert take(events, "metrics", 1)[0].data["iteration"] == 1
-        with stream(service, run="one") as events:
+        with stream(service, run="cut") as events:
             assert next(events).name == "run"
 
 
-def test_a_restarted_service_goes_on_where_the_client_was(tmp_path: Path) -> None:
-    with writer(tmp_path, "one") as store:
+def test_a_restarted_service_goes_on_where_the_client_was(place: Place) -> None:
+    with writer(place, "one") as store:
         store.metrics(1, {"loss": 1.0})
-        store.flush(10)
-        with dashboard(tmp_path) as service:
-            eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
+        assert store.flush(10)
+        with dashboard(place) as service:
+            shown(service, "one")
             marker = service.api("runs/one")["marker"]
             service.process.kill()
         store.metrics(2, {"loss": 1.0})
-        store.flush(10)
-        with dashboard(tmp_path) as service:
-            eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
+        assert store.flush(10)
+        with dashboard(place) as service:
+            shown(service, "one")
             with stream(service, run="one", last_event_id=marker) as events:
                 assert take(events, "metrics", 1)[0].data["iteration"] == 2
 
 
-def test_a_resumed_run_takes_back_what_it_repeats(tmp_path: Path) -> None:
-    with writer(tmp_path, "one") as store:
+def test_a_resumed_run_takes_back_what_it_repeats(service: Dashboard, shared_place: Place) -> None:
+    with following(service, shared_place, "resumed") as store:
         for i in range(1, 6):
             store.metrics(i, {"loss": i})
-        store.flush(10)
-    with dashboard(tmp_path) as service:
-        eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
-        marker = service.api("runs/one")["marker"]
-        with stream(service, run="one", since=marker) as events, writer(tmp_path, "one") as store:
-            store.truncate_after(3)
-            store.metrics(4, {"loss": -4})
-            assert take(events, "truncated", 1)[0].data == {"after": 3}
-            assert take(events, "metrics", 1)[0].data["values"] == {"loss": -4}
+        assert store.flush(10)
+    marker = service.api("runs/resumed")["marker"]
+    with stream(service, run="resumed", since=marker) as events, writer(shared_place, "resumed") as store:
+        store.truncate_after(3)
+        store.metrics(4, {"loss": -4})
+        assert take(events, "truncated", 1)[0].data == {"after": 3}
+        assert take(events, "metrics", 1)[0].data["values"] == {"loss": -4}
 
 
-def test_a_run_made_anew_under_the_same_name_resets_its_clients(tmp_path: Path) -> None:
-    write_run(tmp_path, "one")
-    with dashboard(tmp_path) as service:
-        eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
-        marker = service.api("runs/one")["marker"]
-        for path in (tmp_path / "one").iterdir():
-            path.unlink()
-        time.sleep(0.1)
-        write_run(tmp_path, "one", iterations=2)
-        eventually(lambda: service.get("/api/v1/runs/one").json().get("iteration") == 2)
-        with stream(service, run="one", last_event_id=marker) as events:
-            assert next(events).name == "reset"
+def test_a_run_made_anew_under_the_same_name_resets_its_clients(service: Dashboard, shared_place: Place) -> None:
+    write_run(shared_place, "again")
+    shown(service, "again")
+    marker = service.api("runs/again")["marker"]
+    shared_place.remove("again")
+    write_run(shared_place, "again", iterations=2)
+    eventually(lambda: service.get("/api/v1/runs/again").json().get("iteration") == 2)
+    with stream(service, run="again", last_event_id=marker) as events:
+        assert next(events).name == "reset"
 
 
-def test_all_runs_are_followed_by_one_stream(tmp_path: Path) -> None:
-    write_run(tmp_path, "old")
-    with dashboard(tmp_path) as service:
-        eventually(lambda: len(service.api("runs")["items"]) == 1)
-        with stream(service) as events:
-            assert next(events).data["id"] == "old"
-            with writer(tmp_path, "new") as store:
-                assert take(events, "run", 1)[0].data["id"] == "new"
-                store.metrics(3, {"reward/mean": 0.25})
-                while (run := take(events, "run", 1)[0].data)["iteration"] != 3:
-                    pass
-                assert run["reward"] == 0.25
-            for path in (tmp_path / "old").iterdir():
-                path.unlink()
-            (tmp_path / "old").rmdir()
-            assert take(events, "removed", 1)[0].data == {"id": "old"}
+def test_all_runs_are_followed_by_one_stream(service: Dashboard, shared_place: Place) -> None:
+    write_run(shared_place, "old")
+    eventually(lambda: "old" in [run["id"] for run in service.api("runs")["items"]])
+    with stream(service) as events:
+        first = [next(events).data["id"] for _ in service.api("runs")["items"]]
+        assert {"old", "quiet"} <= set(first) and "new" not in first
+        with writer(shared_place, "new") as store:
+            store.metrics(3, {"reward/mean": 0.25})
+            while (run := take(events, "run", 1)[0].data)["id"] != "new" or run["iteration"] != 3:
+                pass
+            assert run["reward"] == 0.25
+        shared_place.remove("old")
+        assert take(events, "removed", 1)[0].data == {"id": "old"}
+
+
+def test_a_store_that_goes_for_a_while_is_said_and_nothing_is_lost(tmp_path: Path, postgresql: Server) -> None:
+    """PostgreSQL: its tables are locked, then its connections cut, as a restart does. Files: test_dashboard_health."""
+    with postgresql.database() as url:
+        place, database = Place(tmp_path, url), url.rsplit("/", 1)[1]
+        with (
+            dashboard(place) as service,
+            following(service, place, "one") as store,
+            stream(service, run="one") as events,
+        ):
+            assert next(events).name == "run"
+            with postgresql.connect(database) as other, other.transaction():
+                other.execute("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE")
+                store.metrics(1, {"loss": 1.0})
+                assert "lock timeout" in take(events, "unreadable", 1)[0].data["reason"]
+                assert "lock timeout" in is_problem(service.get("/api/v1/runs/one"), 503)["detail"]
+            assert take(events, "metrics", 1)[0].data["iteration"] == 1
+            postgresql.disconnect(database)
+            store.metrics(2, {"loss": 2.0})
+            assert take(events, "metrics", 1)[0].data["values"] == {"loss": 2.0}
+            assert service.get("/api/v1/runs/one").status_code == 200
 
 
 @pytest.mark.parametrize(
     "last", ["garbage", "1-2-3", "zz-1", "ab-999999999999999999999", "ab-1.9.x", "\xff\xfe", "x" * 2000]
 )
-def test_a_wrong_id_is_refused(tmp_path_factory: pytest.TempPathFactory, quiet: Dashboard, last: str) -> None:
-    answer = quiet.client.get(
-        "/api/v1/stream", params={"run": "one"}, headers={"Last-Event-ID": last.encode("latin-1")}
-    )
-    if last != "1-1.2.%ff":  # that one is well formed, if odd
-        is_problem(answer, 422)
+def test_a_wrong_id_is_refused(service: Dashboard, last: str) -> None:
+    headers = {"Last-Event-ID": last.encode("latin-1")}
+    is_problem(service.client.get("/api/v1/stream", params={"run": "quiet"}, headers=headers), 422)
 
 
-def test_an_id_of_the_future_or_of_another_run_starts_anew(quiet: Dashboard) -> None:
-    epoch, _, _ = quiet.api("runs/one")["marker"].partition("-")
+def test_an_id_of_the_future_or_of_another_run_starts_anew(service: Dashboard) -> None:
+    epoch, _, _ = service.api("runs/quiet")["marker"].partition("-")
     for last in (f"{epoch}-99999", "abcdef-3"):
-        with stream(quiet, run="one", last_event_id=last) as events:
+        with stream(service, run="quiet", last_event_id=last) as events:
             assert [next(events).name for _ in range(2)] == ["reset", "run"]
 
 
-def test_an_unknown_run_is_404_and_no_stream(quiet: Dashboard) -> None:
-    is_problem(quiet.get("/api/v1/stream", run="none"), 404)
-
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
-    runs = tmp_path_factory.mktemp("runs")
-    write_run(runs, "one")
-    with dashboard(runs) as service:
-        eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
-        yield service
+def test_an_unknown_run_is_404_and_no_stream(service: Dashboard) -> None:
+    is_problem(service.get("/api/v1/stream", run="none"), 404)
 
 
 @pytest.mark.parametrize("key", [Key("ab", 3), Key("ab", 3, 3, "worker/1 %\u00e9.~-"), Key("0", 0)])
@@ -232,9 +256,8 @@ def test_places_are_ordered() -> None:
 
 
 @pytest.mark.slow
-def test_a_client_that_reads_nothing_costs_no_memory_and_stops_nobody(tmp_path: Path) -> None:
-    with writer(tmp_path, "one") as store, dashboard(tmp_path) as service:
-        eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
+def test_a_client_that_reads_nothing_costs_no_memory_and_stops_nobody(place: Place) -> None:
+    with dashboard(place) as service, following(service, place, "one") as store:
         sleepers = []
         for _ in range(20):
             sleeper = socket.create_connection(("127.0.0.1", service.port))
@@ -260,7 +283,7 @@ def test_a_client_that_reads_nothing_costs_no_memory_and_stops_nobody(tmp_path: 
 
 
 @pytest.mark.slow
-def test_neither_kills_the_other(tmp_path: Path) -> None:
+def test_neither_kills_the_other(place: Place) -> None:
     """kill -9 of the service during a run, then of the run during streaming."""
     code = (
         "import sys, time\n"
@@ -270,9 +293,8 @@ def test_neither_kills_the_other(tmp_path: Path) -> None:
         "while True:\n"
         "    i += 1; store.metrics(i, {'loss': 1.0 / i}); time.sleep(0.02); print(i, store.lost_rows, flush=True)\n"
     )
-    (tmp_path / "one").mkdir()
-    url = f"sqlite:///{tmp_path / 'one' / 'store.sqlite'}"
-    command = [sys.executable, "-c", code, url]
+    (place.folder / "one").mkdir()
+    command = [sys.executable, "-c", code, place.url("one")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean_environment()) as run:
         assert run.stdout is not None
 
@@ -281,8 +303,8 @@ def test_neither_kills_the_other(tmp_path: Path) -> None:
             return int(line[0]), int(line[1])
 
         told()
-        with dashboard(tmp_path) as service:
-            eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
+        with dashboard(place) as service:
+            shown(service, "one")
             with stream(service, run="one") as events:
                 take(events, "metrics", 3)
                 os.kill(service.process.pid, signal.SIGKILL)
@@ -291,8 +313,8 @@ def test_neither_kills_the_other(tmp_path: Path) -> None:
         for _ in range(100):
             iteration, lost = told()
         assert iteration >= before + 99 and lost == 0
-        with dashboard(tmp_path) as service:
-            eventually(lambda: service.get("/api/v1/runs/one").status_code == 200)
+        with dashboard(place) as service:
+            shown(service, "one")
             with stream(service, run="one") as events:
                 take(events, "metrics", 3)
                 run.kill()

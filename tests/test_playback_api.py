@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ from safetensors.numpy import load, save
 
 from services.dashboard.playback import UnreadableSample, order_map, playback
 from services.dashboard.playback_models import Playback
-from tests.dashboards import Dashboard, dashboard, writer
+from services.store import reader, schema
+from services.store.__main__ import main
+from tests.dashboards import Dashboard, Place, dashboard, writer
 from tests.playable_runs import GRID, ODD, write_playable
 
 C, M = 4, 2
@@ -167,10 +168,9 @@ def test_no_flipped_byte_is_a_crash(seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
-    runs = tmp_path_factory.mktemp("playable")
-    write_playable(runs, "sudoku-a")
-    with writer(runs, "broken") as store:
+def service(shared_place: Place) -> Iterator[Dashboard]:
+    put_playable(shared_place, "sudoku-a")
+    with writer(shared_place, "broken") as store:
         for number, (what, trajectory) in enumerate(DAMAGED.items()):
             store.sample(
                 1,
@@ -185,8 +185,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
                 trajectory=trajectory,
             )
         assert store.flush(30)
-    with dashboard(runs) as service:
+    with dashboard(shared_place) as service:
         yield service
+
+
+def put_playable(place: Place, name: str, **options: Any) -> None:
+    write_playable(place.folder, name, **options)
+    if place.store is not None:
+        assert main(["copy", str(place.folder / name), place.store]) == 0
 
 
 def samples(service: Dashboard, run: str = "sudoku-a", **filters: Any) -> list[dict[str, Any]]:
@@ -266,12 +272,10 @@ def test_every_damaged_sample_is_a_problem_document(service: Dashboard) -> None:
         assert f"sample {sample['id']} can't be played back: it" in answer.json()["detail"]
 
 
-def test_what_the_recorder_writes_is_what_the_dashboard_reads(tmp_path: Path) -> None:
+def test_what_the_recorder_writes_is_what_the_dashboard_reads(place: Place) -> None:
     """The names of the arrays, which the two sides can't share in code."""
-    from services.store import reader, schema
-
-    write_playable(tmp_path, "r", iterations=1)
-    engine = schema.open_engine(f"sqlite:///{tmp_path / 'r' / 'store.sqlite'}", create=False, read_only=True)
+    put_playable(place, "r", iterations=1)
+    engine = schema.open_engine(place.url("r"), create=False, read_only=True)
     first = reader.Reader(engine).samples("r", kind="train").rows[0]
     whole = reader.Reader(engine).sample("r", first["id"])
     engine.dispose()

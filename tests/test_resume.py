@@ -226,7 +226,7 @@ def test_stopped_while_ranks_start(runs: Runs) -> None:
         send(signal.SIGSTOP, run.ranks())
         run.popen.terminate()
         assert run.wait(60) == 128 + signal.SIGTERM, run.output()
-    assert "asked to stop by SIGTERM while actors and ranks were starting" in run.output()
+    assert "asked to stop by SIGTERM while the run's processes were starting" in run.output()
     assert "Traceback" not in run.output()
     assert store_status(runs["not-yet"]) == ("stopped", 1)
 

@@ -16,6 +16,9 @@ from safetensors.numpy import save_file
 from learner.atomic import atomic_dir, atomic_write_text, recover_replaced, remove_leftovers
 from learner.rundir import RunDirectory
 from rewards.errors import ConfigError, UnmaskError, WaitTimeout
+from services.store.reader import list_events
+from services.store.schema import open_engine
+from services.store.writer import StoreWriter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -41,10 +44,36 @@ def test_create_open_and_what_lies_where(tmp_path):
         run.write_config('{"seed": 1}\n')
         run.write_summary({"base": {"greedy": {"m": 0.1}}})
         assert run.path == tmp_path / "runs" / "first" and run.id == "first"
-        assert names(run.path) == ["checkpoints", "config.json", "plots", "run.lock", "samples", "summary.json"]
+        assert names(run.path) == [
+            *("checkpoints", "config.json", "plots", "run.lock", "run.uuid", "samples", "summary.json")
+        ]
         assert json.loads(run.summary_path.read_text())["base"] == {"greedy": {"m": 0.1}}
     with RunDirectory.open(tmp_path / "runs" / "first") as run:
         assert run.store_url == f"sqlite:///{tmp_path}/runs/first/store.sqlite"
+
+
+def test_any_name_of_the_folder_leads_to_the_store(tmp_path):
+    folder = tmp_path / "50% of #1? a & b=c @ x:y"
+    with RunDirectory.create(folder, "first") as run, StoreWriter(run.store_url, "first") as store:
+        store.event("info", "x", "here")
+    assert run.store_path.is_file() and [path.name for path in tmp_path.iterdir()] == [folder.name]
+    engine = open_engine(RunDirectory(run.path).store_url, create=False)
+    assert [event["text"] for event in list_events(engine, "first")] == ["here"]
+    engine.dispose()
+
+
+def test_a_run_is_told_from_others_of_its_name(tmp_path):
+    runs = [RunDirectory.create(tmp_path / folder, "same") for folder in ("a", "b")]
+    identities = [run.identity for run in runs]
+    assert len(set(identities)) == 2 and all(len(identity) == 36 for identity in identities)
+    for run in runs:
+        run.write_config("{}")
+        run.close()
+    with RunDirectory.open(runs[0].path) as again:
+        assert again.identity == identities[0]
+    (tmp_path / "b" / "same" / "run.uuid").unlink()  # as an earlier Unmask made it
+    with RunDirectory.open(runs[1].path) as old:
+        assert old.identity == ""
 
 
 def test_a_run_without_a_name_gets_one_of_its_own(tmp_path):

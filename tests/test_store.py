@@ -10,7 +10,7 @@ from safetensors.numpy import load, save
 from learner.config import load_config
 from learner.lifecycle import reporting
 from learner.runs import open_run
-from rewards.errors import StoreError
+from rewards.errors import ConfigError, StoreError
 from services.store import reader, schema
 from services.store.writer import StoreWriter
 from tests.databases import wait_until
@@ -191,17 +191,40 @@ def test_the_newest_values_follow_replacement_and_truncation(url):
         assert math.isnan(found.latest_metrics("r")["loss"]["value"])
 
 
-def test_a_new_run_never_goes_on_with_another_of_its_name(url):
-    StoreWriter(url, "r", is_new=True).close(10)
-    with pytest.raises(StoreError, match="holds a run named r already: choose another run.name"):
-        StoreWriter(url, "r", is_new=True)
-    StoreWriter(url, "r").close(10)
-    assert reader.list_runs(schema.open_engine(url, create=False))[0]["starts"] == 2
+def test_a_run_never_goes_on_with_another_of_its_name(url):
+    StoreWriter(url, "r", identity="one", task="first").close(10)
+    for other in ("two", ""):
+        with pytest.raises(ConfigError, match="another run named r: choose another run.name, or another store.url"):
+            StoreWriter(url, "r", identity=other, task="second")
+    engine = schema.open_engine(url, create=False)
+    (run,) = reader.list_runs(engine)
+    assert (run["task"], run["starts"], run["identity"]) == ("first", 1, "one")
+    StoreWriter(url, "r", identity="one").close(10)  # the control
+    assert reader.list_runs(engine)[0]["starts"] == 2
+    engine.dispose()
+
+
+def test_a_run_replaced_by_another_of_its_name_takes_no_rows_of_it(url):
+    with StoreWriter(url, "r", identity="one") as old:
+        old.event("info", "x", "of the old")
+        assert old.flush(10)
+        engine = schema.open_engine(url, create=False)
+        with engine.begin() as connection:
+            connection.execute(schema.runs.delete())
+        with StoreWriter(url, "r", identity="two") as new:
+            new.event("info", "x", "of the new")  # as many revisions and starts as the other
+            assert new.flush(10)
+            old.event("info", "x", "of the old, and late")
+            wait_until(lambda: old.lost_rows == 1)
+    assert "deleted" in (old.last_error or "")
+    assert [event["text"] for event in reader.list_events(engine, "r")] == ["of the new"]
+    engine.dispose()
 
 
 def test_a_run_is_recorded_where_its_settings_say(url, tmp_path):
-    def record(folder: str) -> None:
-        config = load_config(["recipe=smoke", f"run.dir={tmp_path / folder}", "run.name=a", f"store.url={url}"])
+    def record(folder: str, *settings: str) -> None:
+        place = (f"run.dir={tmp_path / folder}", "run.name=a", f"store.url={url}")
+        config = load_config(["recipe=smoke", *place, *settings])
         run_dir, _ = open_run(config.run, kind="run", label="x")
         about = dict(task="sudoku", objective="agrpo", iterations=3, trackers=(), place=config.store)
         with run_dir, reporting(config, run_dir, None, **about) as reporter:
@@ -212,8 +235,12 @@ def test_a_run_is_recorded_where_its_settings_say(url, tmp_path):
     record("here")
     engine = schema.open_engine(url, create=False)
     assert reader.metric_series(engine, "a", ["reward/mean"])["reward/mean"] == [(1, 1.5)]
-    with pytest.raises(StoreError, match="choose another run.name"):
-        record("there")
+    for settings in ((), ("run.resume=auto",)):  # refused, and not let in by going on with what was refused
+        with pytest.raises(ConfigError, match="choose another run.name"):
+            record("there", *settings)
+    assert reader.list_runs(engine)[0]["starts"] == 1
+    record("here", "run.resume=auto")  # the control: the run itself goes on
+    assert reader.list_runs(engine)[0]["starts"] == 2
     engine.dispose()
 
 

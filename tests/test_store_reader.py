@@ -3,8 +3,6 @@
 import math
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
@@ -12,45 +10,9 @@ import sqlalchemy as sa
 from services.store import buckets, schema
 from services.store.reader import Changes, Reader
 from services.store.writer import StoreWriter
-
-
-@contextmanager
-def reading(url: str) -> Iterator[Reader]:
-    engine = schema.open_engine(url, create=False, read_only=True)
-    yield Reader(engine)
-    engine.dispose()
-
-
-@pytest.fixture
-def pair(store_url) -> Iterator[tuple[StoreWriter, Reader]]:
-    with StoreWriter(store_url, "r") as writer, reading(store_url) as reader:
-        yield writer, reader
-
-
-def put_sample(writer: StoreWriter, iteration: int, row: int = 0, kind: str = "train", correct: bool = True) -> None:
-    writer.sample(
-        iteration,
-        kind=kind,
-        group_id=1,
-        row=row,
-        problem_id="p",
-        prompt="a",
-        completion="b",
-        correct=correct,
-        rewards={"x": 1.0},
-        trajectory=b"bytes",
-    )
-
+from tests.store_contents import put_sample, put_walk, reading
 
 # ---- series
-
-
-def put_walk(writer: StoreWriter, last: int, first: int = 0) -> None:
-    """A line with one spike each way, a NaN, and a series that has a value every tenth iteration."""
-    for iteration in range(first, last + 1):
-        value = {777: 1e6, 1333: -1e6, 1500: math.nan}.get(iteration, iteration / 1000)
-        writer.metrics(iteration, {"line": value} | ({"eval": 1.0} if iteration % 10 == 0 else {}))
-    assert writer.flush(120)
 
 
 def finite(values: list[float | None]) -> list[float]:

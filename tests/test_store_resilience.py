@@ -15,6 +15,7 @@ from rewards.errors import StoreError
 from services.store import reader, schema
 from services.store.writer import StoreWriter
 from tests.databases import Server, wait_until
+from tests.store_contents import put_sample
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -223,18 +224,7 @@ def test_a_full_disk_under_the_server_is_waited_for(server):
         writer = StoreWriter(url, "r")
         started = time.monotonic()
         for number in range(40):
-            writer.sample(
-                1,
-                kind="train",
-                group_id=number,
-                row=0,
-                problem_id="p",
-                prompt="",
-                completion="",
-                correct=False,
-                rewards={},
-                trajectory=random.Random(number).randbytes(2**20),
-            )
+            put_sample(writer, number, trajectory=random.Random(number).randbytes(2**20))
         assert time.monotonic() - started < 10  # making the bytes takes its time
         wait_until(lambda: "File too large" in (writer.last_error or ""))
         writer.event("info", "x", "behind them")

@@ -15,24 +15,24 @@ from typing import Any
 import ray
 
 from learner import checkpoint as checkpoints
-from learner.atomic import atomic_dir, atomic_write_text
+from learner.atomic import atomic_write_text
+from learner.commands import Commands
 from learner.config import in_ray_job, refuse_relative
 from learner.dashboard import dashboard
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources, file_settings
 from learner.lifecycle import reporting, see_through, told_failures
-from learner.optim import learning_rate
-from learner.plots import plot_run
 from learner.rank import UpdateReport
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
 from learner.runs import check_quantization, open_run, starting_adapter
 from learner.session import joined_ray
-from learner.stopping import StopFlag, StopRequested
-from rewards.errors import CheckpointError, ConfigError, TrainingDiverged
+from learner.stopping import StopFlag
+from learner.training import Training, update_metrics
+from learner.workers import Workers
+from rewards.errors import CheckpointError, ConfigError
 from rollout.actor import code_identity
-from rollout.adapters import write_peft_folder
 from rollout.models import load_tokenizer, policy_adapter
 from rollout.seeds import numpy_generator
 
@@ -53,6 +53,7 @@ def run(config: SftConfig) -> int:
     with contextlib.ExitStack() as stack:
         run_dir, resumed = open_run(config.run, kind="sft", label="sft")
         stack.enter_context(run_dir)
+        since = time.time()
         _same_data(run_dir, data, resumed)
         told = reporting(
             config,
@@ -67,7 +68,7 @@ def run(config: SftConfig) -> int:
         reporter = stack.enter_context(told)
         if config.run.dashboard:
             stack.enter_context(dashboard(run_dir, reporter))
-        return _train(config, run_dir, reporter, resumed, data)
+        return _train(config, run_dir, reporter, resumed, data, since)
 
 
 def total_updates(config: SftConfig, data: Demonstrations) -> int:
@@ -84,73 +85,51 @@ def update_batch(data: Demonstrations, *, seed: int, batch: int, number: int) ->
     return UpdateBatch(tuple(data.train[int(i)] for i in chosen), epochs)
 
 
-class Finetuning:
-    """One run; ``learner.lifecycle`` calls its phases in turn."""
+class Finetuning(Training):
+    """A fine-tuning run; it has no rollout actors."""
+
+    config: SftConfig
+    learner: SftGroup
 
     def __init__(
         self,
         config: SftConfig,
         run_dir: RunDirectory,
         reporter: Reporter,
-        data: Demonstrations,
         resumed: checkpoints.Checkpoint | None,
+        data: Demonstrations,
         stop: StopFlag,
+        commands: Commands,
         closing: contextlib.ExitStack,
     ) -> None:
         assert config.model.path is not None
-        self.config, self.run_dir, self.reporter, self.data, self._stop = config, run_dir, reporter, data, stop
-        self.updates = total_updates(config, data)
-        layout = checkpoints.layout_of(config.learner)
-        if resumed is not None:
-            checkpoints.require_layout(resumed.progress, layout)
+        super().__init__(
+            config,
+            run_dir,
+            reporter,
+            resumed,
+            stop,
+            commands,
+            iterations=total_updates(config, data),
+            evaluate_every=config.sft.evaluate_every,
+        )
+        self.data = data
         self.learner = SftGroup(
             config,
             config.model.path,
             adapter=resumed.adapter if resumed is not None else starting_adapter(config.lora),
             shards=resumed.shards if resumed is not None else None,
-            on_tick=partial(stop.enforce, config.timeouts.stop),
+            on_tick=self._tick,
         )
         closing.callback(self.learner.close)
-        self.progress = resumed.progress if resumed is not None else checkpoints.Progress.before_the_first(layout)
-        self.saved = self.progress if resumed is not None else None
-        self.adapter = self.learner.publish()
-        if resumed is not None:
-            checkpoints.require_adapter(resumed.progress, self.adapter.digest)
+        self.workers = Workers(reporter.store, self.learner, pool=None)
+        self._take_adapter()
         self._held_out = [ray.put(data.held_out)] if data.held_out else []
-        for rank in self.learner.descriptions:
-            reporter.store.worker(
-                f"learner-{rank['rank']}", role="learner", status="ready", node=rank["host"], pid=rank["pid"]
-            )
 
     def evaluate_base(self) -> None:
         """Held-out loss of what the run starts from, once per run."""
         if "base" not in self.progress.evaluations:
             self._evaluate("base", iteration=0)
-
-    def train(self) -> None:
-        """All remaining updates. Raises StopRequested when the run is asked to stop."""
-        self._evaluate_and_save()  # a run that was stopped in an evaluation makes up for it
-        while self.progress.iteration < self.updates:
-            if self._stop.is_set():
-                raise StopRequested
-            self._iterate(self.progress.iteration)
-            self._evaluate_and_save()
-
-    def checkpoint(self) -> None:
-        """Save where the run stands, if it has moved since the last time and its ranks are there to hand it over."""
-        if self.progress == self.saved or self.learner.closed:
-            return
-        self.reporter.flush()
-        self.adapter = self.learner.publish()
-        self.progress = dataclasses.replace(self.progress, adapter_digest=self.adapter.digest)
-        saved = checkpoints.Checkpoint(
-            self.progress, self.adapter.state, self.adapter.peft_config, self.learner.export()
-        )
-        path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
-        best = self.progress.best.get("iteration")
-        checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
-        self.saved = self.progress
-        self.reporter.store.checkpoint(self.progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
 
     def finish(self) -> dict[str, Any]:
         """Leave adapter, summary and plots behind; returns the summary."""
@@ -160,82 +139,41 @@ class Finetuning:
         if self.config.sft.adapter == "best" and best:
             found = checkpoints.load(checkpoints.place(self.run_dir.checkpoints_dir, best))
             state, peft_config, iteration = dict(found.adapter), found.peft_config, best
-        with atomic_dir(self.run_dir.adapter_dir) as folder:
-            write_peft_folder(folder, state, peft_config)
-        summary = {
-            **{name: {"held_out": figures} for name, figures in self.progress.evaluations.items()},
-            "best": self.progress.best,
+        figures = {
+            **{name: {"held_out": found} for name, found in self.progress.evaluations.items()},
             "adapter_of_iteration": iteration,
-            "iterations": self.progress.iteration,
-            "train_seconds": self.progress.train_seconds,
             "task": "sft",
-            "seed": self.config.run.seed,
             "demonstrations": len(self.data.train),
             "held_out_demonstrations": len(self.data.held_out),
         }
-        self.run_dir.write_summary(summary)
-        self.reporter.flush()
-        plot_run(self.run_dir.path)
-        return summary
+        return self._leave(state, peft_config, figures)
 
-    def _evaluate_and_save(self) -> None:
-        done, every = self.progress.iteration, self.config.sft.evaluate_every
-        last = done == self.updates
-        if done > self.progress.evaluated_at and (last or (every and done % every == 0)):
-            self._evaluate("trained", iteration=done)
-        best = self.progress.best.get("iteration") == done
-        if done and (last or best or done % self.config.checkpoint.every == 0):
-            self.checkpoint()
+    def _state_to_save(self) -> checkpoints.Progress:
+        self.adapter = self.learner.publish()
+        return self.progress
 
-    def _iterate(self, number: int) -> None:
+    def _iterate(self, iteration: int) -> None:
         """Learn and report."""
         begin = time.monotonic()
-        report = self._update(number)
+        report = self._update(iteration)
         total = time.monotonic() - begin
-        tokens = report.plan_statistics["tokens"]
-        self.progress = dataclasses.replace(
-            self.progress,
-            iteration=number + 1,
-            policy_version=number + 1,
-            updates=self.progress.updates + report.applied,
-            nonfinite_in_a_row=0 if report.applied else self.progress.nonfinite_in_a_row + 1,
-            train_seconds=self.progress.train_seconds + total,
-        )
+        self._advance([report], total)
         metrics = {
-            **report.plan_statistics,
-            **report.statistics.values(),
-            "loss": report.loss,
-            "epoch": (number + 1) * self.config.sft.batch / len(self.data.train),
-            "grad_norm": report.grad_norm,
-            "lr": report.learning_rate,
-            "updates/applied": float(report.applied),
-            "updates/forwards": float(report.forwards),
+            **update_metrics([report]),
+            "epoch": (iteration + 1) * self.config.sft.batch / len(self.data.train),
             "time/iteration_s": total,
-            "machine/tokens_per_s": tokens / total,
+            "machine/tokens_per_s": report.plan_statistics["tokens"] / total,
         }
-        self.reporter.iteration(number + 1, metrics)
-        self._check_health(number + 1, report)
+        self.reporter.iteration(iteration + 1, metrics)
+        self.workers.tell(iteration + 1)
+        self._check_finite([report])
 
     def _update(self, number: int) -> UpdateReport:
-        learner, sft = self.config.learner, self.config.sft
-        batch = update_batch(self.data, seed=self.config.run.seed, batch=sft.batch, number=number)
-        lr = learning_rate(
-            number, self.updates, peak=learner.lr, schedule=learner.lr_schedule, warmup_fraction=learner.warmup_fraction
-        )
-        return self.learner.update([ray.put(batch)], number, lr)
+        batch = update_batch(self.data, seed=self.config.run.seed, batch=self.config.sft.batch, number=number)
+        return self.learner.update([ray.put(batch)], number, self._learning_rate(number, self._iterations))
 
-    def _check_health(self, iteration: int, report: UpdateReport) -> None:
-        if report.applied:
-            return
-        self.reporter.event(
-            "warning", "nonfinite", f"iteration {iteration}: update skipped, gradient norm {report.grad_norm}"
-        )
-        if self.progress.nonfinite_in_a_row >= self.config.learner.max_nonfinite:
-            raise TrainingDiverged(
-                f"{self.progress.nonfinite_in_a_row} updates in a row had a gradient that isn't finite "
-                f"(iteration {iteration}); lower learner.lr, or go on from an earlier checkpoint "
-                f"in {self.run_dir.checkpoints_dir}"
-            )
+    def _evaluate_trained(self, iteration: int) -> None:
+        self._evaluate("trained", iteration=iteration)
 
     def _evaluate(self, name: str, *, iteration: int) -> None:
         if not self._held_out:
@@ -255,25 +193,22 @@ def _train(
     reporter: Reporter,
     resumed: checkpoints.Checkpoint | None,
     data: Demonstrations,
+    since: float,
 ) -> int:
     with told_failures(reporter), contextlib.ExitStack() as closing:
         cpus = config.learner.ranks * config.resources.cpus_per_rank
         session = joined_ray(config.resources.ray_address, cpus, partial(check_resources, config))
         told = closing.enter_context(session)
         stop = closing.enter_context(StopFlag())
+        commands = closing.enter_context(Commands(run_dir, reporter, stop, since=since))
         reporter.event("info", "start", f"run {run_dir.id}: {told}; model {config.model.path}")
         for sentence in data.told:
             reporter.event("warning", "data", sentence)
         updates = total_updates(config, data)
         counted = f"{len(data.train)} demonstrations to learn, {len(data.held_out)} held out"
         reporter.event("info", "data", f"{counted}; {updates} updates of {config.sft.batch}")
-        try:
-            finetuning = Finetuning(config, run_dir, reporter, data, resumed, stop, closing)
-        except StopRequested:
-            reporter.event("info", "stop", f"asked to stop by {stop.name} while the ranks were starting")
-            reporter.store.status("stopped")
-            return stop.exit_status
-        summary = see_through(finetuning, reporter, stop)
+        start = partial(Finetuning, config, run_dir, reporter, resumed, data, stop, commands, closing)
+        summary = see_through(start, reporter, stop, commands)
         if summary is None:
             return stop.exit_status
         reporter.event("info", "end", _closing_words(summary, run_dir))

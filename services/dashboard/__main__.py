@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         f"token file, or in the environment variable {TOKEN_VARIABLE}.",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
-    parser.add_argument("--store", metavar="URL", help="a run store that many runs share, such as postgresql:///unmask")
+    parser.add_argument(
+        "--store", type=_store, metavar="URL", help="a run store that many runs share, such as postgresql:///unmask"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a token")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help=f"0: any free one (default: {DEFAULT_PORT})")
     parser.add_argument("--any-port", action="store_true", help="take a free port when that one is in use")
@@ -59,6 +61,16 @@ def _http(text: str) -> str:
     place = urlsplit(text)
     if place.scheme not in ("http", "https") or not place.hostname or place.username:
         raise argparse.ArgumentTypeError(f"{text!r} is not the address of a Ray dashboard: http://HOST:8265")
+    return text
+
+
+def _store(text: str) -> str:
+    place = urlsplit(text)
+    if place.password is not None or "password=" in place.query:
+        raise argparse.ArgumentTypeError(
+            "it holds a password, which everybody on this machine sees in the command line; "
+            "put it into PGPASSWORD or ~/.pgpass"
+        )
     return text
 
 

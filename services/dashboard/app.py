@@ -50,7 +50,6 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
-            app.state.jobs.close()
             catalog.close()
 
     app = FastAPI(

@@ -1,6 +1,7 @@
 """One line of the log for everything that was asked for with the token, and how often it may be asked."""
 
 import logging
+import re
 import threading
 import time
 from typing import Any
@@ -10,6 +11,8 @@ from fastapi import Request
 from services.dashboard.problems import ProblemError
 
 log = logging.getLogger("services.dashboard.audit")
+
+_PASSWORDS = re.compile(r"(://[^\s:/@'\"]*:)[^\s@'\"]+(?=@)|(password=)[^\s&'\"]+")
 
 
 def to_stderr() -> None:
@@ -27,8 +30,9 @@ def who(request: Request) -> str:
 
 
 def record(requested_by: str, what: str, outcome: str, **arguments: Any) -> None:
-    """The audit line; the time is the log's. Everything that came from outside is quoted."""
-    log.info("%s: %s %r: %r", requested_by, what, arguments, outcome)
+    """The audit line; the time is the log's. What came from outside is quoted, passwords in URLs are left out."""
+    line = f"{requested_by}: {what} {arguments!r}: {outcome!r}"
+    log.info("%s", _PASSWORDS.sub(r"\1\2***", line))
 
 
 class Rate:

@@ -9,15 +9,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import sqlalchemy as sa
+
 from rewards.errors import StoreError
 from services.dashboard.models import RunSummary, number
+from services.store import schema
+from services.store.actions import LIVE_STATUSES, SILENT_AFTER_S
 from services.store.catalog import Catalog
+from services.store.reader import Reader
 
 MAX_AGE_S = 1.0
-SILENT_S = 60.0
-"""A run that says running and has not written for this long is lost: its writer tells that it lives every ten."""
-LIVE = ("running", "paused")
-_MAX_EVENTS = 1000  # counted at a time, of each level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Known:
     """Error events so far."""
     warnings: int
     revision: int
+    """What of the run these figures are of; -1 when they have to be read anew."""
     counted: int
     """Id of the last event that was counted."""
 
@@ -64,31 +66,34 @@ class RunIndex:
                 return rows
 
     def _look(self, row: dict[str, Any]) -> Known:
-        before = self._known.get(row["id"])
-        if row.get("unreadable") is not None:
-            return _unreadable(row["id"], row["unreadable"], before)
-        workers = before.workers if before else []
-        errors, warnings, counted = (before.errors, before.warnings, before.counted) if before else (0, 0, 0)
-        if before is None or before.revision != row["revision"]:
+        known = self._known.get(row["id"]) or Known(RunSummary(id=row["id"], status=""), {}, [], 0, 0, -1, 0)
+        if row["unreadable"] is not None:
+            return _unreadable(known, row["unreadable"])
+        if known.summary.created != row["created"]:  # another run of this name than before
+            known = dataclasses.replace(known, errors=0, warnings=0, revision=-1, counted=0)
+        if known.revision != row["revision"]:
             try:
                 reader = self._catalog.reader(row["id"])
-                workers = reader.workers(row["id"])
-                last = counted
-                for level in ("error", "warning"):
-                    found = reader.events(row["id"], after_id=counted, level=level, limit=_MAX_EVENTS)
-                    last = max([last, *(event["id"] for event in found)])
-                    errors += len(found) * (level == "error")
-                    warnings += len(found) * (level == "warning")
-                counted = last
+                known = _count_events(reader, dataclasses.replace(known, workers=reader.workers(row["id"])))
             except (StoreError, KeyError) as error:
-                return _unreadable(row["id"], str(error), before)
-        summary = summarise(row, row["latest"], workers)
-        return Known(summary, row["latest"], workers, errors, warnings, row["revision"], counted)
+                return _unreadable(known, str(error))
+        summary = summarise(row, row["latest"], known.workers)
+        return dataclasses.replace(known, summary=summary, latest=row["latest"], revision=row["revision"])
 
 
-def _unreadable(run_id: str, reason: str, before: Known | None) -> Known:
-    blank = Known(RunSummary(id=run_id, status="unreadable"), {}, [], 0, 0, -1, 0)
-    known = before or blank
+def _count_events(reader: Reader, known: Known) -> Known:
+    """With the errors and warnings that have come since."""
+    events = schema.events.c
+    query = sa.select(events.level, sa.func.count().label("count"), sa.func.max(events.id).label("last"))
+    query = query.where(events.run_id == known.summary.id, events.id > known.counted).group_by(events.level)
+    found = {row["level"]: row for row in reader.select(query)}
+    new = {level: found[level]["count"] if level in found else 0 for level in ("error", "warning")}
+    counted = max([known.counted, *(row["last"] for row in found.values())])
+    errors, warnings = known.errors + new["error"], known.warnings + new["warning"]
+    return dataclasses.replace(known, errors=errors, warnings=warnings, counted=counted)
+
+
+def _unreadable(known: Known, reason: str) -> Known:
     summary = known.summary.model_copy(update={"status": "unreadable", "unreadable": reason})
     return dataclasses.replace(known, summary=summary, revision=-1)
 
@@ -127,5 +132,5 @@ def summarise(
 
 def shown_status(row: Mapping[str, Any]) -> str:
     """The store's status; ``lost`` for a run that has gone silent."""
-    silent = row["status"] in LIVE and time.time() - row["heartbeat"] > SILENT_S
+    silent = row["status"] in LIVE_STATUSES and time.time() - row["heartbeat"] > SILENT_AFTER_S
     return "lost" if silent else str(row["status"])

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +28,12 @@ from services.dashboard.settings import TOKEN_VARIABLE
 
 CHECK_LIMIT_S = 60.0
 RAY_LIMIT_S = 30.0
+CALLS = 4
+"""To Ray at a time."""
 LOG_CHARACTERS = 20_000
 """Of the end of a job's log that are shown."""
 
-_RESERVED = ("recipe", "run.dir", "resources.ray_address")
+_RESERVED = ("recipe", "run.dir", "store.url", "resources.ray_address")
 _Answer = TypeVar("_Answer")
 
 
@@ -63,9 +66,12 @@ class Checked(NamedTuple):
 
 class JobState(NamedTuple):
     status: str
-    """Ray's word in lower case: pending, running, stopped, succeeded, failed; unknown: Ray has forgotten the job."""
+    """Ray's word in lower case: pending, running, stopped, succeeded, failed; unknown: Ray has forgotten the job, or
+    could not be asked."""
     message: str
     log: str
+    over: bool
+    """Whether nothing more will come of it."""
 
 
 def recipes() -> list[Recipe]:
@@ -78,22 +84,30 @@ def recipes() -> list[Recipe]:
     return found
 
 
-def check(recipe: str, overrides: Sequence[str], runs_dir: Path) -> Checked:
-    """The settings that the recipe and the overrides give. The run gets a name of its own unless they name it.
+def check(recipe: str, overrides: Sequence[str], runs_dir: Path, store_url: str | None) -> Checked:
+    """The settings that the recipe and the overrides give. The run gets a name of its own unless they name it, and
+    writes to the store ``store_url`` if there is one.
 
     Raises:
-        SettingsRefused: the learner refuses them, or they would lead out of the folder of runs.
+        SettingsRefused: the learner refuses them, or they would lead out of the folder of runs or the store.
         RayUnavailable: the learner could not be asked.
     """
     if recipe not in (known := [each.name for each in recipes()]):
         raise SettingsRefused(f"there is no recipe {recipe!r}; shipped are {', '.join(known)}")
     for override in overrides:
         _require_setting(override)
-    arguments = [f"recipe={recipe}", *overrides, f"run.dir={runs_dir}"]
-    if not any(override.startswith("run.name=") for override in overrides):
-        arguments.append(f"run.name={time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{secrets.token_hex(2)}")
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{secrets.token_hex(2)}"
+    store = [] if store_url is None else [f"store.url={store_url}"]
+    arguments = [f"recipe={recipe}", f"run.name={name}", *overrides, f"run.dir={runs_dir}", *store]
     config = _resolved(arguments)
-    return Checked(config, arguments, str(config["run"]["name"]))
+    run = config["run"]
+    if config["store"]["url"] != store_url or config["resources"]["ray_address"] is not None:  # such as store={url: x}
+        raise SettingsRefused("store.url and resources.ray_address are the dashboard's to set; leave them out")
+    if run["name"] is None:
+        raise SettingsRefused("run.name=null gives the run no name to find it by; leave it out, or give a name")
+    if run["resume"] not in ("never", "auto"):
+        raise SettingsRefused(f"run.resume={run['resume']} is a path; from here it is never or auto, with run.name")
+    return Checked(config, arguments, run["name"])
 
 
 class Jobs:
@@ -107,7 +121,7 @@ class Jobs:
 
     def __init__(self, address: str | None, working_dir: Path | None) -> None:
         self.address, self._working_dir = address, working_dir
-        self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="ray-jobs")
+        self._calls = threading.BoundedSemaphore(CALLS)
 
     def require(self) -> None:
         """Raises RayUnavailable when there is no address or nobody listens there."""
@@ -148,28 +162,39 @@ class Jobs:
                 info = client.get_job_info(job_id)
             except RuntimeError as error:
                 if "404" in str(error):
-                    return JobState("unknown", "Ray no longer knows this job", "")
+                    return JobState("unknown", "Ray no longer knows this job", "", over=True)
                 raise
             log = str(client.get_job_logs(job_id) or "")
-            return JobState(str(info.status).lower(), str(info.message or "")[:2000], log[-LOG_CHARACTERS:])
+            status, message = str(info.status).lower(), str(info.message or "")[:2000]
+            over = status in ("stopped", "succeeded", "failed")
+            return JobState(status, message, log[-LOG_CHARACTERS:], over)
 
         return self._ask(look)
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     def _ask(self, question: Callable[[Any], _Answer]) -> _Answer:
-        """Ray's client knows no time limits, so the wait is bounded here."""
+        """Ray's client knows no time limits, so the wait is bounded here. What still hangs then neither holds up the
+        end of the process nor leaves room for more than ``CALLS`` of its kind."""
+        answered: concurrent.futures.Future[_Answer] = concurrent.futures.Future()
 
-        def answer() -> _Answer:
-            from ray.job_submission import JobSubmissionClient  # a second of imports
+        def answer() -> None:
+            try:
+                from ray.job_submission import JobSubmissionClient  # a second of imports
 
-            return question(JobSubmissionClient(self.address))
+                answered.set_result(question(JobSubmissionClient(self.address)))
+            except BaseException as error:
+                answered.set_exception(error)
+            finally:
+                self._calls.release()
 
+        late = RayUnavailable(f"Ray at {self.address} did not answer within {RAY_LIMIT_S:g} s")
+        deadline = time.monotonic() + RAY_LIMIT_S
+        if not self._calls.acquire(timeout=RAY_LIMIT_S):
+            raise late
+        threading.Thread(target=answer, name="ray-job", daemon=True).start()
         try:
-            return self._threads.submit(answer).result(timeout=RAY_LIMIT_S)
+            return answered.result(timeout=max(0.0, deadline - time.monotonic()))
         except concurrent.futures.TimeoutError:
-            raise RayUnavailable(f"Ray at {self.address} did not answer within {RAY_LIMIT_S:g} s") from None
+            raise late from None
         except ConnectionError as error:
             raise RayUnavailable(f"no Ray answers at {self.address}: {error}") from None
         except ImportError as error:

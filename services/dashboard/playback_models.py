@@ -111,6 +111,8 @@ class Playback(Model):
     """The kept completions of the same group, this one included, by row."""
     counterparts: list[SampleReference] = []
     """Greedy completions of the same problem, this one included: the base's, then trained ones by iteration."""
+    has_order_map: bool = False
+    """Whether an order map of its iteration was kept."""
 
 
 class OrderMap(Model):

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from services.dashboard.index import Known, RunIndex
 from services.dashboard.models import STATES
+from services.store.actions import LIVE_STATUSES
 
 MAX_RUNS = 50
 STATUSES = ("running", "paused", "finished", "stopped", "failed", "lost", "unreadable")
@@ -127,8 +128,9 @@ class _Service(Collector):
 
 def _newest(runs: Iterable[Known]) -> list[Known]:
     """Running ones first, then by age."""
-    live = ("running", "paused")
-    ordered = sorted(runs, key=lambda known: (known.summary.status in live, known.summary.created or 0), reverse=True)
+    ordered = sorted(
+        runs, key=lambda known: (known.summary.status in LIVE_STATUSES, known.summary.created or 0), reverse=True
+    )
     return ordered[:MAX_RUNS]
 
 

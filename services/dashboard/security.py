@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -53,9 +54,8 @@ def require_writer(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> None:
     """Ends a request that may not write with 403 (another page's) or 401 (without the token)."""
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
-    same = origin is None or origin.partition("://")[2] == request.headers.get("host")  # behind a proxy https is http
-    if not same or site not in ("same-origin", "none"):
+    site = request.headers.get("sec-fetch-site", "same-origin")  # old browsers don't say; they send Origin
+    if not _same_origin(request) or site not in ("same-origin", "none"):
         raise ProblemError(403, "this page is not the dashboard's own; use the dashboard's page, or no browser at all")
     security: Security = request.app.state.security
     if credentials is None or not security.authorised(credentials.credentials):
@@ -68,21 +68,46 @@ RequireWriter = Depends(require_writer)
 """``dependencies=[RequireWriter]`` of every route that writes."""
 
 
+def _same_origin(request: Request) -> bool:
+    """Without the scheme, which a proxy that speaks TLS changes. No browser leaves Origin out of a foreign POST."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        return True
+    _, found, place = origin.partition("://")  # "null": a page of no origin
+    return bool(found) and place.lower() == request.headers.get("host", "").lower()
+
+
 def _token_of(path: Path) -> str:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):  # another dashboard was quicker: its token is as good
                 _make(path)
-        mode = path.stat().st_mode & 0o777
-        token = path.read_text().strip()
+        about, content = _opened(path)
+        token = content.decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the token file {path} can't be used: {error}; give another with --token-file") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"the token file {path} can't be used: {reason}; give another with --token-file") from None
+    mode = stat.S_IMODE(about.st_mode)
+    if not stat.S_ISREG(about.st_mode):
+        raise ConfigError(f"the token file {path} is no regular file; give another with --token-file")
+    if about.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(f"the token file {path} belongs to another user, who knows the token; delete it")
     if mode & 0o077:
         raise ConfigError(f"the token file {path} can be read by others (mode {mode:o}); chmod 600 it, or delete it")
     if len(token) < MIN_TOKEN_LENGTH:
         raise ConfigError(f"the token in {path} is shorter than {MIN_TOKEN_LENGTH} characters; delete the file")
     return token
+
+
+def _opened(path: Path) -> tuple[os.stat_result, bytes]:
+    """The file's state and its beginning, of one and the same file whatever is renamed meanwhile."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not hold us up
+    try:
+        about = os.fstat(descriptor)
+        return about, os.read(descriptor, 4096) if stat.S_ISREG(about.st_mode) else b""
+    finally:
+        os.close(descriptor)
 
 
 def _make(path: Path) -> None:
@@ -91,6 +116,7 @@ def _make(path: Path) -> None:
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:
+            os.fchmod(descriptor, 0o600)  # whatever the umask takes away
             file.write(secrets.token_urlsafe(32) + "\n")
         os.link(draft, path)
     finally:

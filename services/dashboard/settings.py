@@ -1,6 +1,7 @@
 """What the dashboard serves and where."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_binding(settings: Settings, environment_token: str | None) -> None:
-    """Refuses to be reached from other machines without a token that was chosen for it. Raises ConfigError."""
+    """Refuses a token that nobody could send, and to be reached from other machines without a token that was chosen for
+    it. Raises ConfigError."""
+    if environment_token is not None and not re.fullmatch(r"[!-~]*", environment_token):
+        raise ConfigError(f"{TOKEN_VARIABLE} may have letters, digits and punctuation of ASCII only, and no blanks")
     if environment_token is not None and len(environment_token) < MIN_TOKEN_LENGTH:
         raise ConfigError(
             f"{TOKEN_VARIABLE} has {len(environment_token)} characters and needs at least {MIN_TOKEN_LENGTH}; "

@@ -17,6 +17,7 @@ from rewards.errors import StoreError
 from services.store import schema
 from services.store.pages import Page
 from services.store.reader import Reader
+from services.store.values import stored
 
 STORE_NAME = "store.sqlite"
 UNREADABLE = "unreadable"
@@ -240,7 +241,9 @@ def _index_run(connection: sa.Connection, row: dict[str, Any]) -> None:
     latest = row.pop("latest", {})
     connection.execute(schema.runs.insert().values(row | {"config": {}, "summary": None}))
     if latest:
-        values = [_latest_row(row["id"], name, newest) for name, newest in latest.items()]
+        values = [
+            {"run_id": row["id"], "name": name, **newest, **stored(newest["value"])} for name, newest in latest.items()
+        ]
         connection.execute(schema.latest_metrics.insert(), values)
 
 
@@ -278,10 +281,3 @@ def _placeholder(run_id: str, path: Path) -> dict[str, Any]:
     numbers = dict.fromkeys(("total_iterations", "starts", "pid", "lost_rows", "revision", "raw_from"), 0)
     times = {"created": created, "heartbeat": created, "ended": None}
     return {"id": run_id, "status": UNREADABLE, **texts, **numbers, **times}
-
-
-def _latest_row(run_id: str, name: str, newest: dict[str, Any]) -> dict[str, Any]:
-    value = newest["value"]
-    finite = value == value and abs(value) != float("inf")
-    stored = {"value": value if finite else None, "nonfinite": None if finite else str(value)}
-    return {"run_id": run_id, "name": name, "iteration": newest["iteration"], "time": newest["time"], **stored}

@@ -21,19 +21,21 @@ _OF_RUN = (
 
 
 def copy_runs(source: sa.Engine, target: sa.Engine) -> tuple[list[str], list[str]]:
-    """Copy every run that the target has not yet; the ids copied, and those left out. ``source`` is opened read-only.
+    """Copy every run whose name the target has not yet; the ids copied, and what was left out. ``source`` is opened
+    read-only.
 
     A run is copied whole or not at all, as it is at one moment. Ids of events, samples and actions are given anew, in
     the same order; revisions stay, so a reader's marker goes on in the copy. Raises ``StoreError``.
     """
     copied, skipped = [], []
+    runs = schema.runs.c
     try:
         with source.connect() as reading:
-            for run_id in reading.execute(sa.select(schema.runs.c.id).order_by(schema.runs.c.id)).scalars().all():
+            for run_id, identity in reading.execute(sa.select(runs.id, runs.identity).order_by(runs.id)).all():
                 with target.begin() as writing:
-                    there = writing.execute(sa.select(schema.runs.c.id).where(schema.runs.c.id == run_id)).scalar()
+                    there = writing.execute(sa.select(runs.identity).where(runs.id == run_id)).scalar()
                     if there is not None:
-                        skipped.append(run_id)
+                        skipped.append(run_id if there == identity else f"{run_id} (another run of this name)")
                         continue
                     _copy_run(reading, writing, run_id)
                 copied.append(run_id)

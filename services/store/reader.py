@@ -358,7 +358,7 @@ def _run(connection: sa.Connection, run_id: str) -> dict[str, Any] | None:
 
 
 def _marker(run: dict[str, Any] | None) -> str:
-    """The run's identity, which is when it was first entered, and its revision."""
+    """When the run was first entered, which tells it from another of its name, and its revision."""
     return "0-0" if run is None else f"{round(run['created'] * 1e6):x}-{run['revision']}"
 
 

@@ -53,6 +53,7 @@ runs = sa.Table(
     sa.Column("summary", sa.JSON(none_as_null=True)),
     sa.Column("revision", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("raw_from", sa.Integer, nullable=False, server_default="0"),  # below it only metric_buckets are left
+    sa.Column("identity", sa.Text, nullable=False, server_default=""),  # of the run's folder; "" in those of version 1
 )
 
 
@@ -140,7 +141,7 @@ workers = sa.Table(  # the newest state of each
     metadata,
     _run_id(),
     sa.Column("worker_id", sa.Text, nullable=False),
-    sa.Column("role", sa.Text, nullable=False),  # actor, rank
+    sa.Column("role", sa.Text, nullable=False),  # rollout, learner
     sa.Column("node", sa.Text, nullable=False),
     sa.Column("pid", sa.Integer),
     sa.Column("status", sa.Text, nullable=False),  # starting, alive, lost
@@ -281,9 +282,7 @@ def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool) -> sa.Engine:
         connection.execute("PRAGMA foreign_keys = ON")
         if create:
             connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer don't wait for each other
-        connection.execute(
-            "PRAGMA synchronous = NORMAL"
-        )  # a killed process loses nothing, a power cut the last moments
+        connection.execute("PRAGMA synchronous = NORMAL")  # a power cut costs the last moments, a killed process none
         if read_only:
             connection.execute("PRAGMA query_only = ON")
 

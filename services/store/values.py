@@ -26,6 +26,11 @@ def plain(value: Any) -> Any:
     return plain(str(value))
 
 
+def stored(value: float) -> dict[str, Any]:
+    """A metric's value as the columns ``value`` and ``nonfinite``."""
+    return {"value": value, "nonfinite": None} if math.isfinite(value) else {"value": None, "nonfinite": str(value)}
+
+
 def size(value: Any) -> int:
     """Bytes that the value takes in memory, roughly."""
     if isinstance(value, str | bytes):

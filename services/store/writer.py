@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from rewards.errors import StoreError
+from rewards.errors import ConfigError, StoreError
 from services.store import buckets, schema
 from services.store.retention import KEEP_ALL, Retention, prune
-from services.store.values import plain, size
+from services.store.values import plain, size, stored
 
 MAX_QUEUED_BYTES = 64 * 2**20
 HEARTBEAT_S = 10.0
@@ -48,7 +48,7 @@ class StoreWriter:
         url: str,
         run_id: str,
         *,
-        is_new: bool = False,
+        identity: str = "",
         task: str = "",
         objective: str = "",
         total_iterations: int = 0,
@@ -56,10 +56,12 @@ class StoreWriter:
         retention: Retention = KEEP_ALL,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ):
-        """Open (make, upgrade) the store at ``url`` and enter the run; a run with this id is gone on with, or with
-        ``is_new`` refused.
+        """Open (make, upgrade) the store at ``url`` and enter the run, or go on with it.
 
-        Raises ``StoreError`` when the store can't be opened: nothing has started yet, so this is the time to say so.
+        identity: tells the run from others of its name (``RunDirectory.identity``).
+
+        Raises ``ConfigError`` when the store has another run of this name, ``StoreError`` when it can't be opened:
+        nothing has started yet, so this is the time to say so.
         """
         self.run_id = run_id
         self.lost_rows = 0
@@ -81,22 +83,25 @@ class StoreWriter:
             lost_rows=0,
             summary=None,
         )
-        enter = self._insert(schema.runs).values(id=run_id, created=now, starts=1, **started)
-        if not is_new:
-            enter = enter.on_conflict_do_update(
-                index_elements=["id"], set_=started | {"starts": schema.runs.c.starts + 1}
-            )
         table = schema.runs
+        self._mine = (table.c.id == run_id) & (table.c.identity == identity)
+        enter = self._insert(table).values(id=run_id, identity=identity, created=now, starts=1, **started)
+        enter = enter.on_conflict_do_update(
+            index_elements=["id"], set_=started | {"starts": table.c.starts + 1}, where=table.c.identity == identity
+        )
         try:
             with self._engine.begin() as connection:
                 connection.execute(enter)
-                mine = connection.execute(sa.select(table.c.starts, table.c.revision).where(table.c.id == run_id)).one()
-        except sa.exc.IntegrityError as error:
-            taken = f"the run store {self._engine.url} holds a run named {run_id} already: choose another run.name"
-            raise StoreError(taken) from error
+                mine = connection.execute(sa.select(table.c.starts, table.c.revision).where(self._mine)).one_or_none()
         except sa.exc.SQLAlchemyError as error:
             reason = schema.short_reason(error)
             raise StoreError(f"cannot enter the run in the run store {self._engine.url}: {reason}") from error
+        if mine is None:
+            self._engine.dispose()
+            raise ConfigError(
+                f"the run store {self._engine.url} holds another run named {run_id}: choose another run.name, "
+                f"or another store.url"
+            )
         self._start: int = mine.starts
         self._revision: int | None = mine.revision  # None: to be read
         self._in_transaction = threading.Lock()  # guards the revision
@@ -118,14 +123,8 @@ class StoreWriter:
         self._put(
             schema.metrics,
             [
-                {
-                    "name": name,
-                    "iteration": iteration,
-                    "time": now,
-                    "value": value if math.isfinite(value) else None,
-                    "nonfinite": None if math.isfinite(value) else str(value),
-                }
-                for name, value in ((name, float(value)) for name, value in values.items())
+                {"name": name, "iteration": iteration, "time": now, **stored(float(value))}
+                for name, value in values.items()
             ],
         )
 
@@ -332,7 +331,7 @@ class StoreWriter:
         Raises ``StoreError`` when the run is no longer this writer's.
         """
         table = schema.runs
-        mine = (table.c.id == self.run_id) & (table.c.starts == self._start)
+        mine = self._mine & (table.c.starts == self._start)
         before = self._revision
         if before is None:
             before = connection.execute(sa.select(table.c.revision).where(mine)).scalar() or 0

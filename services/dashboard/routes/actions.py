@@ -103,7 +103,7 @@ def submit_run(request: Request, response: Response, wanted: SubmissionRequest) 
     _checks.require()
     by, settings = who(request), request.app.state.settings
     try:
-        checked = jobs.check(wanted.recipe, wanted.overrides, settings.runs_dir)
+        checked = jobs.check(wanted.recipe, wanted.overrides, settings.runs_dir, settings.store_url)
     except SettingsRefused as error:
         record(by, SUBMIT, f"refused: {error}", recipe=wanted.recipe, overrides=wanted.overrides)
         raise ProblemError(422, str(error)) from None
@@ -112,8 +112,6 @@ def submit_run(request: Request, response: Response, wanted: SubmissionRequest) 
     if wanted.dry:
         response.status_code = 200
         return Submission(status="checked", run_id=checked.run_id, config=checked.config)
-    if checked.run_id in request.app.state.catalog.run_ids() and checked.config["run"]["resume"] == "never":
-        raise ProblemError(409, f"there is a run {checked.run_id} already; take another run.name, or add resume=auto")
     asked, job_id = _submit(request, by, wanted, checked)
     response.headers["Location"] = f"{request.url.path}/{asked.id}"
     return Submission.of(asked).model_copy(update={"config": checked.config, "job_id": job_id})
@@ -153,7 +151,7 @@ def get_submission(request: Request, submission_id: Number) -> Submission:
             return shown
         job = _job(request.app.state.jobs, shown.job_id)
         if found.status == "accepted":
-            _settle(request, engine, shown, job)
+            _settle(request, engine, found, job)
             found = actions.find(Reader(engine).select, submission_id, run_id=None) or found
         return Submission.of(found).model_copy(
             update={"job_status": job.status, "job_message": job.message, "log": job.log}
@@ -168,6 +166,9 @@ def _submit(request: Request, by: str, wanted: SubmissionRequest, checked: Check
     assert engine is not None
     arguments: dict[str, Any] = {"recipe": wanted.recipe, "overrides": wanted.overrides, "run_id": checked.run_id}
     try:
+        arguments["life_before"] = _life(request, checked.run_id)
+        if arguments["life_before"] is not None and checked.config["run"]["resume"] == "never":
+            raise ProblemError(409, f"there is a run {checked.run_id} already; take another run.name, or resume=auto")
         asked = actions.request(engine, None, SUBMIT, arguments, by)
         try:
             job_id = request.app.state.jobs.submit(checked)
@@ -186,28 +187,35 @@ def _job(ray: jobs.Jobs, job_id: str) -> jobs.JobState:
     try:
         return ray.state(job_id)
     except (RayUnavailable, RayRefused) as error:
-        return jobs.JobState("unknown", str(error), "")
+        return jobs.JobState("unknown", str(error), "", over=False)
 
 
-def _settle(request: Request, engine: sa.Engine, shown: Submission, job: jobs.JobState) -> None:
+def _settle(request: Request, engine: sa.Engine, asked: actions.Action, job: jobs.JobState) -> None:
     """It was successful when there is a run: the job alone proves nothing."""
-    if shown.run_id in request.app.state.catalog.run_ids():
-        actions.settle(engine, shown.id or 0, "done", f"run {shown.run_id} has started")
-    elif job.status in ("failed", "stopped", "succeeded"):
+    run_id = asked.arguments["run_id"]
+    if _life(request, run_id) not in (None, asked.arguments.get("life_before")):
+        actions.settle(engine, asked.id, "done", f"run {run_id} has started")
+    elif job.over:
         last = job.log.strip().splitlines()[-1:] or [job.message]
         why = f"the job {job.status} before there was a run: {last[0]}"
-        actions.settle(engine, shown.id or 0, "refused", why[:1000])
+        actions.settle(engine, asked.id, "refused", why[:1000])
+
+
+def _life(request: Request, run_id: str) -> list[float] | None:
+    """Another one whenever a process of the run starts; None: there is no such run."""
+    run = request.app.state.catalog.run(run_id)
+    return None if run is None or not run["starts"] else [run["created"], run["starts"]]  # 0: not read yet
 
 
 def _records(request: Request, *, create: bool) -> sa.Engine | None:
     """The store of what belongs to no run: the shared one, or a small one of the dashboard's in the folder of runs."""
     settings = request.app.state.settings
     if settings.store_url is not None:
-        return schema.open_engine(settings.store_url, create=False)
+        return schema.open_engine(settings.store_url, create=create)
     path = settings.runs_dir / ".dashboard.sqlite"
     if not create and not path.is_file():
         return None
-    return schema.open_engine(f"sqlite:///{path}", create=create)
+    return schema.open_engine(schema.sqlite_url(path), create=create)
 
 
 def _page(items: list[Any], limit: int) -> Page[Any]:

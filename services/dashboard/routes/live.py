@@ -34,11 +34,11 @@ _EXAMPLE = (
         200: {
             "description": "Named events with JSON data, until either side ends it; a comment at least every ten "
             "seconds. With `run`: `run` (RunSummary), `metrics` (iteration, values by name), `event` (Event), `worker` "
-            "(Worker), `checkpoint` (Checkpoint), `samples` (iteration), `truncated` (after: forget what lies beyond "
-            "that iteration), `reset` (load everything anew). Without: `run` of every run, then of those that change, "
-            "and `removed` (id). `unreadable` and `readable` (reason) tell how the store is; `dropped` (reason) ends "
-            "the stream of a client that is too slow. Ids name places in the order of changes: with Last-Event-ID "
-            "nothing is missed or told twice.",
+            "(Worker), `checkpoint` (Checkpoint), `sample` (Sample without its texts), "
+            "`truncated` (after: forget what lies beyond that iteration), `reset` (load everything anew). Without: "
+            "`run` of every run, then of those that change, and `removed` (id). `unreadable` and `readable` (reason) "
+            "tell how the store is; `dropped` (reason) ends the stream of a client that is too slow. Ids name places "
+            "in the order of changes: with Last-Event-ID nothing is missed or told twice.",
             "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
         },
         **documented(404, 422, 503),

@@ -37,6 +37,7 @@ def get_sample(run: RunOfPath, sample_id: SampleId) -> Playback:
     document.siblings = [reference(other) for other in _briefly(run, group, table.row)]
     found = _briefly(run, problem, table.kind, table.iteration.desc())
     document.counterparts = [reference(other) for other in sorted(found, key=lambda other: other["iteration"])]
+    document.has_order_map = row["kind"] == "train" and _has_order_map(run, row["iteration"])
     return document
 
 
@@ -46,20 +47,34 @@ def get_order_map(
 ) -> OrderMap:
     """How often each position was drawn at each denoising step, over all completions of an iteration. 409: the sample
     that holds it is damaged."""
-    table = schema.samples.c
-    query = sa.select(schema.samples).where(table.run_id == run.id, table.kind == "train")
-    if iteration is not None:
-        query = query.where(table.iteration == iteration)
-    # It is kept with the first sample of its iteration.
-    rows = run.reader.select(query.order_by(table.iteration.desc(), table.group_id, table.row).limit(1))
     try:
-        found = order_map(rows[0]) if rows else None
+        found = _order_map(run, iteration)
     except UnreadableSample as error:
-        raise ProblemError(409, f"the order map can't be read: sample {rows[0]['id']}: {error}") from None
+        raise ProblemError(409, f"the order map can't be read: {error}") from None
     if found is None:
         which = "any iteration" if iteration is None else f"iteration {iteration}"
         raise ProblemError(404, f"run {run.id!r} kept no order map of {which}")
     return found
+
+
+def _has_order_map(run: RunAccess, iteration: int) -> bool:
+    try:
+        return _order_map(run, iteration) is not None
+    except UnreadableSample:
+        return False
+
+
+def _order_map(run: RunAccess, iteration: int | None) -> OrderMap | None:
+    """An iteration's map (None: the newest one's), which is kept with its first sample. Raises UnreadableSample."""
+    table = schema.samples.c
+    query = sa.select(schema.samples).where(table.run_id == run.id, table.kind == "train")
+    if iteration is not None:
+        query = query.where(table.iteration == iteration)
+    rows = run.reader.select(query.order_by(table.iteration.desc(), table.group_id, table.row).limit(1))
+    try:
+        return order_map(rows[0]) if rows else None
+    except UnreadableSample as error:
+        raise UnreadableSample(f"sample {rows[0]['id']}: {error}") from None
 
 
 def _briefly(run: RunAccess, where: list[Any], *order: Any) -> list[dict[str, Any]]:

@@ -5,11 +5,12 @@
 //   api          {get, post, at, url, token} of api.js
 //   stream(runId, handlers)  follow events; its state shows in the header; ends with the page
 //   title(crumbs)            [[text, href], ...] for the header and the tab
+//   state(text)              how the run stands, before the title in the browser's tab
 //   keys(bindings)           {"key": [handler, "what it does"]} while this page is open
 //   search(element)          the field that "/" goes to
 //   toast(text, kind)        kind: "info" or "error"
 //   dialog(title, build)     a modal; build(close) returns its content
-//   onTheme(f)               called when colours change; ends with the page
+//   onTheme(f), onLeave(f)   called when colours change; when the page ends
 //   alive()                  false once another page has taken over
 
 import * as api from "./api.js";
@@ -87,12 +88,14 @@ function appFor(mine) {
     token: api.token,
     toast,
     dialog,
-    theme: { get: () => document.documentElement.dataset.theme ?? "auto", next: nextTheme },
     alive: () => mine.open,
     keys: (bindings) => Object.assign(mine.keys, bindings),
     search: (field) => (mine.search = field),
     onTheme: (handler) => mine.themed.push(handler),
     onLeave: (cleanup) => mine.cleanups.push(cleanup),
+    state: (text) => {
+      if (mine.open) document.title = `${text} · ${mine.title}`;
+    },
     stream: (runId, handlers) => {
       let since = Date.now() / 1000;
       const stop = api.stream(runId, {
@@ -111,7 +114,8 @@ function appFor(mine) {
     title: (crumbs) => {
       if (!mine.open) return;
       mine.up = crumbs.length > 1 ? crumbs.at(-2)[1] : "#/runs";
-      document.title = [...crumbs.map(([text]) => text).reverse(), "Unmask"].join(" · ");
+      mine.title = [...crumbs.slice(crumbs.length > 1 ? 1 : 0).map(([text]) => text), "Unmask"].join(" · ");
+      document.title = mine.title;
       put(
         element("crumbs"),
         crumbs.map(([text, href], index) =>
@@ -213,6 +217,10 @@ document.addEventListener("keydown", (event) => {
   binding[0](event);
 });
 
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the part behind "#" is the route
+  main.focus();
+});
 element("theme-button").addEventListener("click", nextTheme);
 element("help-button").addEventListener("click", () => showHelp(page.keys, GLOBAL_KEYS));
 element("token-button").addEventListener("click", () => showToken(showTokenState));

@@ -10,6 +10,8 @@ import { hasBand, nearest, smooth, valueAt } from "./series.js";
 const PLOTLY = new URL("./vendor/plotly.min.js", import.meta.url);
 const MARGIN = { l: 48, r: 12, t: 8, b: 24 };
 const FEW_POINTS = 30;
+const SMALL = 1e-3; // ticks of smaller values are written with an exponent
+const FLAT = 1e-4; // of a curve's size: what moves less is drawn flat
 let plotly = null;
 
 /** Plotly, loaded from this service when the first chart needs it. */
@@ -140,6 +142,7 @@ class Chart {
     this.spec = { height: 190, kind: "lines", format: figure, series: [], ...spec };
     this.seen = false;
     this.stale = true;
+    this.drawings = 0;
     this.log = false;
     this.readout = h("div.readout");
     this.logButton = h(
@@ -150,7 +153,8 @@ class Chart {
     this.plot = h("div.plot", { tabIndex: 0, role: "img", style: { height: `${this.spec.height}px` } });
     this.line = h("i.cursor", { hidden: true });
     this.none = h("p.none", { hidden: true }, "No values yet");
-    const title = h("header", null, h("h2", { title: this.spec.hint ?? "" }, this.spec.title), this.logButton);
+    const unit = this.spec.unit && h("span.note", null, this.spec.unit);
+    const title = h("header", null, h("h2", { title: this.spec.hint ?? "" }, this.spec.title), unit, h("span.space"), this.logButton);
     this.element = h("section.card.chart", { dataset: { chart: this.spec.id } }, title, this.readout, h("div.plot-box", null, this.plot, this.line, this.none));
     if (this.spec.kind === "stacked") this.logButton.hidden = true;
     host.append(this.element);
@@ -269,6 +273,7 @@ class Chart {
     const axis = { gridcolor: colors.line, linecolor: colors.line, zeroline: false, tickfont: { size: 11, color: colors.muted }, automargin: false, fixedrange: true };
     const touch = matchMedia("(pointer: coarse)").matches;
     return {
+      datarevision: (this.drawings += 1), // series grow in place, which Plotly would not notice
       margin: MARGIN,
       height: this.spec.height,
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -282,17 +287,26 @@ class Chart {
     };
   }
 
-  /** The range of a curve that never moves, which would otherwise look like one around zero. */
+  /** The range of curves that never move, or by rounding only, which would otherwise fill the chart with noise. */
   flatRange() {
-    const values = new Set(this.spec.series.flatMap(({ data }) => data.y.filter((value) => value !== null)));
-    if (this.log || values.size !== 1 || this.spec.kind === "stacked") return { autorange: true };
-    const [value] = values;
-    return { autorange: false, range: value === 0 ? [-0.05, 1] : [Math.min(0, 2 * value), Math.max(0, 2 * value)] };
+    const [low, high] = this.extremes();
+    const size = Math.max(Math.abs(low), Math.abs(high));
+    if (this.log || this.spec.kind === "stacked" || !(high - low <= FLAT * size)) return { autorange: true };
+    if (size === 0) return { autorange: false, range: this.spec.format === percent ? [-0.005, 0.1] : [-0.05, 1] };
+    return { autorange: false, range: [Math.min(0, 2 * low), Math.max(0, 2 * high)] };
+  }
+
+  extremes() {
+    let [low, high] = [Infinity, -Infinity];
+    for (const { data } of this.spec.series) {
+      for (const value of data.y) if (value !== null) [low, high] = [Math.min(low, value), Math.max(high, value)];
+    }
+    return [low, high];
   }
 
   tickFormat() {
-    if (this.log) return "~g";
-    return this.spec.format === percent ? "~%" : "~g";
+    if (this.spec.format === percent && !this.log) return "~%";
+    return Math.max(...this.extremes().map(Math.abs)) < SMALL ? ".2~e" : "~g"; // else the margin cuts the zeros off
   }
 
   // Cursor and figures

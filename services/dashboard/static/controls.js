@@ -113,8 +113,10 @@ export function mountControls(host, run, app) {
   render();
   return {
     update(next) {
+      const moved = next.workers !== latest.workers;
       latest = next;
       render();
+      if (moved && shown !== "none") countActors();
     },
     close() {
       open = false;
@@ -140,7 +142,8 @@ function actorStepper(set) {
     h("button.icon-button", { type: "button", ariaLabel: "One actor more", onclick: step(1) }, "+"),
     h("button.button", { type: "submit", dataset: { action: "set_actors" } }, "Set"),
   );
-  return { element, show: (count) => (field.value = count) };
+  element.hidden = true; // until it is known that the run has actors: a fine-tuning run has none
+  return { element, show: (count) => ((field.value = count), (element.hidden = count === 0)) };
 }
 
 /** The dialog that starts a run from a recipe. */

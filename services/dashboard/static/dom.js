@@ -67,7 +67,7 @@ export const count = (raw) => (raw === null || raw === undefined ? "–" : Numbe
 
 export const percent = (raw) => {
   const value = number(raw);
-  return value === null || !Number.isFinite(value) ? figure(raw) : `${(100 * value).toFixed(1)} %`;
+  return value === null || !Number.isFinite(value) ? figure(raw) : `${(100 * value).toFixed(1)}%`;
 };
 
 /** "42 s", "3 min", "5 h 12 min", "3 d 4 h". */

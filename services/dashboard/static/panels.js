@@ -3,7 +3,10 @@
 
 import { duration, figure, percent } from "./dom.js";
 
-const seconds = (value) => (typeof value === "number" && value >= 60 ? duration(value) : `${figure(value, 3)} s`);
+const seconds = (value) => {
+  if (typeof value === "number" && value >= 60) return duration(value);
+  return value >= 0 && value < 0.001 ? "0 s" : `${figure(value, 3)} s`;
+};
 
 /** Names in the order of drawing; a RegExp takes all that match, sorted. `label` names a series. */
 const PANELS = [
@@ -25,7 +28,7 @@ const PANELS = [
     zero: true,
   },
   { id: "loss", title: "Loss", names: ["loss", /^(eval|held_out|sft)\/.*loss$/, /^loss\//], label: (name) => name },
-  { id: "entropy", title: "Entropy", hint: "Of the law that tokens were drawn from, nats a token", names: ["entropy"], label: () => "nats", zero: true },
+  { id: "entropy", title: "Entropy", unit: "nats a token", hint: "Of the law that tokens were drawn from", names: ["entropy"], label: () => "mean", zero: true },
   {
     id: "clip",
     title: "Clip fraction",
@@ -50,13 +53,14 @@ const PANELS = [
     label: (name) => name.slice(18),
     zero: true,
   },
-  { id: "staleness", title: "Staleness", hint: "Versions between drawing a group and learning from it", names: [/^staleness\//], label: (name) => name.slice(10), zero: true },
+  { id: "staleness", title: "Staleness", unit: "versions", hint: "Versions between drawing a group and learning from it", names: [/^staleness\//], label: (name) => name.slice(10), zero: true },
   { id: "kl", title: "KL to the reference", names: [/(^|_)kl$/], label: (name) => name.replaceAll("_", " ") },
   { id: "grad", title: "Gradient norm", names: ["grad_norm"], label: () => "norm", zero: true },
   { id: "speed", title: "Tokens per second", names: ["machine/tokens_per_s"], label: () => "tokens/s", zero: true },
   {
     id: "time",
     title: "Time by stage",
+    unit: "seconds",
     hint: "Seconds of an iteration; the rest is what no stage claims",
     names: [/^time\/(?!iteration_s$).*_s$/],
     total: "time/iteration_s",

@@ -15,7 +15,7 @@ export function toSeries(rows) {
   rows.iteration.forEach((iteration, index) => {
     addPoint(series, iteration, rows.value[index], rows.low?.[index], rows.high?.[index]);
   });
-  series.coarse = rows.count > rows.iteration.length;
+  series.coarse = rows.count.some((values) => values > 1);
   return series;
 }
 

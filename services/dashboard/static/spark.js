@@ -37,7 +37,10 @@ export class Sparkline {
 
   async run() {
     try {
-      if (this.open) draw(this.host, await this.load());
+      if (!this.open) return;
+      const points = await this.load();
+      if (points.length) drawCurve(this.host, points);
+      else put(this.host, h("span.muted", null, "–"));
     } catch {
       put(this.host, h("span.muted", null, "–")); // the row itself tells what is wrong with the run
     }
@@ -59,21 +62,22 @@ function next() {
   }
 }
 
-function draw(host, points) {
+/** The curve of [[x, y or null], ...], its end marked; nothing for no values. */
+export function drawCurve(host, points, { width = WIDTH, height = HEIGHT } = {}) {
   const good = points.filter(([, y]) => y !== null && Number.isFinite(y));
-  if (!good.length) return put(host, h("span.muted", null, "–"));
+  if (!good.length) return put(host);
   const [first, last] = [good[0][0], good.at(-1)[0]];
   const values = good.map(([, y]) => y);
   const [low, high] = [Math.min(...values), Math.max(...values)];
-  const x = (value) => 2 + ((WIDTH - 6) * (value - first)) / (last - first || 1);
-  const y = (value) => (high === low ? HEIGHT / 2 : HEIGHT - 3 - ((HEIGHT - 6) * (value - low)) / (high - low));
+  const x = (value) => 2 + ((width - 6) * (value - first)) / (last - first || 1);
+  const y = (value) => (high === low ? height / 2 : height - 3 - ((height - 6) * (value - low)) / (high - low));
   const line = good.map(([at, value]) => `${x(at).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
   const [endX, endY] = [x(last), y(good.at(-1)[1])];
   put(
     host,
     s(
       "svg.spark",
-      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, width: WIDTH, height: HEIGHT, role: "img", "aria-label": `from ${values[0].toPrecision(3)} to ${values.at(-1).toPrecision(3)}` },
+      { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `from ${values[0].toPrecision(3)} to ${values.at(-1).toPrecision(3)}` },
       good.length > 1 && s("polyline", { points: line }),
       s("circle", { cx: endX.toFixed(1), cy: endY.toFixed(1), r: 2.2 }),
     ),

@@ -2,7 +2,7 @@
 
 import { at, get } from "../api.js";
 import { ChartGroup, DASHES } from "../charts.js";
-import { count, empty, figure, h, loading, percent, pill, put } from "../dom.js";
+import { count, empty, figure, h, percent, pill, put } from "../dom.js";
 import { byName, panelsFor } from "../panels.js";
 import { append, emptySeries, toSeries } from "../series.js";
 import { differenceTable, flatten } from "../run/config.js";

@@ -5,21 +5,21 @@ import { empty, figure, h, loading, put, setText } from "../dom.js";
 import { StepAxis, stepTable } from "../playback/axis.js";
 import { Cells, describe, isRevealed } from "../playback/cells.js";
 import { MODES, legend, scale } from "../playback/colours.js";
-import { OrderMap, fifthBars } from "../playback/ordermap.js";
+import { OrderMap, fifthBars, mapLegend } from "../playback/ordermap.js";
 import { besideChoice, nameOf, provenance, rewards, sampleChoice, siblings, verdict } from "../playback/panels.js";
 
 const SPEEDS = [0.25, 0.5, 1, 2, 4];
 const WHOLE_MS = 8000; // playing from the first step to the last, at speed 1
 const PAUSE_MS = [40, 700]; // least and most between two steps
+const REST_MS = 2500; // how long a finished text stands before the run's next one is played
 
 export async function render(root, params, app) {
   app.title([["Runs", "#/runs"], [params.id, `#/run/${encodeURIComponent(params.id)}`], ["Playback", null]]);
-  await stylesheet();
   put(root, loading("the completion"));
   const samples = (await get(at`runs/${params.id}/samples`, { limit: 300 })).items;
   if (!params.sample) {
     const newest = samples.find((sample) => sample.kind === "train") ?? samples[0];
-    if (newest) location.replace(link(params.id, newest.id, {}));
+    if (newest) location.replace(link(params.id, newest.id, { follow: params.query.get("follow") }));
     else put(root, empty("No completion yet", "A run keeps some of each iteration (samples_per_iteration) and of each evaluation; the first appear with them."));
     return undefined;
   }
@@ -40,28 +40,13 @@ export async function render(root, params, app) {
   return () => page.close();
 }
 
-async function orderMap(runId, play) {
-  if (play.kind !== "train") return null;
-  try {
-    return await get(at`runs/${runId}/order-map`, { iteration: play.iteration });
-  } catch (error) {
-    if (error.status === 404 || error.status === 409) return null;
-    throw error;
-  }
+function orderMap(runId, play) {
+  return play.has_order_map ? get(at`runs/${runId}/order-map`, { iteration: play.iteration }) : null;
 }
 
 function link(runId, sample, query) {
   const search = new URLSearchParams(Object.entries(query).filter(([, value]) => value !== null && value !== undefined)).toString();
   return `#/run/${encodeURIComponent(runId)}/play/${encodeURIComponent(sample)}${search ? `?${search}` : ""}`;
-}
-
-function stylesheet() {
-  if (document.querySelector("link[data-playback]")) return null;
-  return new Promise((resolve) => {
-    const sheet = h("link", { rel: "stylesheet", href: new URL("../playback/playback.css", import.meta.url).href, dataset: { playback: "" } });
-    sheet.onload = sheet.onerror = resolve;
-    document.head.append(sheet);
-  });
 }
 
 class Page {
@@ -76,6 +61,7 @@ class Page {
     this.update = Math.max(0, this.play.updates - 1);
     this.position = null;
     this.timer = null;
+    this.newest = null; // the first sample of the newest iteration, once the run has told of one
     const asked = params.query.get("step");
     this.done = asked === null ? this.steps : Math.min(this.steps, Math.max(0, Number(asked) || 0));
     this.panels = plays.map((play) => new Cells(play, `${nameOf(play)}, the completion by position`, (position) => this.select(position)));
@@ -88,9 +74,34 @@ class Page {
     this.chooseUpdate(this.update);
     this.select(null);
     this.seek(this.done);
+    this.follow(params.query.get("follow") === "1");
+  }
+
+  /** Keep playing the newest completion of the run, for a screen that nobody touches. */
+  follow(on) {
+    this.following = on;
+    this.followButton.setAttribute("aria-pressed", String(on));
+    this.#remember();
+    if (!on) return;
+    this.stream ??= this.app.stream(this.runId, { sample: (sample) => this.#told(sample) });
+    if (!this.timer) this.toggle();
+  }
+
+  #told(sample) {
+    if (sample.kind !== "train" || sample.iteration <= (this.newest ?? this.play).iteration) return;
+    this.newest = sample;
+    if (!this.timer) this.#next();
+  }
+
+  #next() {
+    clearTimeout(this.resting);
+    this.resting = setTimeout(() => {
+      if (this.following && this.newest && !this.timer) location.replace(link(this.runId, this.newest.id, { ...this.#query(), step: null }));
+    }, REST_MS);
   }
 
   close() {
+    clearTimeout(this.resting);
     this.pause();
     this.axis.close();
     this.map.close();
@@ -128,8 +139,10 @@ class Page {
     const wait = Math.min(most, Math.max(least, WHOLE_MS / this.steps)) / this.speed;
     this.timer = setTimeout(() => {
       this.seek(this.done + 1);
-      if (this.done >= this.steps) this.pause();
-      else this.#tick();
+      if (this.done < this.steps) return this.#tick();
+      this.pause();
+      if (this.following) this.#next();
+      return undefined;
     }, wait);
   }
 
@@ -188,6 +201,7 @@ class Page {
       step: this.done === this.steps ? null : this.done,
       colour: this.mode === "confidence" ? null : this.mode,
       speed: this.speed === 1 ? null : this.speed,
+      follow: this.following ? 1 : null,
     };
   }
 
@@ -218,6 +232,7 @@ class Page {
       "[": [() => this.select(this.position === null ? 0 : this.position - 1), "position before"],
       "]": [() => this.select(this.position === null ? 0 : this.position + 1), "next position"],
       c: [() => this.#nextColour(), "colour by confidence, entropy or step"],
+      f: [() => this.follow(!this.following), "follow the run: play its newest completion, again and again"],
       n: [() => this.#neighbour(1), "next completion of the group"],
       p: [() => this.#neighbour(-1), "completion before"],
     });
@@ -247,6 +262,7 @@ class Page {
       { ariaLabel: "Speed", onchange: () => ((this.speed = Number(this.speeds.value)), this.#remember()) },
       SPEEDS.map((speed) => h("option", { value: String(speed), selected: speed === this.speed }, `${speed}×`)),
     );
+    this.followButton = h("button.button", { type: "button", title: "Play the newest completion of the run, and the next when there is one (f)", onclick: () => this.follow(!this.following) }, "Follow the run");
     this.modes = h(
       "div.segments",
       { role: "group", ariaLabel: "Colour by" },
@@ -272,7 +288,7 @@ class Page {
       h(
         "section.card.play-transport",
         { ariaLabel: "Playback" },
-        h("div.play-controls", null, this.button, this.counter, this.left, h("span.play-space"), this.modes, this.legend, this.speeds),
+        h("div.play-controls", null, this.button, this.counter, this.left, h("span.play-space"), this.modes, this.legend, this.speeds, this.followButton),
         h("div.play-track", null, this.slider, this.axis.element),
         this.#updateChoice(),
       ),
@@ -283,7 +299,7 @@ class Page {
           "div.play-main",
           null,
           h("div.play-texts", null, this.panels.map((panel) => this.#panel(panel))),
-          h("p.note.play-key", null, h("i.new", { ariaHidden: "true" }), "revealed by this step", h("i.scored", { ariaHidden: "true" }), "scored by the update", h("span.mono", null, "∎"), "special token"),
+          h("p.note.play-key", null, h("i.new", { ariaHidden: "true" }), "revealed by this step", this.plays.some((each) => each.scored.length) && [h("i.scored", { ariaHidden: "true" }), "scored by the update"], h("span.mono", null, "∎"), "special token"),
           card("Reward", [rewards(this.plays)]),
         ),
         h(
@@ -295,7 +311,7 @@ class Page {
       ),
       h(
         "div.play-more",
-        null,
+        { dataset: { plays: this.plays.length } },
         card("Steps that the update drew", [this.table]),
         card("Where it comes from", [this.#each(provenance)]),
         card("Prompt", [h("pre.play-prompt", { tabIndex: 0, ariaLabel: "Prompt" }, play.prompt)]),
@@ -333,7 +349,7 @@ class Page {
       "div.play-ways",
       null,
       this.plays.map((play, index) => h("span", { dataset: { way: index + 1 } }, h("i", { ariaHidden: "true" }), nameOf(play))),
-      map && h("span.note", null, "brighter: more often"),
+      map && mapLegend(map),
     );
   }
 }

@@ -13,7 +13,7 @@ const TABS = { samples: samplesTab, events: eventsTab, config: configTab };
 export async function render(root, params, app) {
   const { id, tab = "" } = params;
   const crumbs = [["Runs", "#/runs"], [id, `#/run/${encodeURIComponent(id)}`]];
-  app.title(tab ? [...crumbs, [tab, null]] : crumbs);
+  app.title(tab ? [...crumbs, [tab[0].toUpperCase() + tab.slice(1), null]] : crumbs);
   const run = await get(at`runs/${id}`);
   if (!app.alive()) return;
   const header = runHeader(run, tab, app);
@@ -23,7 +23,7 @@ export async function render(root, params, app) {
   let view = {};
   const open = async () => {
     try {
-      view = (await (TABS[tab] ?? overviewTab)(host, id, app, header)) ?? {};
+      view = (await (TABS[tab] ?? overviewTab)(host, id, app, params.query)) ?? {};
     } catch (error) {
       if (!app.alive()) return;
       put(host, failure(error, open));

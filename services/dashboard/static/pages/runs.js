@@ -30,7 +30,7 @@ export async function render(root, params, app) {
     oninput: () => ((state.filter = filter.value.trim().toLowerCase()), show()),
   });
   const statuses = h("div.segments", { role: "group", ariaLabel: "Status" });
-  const compare = h("button.button", { type: "button", disabled: true, onclick: () => openComparison() }, "Compare");
+  const compare = h("button.button", { type: "button", disabled: true, title: "Tick two runs or more, and see them on shared axes (c)", onclick: () => openComparison() }, "Compare");
   const submit = h("button.button", { type: "button", onclick: () => import("../controls.js").then((controls) => controls.openSubmit(app)) }, "New run");
   const offer = () => (submit.hidden = !app.token.get());
   offer();
@@ -197,6 +197,7 @@ class Row {
     this.run = run;
     if (this.status.firstChild?.dataset?.status !== run.status) put(this.status, pill(run.status));
     this.status.title = run.unreadable ?? (run.lost_rows ? `${run.lost_rows} rows were lost` : "");
+    this.element.dataset.status = run.status;
     setText(this.about, run.unreadable ?? [run.task, run.method].filter(Boolean).join(" · "));
     setText(this.figures, run.total_iterations ? `${count(run.iteration)} / ${count(run.total_iterations)}` : "–");
     this.bar.style.width = `${run.total_iterations ? Math.min(100, (100 * run.iteration) / run.total_iterations) : 0}%`;

@@ -1,7 +1,7 @@
 // The workers of a run by node: what each holds, whether it is alive, its memory and GPU, restarts and last error.
 
 import { at, get } from "../api.js";
-import { ago, bytes, count, empty, failure, figure, h, loading, pill, put } from "../dom.js";
+import { ago, bytes, count, empty, failure, h, loading, pill, put } from "../dom.js";
 import { cursorKeys } from "../rows.js";
 import { runHeader } from "../run/header.js";
 import { follow } from "./run.js";
@@ -11,7 +11,7 @@ const COLUMNS = [["Worker"], ["Status"], ["Weights", "num"], ["Heartbeat", "num"
 
 export async function render(root, params, app) {
   const { id } = params;
-  app.title([["Runs", "#/runs"], [id, `#/run/${encodeURIComponent(id)}`], ["workers", null]]);
+  app.title([["Runs", "#/runs"], [id, `#/run/${encodeURIComponent(id)}`], ["Workers", null]]);
   const run = await get(at`runs/${id}`);
   if (!app.alive()) return;
   const header = runHeader(run, "workers", app);
@@ -60,7 +60,7 @@ function nodeCard(node, workers, newest, ended) {
   return h(
     "section.card",
     { dataset: { node } },
-    h("header", null, h("h2", null, node || "unknown node"), h("span.note", null, text)),
+    h("header", null, h("h2", null, node || "unknown node"), h("span.note", null, ended ? `${text}, as they were when the run ended` : text)),
     h("div.table-wrap", null, h(
       "table.table.workers",
       null,
@@ -80,27 +80,18 @@ function workerRow(worker, newest, ended) {
     "tr",
     { dataset: { worker: worker.worker_id } },
     cell("worker", "td", h("b", null, worker.worker_id), h("div.note", null, [worker.role, details].filter(Boolean).join(" · "))),
-    cell("status", "td", pill(worker.status)),
+    cell("status", "td", ended ? h("span.pill", { dataset: { status: "past" } }, worker.status) : pill(worker.status)),
     cell("weights", "td.num", worker.policy_version === null ? "–" : `v${worker.policy_version}`, behind > 0 && h("div.note", null, `${behind} behind`)),
     cell("heartbeat", "td.num", h("span", { dataset: { silent: String(silent) } }, ago(worker.heartbeat))),
-    cell("memory", "td.num", memory(worker.data)),
-    cell("gpu", "td", gpu(worker.data, engine)),
+    cell("memory", "td.num", worker.data.memory_bytes === undefined ? "–" : bytes(worker.data.memory_bytes)),
+    cell("gpu", "td", gpu(worker.data.gpu, engine)),
     cell("restarts", "td.num", count(worker.restarts)),
     cell("process", "td.num", worker.pid === null ? "–" : String(worker.pid)),
     cell("error", "td", worker.last_error ? h("details.error", null, h("summary.clip", null, worker.last_error.split("\n")[0]), h("pre", null, worker.last_error)) : h("span.muted", null, "none")),
   );
 }
 
-function memory(data) {
-  const used = data.memory_bytes ?? data.rss_bytes ?? data.memory;
-  return used === undefined ? "–" : bytes(used);
-}
-
-function gpu(data, engine) {
-  const found = data.gpu ?? data.gpus;
-  if (found && typeof found === "object") {
-    const parts = [found.name, found.memory_used_bytes !== undefined && `${bytes(found.memory_used_bytes)} of ${bytes(found.memory_total_bytes)}`, found.utilization !== undefined && `${figure(found.utilization)} %`];
-    return parts.filter(Boolean).join(", ") || JSON.stringify(found);
-  }
-  return found !== undefined ? String(found) : engine.device ?? "–";
+function gpu(used, engine) {
+  if (!used) return engine.device ?? "–";
+  return [used.name, h("div.note", null, `${bytes(used.memory_used_bytes)} of ${bytes(used.memory_total_bytes)}`)];
 }

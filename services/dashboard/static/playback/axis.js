@@ -92,7 +92,7 @@ export class StepAxis {
     const most = Math.max(1e-9, ...means);
     const inner = Math.max(1, slot - Math.min(2, slot * 0.2));
     return means.map((mean, step) => {
-      const tall = (mean / most) * (height - 11);
+      const tall = (mean / most) * (height - 15);
       const label = `step ${step + 1}: ${this.steps[step].tokens} drawn, mean entropy ${figure(mean, 3)} nats`;
       return s("rect.play-bar", { x: step * slot, y: top + height - tall, width: inner, height: tall }, s("title", null, label));
     });
@@ -139,10 +139,16 @@ function ratios(scored, middle, top, height) {
   ];
 }
 
+function whyNone(play) {
+  if (play.kind !== "train") return "Evaluations aren't learnt from.";
+  if (play.advantage === 0) return "The update scored nothing of this completion: it had no signal.";
+  return "No single step of this completion was scored: an older version recorded it, or its objective scores the completion as a whole.";
+}
+
 /** The same as a table, for those who can't see the marks, and for exact figures. */
 export function stepTable(play, update) {
   const scored = play.scored.filter((step) => step.update === update);
-  if (!scored.length) return h("p.note", null, play.kind === "train" ? "The update scored nothing of this completion: it had no signal." : "Evaluations aren't learnt from.");
+  if (!scored.length) return h("p.note", null, whyNone(play));
   const choice = scored.some((step) => step.choice_new_logp !== null);
   const titles = ["Step", "Drawn", "Weight", "Tokens", "Log ratio", "Ratio", ...(choice ? ["Choice of positions"] : [])];
   const line = (step) => [

@@ -17,15 +17,17 @@ const css = (channels) => `rgb(${channels.join(" ")})`;
 /** Black or white, whichever is read better on it. */
 function ink(channels) {
   const [r, g, b] = channels.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.2 ? "#0b1016" : "#ffffff";
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff"; // where both have a contrast of 4.6
 }
+
+const chance = (logp) => (number(logp) === null ? null : Math.exp(number(logp)));
 
 /** A way to colour positions. `of(document, position)` is the value there, null where there is none. */
 export const MODES = {
   confidence: {
     title: "Confidence",
-    about: "Probability of the token under the law it was drawn from",
-    of: (play, position) => number(play.cells.confidence[position]),
+    about: "Probability of the token under the law it was drawn from; where it was chosen greedily, at temperature 1",
+    of: (play, position) => (play.sampler.temperature === 0 ? chance(play.cells.logp_raw[position]) : number(play.cells.confidence[position])),
     end: () => 1,
     ends: ["0", "1"],
   },
@@ -33,6 +35,7 @@ export const MODES = {
     title: "Entropy",
     about: "Entropy of that law, in nats: how undecided the policy was",
     of: (play, position) => number(play.cells.entropy[position]),
+    unit: " nats",
     end: (plays) => Math.max(1e-6, ...plays.flatMap((play) => play.cells.entropy.map(number).filter(Number.isFinite))),
   },
   step: {
@@ -57,15 +60,20 @@ export function scale(name, plays) {
   };
 }
 
+/** The whole scale as a bar. */
+export function scaleBar() {
+  const stops = CIVIDIS.map((hex, index) => `${hex} ${(100 * index) / (CIVIDIS.length - 1)}%`).join(", ");
+  return h("i", { ariaHidden: "true", style: { background: `linear-gradient(to right, ${stops})` } });
+}
+
 export function legend(name, plays) {
   const mode = MODES[name];
-  const stops = CIVIDIS.map((hex, index) => `${hex} ${(100 * index) / (CIVIDIS.length - 1)}%`).join(", ");
-  const [low, high] = mode.ends ?? [figure(mode.start ?? 0, 3), figure(mode.end(plays), 3)];
+  const [low, high] = mode.ends ?? [figure(mode.start ?? 0, 3), figure(mode.end(plays), 3) + (mode.unit ?? "")];
   return h(
     "div.play-legend",
     { title: mode.about },
     h("span", null, low),
-    h("i", { ariaHidden: "true", style: { background: `linear-gradient(to right, ${stops})` } }),
+    scaleBar(),
     h("span", null, high),
     h("span.sr", null, `${mode.title}: dark blue is ${low}, yellow is ${high}. ${mode.about}.`),
   );

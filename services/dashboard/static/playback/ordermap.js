@@ -1,7 +1,7 @@
 // Position by step: where in the text a whole batch decides first, and the way that the completions shown took.
 
 import { figure, h, number, put } from "../dom.js";
-import { rgb } from "./colours.js";
+import { rgb, scaleBar } from "./colours.js";
 
 const MARGIN = { left: 34, right: 6, top: 6, bottom: 26 };
 
@@ -89,8 +89,9 @@ export class OrderMap {
         paint.beginPath();
         const x = inner.x + (position + 0.5) * slot.x;
         const y = inner.y + (step + 0.5) * slot.y;
+        const first = this.plays.length > 1 ? 1.6 * radius : radius; // it stays to be seen under the second one
         if (index) paint.rect(x - radius, y - radius, 2 * radius, 2 * radius);
-        else paint.arc(x, y, radius, 0, 2 * Math.PI);
+        else paint.arc(x, y, first, 0, 2 * Math.PI);
         paint.fill();
         if (radius > 2 && revealed) paint.stroke();
       });
@@ -176,7 +177,7 @@ function heat(map) {
   canvas.height = down;
   const paint = canvas.getContext("2d");
   const pixels = paint.createImageData(across, down);
-  const most = Math.max(1, ...map.counts.map((row) => Math.max(...row)));
+  const most = mostOf(map);
   map.counts.forEach((row, position) =>
     row.forEach((count, step) => {
       const [r, g, b] = rgb(Math.sqrt(count / most));
@@ -194,6 +195,12 @@ function line(paint, x1, y1, x2, y2) {
   paint.stroke();
 }
 
+const mostOf = (map) => Math.max(1, ...map.counts.map((row) => Math.max(...row)));
+
+/** What the map's colours stand for: tokens in a cell of the map. */
+export const mapLegend = (map) =>
+  h("span.play-legend", { title: "Tokens of the batch that were drawn there; the scale is a square root" }, h("span", null, "1"), scaleBar(), h("span", null, `${mostOf(map)} tokens`));
+
 /** Mean step by fifth of the text, as bars. */
 export function fifthBars(host, map) {
   const { text, fifths } = firsts(map);
@@ -209,7 +216,7 @@ export function fifthBars(host, map) {
           "div",
           null,
           h("dt", null, `${fifth.from}–${fifth.to}`),
-          h("dd", null, h("i", { style: { width: `${(100 * ((fifth.mean ?? 0) + 1)) / written(map).steps}%` } }), h("span", null, fifth.mean === null ? "–" : figure(fifth.mean + 1, 3))),
+          h("dd", null, h("i", { style: { "--share": String(((fifth.mean ?? 0) + 1) / written(map).steps) } }), h("span", null, fifth.mean === null ? "–" : figure(fifth.mean + 1, 3))),
         ),
       ),
     ),

@@ -17,7 +17,7 @@ export function rewards(plays) {
   const bar = (play, name) => {
     const value = number(play.rewards[name] ?? null);
     const share = Number.isFinite(value) ? Math.abs(value ?? 0) / most : 0;
-    return h("td", null, h("div.play-reward", { dataset: { sign: value < 0 ? "minus" : "plus" } }, h("i", { style: { width: `${100 * share}%` } }), h("span", null, figure(value, 3))));
+    return h("td", null, h("div.play-reward", { dataset: { sign: value < 0 ? "minus" : "plus" } }, h("i", { style: { "--share": String(share) } }), h("span", null, figure(value, 3))));
   };
   const total = (play) => h("td", null, h("strong", null, figure(play.reward)));
   const advantage = (play) => h("td", null, play.advantage === null ? "–" : figure(play.advantage));

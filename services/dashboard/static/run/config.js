@@ -31,11 +31,11 @@ export async function configTab(host, runId, app) {
     const groups = new Map();
     for (const [key, value] of settings) {
       if (!`${key} ${shown(value)}`.toLowerCase().includes(text)) continue;
-      const [group] = key.split(".");
-      groups.set(group, [...(groups.get(group) ?? []), [key.slice(group.length + 1) || group, value]]);
+      const group = key.includes(".") ? key.split(".")[0] : "other";
+      groups.set(group, [...(groups.get(group) ?? []), [group === "other" ? key : key.slice(group.length + 1), value]]);
     }
     put(cards, [...groups].map(([group, rows]) =>
-      h("section.card", null, h("header", null, h("h2", null, group)), h("dl.body.settings", null, rows.map(([key, value]) => h("div", null, h("dt", null, key), h("dd.mono", null, shown(value))))))));
+      h("section.card", null, h("header", null, h("h2", null, group)), h("dl.body.settings", null, rows.map(([key, value]) => h("div", null, h("dt", null, key), h("dd.mono", { dataset: { empty: String(value === null) } }, shown(value))))))));
     if (!groups.size) put(cards, empty(settings.length ? "No setting matches" : "No settings", settings.length ? "Clear the filter." : "The run has told none."));
   }
 

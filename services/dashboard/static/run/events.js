@@ -23,7 +23,7 @@ export function eventCard(runId, limit = 8) {
   const list = h("ol.events");
   const none = h("p.note", null, "Nothing happened yet");
   const href = `#/run/${encodeURIComponent(runId)}/events`;
-  const element = h("section.card", null, h("header", null, h("h2", null, "Events"), h("a.note", { href }, "all")), h("div.body", null, none, list));
+  const element = h("section.card", null, h("header", null, h("h2", null, "Events"), h("a.note", { href }, "All events")), h("div.body", null, none, list));
   const show = () => (none.hidden = list.children.length > 0);
   return {
     element,
@@ -42,12 +42,13 @@ export function eventCard(runId, limit = 8) {
 }
 
 /** The tab: filters, the list, older ones on demand. Returns {event(event)} for live ones. */
-export async function eventsTab(host, runId, app) {
-  const state = { level: "", kind: "", next: null };
+export async function eventsTab(host, runId, app, query) {
+  const asked = query.get("level");
+  const state = { level: LEVELS.some(([level]) => level === asked) ? asked : "", kind: query.get("kind") ?? "", next: null };
   const list = h("ol.events");
   const note = h("div");
   const more = h("button.button", { type: "button", hidden: true, onclick: () => load(true) }, "Older events");
-  const kind = h("input", { type: "search", placeholder: "Kind, e.g. checkpoint", ariaLabel: "Only this kind", onchange: () => ((state.kind = kind.value.trim()), load()) });
+  const kind = h("input", { type: "search", placeholder: "Kind, e.g. checkpoint", ariaLabel: "Only this kind", value: state.kind, onchange: () => ((state.kind = kind.value.trim()), load()) });
   const levels = h("div.segments", { role: "group", ariaLabel: "Level" });
   put(host, h("div.row.filters", null, levels, kind), h("section.card", null, h("div.body", null, note, list)), more);
   app.search(kind);

@@ -1,6 +1,8 @@
-// What stands above every page of a run: name, status, progress, the figures that matter, and the tabs.
+// What stands above every page of a run: name, status, progress, its vitals, and the tabs.
 
-import { ago, clock, count, duration, figure, h, number, percent, pill, put, setText } from "../dom.js";
+import { ago, clock, count, h, pill, put, setText } from "../dom.js";
+import { drawCurve } from "../spark.js";
+import { isLive, lookCloser, vitals } from "./vitals.js";
 
 const TABS = [
   ["", "Overview", "1"],
@@ -9,8 +11,9 @@ const TABS = [
   ["events", "Events", "4"],
   ["config", "Config", "5"],
 ];
+const LOOK_MS = 5000; // least time between two looks at trends, workers and warnings
 
-/** {element, update(run), run(), setPace(seconds), problem(error or null)}; `tab` is the open one. */
+/** {element, update(run), run(), problem(error or null)}; `tab` is the open one. */
 export function runHeader(run, tab, app) {
   const href = (name) => `#/run/${encodeURIComponent(run.id)}${name ? `/${name}` : ""}`;
   const status = h("span");
@@ -28,15 +31,15 @@ export function runHeader(run, tab, app) {
   const title = h("div.run-title", null, h("div.row", null, h("h1", null, run.id), status), about);
   const progress = h("div.progress.run-progress", { role: "progressbar", ariaLabel: "Progress" }, bar);
   const element = h("div.run-head", null, h("div.head", null, title, controls), progress, strip, banners, tabs);
-  const cells = new Map();
   let attached = null;
   let problem = null;
-  let pace = null;
   let latest = run;
+  let seen = null;
+  let looked = 0;
+  let looking = null;
 
   function update(next) {
     latest = next;
-    const eta = pace === null || !next.total_iterations ? null : pace * Math.max(0, next.total_iterations - next.iteration);
     if (status.firstChild?.dataset?.status !== next.status) put(status, pill(next.status));
     const parts = [next.task, next.method, next.host && `on ${next.host}`, next.starts > 1 && `started ${next.starts} times`, next.created && `begun ${clock(next.created, { date: true })}`];
     setText(about, parts.filter(Boolean).join(" · "));
@@ -44,36 +47,32 @@ export function runHeader(run, tab, app) {
     progress.dataset.status = next.status;
     bar.style.width = `${100 * share}%`;
     progress.ariaValueNow = String(Math.round(100 * share));
-    figures(next, eta);
+    app.state(`${next.status} ${next.total_iterations ? `${next.iteration}/${next.total_iterations}` : next.iteration}`);
+    show();
     warn();
+    look();
     attached?.update?.(next);
   }
 
-  function figures(next, eta) {
-    const value = (name) => next.latest?.[name]?.value;
-    const running = next.status === "running" || next.status === "paused";
-    const took = (next.ended ?? next.heartbeat) - next.created;
-    const left = running && eta !== null ? `${duration(eta)} to go` : `${running ? "runs for" : "took"} ${duration(took)}`;
-    const held = value("eval/m/solve_rate");
-    const rows = [
-      ["Iteration", next.total_iterations ? `${count(next.iteration)} / ${count(next.total_iterations)}` : count(next.iteration), left],
-      value("reward/mean") !== undefined && ["Reward", figure(value("reward/mean")), "mean, last iteration"],
-      value("solve_rate") !== undefined && ["Solved", percent(value("solve_rate")), "sampled, last iteration"],
-      held !== undefined && ["Held out", percent(held), gain(next, held)],
-      value("reward/mean") === undefined && value("loss") !== undefined && ["Loss", figure(value("loss")), "last iteration"],
-      ["Speed", next.tokens_per_s === null ? "–" : figure(next.tokens_per_s, 3), value("time/iteration_s") ? `tokens/s, ${figure(value("time/iteration_s"), 2)} s each` : "tokens/s"],
-      value("staleness/max") !== undefined && ["Staleness", figure(value("staleness/max")), "versions at most"],
-      ["Last wrote", ago(next.heartbeat), next.workers ? `${next.workers} workers` : "no workers"],
-    ].filter(Boolean);
-    for (const [name, text, note] of rows) {
-      if (!cells.has(name)) {
-        const parts = [h("dt", null, name), h("dd"), h("dd.note")];
-        cells.set(name, parts);
-        strip.append(h("div", { dataset: { figure: name } }, parts));
+  function look() {
+    looking ??= setTimeout(async () => {
+      looked = Date.now();
+      try {
+        seen = await lookCloser(run.id);
+        if (app.alive()) show();
+      } catch {
+        // the next look may do; what is wrong with the service or the store is told by who follows the run
       }
-      setText(cells.get(name)[1], text);
-      setText(cells.get(name)[2], note);
-    }
+      looking = null;
+    }, Math.max(0, looked + LOOK_MS - Date.now()));
+  }
+
+  function show() {
+    const cells = vitals(latest, seen);
+    const names = cells.map(({ name }) => name).join();
+    if (strip.dataset.names !== names) put(strip, cells.map(({ name }) => vitalCell(name)));
+    strip.dataset.names = names;
+    cells.forEach((cell, index) => fillCell(strip.children[index], cell));
   }
 
   function warn() {
@@ -86,8 +85,12 @@ export function runHeader(run, tab, app) {
     if (!same) put(banners, texts.map(([kind, text]) => h("div.banner", { dataset: { kind }, role: "status" }, text)));
   }
 
-  const tick = setInterval(() => update(latest), 5000);
-  app.onLeave(() => clearInterval(tick));
+  const tick = setInterval(() => {
+    show();
+    warn();
+    if (isLive(latest)) look();
+  }, LOOK_MS);
+  app.onLeave(() => (clearInterval(tick), clearTimeout(looking)));
   import("../controls.js")
     .then((module) => module.mountControls?.(controls, latest, app))
     .then((mounted) => {
@@ -100,11 +103,6 @@ export function runHeader(run, tab, app) {
     element,
     update,
     run: () => latest,
-    /** Seconds that an iteration takes now, for the time to go. */
-    setPace: (seconds) => {
-      pace = seconds;
-      update(latest);
-    },
     /** Say what is wrong with the connection or the store; null takes it back. */
     problem: (error) => {
       problem = error === null ? null : problemText(error);
@@ -113,11 +111,17 @@ export function runHeader(run, tab, app) {
   };
 }
 
-function gain(run, held) {
-  const base = run.summary?.base?.greedy?.m;
-  if (base === undefined) return "greedy, m steps";
-  const points = 100 * (number(held) - base);
-  return `${points >= 0 ? "+" : "−"}${Math.abs(points).toFixed(1)} points over base`;
+const vitalCell = (name) =>
+  h("div", { dataset: { figure: name } }, h("dt", null, name), h("dd.value", null, h("span.text"), h("span.curve")), h("dd.note"));
+
+function fillCell(cell, { text, note, tone, points = [], href }) {
+  const [, value, small] = cell.children;
+  cell.dataset.tone = tone ?? "";
+  setText(value.firstChild, text);
+  if (cell.dataset.points !== JSON.stringify(points)) drawCurve(value.lastChild, points, { width: 64, height: 22 });
+  cell.dataset.points = JSON.stringify(points);
+  if (!href) return setText(small, note);
+  if (small.textContent !== note || small.firstElementChild?.getAttribute("href") !== href) put(small, h("a", { href }, note));
 }
 
 function problemText(error) {

@@ -13,7 +13,7 @@ const NAMES_AT_ONCE = 40;
 const TOO_MANY = 3 * POINTS;
 const SPANS = [[0, "Raw"], [5, "5"], [20, "20"], [100, "100"]];
 
-export async function overviewTab(host, runId, app, header) {
+export async function overviewTab(host, runId, app) {
   const data = new Map(); // name -> series, the whole run
   let zoomed = null; // {range, data} where the reader looks closer
   let names = new Set();
@@ -65,7 +65,7 @@ export async function overviewTab(host, runId, app, header) {
   function feed(panel) {
     const source = (name) => zoomed?.data.get(name) ?? data.get(name) ?? emptySeries();
     const list = panel.names.map((name, index) => ({ key: name, label: panel.label(name), color: index + 1, dash: index >= 8 ? "dash" : "solid", data: source(name) }));
-    if (panel.total) list.push({ key: panel.total, label: "rest", color: 8, data: rest(source(panel.total), list) });
+    if (panel.total) list.push({ key: panel.total, label: list.length ? "rest" : "iteration", color: 8, data: rest(source(panel.total), list) });
     panel.chart.set(list);
   }
 
@@ -89,11 +89,15 @@ export async function overviewTab(host, runId, app, header) {
     data.clear();
     for (const [name, series] of found) data.set(name, series);
     build();
-    pace();
+  }
+
+  function showLedger(state) {
+    ledger.element.hidden = state.iteration === null && names.size > 0; // a fine-tuning run has none
+    ledger.update(state);
   }
 
   async function loadRest() {
-    await Promise.all([get(at`runs/${runId}/ledger`).then(ledger.update), events.load(), checkpoints.load(runId)]);
+    await Promise.all([get(at`runs/${runId}/ledger`).then(showLedger), events.load(), checkpoints.load(runId)]);
   }
 
   async function closer(range) {
@@ -110,19 +114,13 @@ export async function overviewTab(host, runId, app, header) {
     panels.forEach(feed);
   }
 
-  function pace() {
-    const values = (data.get("time/iteration_s")?.y ?? []).slice(-20).filter((value) => value !== null);
-    if (values.length) header.setPace(values.reduce((sum, value) => sum + value, 0) / values.length);
-  }
-
   function flush() {
     timer = null;
     const touched = panels.filter((panel) => [...panel.names, panel.total].some((name) => dirty.has(name)));
     dirty = new Set();
     if ([...data.values()].some((series) => series.x.length > TOO_MANY)) load().catch(() => {});
     else touched.forEach(feed);
-    pace();
-    get(at`runs/${runId}/ledger`).then(ledger.update, () => {});
+    get(at`runs/${runId}/ledger`).then(showLedger, () => {});
     checkpoints.load(runId).catch(() => {});
   }
 

@@ -17,6 +17,7 @@ def upgrade() -> None:
     for table in ("runs", "metrics", "events", "workers", "samples", "checkpoints"):
         op.add_column(table, sa.Column("revision", sa.BigInteger, nullable=False, server_default="0"))
     op.add_column("runs", sa.Column("raw_from", sa.Integer, nullable=False, server_default="0"))
+    op.add_column("runs", sa.Column("identity", sa.Text, nullable=False, server_default=""))
     op.create_index("metrics_changed", "metrics", ["run_id", "revision"])
     op.create_index("events_changed", "events", ["run_id", "revision"])
     op.create_index("samples_changed", "samples", ["run_id", "revision"])
