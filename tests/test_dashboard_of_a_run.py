@@ -16,11 +16,11 @@ from learner.dashboard import dashboard
 from learner.reporting import Reporter
 from learner.rundir import RunDirectory
 from rewards.errors import StoreError
-from services.store.reader import list_events
 from services.store.schema import open_engine
 from services.store.writer import StoreWriter
 from tests import dashboards
 from tests.real_runs import Runs, command_line, iterations, wait_until
+from tests.store_rows import list_events
 
 LIMIT_S = 150.0
 

@@ -22,8 +22,9 @@ from rollout.adapters import AdapterState, digest, load_state
 from rollout.models import load_model, load_tokenizer, policy_adapter
 from rollout.models.lora import attach_lora
 from rollout.trajectory import TrajectoryGroup
-from services.store import reader, schema
+from services.store import schema
 from services.store.writer import StoreWriter
+from tests import store_rows
 from tests.hand_made import make_group, random_group
 from tests.learner_ranks import (
     SAMPLER,
@@ -242,8 +243,8 @@ def stored(reporter: Reporter, tmp_path) -> list[tuple[dict, dict[str, np.ndarra
     assert reporter.flush(10)
     engine = schema.open_engine(f"sqlite:///{tmp_path / 'r' / 'store.sqlite'}", create=False)
     found = []
-    for row in reader.list_samples(engine, "r"):
-        data = reader.sample_trajectory(engine, row["id"])
+    for row in store_rows.list_samples(engine, "r"):
+        data = store_rows.sample_trajectory(engine, row["id"])
         assert data is not None
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         found.append((row, load(data), json.loads(header["__metadata__"]["playback"]), len(data)))

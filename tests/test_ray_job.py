@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from learner.rundir import RunDirectory
-from services.store import reader, schema
+from services.store import schema
+from tests import store_rows
 from tests.real_runs import (
     RUN_LIMIT_S,
     SETTINGS,
@@ -177,7 +178,7 @@ def test_submitted_run_leaves_everything_where_the_user_asked(
     for left in ("config.json", "plots/reward.png", "adapter/adapter_model.safetensors", "checkpoints"):
         assert (run_dir.path / left).exists(), left
     engine = schema.open_engine(run_dir.store_url, create=False)
-    assert [run["status"] for run in reader.list_runs(engine)] == ["finished"]
+    assert [run["status"] for run in store_rows.list_runs(engine)] == ["finished"]
     engine.dispose()
     assert not (checkout / "runs").exists()
 

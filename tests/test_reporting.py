@@ -21,8 +21,9 @@ from learner.rundir import RunDirectory
 from learner.trackers import Tracker, build_trackers
 from rewards.errors import ConfigError
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
-from services.store import reader, schema
+from services.store import schema
 from services.store.writer import StoreWriter
+from tests import store_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -126,7 +127,7 @@ def test_rows_go_to_file_and_store(run):
     assert first == {"iteration": 0, "eval/m/2/solve_rate": 0.05, "eval/m/solve_rate": 0.1}
     assert second["reward/mean"] == 1.0 + 1 / 3  # to the last bit
     assert list(second)[1:] == sorted(list(second)[1:])
-    series = reader.metric_series(run.engine(), "r", ["reward/mean", "eval/m/2/solve_rate"])
+    series = store_rows.metric_series(run.engine(), "r", ["reward/mean", "eval/m/2/solve_rate"])
     assert series == {"reward/mean": [(1, 1.0 + 1 / 3)], "eval/m/2/solve_rate": [(0, 0.05)]}
 
 
@@ -169,19 +170,19 @@ def test_a_resumed_run_forgets_what_lies_beyond(start):
     assert len(run.dir.metrics_path.read_text().splitlines()) == 3
     assert [row["iteration"] for row in read_rows(run.dir.samples_path)] == [1, 2]
     engine = resumed.engine()
-    assert [i for i, _ in reader.metric_series(engine, "r", ["reward/mean"])["reward/mean"]] == [1, 2, 3]
-    assert [i for i, _ in reader.metric_series(engine, "r", ["solve_rate"])["solve_rate"]] == [1, 2]
-    assert [sample["iteration"] for sample in reader.list_samples(engine, "r")] == [1, 2]
+    assert [i for i, _ in store_rows.metric_series(engine, "r", ["reward/mean"])["reward/mean"]] == [1, 2, 3]
+    assert [i for i, _ in store_rows.metric_series(engine, "r", ["solve_rate"])["solve_rate"]] == [1, 2]
+    assert [sample["iteration"] for sample in store_rows.list_samples(engine, "r")] == [1, 2]
 
 
 def test_a_sample_is_the_row_it_says(run):
     run.reporter.sample(2, group(), 1, "Puzzle: 1", "[bold]4321", data={"k": 4}, arrays={"steps": np.array([0, 1])})
     assert run.reporter.flush(10)
-    (sample,) = reader.list_samples(run.engine(), "r")
+    (sample,) = store_rows.list_samples(run.engine(), "r")
     assert (sample["iteration"], sample["group_id"], sample["row"], sample["kind"]) == (2, 12, 1, "train")
     assert sample["correct"] is True and sample["reward"] == 3.0 and sample["rewards"] == {"cells": 1.0, "solved": 2.0}
     assert sample["data"]["k"] == 4 and sample["data"]["sampler"]["position_rule"] == "low_confidence"
-    tensors = load(reader.sample_trajectory(run.engine(), sample["id"]))
+    tensors = load(store_rows.sample_trajectory(run.engine(), sample["id"]))
     assert tensors["completion_ids"].tolist() == [4, 5, 6, 7] and tensors["prompt_ids"].tolist() == [5, 6, 7]
     assert tensors["unmask_step"].tolist() == [1, 1, 0, 0] and tensors["steps"].tolist() == [0, 1]
     assert tensors["drawn"].dtype == np.bool_
@@ -242,7 +243,7 @@ def test_a_broken_tracker_is_counted_and_told_once(start):
     assert sum("broken" in line for line in run.lines) == 1 and "server gone" in "".join(run.lines)
     rows = read_rows(run.dir.metrics_path)
     assert [row["machine/failed_reports"] for row in rows] == [0.0, 1.0, 2.0]
-    (event,) = reader.list_events(run.engine(), "r")
+    (event,) = store_rows.list_events(run.engine(), "r")
     assert event["data"] == {"target": "broken"} and event["level"] == "warning"
 
 
@@ -254,7 +255,7 @@ def test_metrics_jsonl_on_a_full_device_stops_nothing(start):
     assert run.reporter.failures["metrics.jsonl"] == 3
     assert sum("No space left on device" in line for line in run.lines) == 1
     assert run.reporter.store.flush(10)
-    assert len(reader.metric_series(run.engine(), "r", ["solve_rate"])["solve_rate"]) == 3
+    assert len(store_rows.metric_series(run.engine(), "r", ["solve_rate"])["solve_rate"]) == 3
     run.reporter.closing_table({})
     assert any("not everything was recorded" in line for line in run.lines)
     run.dir.metrics_path.unlink()
@@ -289,7 +290,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path):
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [*range(1, 51), *range(61, 101)]  # no part of a line
     engine = schema.open_engine(f"sqlite:///{tmp_path}/r/store.sqlite", create=False)
-    assert len(reader.metric_series(engine, "r", ["loss"])["loss"]) == 100  # queued meanwhile
+    assert len(store_rows.metric_series(engine, "r", ["loss"])["loss"]) == 100  # queued meanwhile
 
 
 def test_lost_store_rows_are_shown(start):

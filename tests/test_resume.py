@@ -16,7 +16,8 @@ import pytest
 from learner.config import load_dumped
 from learner.rundir import RunDirectory
 from rollout.adapters import digest, read_peft_folder
-from services.store import reader, schema
+from services.store import schema
+from tests import store_rows
 from tests.real_runs import (
     LEDGER_STATES,
     Runs,
@@ -48,14 +49,14 @@ def adapter_digest(run_dir: RunDirectory) -> str:
 def store_status(run_dir: RunDirectory) -> tuple[str, int]:
     """The run's status, and how often it was started."""
     engine = schema.open_engine(run_dir.store_url, create=False)
-    (run,) = reader.list_runs(engine)
+    (run,) = store_rows.list_runs(engine)
     engine.dispose()
     return run["status"], run["starts"]
 
 
 def store_events(run_dir: RunDirectory) -> list[dict[str, Any]]:
     engine = schema.open_engine(run_dir.store_url, create=False)
-    events = reader.list_events(engine, run_dir.id)
+    events = store_rows.list_events(engine, run_dir.id)
     engine.dispose()
     return events
 

@@ -12,7 +12,8 @@ from learner.config import load_config, load_dumped
 from learner.reporting import read_rows
 from learner.rundir import RunDirectory
 from rollout.adapters import adapter_parameters, digest, pack, read_peft_folder
-from services.store import reader, schema
+from services.store import schema
+from tests import store_rows
 from tests.real_runs import (
     SETTINGS,
     Runs,
@@ -69,16 +70,16 @@ def test_metrics_hold_every_iteration_once_and_the_evaluations(undisturbed: RunD
 
 
 def test_store_tells_the_same_as_the_files(undisturbed: RunDirectory, store: sa.Engine) -> None:
-    (run,) = reader.list_runs(store)
+    (run,) = store_rows.list_runs(store)
     assert (run["id"], run["status"], run["starts"], run["lost_rows"]) == ("undisturbed", "finished", 1, 0)
     assert run["summary"] == json.loads(undisturbed.summary_path.read_text())
     assert run["config"] == json.loads(undisturbed.config_path.read_text())
 
     names = sorted(training_rows(undisturbed)[0].keys() - {"iteration"})
-    in_store = reader.metric_series(store, "undisturbed", names)
+    in_store = store_rows.metric_series(store, "undisturbed", names)
     assert in_store == {name: [(row["iteration"], row[name]) for row in training_rows(undisturbed)] for name in names}
 
-    events = reader.list_events(store, "undisturbed")
+    events = store_rows.list_events(store, "undisturbed")
     assert "start" in {event["kind"] for event in events}
     assert not [event for event in events if event["level"] != "info"]
 
@@ -93,7 +94,7 @@ def test_store_tells_the_same_as_the_files(undisturbed: RunDirectory, store: sa.
 def test_samples_can_be_played_back(undisturbed: RunDirectory, store: sa.Engine) -> None:
     from safetensors.numpy import load
 
-    samples = reader.list_samples(store, "undisturbed")
+    samples = store_rows.list_samples(store, "undisturbed")
     kinds = Counter((sample["iteration"], sample["kind"]) for sample in samples)
     assert kinds == {(0, "base"): 4} | {(i, "trained"): 4 for i in (2, 4, 6)} | {(i, "train"): 4 for i in range(1, 7)}
     base, trained = ({s["problem_id"] for s in samples if s["kind"] == kind} for kind in ("base", "trained"))
@@ -102,7 +103,7 @@ def test_samples_can_be_played_back(undisturbed: RunDirectory, store: sa.Engine)
     for sample in samples:
         assert "Puzzle: " in sample["prompt"] and sample["correct"] in (False, True)
         assert sample["reward"] == pytest.approx(sum(sample["rewards"].values()))
-        trajectory = reader.sample_trajectory(store, sample["id"])
+        trajectory = store_rows.sample_trajectory(store, sample["id"])
         assert trajectory is not None
         arrays = load(trajectory)
         assert arrays["unmask_step"].shape == (24,)

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from learner.atomic import atomic_dir, atomic_write_text, recover_replaced, remove_leftovers
 from learner.rundir import RunDirectory
 from rewards.errors import ConfigError, UnmaskError, WaitTimeout
-from services.store.reader import list_events
 from services.store.schema import open_engine
 from services.store.writer import StoreWriter
+from tests.store_rows import list_events
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

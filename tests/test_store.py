@@ -13,6 +13,7 @@ from learner.runs import open_run
 from rewards.errors import ConfigError, StoreError
 from services.store import reader, schema
 from services.store.writer import StoreWriter
+from tests import store_rows
 from tests.databases import wait_until
 
 
@@ -47,7 +48,7 @@ def test_all_kinds_of_rows_come_back(url):
         writer.checkpoint(1, "checkpoints/1", {"digest": "ab"})
         writer.status("finished", {"base": {"greedy": {"m": 0.1}}})
     engine = schema.open_engine(url, create=False)
-    (run,) = reader.list_runs(engine)
+    (run,) = store_rows.list_runs(engine)
     assert (run["id"], run["task"], run["status"], run["starts"], run["lost_rows"]) == (
         "run-1",
         "sudoku",
@@ -56,16 +57,16 @@ def test_all_kinds_of_rows_come_back(url):
         0,
     )
     assert run["config"] == {"seed": 1} and run["summary"] == {"base": {"greedy": {"m": 0.1}}}
-    assert reader.metric_series(engine, "run-1", ["loss", "reward/mean", "none"]) == {
+    assert store_rows.metric_series(engine, "run-1", ["loss", "reward/mean", "none"]) == {
         "loss": [(1, 0.25)],
         "reward/mean": [(1, 1.5)],
         "none": [],
     }
-    (event,) = reader.list_events(engine, "run-1")
+    (event,) = store_rows.list_events(engine, "run-1")
     assert event["data"] == {"actor": 2, "where": "/x"} and event["level"] == "warning"
-    (sample,) = reader.list_samples(engine, "run-1")
+    (sample,) = store_rows.list_samples(engine, "run-1")
     assert sample["reward"] == 2.5 and sample["data"]["seed"] == 2**62
-    trajectory = reader.sample_trajectory(engine, sample["id"])
+    trajectory = store_rows.sample_trajectory(engine, sample["id"])
     assert trajectory is not None and load(trajectory)["unmask_step"].tolist() == [0, 1, 2, 3]
     with engine.connect() as connection:
         (worker,) = connection.execute(schema.workers.select()).mappings()
@@ -78,7 +79,7 @@ def test_non_finite_metrics_survive(url):
     with StoreWriter(url, "r") as writer:
         for iteration, value in enumerate([math.nan, math.inf, -math.inf, 1.0]):
             writer.metrics(iteration, {"kl": value})
-    values = [value for _, value in reader.metric_series(schema.open_engine(url, create=False), "r", ["kl"])["kl"]]
+    values = [value for _, value in store_rows.metric_series(schema.open_engine(url, create=False), "r", ["kl"])["kl"]]
     assert math.isnan(values[0]) and values[1:] == [math.inf, -math.inf, 1.0]
 
 
@@ -89,7 +90,7 @@ def test_hostile_text_is_kept_as_text(url):
         writer.event("info", "x", text)
     assert writer.lost_rows == 0
     engine = schema.open_engine(url, create=False)
-    assert reader.list_samples(engine, "r")[0]["completion"] == text.replace("\0", "\ufffd").replace("\ud800", "?")
+    assert store_rows.list_samples(engine, "r")[0]["completion"] == text.replace("\0", "\ufffd").replace("\ud800", "?")
 
 
 def test_a_report_is_what_it_was_when_it_was_made(url):
@@ -99,7 +100,9 @@ def test_a_report_is_what_it_was_when_it_was_made(url):
         writer.event("info", "x", "y", data)
     data["count"] = 2
     writer.close(10)
-    assert {event["data"]["count"] for event in reader.list_events(schema.open_engine(url, create=False), "r")} == {1}
+    assert {event["data"]["count"] for event in store_rows.list_events(schema.open_engine(url, create=False), "r")} == {
+        1
+    }
 
 
 def test_reopened_by_a_resumed_run(url):
@@ -116,11 +119,11 @@ def test_reopened_by_a_resumed_run(url):
         writer.metrics(4, {"loss": 44.0})
         put_sample(writer, 3)
     engine = schema.open_engine(url, create=False)
-    (run,) = reader.list_runs(engine)
+    (run,) = store_rows.list_runs(engine)
     assert (run["status"], run["starts"], run["total_iterations"], run["ended"]) == ("running", 2, 8, None)
-    assert reader.metric_series(engine, "r", ["loss"])["loss"] == [(1, 1.0), (2, 2.0), (3, 33.0), (4, 44.0)]
-    assert [sample["iteration"] for sample in reader.list_samples(engine, "r")] == [1, 2, 3]
-    assert len(reader.list_events(engine, "r")) == 1
+    assert store_rows.metric_series(engine, "r", ["loss"])["loss"] == [(1, 1.0), (2, 2.0), (3, 33.0), (4, 44.0)]
+    assert [sample["iteration"] for sample in store_rows.list_samples(engine, "r")] == [1, 2, 3]
+    assert len(store_rows.list_events(engine, "r")) == 1
 
 
 def test_truncation_leaves_other_runs_alone(url):
@@ -130,8 +133,8 @@ def test_truncation_leaves_other_runs_alone(url):
         assert first.flush(10) and second.flush(10)
         first.truncate_after(1)
         engine = schema.open_engine(url, create=False)
-        assert reader.metric_series(engine, "a", ["loss"])["loss"] == []
-        assert reader.metric_series(engine, "b", ["loss"])["loss"] == [(5, 2.0)]
+        assert store_rows.metric_series(engine, "a", ["loss"])["loss"] == []
+        assert store_rows.metric_series(engine, "b", ["loss"])["loss"] == [(5, 2.0)]
 
 
 def test_a_commit_that_went_through_unheard_is_not_written_twice(url):
@@ -143,7 +146,7 @@ def test_a_commit_that_went_through_unheard_is_not_written_twice(url):
         assert writer.flush(10)
         writer.event("info", "x", "second")
     engine = schema.open_engine(url, create=False)
-    assert [event["text"] for event in reader.list_events(engine, "r")] == ["first", "second"]
+    assert [event["text"] for event in store_rows.list_events(engine, "r")] == ["first", "second"]
     assert writer.lost_rows == 0
 
 
@@ -158,7 +161,7 @@ def test_a_writer_whose_run_was_taken_over_writes_nothing_more(url):
             with pytest.raises(StoreError, match="taken it over"):
                 old.truncate_after(0)
     assert old.lost_rows == 1 and "taken it over" in (old.last_error or "") and new.lost_rows == 0
-    kept = reader.metric_series(schema.open_engine(url, create=False), "r", ["loss"])["loss"]
+    kept = store_rows.metric_series(schema.open_engine(url, create=False), "r", ["loss"])["loss"]
     assert kept == [(1, 1.0), (3, 3.0)]
 
 
@@ -167,9 +170,9 @@ def test_a_paused_run_has_not_ended(url):
         writer.status("paused")
         assert writer.flush(10)
         engine = schema.open_engine(url, create=False)
-        assert reader.list_runs(engine)[0]["ended"] is None
+        assert store_rows.list_runs(engine)[0]["ended"] is None
         writer.status("stopped")
-    assert reader.list_runs(engine)[0]["ended"] is not None
+    assert store_rows.list_runs(engine)[0]["ended"] is not None
 
 
 def test_the_newest_values_follow_replacement_and_truncation(url):
@@ -197,10 +200,10 @@ def test_a_run_never_goes_on_with_another_of_its_name(url):
         with pytest.raises(ConfigError, match="another run named r: choose another run.name, or another store.url"):
             StoreWriter(url, "r", identity=other, task="second")
     engine = schema.open_engine(url, create=False)
-    (run,) = reader.list_runs(engine)
+    (run,) = store_rows.list_runs(engine)
     assert (run["task"], run["starts"], run["identity"]) == ("first", 1, "one")
     StoreWriter(url, "r", identity="one").close(10)  # the control
-    assert reader.list_runs(engine)[0]["starts"] == 2
+    assert store_rows.list_runs(engine)[0]["starts"] == 2
     engine.dispose()
 
 
@@ -217,7 +220,7 @@ def test_a_run_replaced_by_another_of_its_name_takes_no_rows_of_it(url):
             old.event("info", "x", "of the old, and late")
             wait_until(lambda: old.lost_rows == 1)
     assert "deleted" in (old.last_error or "")
-    assert [event["text"] for event in reader.list_events(engine, "r")] == ["of the new"]
+    assert [event["text"] for event in store_rows.list_events(engine, "r")] == ["of the new"]
     engine.dispose()
 
 
@@ -234,13 +237,13 @@ def test_a_run_is_recorded_where_its_settings_say(url, tmp_path):
     url = url.replace(".sqlite", "-shared.sqlite")
     record("here")
     engine = schema.open_engine(url, create=False)
-    assert reader.metric_series(engine, "a", ["reward/mean"])["reward/mean"] == [(1, 1.5)]
+    assert store_rows.metric_series(engine, "a", ["reward/mean"])["reward/mean"] == [(1, 1.5)]
     for settings in ((), ("run.resume=auto",)):  # refused, and not let in by going on with what was refused
         with pytest.raises(ConfigError, match="choose another run.name"):
             record("there", *settings)
-    assert reader.list_runs(engine)[0]["starts"] == 1
+    assert store_rows.list_runs(engine)[0]["starts"] == 1
     record("here", "run.resume=auto")  # the control: the run itself goes on
-    assert reader.list_runs(engine)[0]["starts"] == 2
+    assert store_rows.list_runs(engine)[0]["starts"] == 2
     engine.dispose()
 
 
@@ -248,6 +251,6 @@ def test_a_silent_run_gives_signs_of_life(url, monkeypatch):
     monkeypatch.setattr("services.store.writer.HEARTBEAT_S", 0.05)
     with StoreWriter(url, "r") as writer:
         engine = schema.open_engine(url, create=False)
-        first = reader.list_runs(engine)[0]["heartbeat"]
-        wait_until(lambda: reader.list_runs(engine)[0]["heartbeat"] > first)
+        first = store_rows.list_runs(engine)[0]["heartbeat"]
+        wait_until(lambda: store_rows.list_runs(engine)[0]["heartbeat"] > first)
     assert writer.last_error is None

@@ -14,6 +14,7 @@ import pytest
 from rewards.errors import StoreError
 from services.store import reader, schema
 from services.store.writer import StoreWriter
+from tests import store_rows
 from tests.databases import Server, wait_until
 from tests.store_contents import put_sample
 
@@ -46,7 +47,7 @@ def test_a_locked_store_delays_no_call_and_loses_nothing_that_fits(url, path):
     assert writer.flush(10)
     writer.close(10)
     assert writer.lost_rows == 0
-    assert len(reader.metric_series(schema.open_engine(url, create=False), "r", ["loss"])["loss"]) == 100
+    assert len(store_rows.metric_series(schema.open_engine(url, create=False), "r", ["loss"])["loss"]) == 100
 
 
 def test_without_the_queue_the_same_lock_does_hold_up_the_caller(url, path):
@@ -69,8 +70,8 @@ def test_rows_beyond_the_bound_are_lost_and_counted(url, path):
     writer.metrics(1000, {"late": 1.0})
     writer.close(10)
     engine = schema.open_engine(url, create=False)
-    assert writer.lost_rows == lost and reader.list_runs(engine)[0]["lost_rows"] == lost
-    kept = reader.metric_series(engine, "r", ["loss", "late"])
+    assert writer.lost_rows == lost and store_rows.list_runs(engine)[0]["lost_rows"] == lost
+    kept = store_rows.metric_series(engine, "r", ["loss", "late"])
     assert len(kept["loss"]) == 300 - lost and len(kept["late"]) == 1
 
 
@@ -94,7 +95,7 @@ def test_a_row_the_store_refuses_takes_no_neighbour_along(url, path):
         writer.metrics(2, {"after": 1.0})
     writer.close(10)
     assert writer.lost_rows == 1 and "OverflowError" in (writer.last_error or "")
-    kept = reader.metric_series(schema.open_engine(url, create=False), "r", ["before", "after", "bad"])
+    kept = store_rows.metric_series(schema.open_engine(url, create=False), "r", ["before", "after", "bad"])
     assert [len(kept[name]) for name in ("before", "after", "bad")] == [1, 1, 0]
 
 
@@ -126,7 +127,7 @@ def test_a_full_disk_costs_rows_not_the_run(url, limit, full):
     assert ("OperationalError" in error) == full
     assert not full or int(lost) > 200
     engine = schema.open_engine(url, create=False)
-    assert reader.metric_series(engine, "r", ["loss"])["loss"] == [(0, 1.0)]
+    assert store_rows.metric_series(engine, "r", ["loss"])["loss"] == [(0, 1.0)]
 
 
 def test_a_store_that_cannot_be_opened_is_told_at_the_start(url, path, tmp_path):
@@ -180,8 +181,8 @@ def test_a_killed_server_delays_no_call_and_costs_no_row(server):
         writer.close(10)
         engine = schema.open_engine(url, create=False)
         assert writer.lost_rows == 0
-        assert len(reader.metric_series(engine, "r", ["loss"])["loss"]) == 100
-        assert [event["text"] for event in reader.list_events(engine, "r")] == ["before", "after"]
+        assert len(store_rows.metric_series(engine, "r", ["loss"])["loss"]) == 100
+        assert [event["text"] for event in store_rows.list_events(engine, "r")] == ["before", "after"]
         engine.dispose()
 
 
@@ -211,7 +212,7 @@ def test_a_server_killed_over_and_over_gets_every_event_once(server):
         assert writer.flush(60)
         writer.close(10)
         engine = schema.open_engine(url, create=False)
-        texts = [event["text"] for event in reader.list_events(engine, "r")]
+        texts = [event["text"] for event in store_rows.list_events(engine, "r")]
         assert texts == [f"{turn}-{number}" for turn in range(4) for number in range(300)]
         engine.dispose()
 
@@ -234,7 +235,7 @@ def test_a_full_disk_under_the_server_is_waited_for(server):
         writer.close(10)
         engine = schema.open_engine(url, create=False)
         assert writer.lost_rows == 0
-        assert len(reader.list_samples(engine, "r")) == 40 and len(reader.list_events(engine, "r")) == 1
+        assert len(store_rows.list_samples(engine, "r")) == 40 and len(store_rows.list_events(engine, "r")) == 1
         engine.dispose()
 
 
@@ -246,7 +247,7 @@ def test_a_locked_table_delays_no_call_and_loses_nothing_that_fits(postgresql):
             wait_until(lambda: "lock timeout" in (writer.last_error or ""))
         assert writer.flush(30)
         engine = schema.open_engine(url, create=False)
-        assert len(reader.metric_series(engine, "r", ["loss"])["loss"]) == 100 and writer.lost_rows == 0
+        assert len(store_rows.metric_series(engine, "r", ["loss"])["loss"]) == 100 and writer.lost_rows == 0
         engine.dispose()
 
 
@@ -275,7 +276,7 @@ def test_rows_the_server_refuses_take_no_neighbour_along(postgresql):
         assert writer.flush(30)
         assert writer.lost_rows == 2 and "index row" in (writer.last_error or "")
         engine = schema.open_engine(url, create=False)
-        kept = reader.metric_series(engine, "r", ["before", "after", "bad"])
+        kept = store_rows.metric_series(engine, "r", ["before", "after", "bad"])
         assert [len(kept[name]) for name in ("before", "after", "bad")] == [1, 1, 0]
         engine.dispose()
 
