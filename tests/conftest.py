@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# bitsandbytes asks torch to compile as soon as it is imported, which peft does: a second of each process that a test
+# starts, and the tests start hundreds.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 from learner.rundir import RunDirectory
 from services.store.reader import Reader
 from services.store.schema import sqlite_url

@@ -150,7 +150,7 @@ class Chart {
       { type: "button", title: "Logarithmic scale", ariaPressed: "false", onclick: () => this.toggleLog() },
       "log",
     );
-    this.plot = h("div.plot", { tabIndex: 0, role: "img", style: { height: `${this.spec.height}px` } });
+    this.plot = h("div.plot", { tabIndex: 0, role: "img", ariaLabel: this.spec.title, style: { height: `${this.spec.height}px` } });
     this.line = h("i.cursor", { hidden: true });
     this.none = h("p.none", { hidden: true }, "No values yet");
     const unit = this.spec.unit && h("span.note", null, this.spec.unit);

@@ -39,6 +39,26 @@ export function append(series, iteration, value) {
   addPoint(series, iteration, value);
 }
 
+/** Live updates that come while an answer is fetched which may be older than they are. */
+export class Backlog {
+  #open = new Set();
+
+  push(update) {
+    for (const late of this.#open) late.push(update);
+  }
+
+  /** Fetch, then `settle(answer, late)`: nothing comes between the two, so whoever repeats `late` on the answer misses nothing. */
+  async during(fetching, settle) {
+    const late = [];
+    this.#open.add(late);
+    try {
+      settle(await fetching(), late);
+    } finally {
+      this.#open.delete(late);
+    }
+  }
+}
+
 /** True where points stand for several iterations that differ. */
 export const hasBand = (series) => series.x.some((_, index) => series.high[index] > series.low[index]);
 

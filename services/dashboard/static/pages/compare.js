@@ -4,7 +4,7 @@ import { at, get } from "../api.js";
 import { ChartGroup, DASHES } from "../charts.js";
 import { count, empty, figure, h, percent, pill, put } from "../dom.js";
 import { byName, panelsFor } from "../panels.js";
-import { append, emptySeries, toSeries } from "../series.js";
+import { append, Backlog, emptySeries, toSeries } from "../series.js";
 import { differenceTable, flatten } from "../run/config.js";
 
 const POINTS = 500;
@@ -18,7 +18,7 @@ export async function render(root, params, app) {
   const answers = await Promise.allSettled(ids.map((id) => Promise.all([get(at`runs/${id}`), get(at`runs/${id}/config`), get(at`runs/${id}/metric-names`)])));
   if (!app.alive()) return;
   const lost = ids.filter((_, index) => answers[index].status === "rejected");
-  const runs = answers.flatMap((answer, index) => (answer.status === "rejected" ? [] : [{ id: ids[index], style: styleOf(index), run: answer.value[0], config: flatten(answer.value[1].config), names: answer.value[2].names, data: new Map() }]));
+  const runs = answers.flatMap((answer, index) => (answer.status === "rejected" ? [] : [{ id: ids[index], style: styleOf(index), run: answer.value[0], config: flatten(answer.value[1].config), names: answer.value[2].names, data: new Map(), backlog: new Backlog() }]));
   if (!runs.length) throw answers[0].reason;
 
   const group = new ChartGroup();
@@ -64,14 +64,20 @@ export async function render(root, params, app) {
   async function load(item) {
     await Promise.all(runs.map(async (run) => {
       if (run.data.has(item.name) || !run.names.includes(item.name)) return;
-      const { series } = await get(at`runs/${run.id}/metrics`, { name: [item.name], points: POINTS });
-      run.data.set(item.name, toSeries(series[item.name]));
+      await run.backlog.during(() => get(at`runs/${run.id}/metrics`, { name: [item.name], points: POINTS }), ({ series }, late) => {
+        run.data.set(item.name, toSeries(series[item.name]));
+        for (const update of late) take(run, update);
+      });
     }));
     if (app.alive()) feed(item);
   }
 
   function feed({ name, chart }) {
     chart.set(runs.map((run) => ({ key: run.id, label: run.id, ...run.style, data: run.data.get(name) ?? emptySeries() })));
+  }
+
+  function take(run, { iteration, values }) {
+    for (const [name, value] of Object.entries(values ?? {})) if (run.data.has(name)) append(run.data.get(name), iteration, value);
   }
 
   let timer = null;
@@ -81,7 +87,8 @@ export async function render(root, params, app) {
     app.stream(item.id, {
       since: item.run.marker,
       metrics: (update) => {
-        for (const [name, value] of Object.entries(update.values ?? {})) if (item.data.has(name)) append(item.data.get(name), update.iteration, value);
+        item.backlog.push(update);
+        take(item, update);
         timer ??= setTimeout(() => ((timer = null), shownNames.forEach(feed)), 500);
       },
     });

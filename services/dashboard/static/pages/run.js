@@ -20,17 +20,24 @@ export async function render(root, params, app) {
   const host = h("div.tab", null, loading(tab || "metrics"));
   put(root, header.element, host);
 
-  let view = {};
+  // What is told before the tab can take it waits: the answers that the tab is made of may be older.
+  let view = null;
+  let waiting = [];
+  const tell = (part) => (data) => (view ? view[part]?.(data) : waiting.push([part, data]));
   const open = async () => {
+    [view, waiting] = [null, []];
+    let opened = {};
     try {
-      view = (await (TABS[tab] ?? overviewTab)(host, id, app, params.query)) ?? {};
+      opened = (await (TABS[tab] ?? overviewTab)(host, id, app, params.query)) ?? {};
     } catch (error) {
       if (!app.alive()) return;
       put(host, failure(error, open));
       if (error.status === 0 || error.status === 503) setTimeout(() => app.alive() && open(), 4000);
     }
+    view = opened;
+    for (const [part, data] of waiting.splice(0)) view[part]?.(data);
   };
-  follow(id, app, header, run, { metrics: (data) => view.metrics?.(data), event: (data) => view.event?.(data), sample: (data) => view.sample?.(data), reload: () => (view.reload ? view.reload() : undefined) });
+  follow(id, app, header, run, { metrics: tell("metrics"), event: tell("event"), sample: tell("sample"), reload: tell("reload") });
   await open();
 }
 

@@ -3,6 +3,7 @@
 import { at, get } from "../api.js";
 import { clock, empty, failure, h, loading, put } from "../dom.js";
 import { cursorKeys } from "../rows.js";
+import { Backlog } from "../series.js";
 
 const LEVELS = [["", "All"], ["info", "Info"], ["warning", "Warnings"], ["error", "Errors"]];
 
@@ -24,20 +25,26 @@ export function eventCard(runId, limit = 8) {
   const none = h("p.note", null, "Nothing happened yet");
   const href = `#/run/${encodeURIComponent(runId)}/events`;
   const element = h("section.card", null, h("header", null, h("h2", null, "Events"), h("a.note", { href }, "All events")), h("div.body", null, none, list));
+  const backlog = new Backlog();
+  const fetching = () => get(at`runs/${runId}/events`, { limit });
   const show = () => (none.hidden = list.children.length > 0);
+
+  function insert(event) {
+    if (list.querySelector(`[data-id="${Number(event.id)}"]`)) return;
+    list.prepend(eventRow(event));
+    while (list.children.length > limit) list.lastChild.remove();
+    show();
+  }
+
   return {
     element,
-    load: async () => {
-      const { items } = await get(at`runs/${runId}/events`, { limit });
-      put(list, items.map(eventRow));
-      show();
-    },
-    add: (event) => {
-      if (list.querySelector(`[data-id="${Number(event.id)}"]`)) return;
-      list.prepend(eventRow(event));
-      while (list.children.length > limit) list.lastChild.remove();
-      show();
-    },
+    load: () =>
+      backlog.during(fetching, ({ items }, late) => {
+        put(list, items.map(eventRow));
+        show();
+        late.forEach(insert);
+      }),
+    add: (event) => (backlog.push(event), insert(event)),
   };
 }
 
@@ -53,19 +60,29 @@ export async function eventsTab(host, runId, app, query) {
   put(host, h("div.row.filters", null, levels, kind), h("section.card", null, h("div.body", null, note, list)), more);
   app.search(kind);
   const cursor = cursorKeys(app, list, { open: (row) => row.querySelector("summary")?.click() });
+  const backlog = new Backlog();
+
+  function insert(event) {
+    if ((state.level && event.level !== state.level) || (state.kind && event.kind !== state.kind)) return;
+    if (list.querySelector(`[data-id="${Number(event.id)}"]`)) return;
+    list.prepend(eventRow(event));
+    put(note);
+  }
 
   async function load(older = false) {
     put(levels, LEVELS.map(([level, text]) => h("button", { type: "button", ariaPressed: String(state.level === level), onclick: () => ((state.level = level), load()) }, text)));
     if (!older && !list.children.length) put(note, loading("events"));
     try {
       const query = { level: state.level, kind: state.kind, limit: 100, cursor: older ? state.next : null };
-      const answer = await get(at`runs/${runId}/events`, query);
-      if (!older) list.replaceChildren();
-      list.append(...answer.items.map(eventRow));
-      state.next = answer.next_cursor;
-      more.hidden = state.next === null;
-      put(note, !list.children.length && empty("No events", state.level || state.kind ? "None of this level and kind." : "Nothing happened yet."));
-      cursor.refresh();
+      await backlog.during(() => get(at`runs/${runId}/events`, query), (answer, late) => {
+        if (!older) list.replaceChildren();
+        list.append(...answer.items.map(eventRow));
+        state.next = answer.next_cursor;
+        more.hidden = state.next === null;
+        put(note, !list.children.length && empty("No events", state.level || state.kind ? "None of this level and kind." : "Nothing happened yet."));
+        late.forEach(insert);
+        cursor.refresh();
+      });
     } catch (error) {
       list.replaceChildren();
       put(note, failure(error, () => load()));
@@ -74,11 +91,6 @@ export async function eventsTab(host, runId, app, query) {
 
   await load();
   return {
-    event: (event) => {
-      if ((state.level && event.level !== state.level) || (state.kind && event.kind !== state.kind)) return;
-      if (list.querySelector(`[data-id="${Number(event.id)}"]`)) return;
-      list.prepend(eventRow(event));
-      put(note);
-    },
+    event: (event) => (backlog.push(event), insert(event)),
   };
 }

@@ -4,7 +4,7 @@ import { at, get } from "../api.js";
 import { ChartGroup } from "../charts.js";
 import { ago, clock, count, empty, h, number, put } from "../dom.js";
 import { panelsFor } from "../panels.js";
-import { append, emptySeries, nearest, toSeries } from "../series.js";
+import { append, Backlog, emptySeries, nearest, toSeries } from "../series.js";
 import { eventCard } from "./events.js";
 import { ledgerView } from "./ledger.js";
 
@@ -15,6 +15,7 @@ const SPANS = [[0, "Raw"], [5, "5"], [20, "20"], [100, "100"]];
 
 export async function overviewTab(host, runId, app) {
   const data = new Map(); // name -> series, the whole run
+  const backlog = new Backlog();
   let zoomed = null; // {range, data} where the reader looks closer
   let names = new Set();
   let panels = [];
@@ -79,16 +80,33 @@ export async function overviewTab(host, runId, app) {
     return found;
   }
 
-  async function load() {
+  async function fetchAll() {
     const answer = await get(at`runs/${runId}/metric-names`);
-    names = new Set(answer.names);
-    const first = panelsFor(answer.names);
-    const wanted = first.flatMap((panel) => [...panel.names, ...(panel.total ? [panel.total] : [])]);
-    const found = await fetchSeries(wanted);
-    if (!app.alive()) return;
-    data.clear();
-    for (const [name, series] of found) data.set(name, series);
-    build();
+    const wanted = panelsFor(answer.names).flatMap((panel) => [...panel.names, ...(panel.total ? [panel.total] : [])]);
+    return { all: answer.names, found: await fetchSeries(wanted) };
+  }
+
+  async function load() {
+    await backlog.during(fetchAll, ({ all, found }, late) => {
+      if (!app.alive()) return;
+      names = new Set(all);
+      data.clear();
+      for (const [name, series] of found) data.set(name, series);
+      for (const update of late) take(update);
+      build();
+    });
+  }
+
+  /** True when it brings a metric that was not there. */
+  function take(update) {
+    let fresh = false;
+    for (const [name, value] of Object.entries(update.values)) {
+      if (!names.has(name)) fresh = Boolean(names.add(name));
+      if (!data.has(name)) data.set(name, emptySeries());
+      append(data.get(name), update.iteration, value);
+      dirty.add(name);
+    }
+    return fresh;
   }
 
   function showLedger(state) {
@@ -130,14 +148,8 @@ export async function overviewTab(host, runId, app) {
     event: events.add,
     reload: () => Promise.all([load(), loadRest()]).catch(() => {}),
     metrics: (update) => {
-      let fresh = false;
-      for (const [name, value] of Object.entries(update.values)) {
-        if (!names.has(name)) fresh = Boolean(names.add(name));
-        if (!data.has(name)) data.set(name, emptySeries());
-        append(data.get(name), update.iteration, value);
-        dirty.add(name);
-      }
-      if (fresh) build();
+      backlog.push(update);
+      if (take(update)) build();
       timer ??= setTimeout(flush, 400);
     },
   };
