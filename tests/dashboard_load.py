@@ -56,8 +56,9 @@ async def measure(service: Dashboard, runs: int, streams: int, seconds: float) -
 
 
 def page(run: str) -> list[tuple[str, str]]:
-    """What the overview of a run asks for."""
+    """What the overview of a run asks for, and the vitals above it."""
     names = "&".join(f"name={name}" for name in NAMES)
+    trends = "&".join(f"name={name}" for name in NAMES[:5])
     return [
         ("run", f"runs/{run}"),
         ("metrics", f"runs/{run}/metrics?points=500&{names}"),
@@ -65,6 +66,10 @@ def page(run: str) -> list[tuple[str, str]]:
         ("events", f"runs/{run}/events"),
         ("ledger", f"runs/{run}/ledger"),
         ("checkpoints", f"runs/{run}/checkpoints"),
+        ("trends", f"runs/{run}/metrics?points=80&{trends}"),
+        ("workers", f"runs/{run}/workers"),
+        ("warnings", f"runs/{run}/events?level=warning&limit=100"),
+        ("errors", f"runs/{run}/events?level=error&limit=100"),
     ]
 
 
