@@ -57,7 +57,8 @@ class _Keeper:
 
     def __init__(self, shown: list[str], log: Path, reporter: Reporter, over: threading.Event) -> None:
         self._shown, self._log, self._reporter, self._over = shown, log, reporter, over
-        self._by_hand = f"{os.path.basename(sys.executable)} -m services.dashboard {shlex.join(shown)}"
+        python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+        self._by_hand = f"{shlex.quote(python)} -m services.dashboard {shlex.join(shown)}"
 
     def keep(self) -> None:
         port: list[str] = []

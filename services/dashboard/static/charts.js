@@ -306,7 +306,8 @@ class Chart {
 
   tickFormat() {
     if (this.spec.format === percent && !this.log) return "~%";
-    return Math.max(...this.extremes().map(Math.abs)) < SMALL ? ".2~e" : "~g"; // else the margin cuts the zeros off
+    const size = Math.max(...this.extremes().map(Math.abs));
+    return size > 0 && size < SMALL ? ".2~e" : "~g"; // else the margin cuts the zeros off
   }
 
   // Cursor and figures
