@@ -169,13 +169,13 @@ def test_one_that_is_asked_to_end_stays_away(told: tuple[RunDirectory, Reporter]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kill_9_of_run_or_dashboard_leaves_the_other_alone(runs: Runs) -> None:
-    settings = ("run.dashboard=true", "run.iterations=400", "evaluation.every=0")
-    with dashboards.dashboard(runs.folder) as standing, runs.started("watched", *settings) as run:
+    settings = ("run.dashboard=true", "run.iterations=5000", "evaluation.every=0")  # it doesn't end by itself
+    with dashboards.dashboard(runs.folder) as standing, runs.started("guarded", *settings) as run:
         run.wait_for("an address", lambda: address_in(run.dir) is not None)
         address = address_in(run.dir)
         assert address is not None and address in run.output()
         run.wait_for_row(1)
-        assert httpx.get(f"{address}api/v1/runs/watched", trust_env=False, timeout=30).json()["iteration"] >= 1
+        assert httpx.get(f"{address}api/v1/runs/guarded", trust_env=False, timeout=30).json()["iteration"] >= 1
         os.kill(pid_of_dashboard(run.dir), signal.SIGKILL)
         run.wait_for("another start", lambda: len(events(run.dir)["info"]) == 2)
         assert "killed by SIGKILL" in events(run.dir)["warning"][0] and "killed by SIGKILL" in run.output()
@@ -185,9 +185,9 @@ def test_kill_9_of_run_or_dashboard_leaves_the_other_alone(runs: Runs) -> None:
         run.wait()
         wait_until(lambda: not up(address), "the end of the dashboard that came along", LIMIT_S)
         left = iterations(run.dir)[-1]
-        shown = standing.api("runs/watched")
+        shown = standing.api("runs/guarded")
         assert shown["status"] == "running" and left - 1 <= shown["iteration"] <= left
-        assert standing.api("runs/watched/metrics", name="loss")["series"]["loss"]["iteration"][-1] >= left - 1
+        assert standing.api("runs/guarded/metrics", name="loss")["series"]["loss"]["iteration"][-1] >= left - 1
 
 
 def pid_of_dashboard(run_dir: RunDirectory) -> int:
