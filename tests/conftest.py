@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from learner.rundir import RunDirectory
 from services.store.reader import Reader
 from services.store.schema import sqlite_url
 from services.store.writer import StoreWriter
+from tests.browsers import chromium
 from tests.dashboards import Place
 from tests.databases import Server
 from tests.real_runs import Runs
@@ -71,6 +73,13 @@ def undisturbed(runs: Runs) -> RunDirectory:
     output = runs.train("undisturbed")
     (runs["undisturbed"].path / "output.txt").write_text(output)
     return runs["undisturbed"]
+
+
+@pytest.fixture(scope="module")  # playwright keeps an event loop going, which other modules' tests must not meet
+def browser() -> Iterator[Any]:
+    """A Chromium, or a skip."""
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

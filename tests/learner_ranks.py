@@ -260,3 +260,16 @@ class ProbedGroup(LearnerGroup):
 
 def _policy(model_path: str, config: RunConfig) -> torch.nn.Module:
     return attach_lora(load_model(model_path, config.learner.dtype), policy_adapter(model_path), lora_spec(config))
+
+
+@contextlib.contextmanager
+def probed_groups(model_path: str) -> Iterator[dict[int, ProbedGroup]]:
+    """Groups of one and of two ranks, by number of ranks, on a Ray that is there."""
+    started: dict[int, ProbedGroup] = {}
+    try:
+        for ranks in (1, 2):
+            started[ranks] = ProbedGroup(settings(learner__ranks=ranks), model_path)
+        yield started
+    finally:
+        for group in started.values():
+            group.close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests import realistic_runs
-from tests.browsers import Watched, chromium, watched
+from tests.browsers import Watched, watched
 from tests.dashboards import Dashboard, dashboard
 from tests.real_runs import RUN_LIMIT_S, Runs
 
@@ -16,12 +16,6 @@ pytestmark = pytest.mark.slow
 
 WATCHED = 15
 """Iterations of the run that trains before our eyes."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 
 from tests import realistic_runs
-from tests.browsers import chromium, watched
+from tests.browsers import watched
 from tests.dashboards import Dashboard, dashboard
 
 PlaywrightError = pytest.importorskip("playwright.sync_api", reason="the pages are tested with playwright").Error
@@ -18,12 +18,6 @@ HOSTILE = "<img src=x onerror=document.title='owned'>"
 SLY = "'; DROP TABLE runs; --\u202egnp.x"
 """SQL, and a character that turns the direction of what follows."""
 SCRIPT = "</td><script>document.title='owned'</script>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests import realistic_runs
-from tests.browsers import Watched, chromium, watched
+from tests.browsers import Watched, watched
 from tests.dashboards import Dashboard, dashboard, writer
 from tests.page_contrast import faint_texts
 
@@ -15,12 +15,6 @@ pytestmark = pytest.mark.slow
 
 LONG = 2000
 SPIKE = 1003
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

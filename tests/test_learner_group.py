@@ -32,6 +32,7 @@ from tests.learner_ranks import (
     local_ray,
     lora_spec,
     plain_gradient,
+    probed_groups,
     put,
     random_adapter,
     relative,
@@ -65,14 +66,8 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def groups(cluster, tiny_model) -> Iterator[dict[int, ProbedGroup]]:
     """Processes by number of ranks; each test restarts what is in them."""
-    started: dict[int, ProbedGroup] = {}
-    try:
-        for ranks in (1, 2):
-            started[ranks] = ProbedGroup(settings(learner__ranks=ranks), tiny_model)
+    with probed_groups(tiny_model) as started:
         yield started
-    finally:
-        for group in started.values():
-            group.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browsers import Watched, chromium, watched
+from tests.browsers import Watched, watched
 from tests.dashboards import Dashboard, dashboard, writer
 from tests.page_contrast import faint_texts
 from tests.playable_runs import GRID, ODD, playable, write_playable
@@ -27,12 +27,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
         assert store.flush(30)
     with dashboard(runs) as service:
         yield service
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from tests.learner_ranks import (
     draw_batch,
     local_ray,
     lora_spec,
+    probed_groups,
     put,
     random_adapter,
     settings,
@@ -44,15 +45,8 @@ LR = 1e-3
 
 @pytest.fixture(scope="module")
 def ranks(tiny_model) -> Iterator[dict[int, ProbedGroup]]:
-    started: dict[int, ProbedGroup] = {}
-    with local_ray(cpus=4):
-        try:
-            for number in (1, 2):
-                started[number] = ProbedGroup(settings(learner__ranks=number), tiny_model)
-            yield started
-        finally:
-            for group in started.values():
-                group.close()
+    with local_ray(cpus=4), probed_groups(tiny_model) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
