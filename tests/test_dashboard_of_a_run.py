@@ -173,12 +173,17 @@ def test_kill_9_of_run_or_dashboard_leaves_the_other_alone(runs: Runs) -> None:
     with dashboards.dashboard(runs.folder) as standing, runs.started("guarded", *settings) as run:
         run.wait_for("an address", lambda: address_in(run.dir) is not None)
         address = address_in(run.dir)
-        assert address is not None and address in run.output()
+        assert address is not None
+        run.wait_for("its address in the terminal", lambda: address in run.output())
         run.wait_for_row(1)
-        assert httpx.get(f"{address}api/v1/runs/guarded", trust_env=False, timeout=30).json()["iteration"] >= 1
+        shown_by_it = f"{address}api/v1/runs/guarded"
+        run.wait_for(
+            "the row on its page", lambda: httpx.get(shown_by_it, trust_env=False, timeout=30).json()["iteration"] >= 1
+        )
         os.kill(pid_of_dashboard(run.dir), signal.SIGKILL)
         run.wait_for("another start", lambda: len(events(run.dir)["info"]) == 2)
-        assert "killed by SIGKILL" in events(run.dir)["warning"][0] and "killed by SIGKILL" in run.output()
+        assert "killed by SIGKILL" in events(run.dir)["warning"][0]
+        run.wait_for("the word of it in the terminal", lambda: "killed by SIGKILL" in run.output())
         run.wait_for_row(iterations(run.dir)[-1] + 2)
 
         os.killpg(run.popen.pid, signal.SIGKILL)
