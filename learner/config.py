@@ -109,20 +109,23 @@ def in_ray_job() -> bool:
 
 
 def check_paths(config: RunConfig, in_job: bool) -> None:
-    """Refuses relative paths inside a Ray job: its working directory is a temporary copy that Ray may delete."""
-    if not in_job:
-        return
-    paths = {
-        "run.dir": config.run.dir,
+    """Refuses what is to be read and isn't there, and inside a Ray job relative paths: its working directory is a
+    temporary copy that Ray may delete."""
+    read = {
         "run.resume": None if config.run.resume in ("never", "auto") else config.run.resume,
         "task.train_path": config.task.train_path,
         "task.test_path": config.task.test_path,
         "model.path": config.model.path,
-        "model.cache_dir": config.model.cache_dir,
-        "UNMASK_CACHE": None if config.model.cache_dir else os.environ.get("UNMASK_CACHE"),
         "lora.adapter": config.lora.adapter,
     }
-    refuse_relative(paths)
+    if in_job:
+        written = {
+            "run.dir": config.run.dir,
+            "model.cache_dir": config.model.cache_dir,
+            "UNMASK_CACHE": None if config.model.cache_dir else os.environ.get("UNMASK_CACHE"),
+        }
+        refuse_relative(written | read)
+    refuse_absent(read)
 
 
 def refuse_relative(paths: Mapping[str, str | None]) -> None:
@@ -141,6 +144,21 @@ def refuse_relative(paths: Mapping[str, str | None]) -> None:
                 for key, path in relative
             )
         )
+
+
+def refuse_absent(paths: Mapping[str, str | None]) -> None:
+    """Raises ConfigError naming the settings, by key, that name a file or folder that isn't there. What may be on the
+    hub isn't looked for: that takes a network."""
+
+    def here(key: str, path: str) -> bool:
+        as_folder = path.startswith((".", "~", "/")) or path.count("/") > 1
+        return not path.startswith(PREFIX) and (key != "model.path" or as_folder)
+
+    absent = [
+        (key, path) for key, path in paths.items() if path and here(key, path) and not Path(path).expanduser().exists()
+    ]
+    if absent:
+        raise ConfigError("\n".join(f"{key}={path}: there is no such file or folder" for key, path in absent))
 
 
 def _is_hub_name(model_path: str) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from learner import checkpoint as checkpoints
 from learner.base_model import ensure_base, print_progress
 from learner.commands import Commands
-from learner.config import RunConfig, bias_warnings, check_paths, in_ray_job
+from learner.config import RunConfig, bias_warnings
 from learner.controller import Controller
 from learner.dashboard import dashboard
 from learner.lifecycle import reporting, see_through, told_failures
@@ -31,7 +31,6 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
     Raises:
         UnmaskError: whatever ends the run; the run directory then says ``failed``.
     """
-    check_paths(config, in_ray_job())
     check_quantization(config.model, config.learner, config.resources)
     code_identity()
     local = not joins(config.resources.ray_address)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from learner.config import dump_config, help_text, load_config
+from learner.config import check_paths, dump_config, help_text, in_ray_job, load_config
 from learner.stopping import exit_status, interrupting
 from rewards.errors import ConfigError
 
@@ -38,6 +38,7 @@ def _command(argv: Sequence[str]) -> int:
     if "--print-config" in options:
         print(dump_config(config), end="")
         return 0
+    check_paths(config, in_ray_job())
     with interrupting():
         from learner.launch import run  # torch and Ray take seconds to import
 

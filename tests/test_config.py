@@ -227,9 +227,11 @@ def test_cache_folder_from_setting_environment_and_home(monkeypatch: pytest.Monk
     assert load_config([]).model.cache_path == tmp_path / ".cache" / "unmask"
 
 
-def test_relative_paths_are_refused_inside_a_job_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_refused_inside_a_job_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNMASK_CACHE", "cache")
-    config = load_config(["run.dir=runs", "lora.adapter=a", "model.path=/m", "run.resume=auto"])
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    config = load_config(["run.dir=runs", "lora.adapter=a", f"model.path={tmp_path}", "run.resume=auto"])
     check_paths(config, in_job=False)
     with pytest.raises(ConfigError) as caught:
         check_paths(config, in_job=True)
@@ -257,6 +259,23 @@ def test_a_data_set_of_the_hub_is_no_relative_path(monkeypatch: pytest.MonkeyPat
     check_paths(load_config([*places, "task.test_path=hub:openai/gsm8k:main:test"]), in_job=True)
     with pytest.raises(ConfigError, match="task.test_path=gsm8k.jsonl is relative"):
         check_paths(load_config([*places, "task.test_path=gsm8k.jsonl"]), in_job=True)
+
+
+def test_what_is_to_be_read_and_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.csv").touch()
+    there = [f"model.path={tmp_path}", "task.train_path=train.csv", f"lora.adapter={tmp_path}"]
+    check_paths(load_config([*there, "run.dir=not/made/yet"]), in_job=False)
+    absent = ["model.path=/no/model", "task.test_path=test.csv", "lora.adapter=~/no-adapter", "run.resume=/no/run"]
+    with pytest.raises(ConfigError) as caught:
+        check_paths(load_config([*absent, "task.train_path=train.csv"]), in_job=False)
+    told = sorted(str(caught.value).splitlines())
+    assert told == sorted(f"{setting}: there is no such file or folder" for setting in absent)
+    for path in ("./base", "runs/a/base"):
+        with pytest.raises(ConfigError, match="no such file or folder"):
+            check_paths(load_config([f"model.path={path}"]), in_job=False)
+    for name in ("GSAI-ML/LLaDA-8B-Instruct", "bert-base-uncased"):
+        check_paths(load_config([f"model.path={name}", "task.test_path=hub:openai/gsm8k:main:test"]), in_job=False)
 
 
 def test_job_is_told_by_the_variable_that_ray_sets(monkeypatch: pytest.MonkeyPatch) -> None:

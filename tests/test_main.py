@@ -53,6 +53,7 @@ def test_print_config_gives_the_resolved_settings_and_starts_nothing(tmp_path: P
         (["recipe=nothing"], ["there is no recipe 'nothing'", "smoke"]),
         (["sudoku"], ["'sudoku'", "key.sub=value"]),
         (["--dry-rum"], ["--dry-rum", "--help"]),
+        (["task.train_path=/nowhere/train.csv"], ["task.train_path=/nowhere/train.csv: there is no such file"]),
         (
             ["rollout.buffer_groups=1", "rollout.sampler.temperature=0"],
             ["rollout.sampler.temperature=0", "rollout.buffer_groups=1"],

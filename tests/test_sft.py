@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from learner import overrides
-from learner.config import load_config, refuse_relative
+from learner.config import load_config, refuse_absent, refuse_relative
 from learner.finetuning import noising
 from learner.finetuning.data import D1_INSTRUCTION, Demonstrations, Example, load_demonstrations, turn_end
 from learner.finetuning.noising import held_out_draws, noised
 from learner.finetuning.packing import Forward, build_tokens, first_fit_decreasing, plan_rows
 from learner.finetuning.run import total_updates, update_batch
-from learner.finetuning.settings import DataSection, SftSection, file_settings, help_text, load_sft_config
+from learner.finetuning.settings import DataSection, SftSection, files_read, help_text, load_sft_config
 from learner.runs import open_run
 from learner.scorer import restricted_logp
 from learner.settings import RunPlace
@@ -108,11 +108,15 @@ def test_the_command_prints_settings_and_names_mistakes(tmp_path: Path) -> None:
 
 
 def test_relative_files_are_named_and_hub_names_are_none() -> None:
-    config = load_sft_config(["data.train=d.jsonl", "model.path=GSAI-ML/LLaDA-8B-Instruct", "run.dir=/runs"])
+    read = files_read(load_sft_config(["data.train=d.jsonl", "model.path=GSAI-ML/LLaDA-8B-Instruct"]))
     with pytest.raises(ConfigError, match="data.train=d.jsonl is relative") as caught:
-        refuse_relative(file_settings(config))
+        refuse_relative(read)
     assert len(str(caught.value).splitlines()) == 1
-    refuse_relative(file_settings(load_sft_config(["recipe=sft_d1_s1k", "run.dir=/runs"])))
+    with pytest.raises(ConfigError, match="^data.train=d.jsonl: there is no such file or folder$"):
+        refuse_absent(read)
+    of_the_hub = files_read(load_sft_config(["recipe=sft_d1_s1k"]))
+    refuse_relative(of_the_hub)
+    refuse_absent(of_the_hub)
 
 
 # ---- data

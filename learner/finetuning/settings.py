@@ -123,10 +123,9 @@ def check_resources(config: SftConfig, cpus: float, gpus: float) -> None:
             )
 
 
-def file_settings(config: SftConfig) -> dict[str, str | None]:
-    """The settings that name files or folders, by key."""
+def files_read(config: SftConfig) -> dict[str, str | None]:
+    """The settings that name files or folders to read, by key."""
     return {
-        "run.dir": config.run.dir,
         "run.resume": None if config.run.resume in ("never", "auto") else config.run.resume,
         "data.train": config.data.train,
         "data.held_out": config.data.held_out,
