@@ -62,15 +62,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Starts whole runs, which share a folder and a cache of bases."""
-    return Runs(tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache"))
+def bases(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Cache of trained bases, the same for all processes of the test session."""
+    own = tmp_path_factory.getbasetemp()
+    return (own if worker_id == "master" else own.parent) / "bases"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Runs:
+    """Starts whole runs in one folder."""
+    return Runs(tmp_path_factory.mktemp("runs"), bases)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(runs: Runs) -> RunDirectory:
-    """A synchronous run of six iterations that nothing happened to; read only. What it printed is in output.txt."""
-    output = runs.train("undisturbed")
+    """A synchronous run of six iterations on two actors that nothing happened to; read only. What it printed is in
+    output.txt."""
+    output = runs.train("undisturbed", "rollout.actors=2")
     (runs["undisturbed"].path / "output.txt").write_text(output)
     return runs["undisturbed"]
 

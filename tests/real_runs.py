@@ -17,7 +17,8 @@ from learner.rundir import RunDirectory
 RUN_LIMIT_S = 300.0
 """For one run on two busy cores; a quiet machine needs half a minute, nearly all of it imports and Ray."""
 
-SETTINGS = ("recipe=smoke", "run.iterations=6", "evaluation.every=2")
+SETTINGS = ("recipe=smoke", "run.iterations=6", "evaluation.every=2", "rollout.actors=1")
+"""One actor where a test doesn't say otherwise: each costs five seconds of imports, and none changes a bit."""
 
 LEDGER_STATES = ("pending", "leased", "ready", "consumed", "dropped")
 
@@ -159,9 +160,12 @@ def clean_environment() -> dict[str, str]:
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
+    looked = time.thread_time()
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {timeout_s:g} s"
-        time.sleep(0.02)
+        # A tenth of a core at most: what is waited for wants the cores, and some conditions open a store.
+        time.sleep(max(0.02, 9 * (time.thread_time() - looked)))
+        looked = time.thread_time()
 
 
 def session_members(leader: int) -> list[int]:

@@ -1,23 +1,24 @@
 """What a run is asked to do while it runs: confirmed by the run itself, and without another bit in what it computes."""
 
 import contextlib
-import os
 import signal
 import sqlite3
 import time
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from learner.rundir import RunDirectory
 from services.store import schema
-from tests.actions import answer, ask, now, run_row, store
-from tests.real_runs import Runs, iterations, saved_iterations, wait_until
+from services.store.reader import Reader
+from tests.actions import answer, ask, run_row, store
+from tests.real_runs import Runs, iterations, saved_iterations, send, wait_until
 from tests.test_resume import assert_same_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(1200)]
 
-SETTINGS = ("recipe=smoke", "run.iterations=24", "checkpoint.every=100")
+SETTINGS = ("recipe=smoke", "run.iterations=24", "checkpoint.every=100", "rollout.actors=1")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def left_alone(long_runs: Runs) -> RunDirectory:
 
 
 def test_paused_resized_saved_and_resumed_run_has_the_same_bits(long_runs: Runs, left_alone: RunDirectory) -> None:
-    with long_runs.started("asked", "rollout.max_actors=3") as run:
+    with long_runs.started("asked", "rollout.actors=2", "rollout.max_actors=3") as run:
         run.wait_for_row(1)
         paused = answer(run, "pause")
         at = iterations(run.dir)[-1]
@@ -101,32 +102,18 @@ def test_stopped_run_confirms_saves_and_does_not_hear_old_requests_again(
     assert (ghost.status, ghost.result) == ("expired", "the run was started again before it was done")
 
 
-def test_request_to_a_killed_run_expires(long_runs: Runs) -> None:
-    with long_runs.started("killed") as run:
-        run.wait_for_row(1)
-        os.killpg(run.popen.pid, signal.SIGKILL)
-        run.wait()
-    asked = ask(run.dir, "checkpoint")
-    assert asked.status == "requested", "nobody can know yet that the run is gone"
-    assert now(run.dir, asked).status == "requested", "it has its time"
-    grow_older(run.dir, 120.0)
-    expired = now(run.dir, asked)
-    assert expired.status == "expired" and "took it within 60 s" in expired.result
-    silent = ask(run.dir, "pause")
-    assert silent.status == "refused" and "no sign of life" in silent.result
-
-
-def grow_older(run_dir: RunDirectory, seconds: float) -> None:
-    """As if all in the store had happened earlier."""
-    with store(run_dir) as engine, engine.begin() as connection:
-        connection.execute(schema.actions.update().values(time=schema.actions.c.time - seconds))
-        connection.execute(schema.runs.update().values(heartbeat=schema.runs.c.heartbeat - seconds))
-
-
-def test_locked_store_holds_nothing_up(long_runs: Runs, left_alone: RunDirectory) -> None:
-    """The run goes on while its store is locked, and hears again when it is free."""
+def test_stuck_workers_are_told_and_a_locked_store_holds_nothing_up(long_runs: Runs, left_alone: RunDirectory) -> None:
+    """The run goes on while its store is locked, and hears again when it is free. While it waits for its workers, it
+    tells of them."""
     with long_runs.started("locked") as run:
         run.wait_for_row(1)
+        for role, processes in (("learner", run.ranks()), ("rollout", run.actors())):
+            send(signal.SIGSTOP, processes)
+            first = told_at_work(run.dir, role)
+            again = told_at_work(run.dir, role, after=first["data"]["told"])
+            assert first["heartbeat"] <= first["data"]["since"] < first["data"]["told"] < again["data"]["told"]
+            assert [again[key] for key in ("status", "heartbeat")] == ["busy", first["heartbeat"]], "nothing was heard"
+            send(signal.SIGCONT, processes)
         with contextlib.closing(sqlite3.connect(run.dir.store_path, timeout=30)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             run.wait_for_row(iterations(run.dir)[-1] + 4)
@@ -134,3 +121,17 @@ def test_locked_store_holds_nothing_up(long_runs: Runs, left_alone: RunDirectory
         assert answer(run, "checkpoint").status == "done"
         assert run.wait() == 0, run.output()
     assert_same_run(run.dir, left_alone)
+
+
+def told_at_work(run_dir: RunDirectory, role: str, *, after: float = 0.0) -> dict[str, Any]:
+    """What the run tells of its worker of that role, later than ``after`` and while it works."""
+    found: dict[str, Any] = {}
+
+    def there() -> bool:
+        with store(run_dir) as engine:
+            found.update({row["role"]: row for row in Reader(engine).workers(run_dir.id)})
+        data = found[role]["data"] if role in found else {}
+        return bool(data.get("doing")) and data["told"] > after
+
+    wait_until(there, f"news of the {role} worker", 120)
+    return found[role]

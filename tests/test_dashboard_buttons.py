@@ -36,7 +36,7 @@ def told(page: Watched, action: str, status: str) -> str:
 
 
 def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
-    settings = ("run.iterations=400", "evaluation.every=0")
+    settings = ("run.iterations=5000", "evaluation.every=0", "rollout.actors=2")  # it doesn't end by itself
     with chromium() as browser, dashboard(runs.folder) as service, runs.started("buttons", *settings) as run:
         run.wait_for_row(1)
         with watched(browser, service.url) as page:
@@ -85,8 +85,11 @@ def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
             page.page.click("dialog [data-action=confirm-stop]")
             assert "resume=auto goes on there" in told(page, "stop", "done")
             assert run.wait() == 128 + signal.SIGTERM, run.output()
+            assert "asked to stop by dashboard at 127.0.0.1" in run.output()
             page.shows(".pill", "stopped")
             page.wait_until("no buttons for a run that is over", lambda: page.page.locator(BUTTONS).count() == 0)
+        trail = [(each["action"], each["status"]) for each in service.api("runs/buttons/actions")["items"]]
+        assert ("set_actors", "refused") in trail and ("stop", "done") in trail
 
 
 def test_new_run_is_checked_and_the_token_forgotten(tmp_path: Path) -> None:

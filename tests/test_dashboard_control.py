@@ -20,7 +20,7 @@ from services.dashboard import jobs
 from services.store.actions import Action, Inbox
 from tests.dashboards import Dashboard, Place, dashboard, write_run, writer
 from tests.databases import Server
-from tests.real_runs import Runs, command_line, iterations, saved_iterations, send, wait_until
+from tests.real_runs import Runs, command_line, send, wait_until
 from tests.test_ray_job import Head, checkout, free_ports, head  # noqa: F401  (fixtures)
 
 LIMIT_S = 60.0
@@ -272,34 +272,6 @@ for _ in range(jobs.CALLS + 1):
 
 
 # ---- real runs
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-@pytest.mark.timeout(900)
-def test_real_run_obeys_the_service(runs: Runs) -> None:
-    with dashboard(runs.folder) as service, runs.started("obeys", "run.iterations=400", "evaluation.every=0") as run:
-        run.wait_for_row(1)
-        paused = confirmed(service, ask(service, "obeys", action="pause"))
-        at = iterations(run.dir)[-1]
-        assert (paused["status"], paused["result"]) == ("done", f"paused after iteration {at}")
-        wait_until(lambda: service.api("runs/obeys")["status"] == "paused", "the status", LIMIT_S)
-        assert confirmed(service, ask(service, "obeys", action="checkpoint"))["status"] == "done"
-        assert at in saved_iterations(run.dir)
-        fewer = confirmed(service, ask(service, "obeys", action="set_actors", actors=1))
-        assert fewer["result"] == "now 1, before 2"
-        wait_until(lambda: len(run.actors()) == 1, "the end of an actor", LIMIT_S)
-        refused = confirmed(service, ask(service, "obeys", action="set_actors", actors=9))
-        assert refused["status"] == "refused" and "it stays at 1" in refused["result"]
-        assert confirmed(service, ask(service, "obeys", action="resume"))["status"] == "done"
-        run.wait_for_row(at + 1)
-        stopped = confirmed(service, ask(service, "obeys", action="stop"))
-        assert stopped["status"] == "done" and "resume=auto" in stopped["result"]
-        assert run.wait() == 128 + signal.SIGTERM, run.output()
-        assert "asked to stop by dashboard at 127.0.0.1" in run.output()
-        assert ask(service, "obeys", action="pause").status_code in (202, 409)  # the catalog is a second behind
-        trail = [(each["action"], each["status"]) for each in service.api("runs/obeys/actions")["items"]]
-        assert ("set_actors", "refused") in trail and ("stop", "done") in trail
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.real_runs import RUN_LIMIT_S, Runs
 
 pytestmark = pytest.mark.slow
 
-WATCHED = 15
+WATCHED = 40
 """Iterations of the run that trains before our eyes."""
 
 

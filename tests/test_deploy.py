@@ -102,6 +102,12 @@ class LocalCluster:
 
 
 @pytest.fixture
+def port(worker_id: str) -> int:
+    """The first of 2,000 that no other process of this test session uses."""
+    return 21000 + 2000 * (int(worker_id.removeprefix("gw")) % 5 if worker_id != "master" else 0)
+
+
+@pytest.fixture
 def folder() -> Iterator[Path]:
     """Short, because Ray's sockets live below it; the number of the test process keeps two suites apart."""
     path = Path(f"/tmp/unmask-t{os.getpid()}")
@@ -129,9 +135,8 @@ def dashboard_status(port: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("auth_mode, nodes, status", [("token", 3, 401), ("disabled", 1, 200)])
 def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
-    folder: Path, auth_mode: str, nodes: int, status: int
+    folder: Path, port: int, auth_mode: str, nodes: int, status: int
 ) -> None:
-    port = 21000 + 2000 * (os.getpid() % 5)
     local = LocalCluster(folder, port, CPUS_PER_NODE="2", RAY_AUTH_MODE=auth_mode)
     try:
         started = local.call("start", str(nodes))
@@ -159,12 +164,15 @@ def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, tmp_path: Path) -> None:
-    local = LocalCluster(folder, 21000 + 2000 * (os.getpid() % 5), CPUS_PER_NODE="1", UNMASK_CACHE=str(tmp_path))
+@pytest.mark.timeout(900)
+def test_training_runs_on_a_cluster_with_actors_on_several_nodes(
+    folder: Path, port: int, bases: Path, tmp_path: Path
+) -> None:
+    local = LocalCluster(folder, port, CPUS_PER_NODE="1", UNMASK_CACHE=str(bases))
     try:
         assert local.call("start", "3").returncode == 0
         arguments = ("recipe=smoke", f"run.dir={tmp_path}", "run.name=spread", "rollout.actors=2")
-        run = local.python("-m", "learner.main", *arguments, timeout_s=280)
+        run = local.python("-m", "learner.main", *arguments, timeout_s=600)
     finally:
         stopped = local.call("stop")
     assert run.returncode == 0, run.stdout + run.stderr

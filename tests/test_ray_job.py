@@ -183,6 +183,7 @@ def test_submitted_run_leaves_everything_where_the_user_asked(
     assert not (checkout / "runs").exists()
 
 
+@pytest.mark.parametrize("head", ["token"], indirect=True)
 def test_relative_run_directory_inside_a_job_is_refused(head: Head, checkout: Path, runs: Runs) -> None:
     answer = head.submit(checkout, "run.dir=runs", f"model.cache_dir={runs.cache}")
     told = answer.stdout + answer.stderr
@@ -191,12 +192,12 @@ def test_relative_run_directory_inside_a_job_is_refused(head: Head, checkout: Pa
     assert "Traceback (most recent call last)" not in told, told
 
 
+@pytest.mark.parametrize("head", ["token"], indirect=True)
 def test_run_that_asks_for_more_than_the_cluster_has_is_refused(head: Head, runs: Runs) -> None:
     environment = head.environment | head.address
-    name = f"too-much-{environment['RAY_AUTH_MODE']}"
-    with runs.started(name, "learner.ranks=8", **environment) as run:
+    with runs.started("too-much", "learner.ranks=8", **environment) as run:
         assert run.wait() == 2, run.output()
-    assert "learner.ranks=8 and rollout.actors=2 ask for 10 CPUs and Ray has 4" in run.output()
+    assert "learner.ranks=8 and rollout.actors=1 ask for 9 CPUs and Ray has 4" in run.output()
     assert "Traceback" not in run.output()
 
 

@@ -99,7 +99,7 @@ def test_run_killed_twice_repeats_the_undisturbed_one(runs: Runs, undisturbed: R
 
 
 def test_rollout_actor_killed_over_its_work(runs: Runs, undisturbed: RunDirectory) -> None:
-    with runs.started("actor") as run:
+    with runs.started("actor", "rollout.actors=2") as run:
         run.wait_for_row(2)  # its actors are there
         victim = stall(run)
         send(signal.SIGKILL, [victim])
@@ -175,12 +175,12 @@ def test_stopped_run_saves_its_last_iteration_and_goes_on(
             os.killpg(run.popen.pid, signum)
         else:
             run.popen.send_signal(signum)
-        asked = time.monotonic()
+        asked, under_way = time.monotonic(), iterations(run_dir)[-1] + 1
         assert run.wait() == 128 + signum, run.output()
         assert time.monotonic() - asked < load_dumped(run_dir.config_path).timeouts.stop + 20
         wait_until(lambda: not run.members(), "the end of its Ray", 30)
     done = iterations(run_dir)[-1]
-    assert done in (2, 3), "it went on after it was asked to stop"
+    assert done <= under_way, "it went on after it was asked to stop"
     assert saved_iterations(run_dir) == [done] and newest_state(run_dir)["iteration"] == done
     assert store_status(run_dir) == ("stopped", 1)
     assert f"asked to stop by {signum.name}" in run.output() and "Traceback" not in run.output()
