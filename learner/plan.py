@@ -12,9 +12,11 @@ from learner.planning import hardware, report
 from learner.planning.fit import plan_run
 from learner.planning.prompts import prompt_tokens
 from learner.planning.shapes import model_shape
+from learner.stopping import piped
 from rewards.errors import ConfigError, UnmaskError
 
 
+@piped()
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0, 1 when the run does not fit, 2 for wrong settings."""
     arguments, settings = _parser().parse_known_args(argv)

@@ -1,6 +1,10 @@
-"""Ctrl-C and SIGTERM: an end at once before there is anything to save, a flag for the loop to look at afterwards."""
+"""What ends a command. Ctrl-C and SIGTERM: an end at once before there is anything to save, a flag for the loop to look
+at afterwards. A reader of its output that goes, as ``| head`` does: an end without a word.
+"""
 
 import contextlib
+import os
+import select
 import signal
 import sys
 import time
@@ -28,13 +32,39 @@ def exit_status(command: Callable[[], int]) -> int:
     """What the command returns. What it raises is told on standard error: wrong settings are 2, another error of ours
     is 1, and a signal that ended it 128 + signal."""
     try:
-        return command()
+        with piped():
+            return command()
     except UnmaskError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Interrupted as error:
         print(f"stopped by {error}", file=sys.stderr)
         return error.exit_status
+
+
+@contextlib.contextmanager
+def piped() -> Iterator[None]:
+    """When nobody reads any more what the block prints, it ends as SIGPIPE ends other programs: silently, with 141.
+
+    Python ignores SIGPIPE and raises instead; letting the signal through would also end a run whose sockets break.
+    """
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # here, and not while the interpreter ends, where nobody can catch it
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _reader_is_gone() -> bool:
+    """Of standard output; a pipe or socket that broke may have been another one."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always told
+    return bool(poll.poll(0))
 
 
 @contextlib.contextmanager
