@@ -67,3 +67,18 @@ def test_a_forbidden_import_breaks_its_contract(copy: Path, file: str, statement
 
 def test_the_copy_without_a_violation_passes(copy: Path) -> None:
     assert lint_imports(copy).returncode == 0
+
+
+def test_who_only_reads_stores_does_not_load_the_migrations(tmp_path: Path) -> None:
+    """The control: who makes a store does."""
+    code = """
+import sys
+import services.dashboard.app
+from services.store.schema import open_engine
+print("alembic" in sys.modules)
+open_engine(sys.argv[1], create=True).dispose()
+print("alembic" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/store.sqlite"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert answer.stdout.split() == ["False", "True"], answer.stderr

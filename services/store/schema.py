@@ -144,12 +144,12 @@ workers = sa.Table(  # the newest state of each
     sa.Column("role", sa.Text, nullable=False),  # rollout, learner
     sa.Column("node", sa.Text, nullable=False),
     sa.Column("pid", sa.Integer),
-    sa.Column("status", sa.Text, nullable=False),  # starting, alive, lost
+    sa.Column("status", sa.Text, nullable=False),  # starting, idle, busy, retired; ready, busy
     sa.Column("policy_version", sa.Integer),
     sa.Column("restarts", sa.Integer, nullable=False),
     sa.Column("last_error", sa.Text),
-    sa.Column("heartbeat", sa.Double, nullable=False),
-    sa.Column("data", sa.JSON, nullable=False),  # memory, GPU, ...
+    sa.Column("heartbeat", sa.Double, nullable=False),  # its last answer
+    sa.Column("data", sa.JSON, nullable=False),  # what it does since when, memory, GPU, ...
     _revision(),
     sa.PrimaryKeyConstraint("run_id", "worker_id"),
 )

@@ -5,8 +5,6 @@ table follows. The whole upgrade is one transaction: a store has the old tables 
 """
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 
 _UPGRADE_LOCK = 0x756E6D61736B  # any number that nobody else takes as an advisory lock
 
@@ -20,6 +18,9 @@ def found_version(connection: sa.Connection) -> int | None:
 
 def upgrade(connection: sa.Connection, to: int) -> int | None:
     """Make or upgrade the tables, and commit; the version found afterwards. Leaves a newer store as it is."""
+    from alembic import command  # a tenth of a second that processes which only read needn't spend
+    from alembic.config import Config
+
     with connection.begin():
         if connection.dialect.name == "postgresql":  # SQLite's writers begin with the lock
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
