@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from learner import checkpoint as checkpoints
@@ -32,7 +31,6 @@ from learner.stopping import StopFlag
 from learner.training import Training, update_metrics
 from learner.update_plan import plan_update
 from learner.weights import publish
-from learner.workers import Workers
 from rewards.task import get_task
 from rollout.actor import BASE_WEIGHTS, Weights
 from rollout.ledger import Ledger
@@ -93,6 +91,7 @@ class Controller(Training):
         placement = reserve_ranks(config)
         pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
         closing.callback(pool.close)
+        self.workers.pool = pool
         self.actors = ActorCount(config, pool)
         self.feed = Feed(
             config,
@@ -101,16 +100,16 @@ class Controller(Training):
             ReplayBuffer(ledger),
             on_event=reporter.event,
             stop=stop.is_set,
-            on_pump=partial(commands.tick, self.actors),
+            on_pump=self._attend,
         )
         adapter = resumed.adapter if resumed is not None else starting_adapter(config.lora)
         shards = resumed.shards if resumed is not None else None
         self.learner = LearnerGroup(
-            config, model_path, adapter=adapter, shards=shards, on_tick=self._enforce_stop, placement=placement
+            config, model_path, adapter=adapter, shards=shards, on_tick=self._watch, placement=placement
         )
         closing.callback(self.learner.close)
-        self.workers = Workers(reporter.store, self.learner, pool)
-        pool.wait_ready(self._enforce_stop)
+        self.workers.learner = self.learner
+        pool.wait_ready(self._watch)
         self._take_adapter()
         self.weights = publish(self.progress.iteration, self.adapter)
 
@@ -201,7 +200,7 @@ class Controller(Training):
         number = iteration * learner.updates_per_batch + index
         lr = self._learning_rate(number, self.config.run.iterations * learner.updates_per_batch)
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-            update = thread.submit(self.learner.update, refs, index, lr)
+            update = thread.submit(self.learner.update, refs, index, lr, on_tick=self._enforce_stop)
             while not concurrent.futures.wait([update], timeout=0.05).done:
                 self.feed.pump(self.weights, timeout_s=0.0)
             return update.result(timeout=0)

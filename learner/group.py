@@ -53,8 +53,8 @@ class LearnerGroup:
         model_path: folder or hub name of the base, readable on every node with a rank.
         adapter: weights to start from; None for a fresh adapter.
         shards: each rank's optimizer state from a checkpoint, in rank order; None for a fresh optimizer.
-        on_tick: called every second of a wait for the ranks, their start included; when it raises StopRequested, the
-            ranks are killed.
+        on_tick: called every second of a wait for the ranks, their start included, in the thread that waits; when it
+            raises StopRequested, the ranks are killed.
         rank_type: what the ranks learn from; None for groups of trajectories.
         placement: what ``reserve_ranks`` gave, and the group's to give back; None reserves here.
 
@@ -74,6 +74,10 @@ class LearnerGroup:
         placement: PlacementGroup | None = None,
     ) -> None:
         self.config, self._on_tick = config, on_tick
+        self.doing: tuple[str, float] | None = None
+        """What the ranks were asked and when (Unix seconds), until all have answered."""
+        self.heard: float | None = None
+        """When all ranks last answered, Unix seconds."""
         self._rank_type = rank_type or LearnerRank
         self._placement = placement or reserve_ranks(config)
         try:
@@ -83,10 +87,18 @@ class LearnerGroup:
             self.close()
             raise
 
-    def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
-        """One optimizer step on what is behind ``refs``; the ranks' reports as one."""
+    def update(
+        self,
+        refs: Sequence[ray.ObjectRef],
+        update_index: int,
+        lr: float,
+        *,
+        on_tick: Callable[[], None] | None = None,
+    ) -> UpdateReport:
+        """One optimizer step on what is behind ``refs``; the ranks' reports as one. ``on_tick`` is called instead
+        of the group's, for a wait in another thread."""
         reports: list[UpdateReport] = self._all(
-            "update", list(refs), update_index, lr, limit=self.config.timeouts.update
+            "update", list(refs), update_index, lr, limit=self.config.timeouts.update, on_tick=on_tick
         )
         first = reports[0]
         for description, report in zip(self.descriptions, reports, strict=True):
@@ -153,13 +165,16 @@ class LearnerGroup:
         starts = [actor.start.remote(address, adapter, shard) for actor, shard in zip(self._ranks, given, strict=True)]
         return self._answers(starts, "start", timeout_s, self._on_tick)
 
-    def _all(self, method: str, *args: Any, limit: float) -> list[Any]:
+    def _all(self, method: str, *args: Any, limit: float, on_tick: Callable[[], None] | None = None) -> list[Any]:
         refs = [getattr(actor, method).remote(*args) for actor in self._ranks]
+        self.doing = method, time.time()
         try:
-            return self._answers(refs, method, limit, self._on_tick)
+            return self._answers(refs, method, limit, on_tick or self._on_tick)
         except StopRequested:
             self.close()  # the ranks are in the middle of something, and nobody will wait for its end
             raise
+        finally:
+            self.doing = None
 
     def _answers(
         self, refs: list[ray.ObjectRef], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
@@ -179,4 +194,6 @@ class LearnerGroup:
                 bounded_get(done[0], who=f"learner rank {refs.index(done[0])} ({method})", timeout_s=timeout_s)
             except ray.exceptions.RayActorError as error:
                 raise WorkerLost(f"learner rank {refs.index(done[0])} died during '{method}': {error}") from error
-        return bounded_get(refs, who=f"the learner ranks ({method})", timeout_s=timeout_s)
+        answers = bounded_get(refs, who=f"the learner ranks ({method})", timeout_s=timeout_s)
+        self.heard = time.time()
+        return answers

@@ -31,8 +31,8 @@ class TrainingConfig(GroupConfig, Protocol):
 
 
 class Training(ABC):
-    """One run; ``learner.lifecycle`` calls its phases in turn. A subclass starts ``learner`` and ``workers``, and then
-    calls ``_take_adapter``.
+    """One run; ``learner.lifecycle`` calls its phases in turn. A subclass starts ``learner``, tells ``workers`` of it,
+    and then calls ``_take_adapter``.
 
     Args:
         iterations: of the whole run.
@@ -40,7 +40,6 @@ class Training(ABC):
     """
 
     learner: LearnerGroup
-    workers: Workers
     adapter: PublishedAdapter
     actors: ActorCount | None = None
 
@@ -59,6 +58,7 @@ class Training(ABC):
         self.config, self.run_dir, self.reporter = config, run_dir, reporter
         self._stop, self._commands = stop, commands
         self._iterations, self._evaluate_every = iterations, evaluate_every
+        self.workers = Workers(reporter.store)
         layout = checkpoints.layout_of(config.learner)
         if resumed is not None:
             checkpoints.require_layout(resumed.progress, layout)
@@ -127,7 +127,17 @@ class Training(ABC):
     def _tick(self) -> None:
         """Once a second of a wait in the thread that works with the actors. Raises StopRequested."""
         self._enforce_stop()
+        self._attend()
+
+    def _watch(self) -> None:
+        """The same where the number of actors must stay as it is."""
+        self._enforce_stop()
+        self.workers.tell_if_due(self.progress.policy_version)
+
+    def _attend(self) -> None:
+        """Once a second of all work, in the thread that works with the actors."""
         self._commands.tick(self.actors)
+        self.workers.tell_if_due(self.progress.policy_version)
 
     def _evaluate_and_save(self) -> None:
         """What is due between two iterations."""

@@ -1,4 +1,8 @@
-"""What the run store knows of a run's processes: rollout actors and learner ranks."""
+"""What the run store knows of a run's processes: rollout actors and learner ranks.
+
+A worker's heartbeat is its last answer. Nobody asks it while it works: what it does and since when is told instead, and
+how long that may take is bounded elsewhere (leases, evaluations, updates). Ray reports a process that ends.
+"""
 
 import time
 from typing import Any
@@ -11,40 +15,38 @@ _EVERY_S = 10.0
 
 
 class Workers:
-    """Tells the store of all that work for a run.
+    """Tells the store of all that work for a run. For the thread that works with the actors.
 
-    Args:
-        pool: the rollout actors; None for a run without any.
+    Attributes:
+        learner: None until the ranks have started.
+        pool: None until the actors are starting, and for a run without any.
     """
 
-    def __init__(self, store: StoreWriter, learner: LearnerGroup, pool: RolloutPool | None) -> None:
-        self._store, self._learner, self._pool = store, learner, pool
+    learner: LearnerGroup | None = None
+    pool: RolloutPool | None = None
+
+    def __init__(self, store: StoreWriter) -> None:
+        self._store = store
         self._actors: dict[str, dict[str, Any]] = {}  # as they were told last
-        self._told = 0.0
+        self._told = -_EVERY_S
 
     def tell(self, policy_version: int) -> None:
         """``policy_version``: what the ranks hold."""
         self._told = time.monotonic()
-        self._tell_actors()
-        for rank in self._learner.descriptions:
-            self._store.worker(
-                f"learner-{rank['rank']}",
-                role="learner",
-                status="ready",
-                node=rank["host"],
-                pid=rank["pid"],
-                policy_version=policy_version,
-                data=rank["usage"],
-            )
+        if self.pool is not None:
+            self._tell_actors(self.pool)
+        if self.learner is not None:
+            self._tell_ranks(self.learner, policy_version)
 
     def tell_if_due(self, policy_version: int) -> None:
         """The same when the store was not told for a while."""
-        if time.monotonic() - self._told > _EVERY_S:
+        if time.monotonic() - self._told >= _EVERY_S:
             self.tell(policy_version)
 
-    def _tell_actors(self) -> None:
-        actors = {} if self._pool is None else {actor["actor_id"]: actor for actor in self._pool.workers()}
-        gone = {name: actor | {"state": "retired"} for name, actor in self._actors.items() if name not in actors}
+    def _tell_actors(self, pool: RolloutPool) -> None:
+        actors = {actor["actor_id"]: actor for actor in pool.workers()}
+        retired = {"state": "retired", "doing": None}
+        gone = {name: actor | retired for name, actor in self._actors.items() if name not in actors}
         self._actors = actors
         for actor in [*actors.values(), *gone.values()]:
             self._store.worker(
@@ -56,5 +58,30 @@ class Workers:
                 policy_version=actor["policy_version"],
                 restarts=actor["restarts"],
                 last_error=actor["last_error"],
-                data={"node_id": actor["node_id"], "engine": actor["engine"], **(actor["usage"] or {})},
+                heartbeat=actor["heard"] or actor["began"],
+                data={
+                    **_work(actor["doing"]),
+                    "node_id": actor["node_id"],
+                    "engine": actor["engine"],
+                    **(actor["usage"] or {}),
+                },
             )
+
+    def _tell_ranks(self, learner: LearnerGroup, policy_version: int) -> None:
+        doing = learner.doing  # one look: an update is waited for in another thread
+        for rank in learner.descriptions:
+            self._store.worker(
+                f"learner-{rank['rank']}",
+                role="learner",
+                status="ready" if doing is None else "busy",
+                node=rank["host"],
+                pid=rank["pid"],
+                policy_version=policy_version,
+                heartbeat=learner.heard,
+                data={**_work(doing), **rank["usage"]},
+            )
+
+
+def _work(doing: tuple[str, float] | None) -> dict[str, Any]:
+    what, since = doing or (None, None)
+    return {"doing": what, "since": since, "told": time.time()}

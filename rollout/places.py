@@ -25,6 +25,10 @@ class Task:
     chunk: int | None = None
     since: float = field(default_factory=time.time)
 
+    @property
+    def name(self) -> str:
+        return f"lease {self.lease_id}" if self.chunk is None else "evaluation"
+
 
 @dataclass(eq=False)
 class Worker:
@@ -37,6 +41,8 @@ class Worker:
     deadline: float = math.inf  # of what is awaited; a lease's is kept by the ledger
     task: Task | None = None
     version: int | None = None
+    began: float = 0.0  # Unix seconds, as are all times that people see
+    heard: float | None = None  # its last answer; None while it starts
     restarts: int = 0
     last_error: str | None = None
     retiring: bool = False
@@ -51,9 +57,16 @@ class Worker:
             return "busy"
         return "idle"
 
+    @property
+    def doing(self) -> tuple[str, float] | None:
+        """What it was asked, and when."""
+        if self.info is None:
+            return "start", self.began
+        return None if self.task is None else (self.task.name, self.task.since)
+
     def begin(self, handle: Any, limit_s: float) -> None:
-        self.handle = handle
-        self.info = self.task = self.version = None
+        self.handle, self.began = handle, time.time()
+        self.info = self.task = self.version = self.heard = None
         self.limit_s = limit_s
         self.awaited, self.deadline = handle.start.remote(), time.monotonic() + limit_s
 
@@ -61,6 +74,8 @@ class Worker:
         self.task, self.awaited, self.deadline = task, task.refs[0], deadline
 
     def finish(self) -> Task | None:
+        """It has answered; what it was asked."""
+        self.heard = time.time()
         task, self.task, self.awaited, self.deadline = self.task, None, None, math.inf
         return task
 

@@ -211,13 +211,16 @@ class RolloutPool:
         return len(self._staying())
 
     def workers(self) -> list[dict[str, Any]]:
-        """The actors for the run store: id, state, lease, where they run, version held, restarts, last error."""
+        """The actors for the run store: id, state, what they do and since when, when they were started and when they
+        answered last, where they run, version held, restarts, last error. Times in Unix seconds."""
         return [
             {
                 "actor_id": worker.name,
                 "state": worker.state,
                 "lease_id": worker.task.lease_id if worker.task else None,
-                "busy_since": worker.task.since if worker.task else None,
+                "doing": worker.doing,
+                "began": worker.began,
+                "heard": worker.heard,
                 "policy_version": worker.version,
                 "restarts": worker.restarts,
                 "last_error": worker.last_error,

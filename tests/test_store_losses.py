@@ -1,9 +1,11 @@
 """Rows that a run could not write: training goes on, and what was lost is counted and shown by the dashboard, in its
-API and to Prometheus. While the store takes nothing the count is in the run's own output and its metrics.jsonl; it gets
-into the store with the first transaction that goes through.
+API and to Prometheus. While the store takes nothing the count is in the run's own output and its metrics.jsonl, where
+the dashboard finds it if that lies beside the store; it gets into the store with the first transaction that goes
+through.
 """
 
 import contextlib
+import json
 import os
 import sqlite3
 import subprocess
@@ -11,10 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from services.store.writer import StoreWriter
+from tests.browsers import watched
 from tests.dashboards import Dashboard, Place, clean_environment, dashboard, eventually, write_run, writer
 from tests.databases import Server, wait_until
 from tests.store_contents import put_sample
@@ -60,6 +64,59 @@ def test_rows_lost_to_a_lock_are_shown(place: Place, request: pytest.FixtureRequ
         kept = service.api("runs/one/metrics", name="loss", points=2000)["series"]["loss"]
         assert sum(kept["count"]) == 301 - lost
         assert shows(service, "whole", 0)  # the control
+
+
+def stuck(runs: Path, name: str, *lines: str) -> None:
+    """What a run leaves whose store has taken nothing for 90 s after iteration 3, and that has gone on."""
+    with writer(runs, name) as store:
+        store.metrics(3, {"loss": 1.0})
+    Place(runs).execute(name, "UPDATE runs SET heartbeat = heartbeat - 90")
+    (runs / name / "metrics.jsonl").write_text("".join(lines))
+
+
+def line(iteration: int, lost: int) -> str:
+    return json.dumps({"iteration": iteration, "loss": 1.0, "machine/store_lost_rows": float(lost)}) + "\n"
+
+
+def test_a_run_whose_store_takes_nothing_is_no_lost_run(tmp_path: Path) -> None:
+    stuck(tmp_path, "goes-on", line(3, 0), line(9, 40))
+    stuck(tmp_path, "writes", line(3, 0), line(9, 40), line(10, 50)[:20])
+    stuck(tmp_path, "died-long-ago", line(3, 0), line(9, 40))
+    os.utime(tmp_path / "died-long-ago" / "metrics.jsonl", (time.time() - 65,) * 2)
+    stuck(tmp_path, "died", line(3, 0))  # the controls: nothing beyond the store
+    os.utime(tmp_path / "died" / "metrics.jsonl", (time.time() - 90,) * 2)
+    stuck(tmp_path, "odd", '["no row"]\n')
+    with writer(tmp_path, "writes-both") as store:
+        store.metrics(3, {"loss": 1.0})
+        assert store.flush(20)
+        (tmp_path / "writes-both" / "metrics.jsonl").write_text(line(4, 0))
+        with dashboard(tmp_path) as service:
+            listed = {run["id"]: run for run in service.api("runs")["items"]}
+            told = {name: (run["status"], run["unstored_iterations"], run["lost_rows"]) for name, run in listed.items()}
+            assert told == {
+                "goes-on": ("running", 6, 40),
+                "writes": ("running", 6, 40),
+                "died-long-ago": ("lost", 6, 40),
+                "died": ("lost", 0, 0),
+                "odd": ("lost", 0, 0),
+                "writes-both": ("running", 0, 0),
+            }
+            for name, run in listed.items():
+                assert {key: service.api(f"runs/{name}")[key] for key in run} == run
+            assert 'unmask_run_lost_rows{run="goes-on"} 40.0' in service.get("/metrics").text
+
+
+@pytest.mark.slow
+def test_page_says_that_the_store_takes_nothing(browser: Any, tmp_path: Path) -> None:
+    stuck(tmp_path / "runs", "one", line(3, 0), line(9, 40))
+    with dashboard(tmp_path / "runs") as service, watched(browser, service.url) as page:
+        page.open("/run/one")
+        page.shows(".banners", "6 iterations are in metrics.jsonl only")
+        page.shows(".banners", "40 rows could not be written")
+        for iteration in (10, 11):  # the first may be news of the stream's begin
+            (tmp_path / "runs" / "one" / "metrics.jsonl").write_text(line(3, 0) + line(iteration, 5 * iteration))
+            page.shows(".banners", f"{iteration - 3} iterations are in metrics.jsonl only")
+            page.shows(".banners", f"{5 * iteration} rows could not be written")
 
 
 TRAIN = """

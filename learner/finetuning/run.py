@@ -30,7 +30,6 @@ from learner.runs import check_quantization, open_run, starting_adapter
 from learner.session import joined_ray
 from learner.stopping import StopFlag
 from learner.training import Training, update_metrics
-from learner.workers import Workers
 from rewards.errors import CheckpointError, ConfigError
 from rollout.actor import code_identity
 from rollout.models import load_tokenizer, policy_adapter
@@ -124,7 +123,7 @@ class Finetuning(Training):
             on_tick=self._tick,
         )
         closing.callback(self.learner.close)
-        self.workers = Workers(reporter.store, self.learner, pool=None)
+        self.workers.learner = self.learner
         self._take_adapter()
         self._held_out = [ray.put(data.held_out)] if data.held_out else []
 

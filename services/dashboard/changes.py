@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 from pydantic import BaseModel
 from sse_starlette.event import ServerSentEvent
 
+from services.dashboard.ahead import ahead
 from services.dashboard.index import RunIndex, shown_status, summarise
 from services.dashboard.models import Checkpoint, Event, Worker, number
 from services.store.catalog import Catalog
@@ -114,7 +115,8 @@ class OneRun:
         changes = self._changes(reader, since)
         batch = _batch(changes, since)
         assert changes.run is not None
-        now = (changes.run, shown_status(changes.run))
+        unstored = ahead(self._catalog, changes.run)
+        now = (changes.run, unstored, shown_status(changes.run, unstored))
         if now != self._told[0]:
             self._told = now, self._summary(reader, changes.run)
             batch.frames.append(Frame("run", self._told[1], batch.end))
@@ -138,7 +140,8 @@ class OneRun:
         return changes
 
     def _summary(self, reader: Reader, row: dict[str, Any]) -> str:
-        return summarise(row, reader.latest_metrics(self._run_id), reader.workers(self._run_id)).model_dump_json()
+        latest, workers = reader.latest_metrics(self._run_id), reader.workers(self._run_id)
+        return summarise(row, latest, workers, ahead(self._catalog, row)).model_dump_json()
 
 
 class AllRuns:

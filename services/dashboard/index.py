@@ -12,6 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from rewards.errors import StoreError
+from services.dashboard.ahead import Ahead, ahead
 from services.dashboard.models import RunSummary, number
 from services.store import schema
 from services.store.actions import LIVE_STATUSES, SILENT_AFTER_S
@@ -19,6 +20,7 @@ from services.store.catalog import Catalog
 from services.store.reader import Reader
 
 MAX_AGE_S = 1.0
+_OUT_OF_WORK = ("retired", "lost", "dead", "failed", "stopped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class RunIndex:
                 known = _count_events(reader, dataclasses.replace(known, workers=reader.workers(row["id"])))
             except (StoreError, KeyError) as error:
                 return _unreadable(known, str(error))
-        summary = summarise(row, row["latest"], known.workers)
+        summary = summarise(row, row["latest"], known.workers, ahead(self._catalog, row))
         return dataclasses.replace(known, summary=summary, latest=row["latest"], revision=row["revision"])
 
 
@@ -99,9 +101,13 @@ def _unreadable(known: Known, reason: str) -> Known:
 
 
 def summarise(
-    row: Mapping[str, Any], latest: Mapping[str, Mapping[str, Any]], workers: list[dict[str, Any]]
+    row: Mapping[str, Any],
+    latest: Mapping[str, Mapping[str, Any]],
+    workers: list[dict[str, Any]],
+    unstored: Ahead | None,
 ) -> RunSummary:
-    """A run's row of the store, with its newest figures."""
+    """A run's row of the store, with its newest figures, and what is known beyond the store."""
+    iteration = max((entry["iteration"] for entry in latest.values()), default=0)
     figures = {
         field: number(latest[name]["value"])
         for field, name in (
@@ -115,8 +121,8 @@ def summarise(
         id=row["id"],
         task=row["task"],
         method=row["objective"],
-        status=shown_status(row),
-        iteration=max((entry["iteration"] for entry in latest.values()), default=0),
+        status=shown_status(row, unstored),
+        iteration=iteration,
         total_iterations=row["total_iterations"],
         created=row["created"],
         heartbeat=row["heartbeat"],
@@ -124,13 +130,15 @@ def summarise(
         starts=row["starts"],
         host=row["host"],
         pid=row["pid"],
-        lost_rows=row["lost_rows"],
-        workers=sum(worker["status"] not in ("lost", "dead", "failed", "stopped") for worker in workers),
+        lost_rows=max(row["lost_rows"], unstored.lost_rows if unstored else 0),
+        unstored_iterations=max(0, unstored.iteration - iteration) if unstored else 0,
+        workers=sum(worker["status"] not in _OUT_OF_WORK for worker in workers),
         **figures,
     )
 
 
-def shown_status(row: Mapping[str, Any]) -> str:
+def shown_status(row: Mapping[str, Any], unstored: Ahead | None) -> str:
     """The store's status; ``lost`` for a run that has gone silent."""
-    silent = row["status"] in LIVE_STATUSES and time.time() - row["heartbeat"] > SILENT_AFTER_S
+    wrote = unstored.written if unstored else row["heartbeat"]
+    silent = row["status"] in LIVE_STATUSES and time.time() - wrote > SILENT_AFTER_S
     return "lost" if silent else str(row["status"])

@@ -7,6 +7,7 @@ own, so that nothing of the learner is imported here.
 
 import concurrent.futures
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,8 @@ CHECK_LIMIT_S = 60.0
 RAY_LIMIT_S = 30.0
 CALLS = 4
 """To Ray at a time."""
+LOGS = 8
+"""That are fetched for one question about several jobs."""
 LOG_CHARACTERS = 20_000
 """Of the end of a job's log that are shown."""
 
@@ -72,6 +75,9 @@ class JobState(NamedTuple):
     log: str
     over: bool
     """Whether nothing more will come of it."""
+
+
+_FORGOTTEN = JobState("unknown", "Ray no longer knows this job", "", over=True)
 
 
 def recipes() -> list[Recipe]:
@@ -162,12 +168,25 @@ class Jobs:
                 info = client.get_job_info(job_id)
             except RuntimeError as error:
                 if "404" in str(error):
-                    return JobState("unknown", "Ray no longer knows this job", "", over=True)
+                    return _FORGOTTEN
                 raise
-            log = str(client.get_job_logs(job_id) or "")
-            status, message = str(info.status).lower(), str(info.message or "")[:2000]
-            over = status in ("stopped", "succeeded", "failed")
-            return JobState(status, message, log[-LOG_CHARACTERS:], over)
+            return _with_log(client, job_id, _told(info))
+
+        return self._ask(look)
+
+    def ended(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """Those that are over, with their logs; no more than ``LOGS`` of them, the first ones. However many jobs there
+        are, it is one question to Ray, and one for each log. Raises RayUnavailable, RayRefused."""
+        self.require()
+
+        def look(client: Any) -> dict[str, JobState]:
+            known = {info.submission_id: _told(info) for info in client.list_jobs()}
+            states = {job_id: known.get(job_id, _FORGOTTEN) for job_id in job_ids}
+            over = {job_id: state for job_id, state in states.items() if state.over}
+            return {
+                job_id: state if state is _FORGOTTEN else _with_log(client, job_id, state)
+                for job_id, state in itertools.islice(over.items(), LOGS)
+            }
 
         return self._ask(look)
 
@@ -202,6 +221,16 @@ class Jobs:
         except Exception as error:  # Ray's own kinds, requests' kinds, RuntimeError with a status inside
             told = " ".join(str(error).split())[:500]
             raise RayRefused(f"Ray at {self.address} refused: {type(error).__name__}: {told}") from None
+
+
+def _told(info: Any) -> JobState:
+    """Of what Ray says of a job, without its log."""
+    status, message = str(info.status).lower(), str(info.message or "")[:2000]
+    return JobState(status, message, "", over=status in ("stopped", "succeeded", "failed"))
+
+
+def _with_log(client: Any, job_id: str, state: JobState) -> JobState:
+    return state._replace(log=str(client.get_job_logs(job_id) or "")[-LOG_CHARACTERS:])
 
 
 def _require_setting(override: str) -> None:

@@ -57,13 +57,16 @@ class RunSummary(Model):
     pid: int | None = None
     lost_rows: int = 0
     """Rows that the run could not write since its last start."""
+    unstored_iterations: int = 0
+    """Iterations that the run's metrics.jsonl has and its store lacks, which takes nothing: locked, or its disk full.
+    Known only where the store lies in the run's folder."""
     reward: Number | None = None
     """Mean reward of the newest iteration."""
     solve_rate: Number | None = None
     """Share of right completions in the newest iteration."""
     tokens_per_s: Number | None = None
     workers: int = 0
-    """Actors and ranks that the store knows as alive."""
+    """Actors and ranks of the run, without those that were retired or lost."""
 
 
 class RunList(Page[RunSummary]):
@@ -143,8 +146,10 @@ class Worker(Model):
     restarts: int
     last_error: str | None
     heartbeat: float
+    """Its last answer; for one that is starting, when its start began. Nothing is heard of a worker while it works."""
     data: dict[str, Any]
-    """Memory, GPU, engine and so on, as reported."""
+    """What it is ``doing`` and ``since`` when (Unix seconds), or null; when the run ``told`` this; memory, GPU, engine
+    and so on, as reported."""
 
 
 class Workers(Model):

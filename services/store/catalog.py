@@ -25,7 +25,7 @@ UNREADABLE = "unreadable"
 MAX_ENGINES = 32
 _SCAN_S = 1.0
 _RETRY_S = 2.0
-_FIRST_SCAN_S = 30.0
+_SCAN_LIMIT_S = 30.0
 
 
 class Catalog:
@@ -40,7 +40,8 @@ class Catalog:
         self._engines: OrderedDict[str, sa.Engine] = OrderedDict()
         self._stores: dict[Path, _Store] = {}
         self._owners: dict[str, Path] = {}
-        self._scanned = threading.Event()
+        self._scanned = threading.Condition()  # guards the number of looks
+        self._looks = 0
         self._closing = threading.Event()
         self._index = sa.create_engine(
             "sqlite://", poolclass=sa.StaticPool, connect_args={"check_same_thread": False}
@@ -113,6 +114,12 @@ class Catalog:
         with self._lock:
             return self._owners[run_id].parent
 
+    def catch_up(self) -> None:
+        """Wait until all is listed that was on disk at the call: a second or two. Raises ``StoreError`` when it takes
+        too long."""
+        if self._folder is not None:
+            self._wait(looks=self._looks + 2)  # the look under way may have passed it already
+
     def close(self) -> None:
         self._closing.set()
         if self._folder is not None:
@@ -142,10 +149,11 @@ class Catalog:
         store = self._stores.get(self._owners.get(run_id, Path()))
         return None if store is None else store.unreadable
 
-    def _wait(self) -> None:
+    def _wait(self, looks: int = 1) -> None:
         """The first look through a large folder takes a moment. Raises ``StoreError`` when it takes too long."""
-        if not self._scanned.wait(_FIRST_SCAN_S):
-            raise StoreError(f"the runs in {self._folder} could not be listed within {_FIRST_SCAN_S:g} s")
+        with self._scanned:
+            if not self._scanned.wait_for(lambda: self._looks >= looks, _SCAN_LIMIT_S):
+                raise StoreError(f"the runs in {self._folder} could not be listed within {_SCAN_LIMIT_S:g} s")
 
     # The rest runs in the catalog's thread.
 
@@ -166,7 +174,9 @@ class Catalog:
                     self._drop_engine(path)
                 rows, reason = _read(path)
                 self._enter(path, signature, rows, reason)
-            self._scanned.set()
+            with self._scanned:
+                self._looks += 1
+                self._scanned.notify_all()
             self._closing.wait(_SCAN_S)
 
     def _enter(self, path: Path, signature: "_Signature", rows: list[dict[str, Any]], reason: str | None) -> None:

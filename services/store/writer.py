@@ -93,6 +93,10 @@ class StoreWriter:
             with self._engine.begin() as connection:
                 connection.execute(enter)
                 mine = connection.execute(sa.select(table.c.starts, table.c.revision).where(self._mine)).one_or_none()
+                if mine is not None:  # who worked for an earlier process of the run went with it
+                    theirs = schema.workers.update().where(schema.workers.c.run_id == run_id)
+                    connection.execute(theirs.values(status="retired", revision=mine.revision + 1))
+                    connection.execute(table.update().where(self._mine).values(revision=mine.revision + 1))
         except sa.exc.SQLAlchemyError as error:
             reason = schema.short_reason(error)
             raise StoreError(f"cannot enter the run in the run store {self._engine.url}: {reason}") from error
@@ -103,7 +107,7 @@ class StoreWriter:
                 f"or another store.url"
             )
         self._start: int = mine.starts
-        self._revision: int | None = mine.revision  # None: to be read
+        self._revision: int | None = mine.revision + 1  # None: to be read
         self._in_transaction = threading.Lock()  # guards the revision
         self._retention = retention
         self._pruned = time.monotonic()
@@ -144,9 +148,11 @@ class StoreWriter:
         policy_version: int | None = None,
         restarts: int = 0,
         last_error: str | None = None,
+        heartbeat: float | None = None,
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        """The state of a rollout actor or learner rank now; it replaces the one before."""
+        """The state of a rollout actor or learner rank now; it replaces the one before. ``heartbeat``: when it was last
+        heard from (Unix seconds), None for now."""
         self._put(
             schema.workers,
             [
@@ -159,7 +165,7 @@ class StoreWriter:
                     "restarts": restarts,
                     "policy_version": policy_version,
                     "last_error": last_error,
-                    "heartbeat": time.time(),
+                    "heartbeat": time.time() if heartbeat is None else heartbeat,
                     "data": data or {},
                 }
             ],

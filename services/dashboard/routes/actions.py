@@ -123,12 +123,15 @@ def list_submissions(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[Submission]:
-    """Newest first."""
+    """Newest first, as they stand now."""
     engine = _records(request, create=False)
     if engine is None:
         return Page(items=[], next_cursor=None)
     try:
-        found = actions.newest(Reader(engine).select, run_id=None, limit=limit + 1, before_id=cursor)
+        read = Reader(engine).select
+        found = actions.newest(read, run_id=None, limit=limit + 1, before_id=cursor)
+        if _settle_open(request, engine, found[:limit]):
+            found = actions.newest(read, run_id=None, limit=limit + 1, before_id=cursor)
     finally:
         engine.dispose()
     return _page([Submission.of(each) for each in found], limit)
@@ -151,7 +154,9 @@ def get_submission(request: Request, submission_id: Number) -> Submission:
             return shown
         job = _job(request.app.state.jobs, shown.job_id)
         if found.status == "accepted":
-            _settle(request, engine, found, job)
+            if job.over:
+                request.app.state.catalog.catch_up()
+            _settle(request, engine, found, job if job.over else None)
             found = actions.find(Reader(engine).select, submission_id, run_id=None) or found
         return Submission.of(found).model_copy(
             update={"job_status": job.status, "job_message": job.message, "log": job.log}
@@ -190,15 +195,36 @@ def _job(ray: jobs.Jobs, job_id: str) -> jobs.JobState:
         return jobs.JobState("unknown", str(error), "", over=False)
 
 
-def _settle(request: Request, engine: sa.Engine, asked: actions.Action, job: jobs.JobState) -> None:
-    """It was successful when there is a run: the job alone proves nothing."""
-    run_id = asked.arguments["run_id"]
-    if _life(request, run_id) not in (None, asked.arguments.get("life_before")):
-        actions.settle(engine, asked.id, "done", f"run {run_id} has started")
-    elif job.over:
-        last = job.log.strip().splitlines()[-1:] or [job.message]
-        why = f"the job {job.status} before there was a run: {last[0]}"
-        actions.settle(engine, asked.id, "refused", why[:1000])
+def _settle_open(request: Request, engine: sa.Engine, found: list[actions.Action]) -> bool:
+    """Settle what has come to an end; whether anything has. Ray is asked once for all that have no run yet."""
+    waiting = [each for each in found if each.status == "accepted" and each.arguments.get("job_id")]
+    left = [each for each in waiting if not _settle(request, engine, each, None)]
+    if not left:
+        return bool(waiting)
+    try:
+        ended = request.app.state.jobs.ended([each.arguments["job_id"] for each in reversed(left)])  # the oldest first
+    except (RayUnavailable, RayRefused):
+        ended = {}
+    if ended:
+        request.app.state.catalog.catch_up()
+    for each in left:
+        if job := ended.get(each.arguments["job_id"]):
+            _settle(request, engine, each, job)
+    return bool(ended) or len(left) < len(waiting)
+
+
+def _settle(request: Request, engine: sa.Engine, asked: actions.Action, ended: jobs.JobState | None) -> bool:
+    """It was successful when there is a run: the job alone proves nothing. Whether it has come to an end. Before
+    ``ended`` is given, the catalog must have caught up: a run that died as soon as it had started may not be listed.
+    """
+    run_id, before = asked.arguments["run_id"], (None, asked.arguments.get("life_before"))
+    if _life(request, run_id) not in before:
+        return actions.settle(engine, asked.id, "done", f"run {run_id} has started")
+    if ended is None:
+        return False
+    last = ended.log.strip().splitlines()[-1:] or [ended.message]
+    what = "there is no run" if ended.status == "unknown" else f"the job {ended.status} before there was a run"
+    return actions.settle(engine, asked.id, "refused", f"{what}: {last[0]}"[:1000])
 
 
 def _life(request: Request, run_id: str) -> list[float] | None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 
 from services.dashboard.access import RunOfPath
+from services.dashboard.ahead import ahead
 from services.dashboard.index import RunIndex, summarise
 from services.dashboard.models import Latest, RunDetail, RunList
 from services.dashboard.problems import ProblemError, documented
@@ -67,14 +68,14 @@ def list_runs(
     summary="A run with its newest figures",
     responses=documented(404, 422, 503),
 )
-def get_run(run: RunOfPath) -> RunDetail:
+def get_run(request: Request, run: RunOfPath) -> RunDetail:
     """Everything about a run that is not a series or a list."""
     marker = run.reader.marker(run.id)  # before the figures: what comes in between is told again, not lost
     row = run.reader.run(run.id)
     if row is None:
         raise ProblemError(404, f"no run named {run.id!r} here")
     latest = run.reader.latest_metrics(run.id)
-    summary = summarise(row, latest, run.reader.workers(run.id))
+    summary = summarise(row, latest, run.reader.workers(run.id), ahead(request.app.state.catalog, row))
     newest = {name: Latest(iteration=entry["iteration"], value=entry["value"]) for name, entry in latest.items()}
     return RunDetail(**summary.model_dump(), latest=newest, summary=row["summary"], marker=marker)
 

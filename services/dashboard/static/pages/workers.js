@@ -1,13 +1,15 @@
 // The workers of a run by node: what each holds, whether it is alive, its memory and GPU, restarts and last error.
 
 import { at, get } from "../api.js";
-import { ago, bytes, count, empty, failure, h, loading, pill, put } from "../dom.js";
+import { ago, bytes, count, duration, empty, failure, h, loading, pill, put } from "../dom.js";
 import { cursorKeys } from "../rows.js";
 import { runHeader } from "../run/header.js";
 import { follow } from "./run.js";
 
-const SILENT_S = 60;
-const COLUMNS = [["Worker"], ["Status"], ["Weights", "num"], ["Heartbeat", "num"], ["Memory", "num"], ["GPU"], ["Restarts", "num"], ["Process", "num"], ["Last error"]];
+const SILENT_S = 60; // the run tells of its workers every ten seconds
+const RETIRED = "retired";
+const HEARD = "Its last answer. Nothing is heard of a worker while it works: under its status is what it does, and for how long. The end of a process is noticed at once while it works, else when it is next needed.";
+const COLUMNS = [["Worker"], ["Status"], ["Weights", "num"], ["Last heard", "num", HEARD], ["Memory", "num"], ["GPU"], ["Restarts", "num"], ["Process", "num"], ["Last error"]];
 
 export async function render(root, params, app) {
   const { id } = params;
@@ -23,7 +25,7 @@ export async function render(root, params, app) {
   let pending = null;
 
   function show() {
-    if (!workers.length) return put(host, h("section.card", null, empty("No workers yet", "Actors and ranks are told with the first iteration.")));
+    if (!workers.length) return put(host, h("section.card", null, empty("No workers yet", "They are told as soon as they start.")));
     const newest = Math.max(...workers.map((worker) => worker.policy_version ?? -1));
     const ended = !["running", "paused"].includes(header.run().status);
     const nodes = new Map();
@@ -54,9 +56,10 @@ export async function render(root, params, app) {
 }
 
 function nodeCard(node, workers, newest, ended) {
-  const actors = workers.filter((worker) => worker.role === "rollout").length;
-  const others = workers.length - actors;
-  const text = [actors && `${actors} rollout ${actors === 1 ? "actor" : "actors"}`, others && `${others} learner ${others === 1 ? "rank" : "ranks"}`].filter(Boolean).join(", ");
+  const retired = workers.filter((worker) => worker.status === RETIRED).length;
+  const actors = workers.filter((worker) => worker.role === "rollout" && worker.status !== RETIRED).length;
+  const others = workers.length - actors - retired;
+  const text = [actors && `${actors} rollout ${actors === 1 ? "actor" : "actors"}`, others && `${others} learner ${others === 1 ? "rank" : "ranks"}`, retired && `${retired} retired`].filter(Boolean).join(", ");
   return h(
     "section.card",
     { dataset: { node } },
@@ -64,7 +67,7 @@ function nodeCard(node, workers, newest, ended) {
     h("div.table-wrap", null, h(
       "table.table.workers",
       null,
-      h("thead", null, h("tr", null, COLUMNS.map(([title, kind]) => h(kind ? `th.${kind}` : "th", null, title)))),
+      h("thead", null, h("tr", null, COLUMNS.map(([name, kind, title = ""]) => h(kind ? `th.${kind}` : "th", { title }, name)))),
       h("tbody", null, workers.map((worker) => workerRow(worker, newest, ended))),
     )),
   );
@@ -72,7 +75,10 @@ function nodeCard(node, workers, newest, ended) {
 
 function workerRow(worker, newest, ended) {
   const behind = worker.policy_version === null ? null : newest - worker.policy_version;
-  const silent = !ended && Date.now() / 1000 - worker.heartbeat > SILENT_S;
+  const { doing, since, told = worker.heartbeat } = worker.data;
+  const now = Date.now() / 1000;
+  const active = !ended && worker.status !== RETIRED;
+  const [working, untold] = [active && doing, active && now - told > SILENT_S];
   const engine = worker.data.engine ?? {};
   const details = [engine.engine, engine.family, engine.dtype, engine.parameters && `${count(engine.parameters)} parameters`].filter(Boolean).join(" · ");
   const cell = (name, kind, ...content) => h(kind, { dataset: { cell: name } }, content);
@@ -80,9 +86,9 @@ function workerRow(worker, newest, ended) {
     "tr",
     { dataset: { worker: worker.worker_id } },
     cell("worker", "td", h("b", null, worker.worker_id), h("div.note", null, [worker.role, details].filter(Boolean).join(" · "))),
-    cell("status", "td", ended ? h("span.pill", { dataset: { status: "past" } }, worker.status) : pill(worker.status)),
+    cell("status", "td", ended ? h("span.pill", { dataset: { status: "past" } }, worker.status) : pill(worker.status), working && h("div.note", null, `${String(doing).replaceAll("_", " ")} for ${duration(now - since)}`)),
     cell("weights", "td.num", worker.policy_version === null ? "–" : `v${worker.policy_version}`, behind > 0 && h("div.note", null, `${behind} behind`)),
-    cell("heartbeat", "td.num", h("span", { dataset: { silent: String(silent) } }, ago(worker.heartbeat))),
+    cell("heartbeat", "td.num", worker.status === "starting" ? "–" : ago(worker.heartbeat), untold && h("div.note", { dataset: { silent: "true" } }, `as the run told ${ago(told)}`)),
     cell("memory", "td.num", worker.data.memory_bytes === undefined ? "–" : bytes(worker.data.memory_bytes)),
     cell("gpu", "td", gpu(worker.data.gpu, engine)),
     cell("restarts", "td.num", count(worker.restarts)),

@@ -79,8 +79,9 @@ export function runHeader(run, tab, app) {
     const texts = [];
     if (problem) texts.push(["bad", problem]);
     if (latest.unreadable) texts.push(["bad", `The run's store can't be read now: ${latest.unreadable}. It is tried again all the time.`]);
-    if (latest.status === "lost") texts.push(["bad", `The run says running but wrote last ${ago(latest.heartbeat)}: its process is probably gone. Resume it with run.resume=auto.`]);
-    if (latest.lost_rows) texts.push(["warn", `${count(latest.lost_rows)} rows could not be written to the store; training and metrics.jsonl are complete.`]);
+    if (latest.status === "lost") texts.push(["bad", `The run says running but wrote last ${ago(latest.heartbeat)}: its process is probably gone (resume it with run.resume=auto), or its store takes nothing: locked, or the disk is full.`]);
+    if (latest.unstored_iterations) texts.push(["warn", `The store has taken nothing since ${clock(latest.heartbeat)} (locked, or its disk is full): ${count(latest.unstored_iterations)} iterations are in metrics.jsonl only. Training goes on.`]);
+    if (latest.lost_rows) texts.push(["warn", `${count(latest.lost_rows)} rows could not be written to the store; training goes on, and metrics.jsonl has the figures.`]);
     const same = banners.children.length === texts.length && texts.every(([, text], index) => banners.children[index].textContent === text);
     if (!same) put(banners, texts.map(([kind, text]) => h("div.banner", { dataset: { kind }, role: "status" }, text)));
   }
