@@ -20,7 +20,6 @@ from services.store.catalog import Catalog
 from services.store.reader import Reader
 
 MAX_AGE_S = 1.0
-_OUT_OF_WORK = ("retired", "lost", "dead", "failed", "stopped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ def summarise(
         pid=row["pid"],
         lost_rows=max(row["lost_rows"], unstored.lost_rows if unstored else 0),
         unstored_iterations=max(0, unstored.iteration - iteration) if unstored else 0,
-        workers=sum(worker["status"] not in _OUT_OF_WORK for worker in workers),
+        workers=sum(worker["status"] != "retired" for worker in workers),
         **figures,
     )
 

@@ -17,7 +17,7 @@ from services.store.actions import LIVE_STATUSES
 
 MAX_RUNS = 50
 STATUSES = ("running", "paused", "finished", "stopped", "failed", "lost", "unreadable")
-WORKER_STATUSES = ("starting", "ready", "alive", "busy", "idle", "retired", "lost", "dead", "failed", "stopped")
+WORKER_STATUSES = ("starting", "idle", "ready", "busy", "retired")
 ROLES = ("rollout", "learner")
 
 FIGURES = {

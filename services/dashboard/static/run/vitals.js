@@ -10,7 +10,7 @@ const TRENDS = ["reward/mean", "solve_rate", "loss", "time/iteration_s", HELD_OU
 const POINTS = 80;
 const MOST_EVENTS = 100;
 const PACE_POINTS = 10;
-const GONE = ["lost", "dead", "failed"];
+const GONE = ["lost", "failed"];
 
 /** What the vitals need besides the run's own row: trends, workers, the newest warnings and errors. */
 export async function lookCloser(runId) {
@@ -106,11 +106,9 @@ function health(run, seen) {
   const broken = Object.entries(run.latest ?? {}).find(([, entry]) => typeof entry.value !== "number");
   if (!seen) return { name, text: "…", note: "looking" };
   const { errors, warnings } = seen;
-  const gone = seen.workers.filter((worker) => GONE.includes(worker.status));
   const restarts = seen.workers.reduce((sum, worker) => sum + worker.restarts, 0);
   if (errors.length) return { name, text: `◆ ${many(errors, "error")}`, note: `${errors[0].kind}, ${ago(errors[0].time)}`, tone: "bad", href: events("error") };
   if (GONE.includes(run.status)) return { name, text: `◆ ${run.status}`, note: "see the events", tone: "bad", href: events("") };
-  if (gone.length) return { name, text: `◆ ${many(gone, "worker")} lost`, note: gone[0].worker_id, tone: "bad", href: workers };
   if (broken) return { name, text: "◆ no number", note: `${broken[0]} is ${figure(broken[1].value)}`, tone: "bad" };
   if (warnings.length) return { name, text: `▲ ${many(warnings, "warning")}`, note: `${warnings[0].kind}, ${ago(warnings[0].time)}`, tone: "warn", href: events("warning") };
   if (run.lost_rows) return { name, text: `▲ ${count(run.lost_rows)} lost`, note: "rows of the store", tone: "warn" };
