@@ -246,6 +246,8 @@ def test_adapter_names_the_seven_maps_and_not_the_head(tmp_path):
 def test_unknown_families_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no model at"):
         policy_adapter(tmp_path / "absent")
+    with pytest.raises(ConfigError, match="no model at .*: there is no config.json"):
+        policy_adapter(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ConfigError, match="'gpt2'.*Dream.*llada"):
         policy_adapter(tmp_path)

@@ -219,7 +219,7 @@ def test_second_writer_of_a_run_is_refused(runs: Runs, undisturbed: RunDirectory
 @pytest.mark.parametrize(
     "setting, fragment",
     [
-        ("model.path=.", "no model at ."),
+        ("model.path=.", "no model at .: there is no config.json"),
         ("resources.ray_address=127.0.0.1:1", "no Ray answers at 127.0.0.1:1"),
     ],
 )

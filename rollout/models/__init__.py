@@ -97,6 +97,8 @@ def read_config(model_path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         why = _first_line(error)
         raise ConfigError(f"no model at {model_path}: its config.json can't be read ({why})") from error
+    if not raw:
+        raise ConfigError(f"no model at {model_path}: there is no config.json, or nothing in it")
     return raw
 
 
