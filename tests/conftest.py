@@ -78,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Runs:
 def undisturbed(runs: Runs) -> RunDirectory:
     """A synchronous run of six iterations on two actors that nothing happened to; read only. What it printed is in
     output.txt."""
-    output = runs.train("undisturbed", "rollout.actors=2")
+    output = runs.train("undisturbed", "rollout.actors=2", forked=False)
     (runs["undisturbed"].path / "output.txt").write_text(output)
     return runs["undisturbed"]
 

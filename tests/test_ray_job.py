@@ -195,7 +195,7 @@ def test_relative_run_directory_inside_a_job_is_refused(head: Head, checkout: Pa
 @pytest.mark.parametrize("head", ["token"], indirect=True)
 def test_run_that_asks_for_more_than_the_cluster_has_is_refused(head: Head, runs: Runs) -> None:
     environment = head.environment | head.address
-    with runs.started("too-much", "learner.ranks=8", **environment) as run:
+    with runs.started("too-much", "learner.ranks=8", forked=False, **environment) as run:
         assert run.wait() == 2, run.output()
     assert "learner.ranks=8 and rollout.actors=1 ask for 9 CPUs and Ray has 4" in run.output()
     assert "Traceback" not in run.output()
@@ -208,6 +208,6 @@ def test_only_who_has_the_token_gets_in(head: Head, runs: Runs) -> None:
     assert Path(head.environment["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
     no_token = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""}
     assert head.ray("job", "list", **no_token).returncode != 0
-    with runs.started("no-token", **(head.environment | head.address | no_token)) as run:
+    with runs.started("no-token", forked=False, **(head.environment | head.address | no_token)) as run:
         assert run.wait() == 2, run.output()
     assert "no Ray answers at" in run.output() and "Traceback" not in run.output()
