@@ -1,6 +1,7 @@
 """Commands in processes of their own, forked from one that has imported what they import: the five seconds of CPU that
 ``python -m learner.main`` needs before it does anything are spent once for all runs of a test process."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -32,9 +33,10 @@ class Forked:
         assert self._process.pid is not None
         self.pid = self._process.pid
         deadline = time.monotonic() + 60
-        while self.poll() is None and os.getsid(self.pid) != self.pid:
-            assert time.monotonic() < deadline, f"{module} did not begin within 60 s"
-            time.sleep(0.005)
+        with contextlib.suppress(ProcessLookupError):  # it is over already
+            while self.poll() is None and os.getsid(self.pid) != self.pid:
+                assert time.monotonic() < deadline, f"{module} did not begin within 60 s"
+                time.sleep(0.005)
 
     def poll(self) -> int | None:
         return self._process.exitcode

@@ -67,8 +67,8 @@ def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
             page.page.click(".stepper [aria-label='One actor fewer']")
             press(page, "set_actors")
             assert "now 1, before 2" in told(page, "set_actors", "done")
-            assert field.input_value() == "1"
-            assert len(run.actors()) == 1
+            page.wait_until("the new number", lambda: field.input_value() == "1")
+            page.wait_until("the end of an actor", lambda: len(run.actors()) == 1)
             field.fill("9")
             press(page, "set_actors")
             assert "max_actors=9" in told(page, "set_actors", "refused")

@@ -1,6 +1,7 @@
 """``ray start --head``, then ``ray job submit --working-dir . -- python -m learner.main ...``, as the README says."""
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -131,14 +132,18 @@ class Head:
         self.environment["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
+_ports = itertools.count(31100 + 400 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4))
+
+
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Below those that the kernel gives away (32768 and above), so that no connection takes one before it is used."""
+    found: list[int] = []
+    while len(found) < count:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 @pytest.fixture(scope="module", params=["disabled", "token"])

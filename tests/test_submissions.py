@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from services.dashboard import jobs
 from services.dashboard.jobs import LOGS
 from services.store import actions, schema
 from tests.dashboards import Dashboard, dashboard, eventually, write_run
@@ -25,6 +26,7 @@ class StandIn:
         self.address = ""
         self.jobs: dict[str, str] = {}
         self.asked: list[str] = []
+        self.refusals: list[str] = []  # what submissions get before one is taken
         self.on_log: Callable[[], object] = lambda: None
 
     def answer(self, path: str) -> Any:
@@ -56,6 +58,17 @@ def ray() -> Iterator[StandIn]:
             body = json.dumps(found).encode()
             self.send_response(404 if found is None else 200)
             self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            stand_in.asked.append("submit")
+            refused = stand_in.refusals.pop(0) if stand_in.refusals else None
+            name = asked["submission_id"]
+            body = (json.dumps({"job_id": name, "submission_id": name}) if refused is None else refused).encode()
+            self.send_response(200 if refused is None else 500)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -141,3 +154,37 @@ def test_run_that_dies_at_once_has_been_there(
         found = ask(service)
         assert found["brief"] == ("done", "run brief has started")
         assert found["never"] == ("refused", "the job failed before there was a run: the last line")  # the control
+
+
+UNREACHED = """Traceback (most recent call last):
+  File "/ray/dashboard/modules/job/job_head.py", line 135, in submit_job_internal
+aiohttp.client_exceptions.ClientConnectorError: Cannot connect to host 127.0.0.1:52365
+"""
+
+
+def test_agent_that_ray_cannot_reach_is_tried_again(ray: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_AGAIN_S", (0.01, 0.01))
+    checked = jobs.Checked({}, ["recipe=smoke"], "one")
+    ray.refusals = [UNREACHED, UNREACHED]
+    assert jobs.Jobs(ray.address, None).submit(checked).startswith("unmask-one-")
+    assert ray.asked == ["submit"] * 3
+    ray.refusals = [UNREACHED] * 3
+    with pytest.raises(
+        jobs.RayRefused, match="refused: RuntimeError: aiohttp.*: Cannot connect to host 127.0.0.1:52365$"
+    ):
+        jobs.Jobs(ray.address, None).submit(checked)
+    assert ray.refusals == [] and len(ray.asked) == 6
+    ray.refusals = ["Traceback (most recent call last):\nValueError: no such package\n"]
+    with pytest.raises(jobs.RayRefused, match="ValueError: no such package$"):
+        jobs.Jobs(ray.address, None).submit(checked)
+    assert len(ray.asked) == 7, "what Ray itself refuses is not tried again"
+
+
+def test_attempt_that_came_through_unheard_is_no_failure(ray: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_AGAIN_S", (0.01,))
+    monkeypatch.setattr("secrets.token_hex", lambda _: "abc")
+    ray.refusals = [UNREACHED, "ValueError: Job with submission_id unmask-one-abc already exists. Use another."]
+    assert jobs.Jobs(ray.address, None).submit(jobs.Checked({}, [], "one")) == "unmask-one-abc"
+    ray.refusals = ["ValueError: Job with submission_id unmask-two already exists."]
+    with pytest.raises(jobs.RayRefused):
+        jobs.Jobs(ray.address, None).submit(jobs.Checked({}, [], "one"))

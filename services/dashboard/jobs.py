@@ -36,6 +36,10 @@ LOGS = 8
 LOG_CHARACTERS = 20_000
 """Of the end of a job's log that are shown."""
 
+_AGENT_UNREACHED = "aiohttp.client_exceptions"
+"""In the traceback that Ray's head answers with when the agent that is to start the job can't be reached just now."""
+_AGAIN_S = (1.0, 3.0, 6.0)
+
 _RESERVED = ("recipe", "run.dir", "store.url", "resources.ray_address")
 _Answer = TypeVar("_Answer")
 
@@ -147,15 +151,23 @@ class Jobs:
         job_id = f"unmask-{checked.run_id}-{secrets.token_hex(3)}"
         runtime = {} if self._working_dir is None else {"working_dir": str(self._working_dir)}
 
-        def submit(client: Any) -> str:
-            return str(
-                client.submit_job(
-                    entrypoint=shlex.join(["python", "-m", "learner.main", *checked.arguments]),  # a shell runs it
-                    submission_id=job_id,
-                    runtime_env=runtime,
-                    metadata={"unmask_run": checked.run_id},
+        def submit(client: Any, later_s: Sequence[float] = _AGAIN_S) -> str:
+            try:
+                return str(
+                    client.submit_job(
+                        entrypoint=shlex.join(["python", "-m", "learner.main", *checked.arguments]),  # a shell runs it
+                        submission_id=job_id,
+                        runtime_env=runtime,
+                        metadata={"unmask_run": checked.run_id},
+                    )
                 )
-            )
+            except RuntimeError as error:
+                if f"submission_id {job_id} already exists" in str(error):
+                    return job_id  # nobody else has this id: an attempt that failed had come through
+                if _AGENT_UNREACHED not in str(error) or not later_s:
+                    raise
+            time.sleep(later_s[0])
+            return submit(client, later_s[1:])
 
         return self._ask(submit)
 
@@ -219,7 +231,10 @@ class Jobs:
         except ImportError as error:
             raise RayUnavailable(f"Ray's job client can't be imported here: {error}") from None
         except Exception as error:  # Ray's own kinds, requests' kinds, RuntimeError with a status inside
-            told = " ".join(str(error).split())[:500]
+            text = str(error)
+            if "Traceback" in text:  # of one of Ray's processes
+                text = text.rstrip("\n .").rpartition("\n")[2]
+            told = " ".join(text.split())[:500]
             raise RayRefused(f"Ray at {self.address} refused: {type(error).__name__}: {told}") from None
 
 
