@@ -87,7 +87,7 @@ function workerRow(worker, newest, ended) {
     { dataset: { worker: worker.worker_id } },
     cell("worker", "td", h("b", null, worker.worker_id), h("div.note", null, [worker.role, details].filter(Boolean).join(" · "))),
     cell("status", "td", ended ? h("span.pill", { dataset: { status: "past" } }, worker.status) : pill(worker.status), working && h("div.note", null, `${String(doing).replaceAll("_", " ")} for ${duration(now - since)}`)),
-    cell("weights", "td.num", worker.policy_version === null ? "–" : `v${worker.policy_version}`, behind > 0 && h("div.note", null, `${behind} behind`)),
+    cell("weights", "td.num", worker.policy_version === null ? "–" : `v${worker.policy_version}`, active && behind > 0 && h("div.note", null, `${behind} behind`)),
     cell("heartbeat", "td.num", worker.status === "starting" ? "–" : ago(worker.heartbeat), untold && h("div.note", { dataset: { silent: "true" } }, `as the run told ${ago(told)}`)),
     cell("memory", "td.num", worker.data.memory_bytes === undefined ? "–" : bytes(worker.data.memory_bytes)),
     cell("gpu", "td", gpu(worker.data.gpu, engine)),
