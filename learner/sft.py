@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from learner.config import dump_config
-from learner.finetuning.settings import help_text, load_sft_config
+from learner.config import dump_config, in_ray_job
+from learner.finetuning.settings import check_paths, help_text, load_sft_config
 from learner.stopping import exit_status, interrupting
 from rewards.errors import ConfigError
 
@@ -40,6 +40,7 @@ def _command(argv: Sequence[str]) -> int:
     if "--print-config" in options:
         print(dump_config(config), end="")
         return 0
+    check_paths(config, in_ray_job())
     with interrupting():
         from learner.finetuning.run import run  # torch and Ray take seconds to import
 

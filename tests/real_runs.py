@@ -15,6 +15,9 @@ from learner.reporting import deterministic, read_rows
 from learner.rundir import RunDirectory
 from tests.forked import Forked
 
+TEST_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Number of this process among those of the test session."""
+
 RUN_LIMIT_S = 300.0
 """For one run on two busy cores; a quiet machine needs half a minute, nearly all of it imports and Ray."""
 
@@ -77,7 +80,7 @@ class Runs:
 class StartedRun:
     """The controller's process, which leads a session, and all that it starts."""
 
-    def __init__(self, popen: "Forked | subprocess.Popen[bytes]", run_dir: RunDirectory, output: Path) -> None:
+    def __init__(self, popen: Forked | subprocess.Popen[bytes], run_dir: RunDirectory, output: Path) -> None:
         self.popen, self.dir, self._output = popen, run_dir, output
 
     def output(self) -> str:

@@ -18,8 +18,12 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.real_runs import TEST_PROCESS
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "deploy" / "local.sh"
+PORT = 21000 + 2000 * (TEST_PROCESS % 5)
+"""The first of 2,000 that no other process of this test session uses."""
 
 
 @pytest.fixture
@@ -102,12 +106,6 @@ class LocalCluster:
 
 
 @pytest.fixture
-def port(worker_id: str) -> int:
-    """The first of 2,000 that no other process of this test session uses."""
-    return 21000 + 2000 * (int(worker_id.removeprefix("gw")) % 5 if worker_id != "master" else 0)
-
-
-@pytest.fixture
 def folder() -> Iterator[Path]:
     """Short, because Ray's sockets live below it; the number of the test process keeps two suites apart."""
     path = Path(f"/tmp/unmask-t{os.getpid()}")
@@ -135,13 +133,13 @@ def dashboard_status(port: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("auth_mode, nodes, status", [("token", 3, 401), ("disabled", 1, 200)])
 def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
-    folder: Path, port: int, auth_mode: str, nodes: int, status: int
+    folder: Path, auth_mode: str, nodes: int, status: int
 ) -> None:
-    local = LocalCluster(folder, port, CPUS_PER_NODE="2", RAY_AUTH_MODE=auth_mode)
+    local = LocalCluster(folder, PORT, CPUS_PER_NODE="2", RAY_AUTH_MODE=auth_mode)
     try:
         started = local.call("start", str(nodes))
         assert started.returncode == 0, started.stderr
-        assert f"127.0.0.1:{port}" in started.stdout and "ray job submit" in started.stdout
+        assert f"127.0.0.1:{PORT}" in started.stdout and "ray job submit" in started.stdout
 
         answer = local.python("-c", ALIVE_NODES)
         assert answer.returncode == 0, answer.stderr
@@ -150,7 +148,7 @@ def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
         token = folder / ".ray" / "auth_token"
         assert token.exists() == (auth_mode == "token")
         assert not token.exists() or token.stat().st_mode & 0o777 == 0o600
-        assert dashboard_status(port + 1) == status
+        assert dashboard_status(PORT + 1) == status
 
         second = local.call("start", "1")
         assert second.returncode == 1 and "holds a cluster already" in second.stderr
@@ -165,10 +163,8 @@ def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-def test_training_runs_on_a_cluster_with_actors_on_several_nodes(
-    folder: Path, port: int, bases: Path, tmp_path: Path
-) -> None:
-    local = LocalCluster(folder, port, CPUS_PER_NODE="1", UNMASK_CACHE=str(bases))
+def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, bases: Path, tmp_path: Path) -> None:
+    local = LocalCluster(folder, PORT, CPUS_PER_NODE="1", UNMASK_CACHE=str(bases))
     try:
         assert local.call("start", "3").returncode == 0
         arguments = ("recipe=smoke", f"run.dir={tmp_path}", "run.name=spread", "rollout.actors=2")

@@ -22,6 +22,7 @@ from tests import store_rows
 from tests.real_runs import (
     RUN_LIMIT_S,
     SETTINGS,
+    TEST_PROCESS,
     Runs,
     clean_environment,
     iterations,
@@ -132,7 +133,7 @@ class Head:
         self.environment["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
-_ports = itertools.count(31100 + 400 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4))
+_ports = itertools.count(31100 + 400 * (TEST_PROCESS % 4))
 
 
 def free_ports(count: int) -> list[int]:

@@ -17,11 +17,10 @@ import ray
 from learner import checkpoint as checkpoints
 from learner.atomic import atomic_write_text
 from learner.commands import Commands
-from learner.config import in_ray_job, refuse_absent, refuse_relative
 from learner.dashboard import dashboard
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
-from learner.finetuning.settings import SftConfig, check_resources, files_read
+from learner.finetuning.settings import SftConfig, check_resources
 from learner.lifecycle import reporting, see_through, told_failures
 from learner.rank import UpdateReport
 from learner.reporting import Reporter
@@ -42,10 +41,6 @@ def run(config: SftConfig) -> int:
     Raises:
         UnmaskError: whatever ends the run; the run directory then says ``failed``.
     """
-    read = files_read(config)
-    if in_ray_job():
-        refuse_relative({"run.dir": config.run.dir} | read)
-    refuse_absent(read)
     check_quantization(config.model, config.learner, config.resources)
     code_identity()
     assert config.model.path is not None

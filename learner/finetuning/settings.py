@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from learner import overrides
-from learner.config import group_problems, model_problems, name_problems, store_problems
+from learner.config import (
+    group_problems,
+    model_problems,
+    name_problems,
+    refuse_absent,
+    refuse_relative,
+    store_problems,
+)
 from learner.settings import (
     CheckpointSection,
     GroupSection,
@@ -132,6 +139,14 @@ def files_read(config: SftConfig) -> dict[str, str | None]:
         "model.path": config.model.path,
         "lora.adapter": config.lora.adapter,
     }
+
+
+def check_paths(config: SftConfig, in_job: bool) -> None:
+    """Refuses what is to be read and isn't there, and inside a Ray job relative paths."""
+    read = files_read(config)
+    if in_job:
+        refuse_relative({"run.dir": config.run.dir} | read)
+    refuse_absent(read)
 
 
 def _data_problems(config: SftConfig) -> list[str]:

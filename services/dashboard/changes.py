@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 from pydantic import BaseModel
 from sse_starlette.event import ServerSentEvent
 
-from services.dashboard.ahead import ahead
+from services.dashboard.ahead import Ahead, ahead
 from services.dashboard.index import RunIndex, shown_status, summarise
 from services.dashboard.models import Checkpoint, Event, Worker, number
 from services.store.catalog import Catalog
@@ -107,7 +107,7 @@ class OneRun:
         row = reader.run(self._run_id)
         if row is None:
             raise Gone
-        return [Frame("run", self._summary(reader, row), at)]
+        return [Frame("run", self._summary(reader, row, ahead(self._catalog, row)), at)]
 
     def poll(self, since: Key) -> Batch:
         """As ``catch_up``, and the run itself when it has changed, its heartbeat included."""
@@ -118,7 +118,7 @@ class OneRun:
         unstored = ahead(self._catalog, changes.run)
         now = (changes.run, unstored, shown_status(changes.run, unstored))
         if now != self._told[0]:
-            self._told = now, self._summary(reader, changes.run)
+            self._told = now, self._summary(reader, changes.run, unstored)
             batch.frames.append(Frame("run", self._told[1], batch.end))
         return batch
 
@@ -139,9 +139,9 @@ class OneRun:
             raise Gone
         return changes
 
-    def _summary(self, reader: Reader, row: dict[str, Any]) -> str:
+    def _summary(self, reader: Reader, row: dict[str, Any], unstored: Ahead | None) -> str:
         latest, workers = reader.latest_metrics(self._run_id), reader.workers(self._run_id)
-        return summarise(row, latest, workers, ahead(self._catalog, row)).model_dump_json()
+        return summarise(row, latest, workers, unstored).model_dump_json()
 
 
 class AllRuns:

@@ -66,7 +66,7 @@ class RunSummary(Model):
     """Share of right completions in the newest iteration."""
     tokens_per_s: Number | None = None
     workers: int = 0
-    """Actors and ranks of the run, without those that were retired or lost."""
+    """Actors and ranks of the run, without retired ones."""
 
 
 class RunList(Page[RunSummary]):

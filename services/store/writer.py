@@ -87,7 +87,9 @@ class StoreWriter:
         self._mine = (table.c.id == run_id) & (table.c.identity == identity)
         enter = self._insert(table).values(id=run_id, identity=identity, created=now, starts=1, **started)
         enter = enter.on_conflict_do_update(
-            index_elements=["id"], set_=started | {"starts": table.c.starts + 1}, where=table.c.identity == identity
+            index_elements=["id"],
+            set_=started | {"starts": table.c.starts + 1, "revision": table.c.revision + 1},
+            where=table.c.identity == identity,
         )
         try:
             with self._engine.begin() as connection:
@@ -95,8 +97,7 @@ class StoreWriter:
                 mine = connection.execute(sa.select(table.c.starts, table.c.revision).where(self._mine)).one_or_none()
                 if mine is not None:  # who worked for an earlier process of the run went with it
                     theirs = schema.workers.update().where(schema.workers.c.run_id == run_id)
-                    connection.execute(theirs.values(status="retired", revision=mine.revision + 1))
-                    connection.execute(table.update().where(self._mine).values(revision=mine.revision + 1))
+                    connection.execute(theirs.values(status="retired", revision=mine.revision))
         except sa.exc.SQLAlchemyError as error:
             reason = schema.short_reason(error)
             raise StoreError(f"cannot enter the run in the run store {self._engine.url}: {reason}") from error
@@ -107,7 +108,7 @@ class StoreWriter:
                 f"or another store.url"
             )
         self._start: int = mine.starts
-        self._revision: int | None = mine.revision + 1  # None: to be read
+        self._revision: int | None = mine.revision  # None: to be read
         self._in_transaction = threading.Lock()  # guards the revision
         self._retention = retention
         self._pruned = time.monotonic()
