@@ -6,15 +6,18 @@
 #
 # Environment, the same for start and stop:
 #   UNMASK_LOCAL_DIR   state, logs and Ray's sessions; keep it short, sockets live below it   (default /tmp/unmask-$UID)
+#                      yours alone (mode 700), and so that nobody else can put another folder in its place
 #   PORT               first port: PORT serves Ray, PORT+1 its dashboard, PORT+100 on the nodes    (default 21000)
 #   CPUS_PER_NODE      logical CPUs of each node                                                  (default 4)
 #   OBJECT_STORE_MB    object store of each node, MiB                                             (default 200)
 #   RAY_AUTH_MODE      token, or disabled                                                         (default token)
 set -euo pipefail
-umask 077 # the token is nobody else's
+umask 077 # nothing of it is anybody else's
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-state=${UNMASK_LOCAL_DIR:-/tmp/unmask-$UID}
+state=$(realpath -ms -- "${UNMASK_LOCAL_DIR:-/tmp/unmask-$UID}")
+state_parent=$(realpath -m -- "${state%/*}/") # links on the way are followed here, once: what is checked is what is used
+state=${state_parent%/}/${state##*/}
 port=${PORT:-21000}
 cpus=${CPUS_PER_NODE:-4}
 store_bytes=$((${OBJECT_STORE_MB:-200} * 1024 * 1024))
@@ -43,6 +46,10 @@ main() {
 start() {
     local nodes=$1
     [[ $nodes =~ ^[1-9][0-9]?$ ]] || { echo "error: NODES is '$nodes'; give a number from 1 to 99" >&2; exit 2; }
+    require_safe_parents
+    mkdir -p -- "$state_parent"
+    mkdir -m 700 -- "$state" 2>/dev/null || true # the check that follows says what is wrong with it
+    require_own_folder
     [[ ! -e $state/pids ]] || { echo "error: $state holds a cluster already; 'deploy/local.sh stop' ends it" >&2; exit 1; }
     mkdir -p "$state/logs"
     touch "$state/pids"
@@ -64,6 +71,37 @@ Then run directly:                   python -m learner.main recipe=sudoku
 or as a job (paths absolute):        ray job submit --working-dir . -- python -m learner.main recipe=sudoku run.dir=\$PWD/runs
 Logs are in $state/logs. To end them: deploy/local.sh stop
 END
+}
+
+# Whoever can write in the state folder, or put another in its place, has what users `source` and which pids are killed.
+require_own_folder() {
+    local problem=
+    if [[ -L $state ]]; then problem="is a symbolic link"
+    elif [[ ! -d $state ]]; then problem="can't be made a folder"
+    elif [[ ! -O $state ]]; then problem="belongs to user $(stat -c %u -- "$state")"
+    elif ((8#$(stat -c %a -- "$state") & 8#077)); then problem="is open to others (mode $(stat -c %a -- "$state"))"
+    fi
+    [[ -z $problem ]] || refuse "$state $problem"
+}
+
+require_safe_parents() {
+    local folder=$state_parent owner mode
+    while :; do
+        if [[ -e $folder ]]; then # else it will be ours
+            owner=$(stat -c %u -- "$folder") mode=$(stat -c %a -- "$folder")
+            # The owner of / has everything anyway; in a user namespace it needn't be 0.
+            ((owner == EUID || owner == 0 || owner == $(stat -c %u /))) || refuse "$folder belongs to user $owner"
+            # With the sticky bit, as in /tmp, others can't rename what is ours.
+            ((8#$mode & 8#1000 || !(8#$mode & 8#022))) || refuse "others may write in $folder (mode $mode)"
+        fi
+        [[ $folder != / ]] || break
+        folder=$(dirname -- "$folder")
+    done
+}
+
+refuse() { # WHAT IS WRONG
+    echo "error: $1; the state must lie in a folder of yours alone (mode 700), name one with UNMASK_LOCAL_DIR" >&2
+    exit 1
 }
 
 make_token() {
@@ -107,6 +145,10 @@ write_environment() {
 }
 
 stop() {
+    if [[ -e $state || -L $state ]]; then
+        require_safe_parents
+        require_own_folder
+    fi
     [[ -e $state/pids ]] || { echo "nothing to stop: $state holds no cluster"; return 0; }
     local -A since=() parent=() ours=() # of every process; of the cluster's: pid -> start time, for pids are used again
     local -a alive=()

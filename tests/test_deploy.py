@@ -182,7 +182,7 @@ def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, b
 @pytest.mark.slow
 def test_stop_leaves_other_processes_alone(folder: Path) -> None:
     local = LocalCluster(folder, 21000)
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         (folder / "pids").write_text(f"{bystander.pid} 1\n")  # the pid of ours, used again by somebody else
@@ -197,3 +197,68 @@ def test_stop_leaves_other_processes_alone(folder: Path) -> None:
 def test_wrong_arguments_get_a_sentence(folder: Path, arguments: tuple[str, ...], message: str) -> None:
     answer = LocalCluster(folder, 21000).call(*arguments)
     assert answer.returncode == 2 and message in answer.stdout + answer.stderr
+
+
+NOBODY = 65534
+
+
+def hostile(folder: Path, kind: str) -> Path:
+    """A state folder that others have a say in, with a cluster's pids in it."""
+    state = folder / "state"
+    state.mkdir(parents=True, mode=0o700)
+    (state / "pids").write_text("")
+    folder.chmod(0o700)
+    if kind == "of another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can make a folder of another user")
+        os.chown(state, NOBODY, NOBODY)
+    elif kind == "below another user's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can make a folder of another user")
+        os.chown(folder, NOBODY, NOBODY)
+    elif kind == "open to others":
+        state.chmod(0o770)
+    elif kind == "below an open one":
+        folder.chmod(0o777)
+    elif kind == "a link":
+        (folder / "link").symlink_to(state)
+        return folder / "link"
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("of another user", f"state belongs to user {NOBODY}"),
+        ("below another user's", f"belongs to user {NOBODY}"),
+        ("open to others", "state is open to others (mode 770)"),
+        ("below an open one", "others may write in"),
+        ("a link", "link is a symbolic link"),
+    ],
+)
+def test_a_state_folder_that_others_have_a_say_in_is_refused(folder: Path, kind: str, message: str) -> None:
+    state = hostile(folder, kind)
+    local = LocalCluster(state, 21000)
+    for command in ("start", "stop"):
+        answer = local.call(command, timeout_s=60)
+        assert answer.returncode == 1 and message in answer.stderr and "UNMASK_LOCAL_DIR" in answer.stderr
+        assert len(answer.stderr.splitlines()) == 1
+    assert [path.name for path in (folder / "state").iterdir()] == ["pids"], "nothing was written"
+
+
+def test_nothing_is_made_below_a_folder_that_others_may_write(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    answer = LocalCluster(folder / "new" / "state", 21000).call("start", "1", timeout_s=60)
+    assert answer.returncode == 1 and "others may write in" in answer.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_a_state_folder_of_ones_own_is_taken(folder: Path) -> None:
+    """The control of the two tests above; /tmp, where it lies, is sticky. The cluster in it is none."""
+    state = hostile(folder, "mine")
+    local = LocalCluster(state, 21000)
+    assert "holds a cluster already" in local.call("start", "1", timeout_s=60).stderr
+    stopped = local.call("stop", timeout_s=60)
+    assert stopped.returncode == 0 and "stopped 0 processes" in stopped.stdout
+    assert not (state / "pids").exists()
