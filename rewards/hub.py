@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.errors import ConfigError, DataError
-from rewards.files import SUFFIXES, Row, problems_from_file, problems_from_rows
+from rewards.files import MAX_ROW, SUFFIXES, Row, problems_from_file, problems_from_rows, too_long
 from rewards.task import Problem
 
 PREFIX = "hub:"
@@ -60,10 +60,24 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterato
     try:
         rows = datasets.load_dataset(name, config, split=split)
         for number, row in enumerate(rows, start=1):
-            yield number, f"{source}, row {number}", dict(row)
+            place = f"{source}, row {number}"
+            if _characters(row) > MAX_ROW:
+                raise DataError(f"{place}: {too_long()}")
+            yield number, place, dict(row)
+    except DataError:
+        raise
     except Exception as error:  # the package and what it calls raise errors of many unrelated classes
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{source} can't be read ({type(error).__name__}: {reason}); check the name, the configuration, the split "
             "and the connection, or give the path of a file"
         ) from error
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in a row, and one for everything else in it."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return 1 + sum(map(_characters, value)) if isinstance(value, list | tuple) else 1

@@ -1,15 +1,22 @@
 """Problem files: every format, and every fault named by file and line. Finding tasks by name."""
 
+import csv
 import gzip
 import json
+import re
+import subprocess
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rewards import files
 from rewards.errors import ConfigError, DataError
 from rewards.task import Grade, get_task
 
+ROOT = Path(__file__).resolve().parents[1]
 PUZZLE, SOLUTION = "0321003004002100", "4321123434122143"
 FIELDS = {"puzzle": PUZZLE, "solution": SOLUTION}
 CSV = f"Puzzle,Solution\n{PUZZLE},{SOLUTION}\n"
@@ -89,6 +96,101 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         task.problems("test", seed=0, size=9, path=str(tmp_path / "latin.csv"))
     with pytest.raises(ConfigError, match="size is 0"):
         task.problems("test", seed=0, size=0, path=str(tmp_path / "none.csv"))
+
+
+def write(path: Path, text: str) -> None:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data, 1) if path.name.endswith(".gz") else data)
+
+
+LONG = "a" * files.MAX_ROW
+TOO_LONG = [
+    ("jsonl", 2, JSONL + json.dumps({"puzzle": LONG})),
+    ("jsonl", 3, JSONL + "\n" + "[" * (files.MAX_ROW + 1)),
+    ("jsonl", 1, " " * (files.MAX_ROW + 1)),
+    ("csv", 1, f"{LONG},Solution\n"),
+    ("csv", 3, CSV + f'{PUZZLE},"{LONG}"\n'),
+    ("csv", 3, CSV + "1," * files.MAX_ROW + "\n"),
+    ("csv", 18, CSV + f'{PUZZLE},"' + ("a" * 2**20 + "\n") * 20 + '"\n'),  # no line of it is too long, the row is
+]
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(("kind", "line", "text"), TOO_LONG, ids=[f"{row[0]} {i}" for i, row in enumerate(TOO_LONG)])
+def test_a_row_is_bounded(
+    tmp_path: Path, long_fields: None, monkeypatch: pytest.MonkeyPatch, kind: str, line: int, text: str, end: str
+) -> None:
+    path = tmp_path / f"a.{kind}{end}"
+    write(path, text)
+    message = f"{path}, line {line}: longer than {files.MAX_ROW} characters"
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        list(files.read_rows(str(path)))
+    assert len(str(caught.value)) < 300
+    monkeypatch.setattr(files, "MAX_ROW", 10 * files.MAX_ROW)  # the control
+    if kind == "csv":
+        assert len(list(files.read_rows(str(path)))) == len(text.split(PUZZLE)) - 1 + ("1,1," in text)
+
+
+@pytest.fixture
+def long_fields() -> Iterator[None]:
+    """csv's own bound on a field, far below ours, is off."""
+    limit = csv.field_size_limit(2**30)
+    yield
+    csv.field_size_limit(limit)
+
+
+def test_the_longest_row_is_read(tmp_path: Path) -> None:
+    text = json.dumps({"puzzle": "a" * (files.MAX_ROW - 15)}) + "\n"
+    assert len(text) == files.MAX_ROW
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        write(tmp_path / name, text * 2)
+        assert [line for line, _ in files.read_rows(str(tmp_path / name))] == [1, 2]
+
+
+def test_a_field_over_csvs_own_bound_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", CSV + f'{PUZZLE},"{"a" * 200_000}"\n')
+    with pytest.raises(DataError, match=r"a\.csv, line 3: not csv \(field larger than field limit"):
+        list(files.read_rows(str(tmp_path / "a.csv")))
+
+
+@pytest.mark.parametrize("line", [JSONL, "\n"], ids=["rows", "blank lines"])
+def test_a_gzipped_file_of_many_short_lines_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(files, "MAX_UNPACKED", 1000 * len(line))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        write(tmp_path / name, line * 1001)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz, line 1001: the file unpacks to more than \d+ characters"):
+        list(files.read_rows(str(tmp_path / "a.jsonl.gz")))
+    list(files.read_rows(str(tmp_path / "a.jsonl")))  # its size can be seen
+
+
+# 512 MiB of text in half a megabyte, read by a process that may have 300 MiB.
+BOMB = """
+import gzip, resource, sys
+from rewards.errors import DataError
+from rewards.files import read_rows
+resource.setrlimit(resource.RLIMIT_DATA, (300 * 2**20,) * 2)
+try:
+    next(read_rows(sys.argv[1]))
+except DataError as error:
+    print("refused" if "line 1: longer than" in str(error) else error)
+try:
+    gzip.open(sys.argv[1], "rt").readline()
+except MemoryError:
+    print("out of memory")
+"""
+
+
+def test_a_line_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    packer = zlib.compressobj(1, wbits=31)
+    block = b"a" * 2**20
+    data = b"".join([packer.compress(b'{"question": "'), *(packer.compress(block) for _ in range(512)), packer.flush()])
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(data)
+    assert len(data) < 4 * 2**20
+    done = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.split("\n") == ["refused", "out of memory", ""], done.stderr
 
 
 def test_unknown_tasks() -> None:

@@ -96,6 +96,18 @@ def test_every_fault_is_one_sentence_with_a_remedy(folder: Path, tmp_path: Path)
         assert source in answer and part in answer and len(answer) < 700
 
 
+def test_a_row_is_bounded(tmp_path: Path) -> None:
+    """The bound is set low and counts what lies inside lists and objects too."""
+    rows = [{"n": 1, "words": ["a" * 40]}, {"n": 3, "words": ["a" * 40, "b" * 40]}]
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"hub:{tmp_path}/long:train"
+    code = "import rewards.hub\nrewards.hub.MAX_ROW = 60\n" + LOAD
+    refused, taken = load(tmp_path / "home", [(source, 9), (source, 1)], code)
+    assert refused.startswith(f"DataError: {source}, row 2: longer than")
+    assert taken == [["t-long-train-1", rows[0]]]
+
+
 def test_a_named_data_set_is_taken_from_the_cache_without_a_connection(folder: Path, tmp_path: Path) -> None:
     """What ``datasets`` cached under a hub name is found again offline: the cache of the local set, under that name."""
     load(tmp_path, [(f"hub:{folder}:main:train", 9)])
