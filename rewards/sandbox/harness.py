@@ -164,7 +164,8 @@ class Remote:
 
 
 class Judge:
-    """Runs a program in the process behind ``channel``, then its tests in this one."""
+    """Runs a program in the process behind ``channel``, then its tests in this one. They come with a problem, so they
+    may be anybody's code: this process must be without privileges, too."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -184,7 +185,7 @@ class Judge:
     ) -> None:
         """Each test's result in order: None when it passed. Raises Closed when the program's process is gone."""
         namespace: dict[str, Any] = {"__name__": "tests"}
-        exec(compile(preamble, "<preamble>", "exec"), namespace)  # trusted: it comes with the problem
+        exec(compile(preamble, "<preamble>", "exec"), namespace)
         for name, wanted in names.items():
             reply = self._question({"do": "global", "name": wanted})
             if "error" in reply:

@@ -1,4 +1,4 @@
-"""Linux calls that shut a process in: namespaces, a root of its own, capabilities, system call filter, rlimits.
+"""Linux calls that shut a process in: namespaces, a root of its own, capabilities, users, rlimits.
 
 Through ctypes, as Python 3.11 has none of them. Used inside the sandbox's processes only. Every function raises OSError
 naming the call that the kernel refused.
@@ -11,59 +11,23 @@ import platform
 import resource
 import signal
 import stat
-import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_ANY_NAMESPACE = 0x7E020000
+PROGRAMS_USER, JUDGES_USER = 1, 2
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
+_MS_REC, _MS_PRIVATE = 16384, 1 << 18
 _KEPT_MOUNT_FLAGS = 1 | 2 | 4 | 8  # read-only, nosuid, nodev, noexec: may be locked, so a remount must repeat them
 _MNT_DETACH = 2
 _PDEATHSIG, _CAPBSET_DROP, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 24, 22, 38
 _DEVICES = ("null", "zero", "full", "random", "urandom")
-_OUTSIDE_ID = 0x70000000  # what an unprivileged user is called outside; far above any account
+_OUTSIDE_ID = 0x78000000  # of the unprivileged users outside: above what SSSD, systemd and others give to accounts
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-# Refused system calls, by their numbers on x86_64 and aarch64.
-_DENIED = {
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "memfd_create": (319, 279),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "mq_open": (240, 180),
-    "open_by_handle_at": (304, 265),
-    "fanotify_init": (300, 262),
-}
-# The same on all machines: io_uring (3), the new mount calls (6), pidfd_getfd, mount_setattr, memfd_secret.
-_DENIED_EVERYWHERE = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
-_CLONE3 = 435
-_MACHINES = {  # column above, audit architecture, clone, socket
-    "x86_64": (0, 0xC000003E, 56, 41),
-    "aarch64": (1, 0xC00000B7, 220, 198),
-}
-
-
-def known_machine() -> bool:
-    """Whether the system call numbers of this machine are known."""
-    return platform.machine() in _MACHINES and sys.maxsize > 1 << 32
 
 
 def die_with_parent() -> None:
@@ -89,19 +53,27 @@ def enter_pid_namespace(fd: int) -> None:
 def enter_user_namespace(flags: int) -> bool:
     """A user namespace, and the other namespaces of ``flags``. This process is its root, and has no power outside.
 
-    Returns whether user 1 exists inside, an unprivileged one: root can give away ids, others only have their own.
+    Returns whether PROGRAMS_USER and JUDGES_USER exist inside, two unprivileged ones: root can give away ids, others
+    only have their own.
     """
     user, group = os.geteuid(), os.getegid()
-    spare = _spare_id() if user == 0 else None
+    spare = _spare_ids() if user == 0 else None
     if spare is None:
         unshare(NEWUSER | flags)
         Path("/proc/self/setgroups").write_text("deny")
         _write_maps("self", f"0 {user} 1\n", f"0 {group} 1\n")
     else:
-        _unshare_mapped_by_a_child(flags, f"0 {user} 1\n1 {spare} 1\n", f"0 {group} 1\n1 {spare} 1\n")
+        _unshare_mapped_by_a_child(flags, f"0 {user} 1\n1 {spare} 2\n", f"0 {group} 1\n1 {spare} 2\n")
+        os.setgroups([])
     with contextlib.suppress(OSError):  # where /proc/sys is read-only, the system call filter is left to refuse them
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
     return spare is not None
+
+
+def hide_names() -> None:
+    """The host's name, in a UTS namespace of its own."""
+    for call in (_libc.sethostname, _libc.setdomainname):
+        _check(call.__name__, call(b"sandbox", len(b"sandbox")))
 
 
 def _unshare_mapped_by_a_child(flags: int, users: str, groups: str) -> None:
@@ -158,14 +130,14 @@ def enter_jail() -> None:
             flags |= _MS_NODEV
         _mount(None, point, None, _MS_REMOUNT | _MS_BIND | flags)
     os.chdir(root)
-    _check("pivot_root", _libc.syscall(_DENIED["pivot_root"][_MACHINES[platform.machine()][0]], b".", b"."))
+    _check("pivot_root", _libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."))
     _check("umount", _libc.umount2(b".", _MNT_DETACH))
     os.chdir("/")
 
 
 def mount_scratch(megabytes: int) -> None:
     """A fresh /tmp of this process' mount namespace, in memory, and the working directory there."""
-    _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=777,size={megabytes}m,nr_inodes=4096")
+    _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"mode=777,size={megabytes}m,nr_inodes=4096")
     os.chdir("/tmp")
 
 
@@ -182,48 +154,37 @@ def set_limits(*, cpu_seconds: int, memory_mb: int, processes: int, file_mb: int
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 64),
     ):
         resource.setrlimit(kind, (limit, limit))
 
 
-def drop_privileges(to_user_1: bool) -> None:
-    """No capability, no other user's rights, no way back; and the system call filter."""
+def forgo_privileges() -> None:
+    """This process and those it forks gain no right any more by a file that they execute."""
     capability = 0
     while _libc.prctl(_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
-    if to_user_1:
-        os.setgroups([])
-        os.setresgid(1, 1, 1)
-        os.setresuid(1, 1, 1)
+    _check("prctl", _libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def drop_privileges(user: int | None, system_calls: bytes, *, obeys: int | None = None) -> None:
+    """No capability, no other user's rights (where there is a ``user`` to become), and the system call filter. After
+    ``forgo_privileges`` there is no way back.
+
+    ``obeys``: another user whose signals reach this process too.
+    """
+    if user is not None:
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user if obeys is None else obeys)  # the filter lets nobody take up the saved id
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     _check("capset", _libc.capset(header, (ctypes.c_uint32 * 6)()))
-    _check("prctl", _libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    _filter_system_calls()
+    filter_system_calls(system_calls)
 
 
-def _filter_system_calls() -> None:
-    """Refuses (EPERM) what no answer to a programming exercise needs and what reaches around the other walls: sockets
-    but unix ones (vsock belongs to no network namespace), new namespaces, mounts, tracing, memory outside the address
-    space, io_uring. clone3, whose flags a filter can't see, looks absent, and callers fall back to clone."""
-    load, jump_equal, jump_at_least, jump_bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    kill, refuse, absent, allow = 0x80000000, 0x00050001, 0x00050026, 0x7FFF0000
-    column, architecture, clone, socket = _MACHINES[platform.machine()]
-    # (code, value, instructions to skip when true, when false)
-    program = [(load, 4, 0, 0), (jump_equal, architecture, 1, 0), (give, kill, 0, 0), (load, 0, 0, 0)]
-    program += [(jump_at_least, 0x40000000, 0, 1), (give, refuse, 0, 0)]  # the x32 numbers
-    for number in [*(numbers[column] for numbers in _DENIED.values()), *_DENIED_EVERYWHERE]:
-        program += [(jump_equal, number, 0, 1), (give, refuse, 0, 0)]
-    program += [(jump_equal, _CLONE3, 0, 1), (give, absent, 0, 0)]
-    program += [(jump_equal, clone, 0, 4), (load, 16, 0, 0), (jump_bits, _ANY_NAMESPACE, 0, 1), (give, refuse, 0, 0)]
-    program += [(give, allow, 0, 0)]
-    program += [(jump_equal, socket, 0, 3), (load, 16, 0, 0), (jump_equal, 1, 1, 0), (give, refuse, 0, 0)]
-    program += [(give, allow, 0, 0)]
-    packed = b"".join(
-        code.to_bytes(2, sys.byteorder) + bytes((true, false)) + value.to_bytes(4, sys.byteorder)
-        for code, value, true, false in program
-    )
-    buffer = ctypes.create_string_buffer(packed, len(packed))
-    described = _FilterProgram(len(program), ctypes.addressof(buffer))
+def filter_system_calls(instructions: bytes) -> None:
+    """``instructions``: of ``rewards.sandbox.system_calls``. Needs ``forgo_privileges``."""
+    buffer = ctypes.create_string_buffer(instructions, len(instructions))
+    described = _FilterProgram(len(instructions) // 8, ctypes.addressof(buffer))
     _check("seccomp", _libc.prctl(_SET_SECCOMP, 2, ctypes.byref(described), 0, 0))
 
 
@@ -253,13 +214,14 @@ def _mount_points_under(root: str) -> list[str]:
     return points
 
 
-def _spare_id() -> int | None:
-    """An id that exists in the present user namespace and that nobody uses; None in one that has too few."""
-    wanted = _OUTSIDE_ID + os.getpid()
+def _spare_ids() -> int | None:
+    """The first of two ids that exist in the present user namespace and that nobody uses; None in one that has too
+    few. Of every process another two, where there are so many."""
+    wanted = _OUTSIDE_ID + 2 * os.getpid()
     for name in ("uid_map", "gid_map"):
         ranges = [tuple(map(int, line.split())) for line in Path(f"/proc/self/{name}").read_text().splitlines()]
         last = max(first + count - 1 for first, _, count in ranges)
-        wanted = min(wanted, last)
+        wanted = min(wanted, last - 3)  # the last but one of 65,536 is called nobody, and may own something
     return wanted if wanted > 0 else None
 
 

@@ -5,21 +5,29 @@ namespace (``LocalRunner`` says so in one sentence where it doesn't; there is no
 
 - A program runs in an interpreter of its own (``rewards.sandbox.server``) with an empty environment, standard input
   from /dev/null, no open file but its outputs and the socket to its judge, no capability, and no way to get one.
+- Only the system calls that the standard library needs for computing are allowed (``rewards.sandbox.system_calls``).
 - It sees a read-only root with Python's library, the system's shared libraries and five devices; it can write to a
   /tmp in memory, of bounded size, that ends with it. No other file of the machine exists for it, nor /proc.
-- No network: a network namespace without an interface, and every socket family but unix is refused. No program can be
-  started but by fork: there is none to execute.
+- No network: a network namespace without an interface, and every socket family but unix is refused. No file can be
+  executed, though some of the host's programs are in sight: a new process is a fork of the program. Files can't be
+  locked (sqlite3 works in memory) nor watched: those of the host are shared with it.
 - Address space, processes and threads, CPU time, open files and output are bounded (``runner.Limits``), and everything
   together by wall-clock time, after which its process namespace is killed: nothing outlives a verdict, whatever it
   forked or detached. It can't see or signal a process outside.
-- Its verdict is made by another process, which it can't reach (``rewards.sandbox.harness``).
+- Its verdict is made by another process, the judge, which it can't reach (``rewards.sandbox.harness``).
+- What comes with a problem, its tests, their imports and helpers, is code too and runs in the judge: in the same jail
+  and limits, without capabilities, under the same filter, which lets it start neither processes nor threads. It says
+  what the verdict is, and can do nothing else to the machine, to other programs or to the process that grades.
+- Started by root, program and judge are two users without any rights, inside and outside. Another user has only one id
+  to give, so both run under it: what then keeps them apart is the filter, and that the judge is process 1 of its
+  namespace, which no signal from inside ends.
 - When the process that uses the runner ends, SIGKILL included, the kernel kills the sandbox with all that runs in it.
 
 What it does not protect from: faults of the kernel, which a program talks to directly (a virtual machine or gVisor
 behind ``runner.CodeRunner`` does); side channels and measuring the machine's load; reading what lies in the folders
 that it sees, the interpreter's own site-packages among them; slowing others down within its limits, which together are
-``processes`` times ``memory_mb`` of memory and all of its CPU time on as many cores. It is not a defence of the tests
-against a program that knows their answers: prompts of MBPP contain the tests.
+``Limits.most_memory_mb`` of memory and ``seconds`` of all its processes on as many cores. It is not a defence of the
+tests against a program that knows their answers: prompts of MBPP contain the tests.
 """
 
 import json
@@ -35,13 +43,19 @@ from typing import Any, BinaryIO
 
 from rewards.errors import ConfigError
 from rewards.sandbox.runner import Job, Limits, Outcome, Status
+from rewards.sandbox.values import MAX_REPORT_BYTES
 
 START_LIMIT_S = 20.0
 GRACE_S = 2.0
 """Seconds after the time limit for the server to kill and answer, on a busy machine; then it is killed itself."""
 
 _ATTEMPTS = 2
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from rewards.sandbox.server import main; main(int(sys.argv[2]))"
+# Our code by a descriptor: programs can read the names of its files, which shall not tell where it is installed.
+_BOOT = (
+    "import os, sys; root = int(sys.argv[1]); sys.path.insert(0, f'/proc/self/fd/{root}'); "
+    "from rewards.sandbox.server import main; os.close(root); main(int(sys.argv[2]))"
+)
+_TEXT_CHARACTERS = 2000
 
 
 class LocalRunner:
@@ -58,13 +72,18 @@ class LocalRunner:
                 self.close()
                 self._start()
             try:
-                return _outcome(self._ask(job, limits), len(job.tests))
+                return _outcome(self._ask(job, limits), len(job.tests), limits)
             except TimeoutError:  # the machine is too busy to count the seconds; what ran dies with the server
                 self.close()
-                return Outcome("timeout", error="the sandbox gave no verdict in time")
-            except OSError:  # it was killed, which no program can do
+                return _no_verdict("timeout", "the sandbox gave no verdict in time", len(job.tests))
+            except OSError:  # it was killed, which no program can do but by using the machine's memory up
                 self.close()
-        raise ConfigError("the sandbox's server was killed over a program, twice; is the machine out of memory?")
+        killed = "the sandbox's server was killed over the program, twice"
+        try:
+            self._start()  # runs an empty one
+        except ConfigError as error:
+            raise ConfigError(f"{killed}, and over an empty one; is the machine out of memory? ({error})") from error
+        return _no_verdict("memory", f"{killed}; an empty one passes", len(job.tests))
 
     def close(self) -> None:
         """Ends the server and all that runs in it."""
@@ -79,8 +98,8 @@ class LocalRunner:
         if sys.platform != "linux":
             raise ConfigError(f"the code sandbox needs Linux, not {sys.platform}; {_REMEDY}")
         self._control, theirs = socket.socketpair()
-        with theirs:
-            root = Path(__file__).resolve().parents[2]
+        root = os.open(Path(__file__).resolve().parents[2], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
             self._server = subprocess.Popen(
                 [sys.executable, "-P", "-s", "-S", "-B", "-c", _BOOT, str(root), str(theirs.fileno())],
                 # Sets of strings must come in the same order every time, or verdicts would not repeat.
@@ -88,8 +107,11 @@ class LocalRunner:
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[root, theirs.fileno()],
             )
+        finally:
+            os.close(root)
+            theirs.close()
         try:
             reply = self._receive(time.monotonic() + START_LIMIT_S)
         except OSError as error:
@@ -103,7 +125,8 @@ class LocalRunner:
     def _tried(self) -> dict[str, Any]:
         """Runs an empty program: what the kernel refuses to a job must not be told as the job's fault."""
         try:
-            outcome = _outcome(self._ask(Job(""), Limits(seconds=START_LIMIT_S)), 0)
+            limits = Limits(seconds=START_LIMIT_S)
+            outcome = _outcome(self._ask(Job(""), limits), 0, limits)
         except OSError as error:
             return {"unavailable": f"its server ended ({error})"}
         if outcome.status == "passed":
@@ -120,8 +143,7 @@ class LocalRunner:
             socket.send_fds(self._control, [json.dumps(asdict(limits)).encode()], [question.fileno(), report.fileno()])
             reply = self._receive(deadline)
             report.seek(0)
-            lines = report.read().splitlines()
-        return reply | {"report": [json.loads(line) for line in lines if line.endswith(b"}")]}
+            return reply | {"report": _records(os.read(report.fileno(), MAX_REPORT_BYTES))}
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         """Raises OSError (TimeoutError among them)."""
@@ -151,12 +173,48 @@ _REMEDY = (
 )
 
 
-def _outcome(reply: dict[str, Any], test_count: int) -> Outcome:
+def _records(report: bytes) -> list[dict[str, Any]]:
+    """What the judge told, up to what is no record of it: tests are foreign code in its process, and the last line of
+    one that was killed may be cut."""
+    records: list[dict[str, Any]] = []
+    for line in report.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(record, dict) or not all(isinstance(record[name], _FIELDS.get(name, ())) for name in record):
+            break
+        records.append(
+            {name: value[:_TEXT_CHARACTERS] if isinstance(value, str) else value for name, value in record.items()}
+        )
+    return records
+
+
+_FIELDS: dict[str, Any] = {
+    "compiled": bool,
+    "error": str | None,
+    "result": str | None,
+    "done": bool,
+    "ended": int | None,
+    "judge_error": str,
+    "cpu_seconds": int | float,
+}
+"""What a record may hold."""
+
+
+def _no_verdict(status: Status, error: str, test_count: int) -> Outcome:
+    return Outcome(status, tests=(f"not run: {error}",) * test_count, error=error)
+
+
+def _outcome(reply: dict[str, Any], test_count: int, limits: Limits) -> Outcome:
     records: list[dict[str, Any]] = reply["report"]
     first = next((record for record in records if "compiled" in record), {})
-    results: list[str | None] = [record["result"] for record in records if "result" in record]
+    results: list[str | None] = [record["result"] for record in records if "result" in record][:test_count]
     last = records[-1] if records else {}
     code = last.get("ended")
+    if last.get("cpu_seconds", 0) > limits.cpu_seconds and code != -signal.SIGXCPU:
+        # Of several processes. Which tests were answered in time is not known, and must not depend on the machine.
+        return _no_verdict("timeout", "the program's processes together did not end in time", test_count)
     status, error = _verdict(reply["stopped"], first, last, results, code)
     missing = [f"not run: {error}"] * (test_count - len(results))
     return Outcome(

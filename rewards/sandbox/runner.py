@@ -25,13 +25,15 @@ Status = Literal["passed", "failed", "timeout", "memory", "output", "crashed", "
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. ``memory_mb`` bounds the address space of *each* of its processes, so that
-    ``memory_mb * processes`` is the most it can hold."""
+    """What one program may use. ``memory_mb`` bounds the address space of *each* of its processes and of its tests'
+    own, so that ``memory_mb * (processes + 1)`` is the most they can hold (``most_memory_mb``)."""
 
     seconds: float = 15.0
     """Wall-clock time for everything, tests included."""
     cpu_seconds: int = 4
-    """CPU time of each process: what decides on a program that computes, so that a busy machine changes no verdict."""
+    """CPU time of the program with all processes that it forks: what decides on one that computes, so that a busy
+    machine changes no verdict. A single process is ended at this time, the sum of several is looked at when the tests
+    are over."""
     memory_mb: int = 512
     processes: int = 8
     """Processes and threads alive at once."""
@@ -41,14 +43,20 @@ class Limits:
     output_bytes: int = 1 << 20
     """Standard output and standard error, each; a program that writes more is killed."""
 
+    @property
+    def most_memory_mb(self) -> int:
+        """Of one program and its tests at once."""
+        return self.memory_mb * (self.processes + 1)
+
 
 @dataclass(frozen=True)
 class Job:
     """A program and the tests that decide on it.
 
     ``program``, then ``setup`` run as a module of their own (``__name__`` is not ``__main__``). Each of ``tests`` is
-    Python text, trusted, that raises when the program is wrong; they share a namespace, in order, in which
-    ``preamble`` (trusted: imports, helpers) ran before. ``names`` maps names in the tests to globals of the program.
+    Python text that raises when the program is wrong; they share a namespace, in order, in which ``preamble`` (imports,
+    helpers) ran before. They decide on the verdict, and are trusted with nothing else: what comes with a problem is run
+    without privileges as well. ``names`` maps names in the tests to globals of the program.
     """
 
     program: str

@@ -6,17 +6,21 @@ the parent of the next:
 - *outer*: what ``LocalRunner`` started. Enters the namespaces, forks the server, waits.
 - *server*: process 1 of a process namespace, in the jail. Reads the jobs' limits, never a job's text nor a verdict's
   words, so neither is in the memory that later programs inherit. Keeps the time and the output's size.
-- *judge*: process 1 of the job's own process namespace, with a mount and IPC namespace of its own. Reads the job and
-  decides (``harness.Judge``). When it ends, or is killed, the kernel kills everything in that namespace.
-- *program*: without privileges. Runs the program (``harness.serve``).
+- *judge*: process 1 of the job's own process namespace, with a mount and IPC namespace of its own. Gives its privileges
+  up, then reads the job and decides (``harness.Judge``): the tests and what they import are code of strangers, too. At
+  the end it kills what is left of the program and counts its CPU time. When it ends, or is killed, the kernel kills
+  everything in that namespace.
+- *program*: without privileges, a user of its own. Runs the program (``harness.serve``).
 
 Requests: a JSON object with the limits, and two file descriptors, to read the job from and for the judge to write what
 it finds to, one JSON object a line. Replies, when the job is over: length, then JSON.
 """
 
+import contextlib
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -25,13 +29,12 @@ import time
 import traceback
 from typing import Any
 
-from rewards.sandbox import isolation
+from rewards.sandbox import isolation, system_calls
 from rewards.sandbox.harness import Judge, serve
-from rewards.sandbox.values import Channel, Closed
+from rewards.sandbox.values import MAX_REPORT_BYTES, Channel, Closed
 
 REQUEST_BYTES = 4096
 _KEPT_OUTPUT_BYTES = 16 << 10
-_REPORT_MB = 4
 # What programs import: sharing it saves each of them the time.
 _PRELOADED = (
     *("bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"),
@@ -45,14 +48,18 @@ def main(control_fd: int) -> None:
     """Body of the outer process; never returns."""
     control = socket.socket(fileno=control_fd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the owner decides when we end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores their end can't wait for children
     del sys.path[0]  # ours; programs import from the standard library alone
+    sys.argv[:], sys.orig_argv[:], sys.executable = [""], [""], ""  # they tell where we are installed
     try:
         isolation.die_with_parent()
         isolation.be_the_first_to_go()
-        if not isolation.known_machine():
+        if not system_calls.known_machine():
             raise OSError("the system call numbers of this machine are not known")
         new = isolation.NEWNS | isolation.NEWNET | isolation.NEWIPC | isolation.NEWUTS | isolation.NEWPID
-        has_user_1 = isolation.enter_user_namespace(new)
+        own_users = isolation.enter_user_namespace(new)
+        isolation.hide_names()
+        isolation.forgo_privileges()
         server = os.fork()
         if server == 0:
             isolation.die_with_parent()
@@ -60,7 +67,7 @@ def main(control_fd: int) -> None:
             for name in _PRELOADED:
                 __import__(name)
             isolation.enter_jail()
-            _serve_jobs(control, own_namespace, has_user_1)
+            _serve_jobs(control, own_namespace, own_users)
             os._exit(0)
     except OSError as error:
         _reply(control, {"unavailable": error.strerror or str(error)})
@@ -70,7 +77,8 @@ def main(control_fd: int) -> None:
     os._exit(0)
 
 
-def _serve_jobs(control: socket.socket, own_namespace: int, has_user_1: bool) -> None:
+def _serve_jobs(control: socket.socket, own_namespace: int, own_users: bool) -> None:
+    system_calls.judges_filter(), system_calls.programs_filter()  # made once; jobs inherit them
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and so copying, the pages that jobs share
     _reply(control, {"ready": True})
@@ -78,14 +86,14 @@ def _serve_jobs(control: socket.socket, own_namespace: int, has_user_1: bool) ->
         data, fds, _, _ = socket.recv_fds(control, REQUEST_BYTES, 2)
         if not data:
             return
-        reply = _one_job(json.loads(data), fds, control, own_namespace, has_user_1)
+        reply = _one_job(json.loads(data), fds, control, own_namespace, own_users)
         if reply is None:
             return
         _reply(control, reply)
 
 
 def _one_job(
-    limits: dict[str, Any], fds: list[int], control: socket.socket, own_namespace: int, has_user_1: bool
+    limits: dict[str, Any], fds: list[int], control: socket.socket, own_namespace: int, own_users: bool
 ) -> Reply | None:
     """None when the owner has gone."""
     begin = time.monotonic()
@@ -94,7 +102,8 @@ def _one_job(
     judge = os.fork()
     if judge == 0:
         try:
-            _judge(limits, fds, [write for _, write in pipes], control, has_user_1)
+            control.detach()  # closed with all else that the judge isn't given
+            _judge(limits, fds, [write for _, write in pipes], own_users)
         finally:
             traceback.print_exc()
             os._exit(1)
@@ -167,24 +176,27 @@ class _Watch:
         return bool(data)
 
 
-def _judge(
-    limits: dict[str, Any], fds: list[int], outputs: list[int], control: socket.socket, has_user_1: bool
-) -> None:
+def _judge(limits: dict[str, Any], fds: list[int], outputs: list[int], own_users: bool) -> None:
     """Body of the judge's process."""
+    # Nothing of the host's is open in it, the owner's terminal and the socket to the owner among it.
+    *_, job_fd, report, life, out = _keep_open(_null(), _null(), outputs[2], *fds, outputs[0], outputs[1])
     isolation.unshare(isolation.NEWNS | isolation.NEWIPC)
     isolation.mount_scratch(limits["file_mb"])
-    job_fd, report = fds
-    _, out, err = outputs
     judge_end, program_end = socket.socketpair()
     program = os.fork()
     if program == 0:
         try:
-            _program(limits, program_end.fileno(), out, err, has_user_1)
+            _program(limits, program_end.detach(), out, own_users)
         finally:
             traceback.print_exc()
             os._exit(1)
-    for fd in (out, err, program_end.detach(), control.detach()):
-        os.close(fd)
+    os.close(out)
+    program_end.close()
+    isolation.drop_privileges(isolation.JUDGES_USER if own_users else None, system_calls.judges_filter())
+    megabytes = limits["memory_mb"]
+    isolation.set_limits(
+        cpu_seconds=1 << 20, memory_mb=megabytes, processes=1, file_mb=MAX_REPORT_BYTES >> 20, open_files=16
+    )
     ended: list[int] = []
 
     def look_after_children() -> None:
@@ -205,16 +217,15 @@ def _judge(
     def tell(**record: Any) -> None:
         os.write(report, json.dumps(record).encode() + b"\n")
 
-    job = _read_job(job_fd)
-    megabytes = limits["memory_mb"]
-    isolation.set_limits(cpu_seconds=1 << 20, memory_mb=megabytes, processes=1 << 16, file_mb=_REPORT_MB, open_files=16)
     judge = Judge(Channel(judge_end, look_after_children))
+    end: dict[str, Any] = {}
     try:
+        job = _read_job(job_fd)
         compiled, error = judge.run_program([job["program"], job["setup"]])
         tell(compiled=compiled, error=error)
         if error is None:
             judge.run_tests(job["tests"], job["names"], job["preamble"], lambda result: tell(result=result))
-            tell(done=True)
+            end = {"done": True}
     except Closed:
         for _ in range(10):  # it is about to end, or closed its socket and lives on
             if ended:
@@ -224,36 +235,65 @@ def _judge(
                 look_after_children()
             except Closed:
                 break
-        code = os.waitstatus_to_exitcode(ended[0]) if ended else None
-        tell(ended=code)
+        end = {"ended": os.waitstatus_to_exitcode(ended[0]) if ended else None}
     except MemoryError:
-        tell(judge_error="a value of the program's is too large for the memory limit")
+        end = {"judge_error": "a value of the program's is too large for the memory limit"}
+    tell(**end, cpu_seconds=_end_of_children())
     os._exit(0)
 
 
-def _program(limits: dict[str, Any], channel_fd: int, out: int, err: int, has_user_1: bool) -> None:
+def _end_of_children() -> float:
+    """Kills what is left of the program, and returns the CPU time of all its processes in seconds: of those that ended
+    before too, as nobody's children can be but waited for, by whoever is left."""
+    with contextlib.suppress(OSError):  # there may be none
+        os.kill(-1, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _program(limits: dict[str, Any], channel: int, out: int, own_users: bool) -> None:
     """Body of the program's process: nothing of ours open but the socket to the judge, nothing allowed but to
     compute."""
     os.setsid()
-    null = os.open("/dev/null", os.O_RDONLY)
-    for source, target in ((null, 0), (out, 1), (err, 2), (channel_fd, 3)):
-        os.dup2(source, target) if source != target else None
-    os.closerange(4, 1 << 16)
+    _, _, _, channel = _keep_open(0, out, 2, channel)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout, sys.stderr = (
         os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace", closefd=False) for fd in (1, 2)
     )
-    isolation.drop_privileges(has_user_1)
+    isolation.drop_privileges(
+        isolation.PROGRAMS_USER if own_users else None,
+        system_calls.programs_filter(),
+        obeys=isolation.JUDGES_USER if own_users else None,
+    )
     isolation.set_limits(
         cpu_seconds=limits["cpu_seconds"],
         memory_mb=limits["memory_mb"],
         # Without an id of its own the program is counted together with outer, server and judge.
-        processes=limits["processes"] if has_user_1 else limits["processes"] + 3,
+        processes=limits["processes"] if own_users else limits["processes"] + 3,
         file_mb=limits["file_mb"],
         open_files=limits["open_files"],
     )
-    serve(Channel(socket.socket(fileno=3)))
+    serve(Channel(socket.socket(fileno=channel)))
     os._exit(0)
+
+
+def _null() -> int:
+    """The jail's own: what is open of it can't change the host's."""
+    return os.open("/dev/null", os.O_RDWR)
+
+
+def _keep_open(*fds: int) -> range:
+    """Closes all descriptors but these, which become 0, 1 and so on."""
+    above = max(fds) + 1 + len(fds)
+    for index, fd in enumerate(fds):
+        os.dup2(fd, above + index)
+    for index in range(len(fds)):
+        os.dup2(above + index, index)
+    os.closerange(len(fds), 1 << 20)
+    return range(len(fds))
 
 
 def _read_job(fd: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from fractions import Fraction
 from typing import Any
 
 MAX_MESSAGE_BYTES = 16 << 20
+MAX_REPORT_BYTES = 4 << 20
+"""Of all that the judge says about a job."""
 _SMALL = 1 << 53
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)}
 
