@@ -2,35 +2,40 @@
 #
 # Variables (make VARIABLE=value target):
 #   PYTHON       interpreter that .venv is made from
-#   TORCH_INDEX  extra package index for torch; empty: the default index, whose Linux wheels carry CUDA. On a machine
-#                without a GPU, https://download.pytorch.org/whl/cpu saves several gigabytes.
+#   TORCH_INDEX  package index that torch, and nothing else, comes from; empty: the default index, whose Linux wheels
+#                carry CUDA. On a machine without a GPU, https://download.pytorch.org/whl/cpu saves several gigabytes.
 #   WORKERS      tests that run side by side; each starts processes of its own
 #   SIZES        small: `make bench` at tiny sizes
 #   RECIPE, ARGS recipe and further arguments (key.sub=value ...) of `make run`; ARGS also goes to `make reproduce`
-#                and `make bench`
+#                and `make bench`, `make constraints ARGS=--upgrade` takes the newest versions
+#   AUDIT_DB     export of OSV's records for PyPI (a zip file, or a folder) that `make audit` reads; empty: it downloads it
 
 PYTHON ?= python3.11
 TORCH_INDEX ?=
 WORKERS ?= 2
 RECIPE ?= sudoku
 ARGS ?=
+AUDIT_DB ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+# Variables, for they hold for what builds DeepSpeed and this project too (the second one from pip 25.3 on).
+PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/constraints.txt
 # Several processes share few cores, so each computes with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow lint format reproduce bench clean
+.PHONY: setup run dashboard test test-fast test-slow lint format reproduce bench constraints audit clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml deploy/constraints.txt
 	@echo "setting up $(VENV): a few minutes the first time"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--constraint deploy/constraints.txt --editable '.[dev]'
+	$(if $(TORCH_INDEX),$(PY) -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) \
+		--constraint deploy/constraints.txt torch)
+	$(PINNED) $(PY) -m pip install --quiet --editable '.[dev]'
 	$(PY) -m learner.build_ops
 	touch $(STAMP)
 
@@ -66,6 +71,14 @@ reproduce: setup
 # Prints the ratios and keeps them in runs/bench; 13 minutes. SIZES=small takes one, and measures nothing.
 bench: setup
 	OMP_NUM_THREADS=1 $(PY) -m learner.bench $(if $(filter small,$(SIZES)),--small) $(ARGS)
+
+# Writes deploy/'s lists of packages anew from pyproject.toml; needs what an earlier `make setup` left.
+constraints:
+	bash deploy/pin.sh $(ARGS)
+
+# The pinned packages against the known vulnerabilities: 1 when there are any, 3 when that could not be found out.
+audit: setup
+	$(PY) deploy/audit.py $(AUDIT_DB)
 
 # Leaves .venv and runs/ alone.
 clean:

@@ -93,6 +93,10 @@ def test_installed_modules_come_from_the_wheel(python: Path, tmp_path: Path) -> 
 # ---- dependencies and licences
 
 
+UNINSTALLED = {"vllm", "wandb", "boto3", "nvidia-ml-py"}
+"""What `make setup` leaves out; their licences were read from their packages by hand."""
+
+
 def declared(extra: str | None = None) -> dict[str, Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
@@ -108,23 +112,17 @@ def test_installed_versions_are_in_the_declared_ranges() -> None:
         assert requirement.specifier.contains(importlib.metadata.version(name)), name
 
 
-def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
-    lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
-    pins = {normalised(r.name): r for r in (Requirement(line) for line in lines if not line.startswith("#"))}
-    wanted = declared() | declared("dev") | declared("postgresql") | declared("tensorboard") | declared("quantization")
-    wanted.pop("unmask-rl")
-    assert pins.keys() == wanted.keys()
-    for name, pin in pins.items():
-        ((operator, version),) = ((s.operator, s.version) for s in pin.specifier)
-        assert operator == "==" and wanted[name].specifier.contains(version), name
-
-
-def test_notice_names_every_runtime_dependency_with_its_declared_licence() -> None:
+def test_notice_names_every_package_that_users_may_install_with_its_declared_licence() -> None:
     notice = (ROOT / "NOTICE").read_text()
     rows = dict(re.findall(r"^(\S+) {2,}(\S.*)\n {4,}https?://", notice, flags=re.MULTILINE))
-    assert {normalised(name) for name in rows} == declared().keys()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys() - {"dev"}
+    assert {normalised(name) for name in rows} == set(declared()).union(*map(declared, extras))
     for name, licence in rows.items():
-        metadata = importlib.metadata.metadata(name)
+        try:
+            metadata = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            assert normalised(name) in UNINSTALLED, name
+            continue
         classifiers = [c.rpartition(" :: ")[2] for c in metadata.get_all("Classifier", []) if c.startswith("License")]
         said = [metadata.get("License-Expression"), *classifiers, metadata.get("License")]
         assert licence in said, f"{name}: NOTICE says {licence}, its metadata {said}"
