@@ -28,6 +28,7 @@ from learner.finetuning.settings import DataSection
 from rewards.errors import ConfigError, DataError
 from rewards.hub import problems_from_source
 from rollout.models import encode_prompt
+from rollout.models.chat import render_chat
 from rollout.seeds import numpy_generator
 
 D1_INSTRUCTION = """
@@ -93,7 +94,7 @@ def load_demonstrations(
 
     Raises:
         DataError: when a source can't be read, a row has no known format, or nothing is left; it names the place.
-        ConfigError: when the split leaves nothing to learn or to hold out.
+        ConfigError: when the split leaves nothing to learn or to hold out, or the model's chat template fails.
     """
     assert data.train is not None
     told: list[str] = []
@@ -148,8 +149,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template is None:
         return []
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": marker}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    assert isinstance(text, str)
+    text = render_chat(tokenizer, messages, add_generation_prompt=False)
     ids = tokenizer.encode(text.rpartition(marker)[2], add_special_tokens=False)
     return ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else []
 

@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rewards.errors import ConfigError
 from rollout.models import masked_lm
+from rollout.models.chat import render_chat
 from rollout.models.dream import DreamConfig, DreamModel
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
@@ -160,6 +161,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     ``<s>text</s></s>`` for RoBERTa. Roles are not written.
 
     A last message of the assistant is the beginning of the completion, and ends the prompt as it stands.
+
+    Raises ConfigError when the chat template fails on these messages (``rollout.models.chat``).
     """
     begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
     asked = list(messages[:-1] if begun else messages)
@@ -167,8 +170,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
         text = "\n\n".join(message["content"].strip() for message in asked)
         pair = tokenizer(text, ".", split_special_tokens=True)  # any second text: it only shows where one starts
         return pair["input_ids"][: pair.sequence_ids().index(1)] + tokenizer.encode(begun, add_special_tokens=False)
-    rendered = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert isinstance(rendered, str)
+    rendered = render_chat(tokenizer, asked, add_generation_prompt=True)
     # The template writes the start token itself.
     return tokenizer.encode(rendered + begun, add_special_tokens=False)
 
