@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.objectives import Statistics
 from learner.rank import GroupConfig, LearnerRank, PublishedAdapter, Rank, UpdateReport
+from learner.rendezvous import meeting_host
 from learner.stopping import StopRequested
 from rewards.errors import WaitTimeout, WorkerLost
 from rollout.adapters import AdapterState
@@ -160,7 +161,9 @@ class LearnerGroup:
 
     def _start(self, adapter: AdapterState | None, shards: Sequence[bytes] | None) -> list[dict[str, Any]]:
         timeout_s = self.config.timeouts.start
-        address = self._answers([self._ranks[0].address.remote()], "address", timeout_s, self._on_tick)[0]
+        nodes = self._answers([rank.node_address.remote() for rank in self._ranks], "address", timeout_s, self._on_tick)
+        place = self._ranks[0].listen.remote(meeting_host(nodes))
+        address = self._answers([place], "listen", timeout_s, self._on_tick)[0]
         given = shards if shards is not None else [None] * len(self._ranks)
         starts = [actor.start.remote(address, adapter, shard) for actor, shard in zip(self._ranks, given, strict=True)]
         return self._answers(starts, "start", timeout_s, self._on_tick)

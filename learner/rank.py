@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Protocol
 
 import ray
@@ -23,6 +22,7 @@ from learner.build_ops import prepare_environment
 from learner.config import RunConfig
 from learner.objectives import Statistics, make_objective
 from learner.optim import FiniteAdamW, deepspeed_config, export_state, import_state, inner_optimizer, updates_applied
+from learner.rendezvous import meet, open_meeting_place
 from learner.scored import ScoredView, recorded_groups, scored_views
 from learner.scorer import score
 from learner.settings import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, TimeoutsSection
@@ -128,21 +128,24 @@ class Rank(ABC):
 
     def __init__(self, config: GroupConfig, model_path: str, rank: int, world: int) -> None:
         self.config, self.model_path, self.rank, self.world = config, model_path, rank, world
+        self._meeting_place: socket.socket | None = None
         torch.set_num_threads(config.resources.threads_per_process)
         keep_freed_memory()
 
-    def address(self) -> str:
-        """host:port that the ranks can meet at; asked of rank 0."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((host, 0))
-            return f"{host}:{s.getsockname()[1]}"
+    def node_address(self) -> str:
+        """Network address of the node that this rank runs on."""
+        return ray.util.get_node_ip_address()
+
+    def listen(self, host: str) -> str:
+        """Open the port of ``host`` at which the ranks meet, and return host:port; asked of rank 0."""
+        self._meeting_place = open_meeting_place(host, self.world)
+        return f"{host}:{self._meeting_place.getsockname()[1]}"
 
     def start(self, address: str, adapter: AdapterState | None, shard: bytes | None) -> dict[str, Any]:
         """Load the weights, then join the group (DeepSpeed copies weights when it is initialised, not later).
 
         Args:
-            address: where rank 0 listens.
+            address: where rank 0 listens (``listen``).
             adapter: weights to start from; None for a fresh adapter.
             shard: this rank's optimizer state from a checkpoint, or None.
         """
@@ -151,14 +154,13 @@ class Rank(ABC):
         os.environ["DS_ACCELERATOR"] = device.type
         import deepspeed  # picks its accelerator from the environment when it is imported
 
-        host, port = address.rsplit(":", 1)
-        os.environ.update(
-            RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world), MASTER_ADDR=host, MASTER_PORT=port
-        )
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=self.config.timeouts.update),
-            verbose=False,
+        meet(
+            address,
+            self.rank,
+            self.world,
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout_s=self.config.timeouts.update,
+            meeting_place=self._meeting_place,
         )
         learner = self.config.learner
         self.family = policy_adapter(self.model_path)

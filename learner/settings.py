@@ -308,6 +308,8 @@ class ResourcesSection(Section):
     """Refuse to start a run that, by its plan (python -m learner.plan), needs more memory than there is."""
     ray_address: str | None = None
     """auto, local or host:port; null: join what RAY_ADDRESS or a Ray job names, otherwise start a local Ray."""
+    ray_insecure: bool = False
+    """Join a Ray cluster too that has no authentication and can be reached over the network (docs/security.md)."""
 
 
 class StoreSection(Section):

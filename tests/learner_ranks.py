@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from learner import group as learner_group
 from learner.advantages import group_advantages
 from learner.config import RunConfig, load_config
 from learner.group import LearnerGroup
+from learner.local_ray import local_ray
 from learner.objectives import Objective, Statistics, make_objective
 from learner.optim import inner_optimizer
 from learner.rank import LearnerRank, lora_spec
@@ -36,18 +35,12 @@ SAMPLER = SamplerSpec(24, 12, 8, "random", temperature=0.8, top_k=20, top_p=0.95
 
 
 @contextlib.contextmanager
-def local_ray(cpus: int) -> Iterator[None]:
+def importing_ray(cpus: int) -> Iterator[None]:
     """A Ray of our own, whose workers can import the tests."""
-    folder = tempfile.mkdtemp(prefix="um-", dir="/tmp")  # short: socket paths are limited
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **quiet)
-        try:
+        with local_ray(num_cpus=cpus, logging_level="ERROR"):
             yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def settings(**changes: Any) -> RunConfig:

@@ -17,7 +17,7 @@ from learner.checkpoint import Checkpoint, Progress, load, newest_good, prune, r
 from learner.group import LearnerGroup
 from rewards.errors import CheckpointError
 from rollout.adapters import AdapterState, digest, pack
-from tests.learner_ranks import ProbedGroup, adamw_steps, draw_batch, local_ray, put, random_adapter, settings
+from tests.learner_ranks import ProbedGroup, adamw_steps, draw_batch, importing_ray, put, random_adapter, settings
 
 LAYOUT = {"ranks": 2, "zero_stage": 2, "dtype": "float32"}
 PEFT_CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": "a|b"}
@@ -237,7 +237,7 @@ def test_another_layout_is_refused_by_name(key, value):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with local_ray(cpus=4):
+    with importing_ray(cpus=4):
         yield
 
 

@@ -5,16 +5,15 @@ import logging
 import os
 import signal
 import subprocess
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from learner.evaluation.drive import evaluate
+from learner.local_ray import local_ray
 from learner.rundir import RunDirectory
 from tests.evaluations import LIMIT_S, call, results, settings, started, write_adapter
 from tests.real_runs import send, wait_until
@@ -48,22 +47,13 @@ class Lucky(Task):
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Ray that evaluations join; what they need of the environment. Its sockets need a short path."""
+    """A Ray that evaluations join; what they need of the environment."""
     (tmp_path / "lucky_task.py").write_text(TASK)
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    short = tempfile.TemporaryDirectory(prefix="unmask-", dir="/tmp", ignore_cleanup_errors=True)
-    with pytest.MonkeyPatch.context() as patch, short as folder:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
-        yield {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": path}
-        ray.shutdown()
+        with local_ray(num_cpus=4, logging_level=logging.ERROR) as joining:
+            yield joining | {"PYTHONPATH": path}
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from tests.learner_ranks import (
     draw_batch,
     flat,
     fresh_adapter,
-    local_ray,
+    importing_ray,
     lora_spec,
     plain_gradient,
     probed_groups,
@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with local_ray(cpus=4):
+    with importing_ray(cpus=4):
         yield
 
 

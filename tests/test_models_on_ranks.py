@@ -7,7 +7,7 @@ import pytest
 
 from learner.group import LearnerGroup
 from rollout.adapters import digest
-from tests.learner_ranks import draw_batch, local_ray, plain_gradient, put, random_adapter, relative, settings
+from tests.learner_ranks import draw_batch, importing_ray, plain_gradient, put, random_adapter, relative, settings
 from tests.published import write_published
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ TARGETS = {"dream": {}, "llada_moe": {"lora__target_modules": "[q_proj, up_proj]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with local_ray(cpus=4):
+    with importing_ray(cpus=4):
         yield
 
 

@@ -437,19 +437,13 @@ def test_main_refuses_before_it_starts_anything(tmp_path: Any, monkeypatch: Any,
 
 @pytest.mark.slow
 def test_a_ray_cluster_is_asked_for_its_gpus() -> None:
-    import ray
+    from learner.local_ray import local_ray
 
-    ray.init(
-        address="local", num_cpus=1, num_gpus=2, resources={"accelerator_type:H100": 1},
-        include_dashboard=False, log_to_driver=False,
-    )  # fmt: skip
-    try:
+    with local_ray(num_cpus=1, num_gpus=2, resources={"accelerator_type:H100": 1}):
         found = hardware.ray_cluster(load_config([*AGRPO, *ON_GPUS]))
         assert (found.device, found.gpus, found.gpu, found.memory) == ("cuda", 2, "H100", 80 * GIB)
         on_cpus = hardware.ray_cluster(load_config(["recipe=sudoku"]))
         assert on_cpus.device == "cpu" and (on_cpus.memory or 0) >= (hardware.machine_memory() or 0) > 0
-    finally:
-        ray.shutdown()
 
 
 # ---- measured
@@ -469,3 +463,14 @@ def test_measured_peaks_are_within_15_percent(case: planned.Case) -> None:
     row = planned.measured_row(case)
     assert row["measured MB"] >= 200
     assert abs(row["error %"]) <= 15
+
+
+def test_programs_of_a_code_task_are_counted_and_no_run_is_refused_for_them(capsys: Any) -> None:
+    assert plan.main(["recipe=sudoku", "--memory", "8GiB", "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)["memory"]
+    code = ["task.name=mbpp", "rollout.grade_timeout_s=18", "rollout.actors=2", "rollout.graders_per_actor=3"]
+    assert plan.main(["recipe=sudoku", *code, "--memory", "8GiB", "--prompt", "100"]) == 0
+    assert "programs in the sandbox, at most" in capsys.readouterr().out
+    assert plan.main(["recipe=sudoku", *code, "--memory", "8GiB", "--prompt", "100", "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)["memory"]
+    assert without["sandboxed"] == 0 and counted["sandboxed"] == 2 * 3 * 9 * (512 << 20) < counted["nodes"]

@@ -30,7 +30,7 @@ from tests.learner_ranks import (
     SAMPLER,
     ProbedGroup,
     draw_batch,
-    local_ray,
+    importing_ray,
     lora_spec,
     probed_groups,
     put,
@@ -45,7 +45,7 @@ LR = 1e-3
 
 @pytest.fixture(scope="module")
 def ranks(tiny_model) -> Iterator[dict[int, ProbedGroup]]:
-    with local_ray(cpus=4), probed_groups(tiny_model) as started:
+    with importing_ray(cpus=4), probed_groups(tiny_model) as started:
         yield started
 
 

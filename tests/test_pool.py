@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import ray
 import torch
 
+from learner.local_ray import local_ray
 from rewards.errors import ConfigError, WaitTimeout, WeightMismatch, WorkerLost
 from rewards.task import Problem
 from rollout.actor import BASE_WEIGHTS, ActorSettings, EvalResult, RolloutActor, Weights, code_identity
@@ -67,23 +67,14 @@ class Patient(Task):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What another process needs of the environment to join."""
     tasks = tmp_path_factory.mktemp("tasks")
     (tasks / "patient_task.py").write_text(PATIENT)
-    # Short, as sockets lie in it and their paths are limited.
-    short = tempfile.TemporaryDirectory(prefix="unmask-", dir="/tmp", ignore_cleanup_errors=True)
-    with pytest.MonkeyPatch.context() as patch, short as folder:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tasks), str(REPOSITORY)]))
-        ray.init(
-            address="local",
-            num_cpus=6,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-        )
-        yield
-        ray.shutdown()
+        with local_ray(num_cpus=6, logging_level=logging.ERROR) as joining:
+            yield joining
 
 
 def build_pool(model: str, size: int, *, settings: dict[str, Any] | None = None, **changes: Any) -> RolloutPool:
@@ -536,19 +527,22 @@ def test_remote_errors_come_out_as_themselves() -> None:
 
 
 def test_lost_node(
-    make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights], undisturbed: list[dict[str, Any]]
+    cluster: dict[str, str],
+    make_pool: Callable[..., RolloutPool],
+    weights: Callable[[int], Weights],
+    undisturbed: list[dict[str, Any]],
 ) -> None:
     """Groups that lay on a lost node are drawn again, with the same bits."""
     replay = new_replay()
     replay.ledger.issue(0, plan(2))
-    with far_node():
+    with far_node(cluster):
         pool = make_pool(1, resources={"CPU": 1, "far": 1})
         pump(pool, replay, 0, weights(0))
     items = replay.take(0, 0)
     assert replay.find_lost(items, timeout_s=60.0) == [0, 1]
     replay.lost([0, 1])
     assert not replay.ledger.complete(0) and replay.ledger.counts()["lost"] == 2
-    with far_node():
+    with far_node(cluster):
         lost = pump(pool, replay, 0, weights(0))
         assert [event.actor_id for event in lost] == ["rollout-0"]
         items = replay.take(0, 0)
@@ -557,12 +551,20 @@ def test_lost_node(
 
 
 @contextlib.contextmanager
-def far_node() -> Iterator[None]:
+def far_node(joining: dict[str, str]) -> Iterator[None]:
     """Another Ray node on this machine, with a resource that the first one lacks; it is killed at the end."""
-    address = ray.get_runtime_context().gcs_address
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--address", address, "--block", "--num-cpus=1"]
+    command = [sys.executable, str(REPOSITORY / "deploy" / "loopback_ray.py"), "start", "--block"]
+    command += [
+        "--address",
+        joining["RAY_ADDRESS"],
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=1",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
     process = subprocess.Popen(
-        [*command, "--resources", json.dumps({"far": 1}), "--min-worker-port=0", "--max-worker-port=0"],
+        [*command, "--resources", json.dumps({"far": 1})],
+        env=os.environ | joining,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

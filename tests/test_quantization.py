@@ -24,7 +24,7 @@ from rollout.models import load_model, policy_adapter
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.quantization import BYTES_PER_PARAMETER, exact_products, require_bitsandbytes
 from tests.hand_made import acting_adapter
-from tests.learner_ranks import local_ray, put, settings
+from tests.learner_ranks import importing_ray, put, settings
 from tests.small_masked_lms import write_masked_lm
 from tests.test_scorer import rollout, worst_difference
 
@@ -228,7 +228,7 @@ def test_a_missing_package_is_refused_before_anything_starts(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_learner_ranks_learn_on_a_quantized_base(tiny_model):
-    with local_ray(cpus=2):
+    with importing_ray(cpus=2):
         for kind, ranks, stage, dtype in (
             ("nf4", 1, 0, "float32"),
             ("nf4", 2, 2, "float32"),

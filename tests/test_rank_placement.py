@@ -7,6 +7,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.config import load_config
 from learner.group import reserve_ranks
+from learner.local_ray import local_ray
 from rollout.waits import bounded_get
 
 CONFIG = load_config(
@@ -18,9 +19,8 @@ CONFIG = load_config(
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory):
     """A Ray that believes in two GPUs."""
-    ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with local_ray(num_cpus=1, num_gpus=2, logging_level="ERROR"):
+        yield
 
 
 @ray.remote

@@ -26,7 +26,7 @@ from rollout.adapters import AdapterState, adapter_parameters, digest, load_stat
 from rollout.models import load_model, load_tokenizer, policy_adapter
 from rollout.models.lora import attach_lora
 from tests.hand_made import acting_adapter
-from tests.learner_ranks import adamw_steps, local_ray, relative
+from tests.learner_ranks import adamw_steps, importing_ray, relative
 from tests.real_runs import Runs, iterations, rows, saved_iterations, summary, wait_until
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def groups(tiny_model: str, data_file: str) -> Iterator[dict[int, Group]]:
-    with local_ray(cpus=4), pytest.MonkeyPatch.context() as patch:
+    with importing_ray(cpus=4), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft_rank, "SftRank", RestartableRank)
         started: dict[int, Group] = {}
         try:

@@ -11,12 +11,10 @@ Publish-to-loaded: from the controller's ``publish`` (digest, one put) until eve
 it into its parameters and found the published digest in them.
 """
 
-import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +25,7 @@ from learner.bench import report
 from learner.bench.adapter_holder import AdapterHolder, adapter_shapes
 from learner.bench.measure import machine
 from learner.bench.model_free import ModelFreeActor, prebuilt_group
+from learner.local_ray import local_ray
 from learner.objectives.agrpo import Agrpo
 from learner.rank import PublishedAdapter
 from learner.settings import AgrpoConfig
@@ -87,7 +86,8 @@ def run(*, small: bool = False) -> dict[str, Any]:
     """Everything, as ``report`` stores it."""
     torch.set_num_threads(1)
     size, about = SMALL if small else FULL, machine(threads=1)
-    with _local_ray():
+    # The CPUs are also how many workers Ray starts at once.
+    with local_ray(num_cpus=4, object_store_memory=2 * 10**9, logging_level=logging.ERROR):
         actor_class: Any = ray.remote(ModelFreeActor).options(num_cpus=0)
         actors = [actor_class.remote(size.group) for _ in range(max(size.actors))]
         bounded_get([actor.ready.remote() for actor in actors], who="the model-free actors", timeout_s=LIMIT_S)
@@ -215,24 +215,6 @@ def _available() -> int:
     with open("/proc/meminfo") as lines:
         kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable")), "0")
     return int(kilobytes) * 1024
-
-
-@contextlib.contextmanager
-def _local_ray() -> Iterator[None]:
-    """A Ray of this process's own, ended with it, whatever cluster the environment names."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=4,  # also how many workers Ray starts at once
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=2 * 10**9,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 if __name__ == "__main__":

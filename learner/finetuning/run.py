@@ -193,8 +193,8 @@ def _train(
 ) -> int:
     with told_failures(reporter), contextlib.ExitStack() as closing:
         cpus = config.learner.ranks * config.resources.cpus_per_rank
-        session = joined_ray(config.resources.ray_address, cpus, partial(check_resources, config))
-        told = closing.enter_context(session)
+        wanted, check = config.resources.ray_address, partial(check_resources, config)
+        told = closing.enter_context(joined_ray(wanted, cpus, check, insecure=config.resources.ray_insecure))
         stop = closing.enter_context(StopFlag())
         commands = closing.enter_context(Commands(run_dir, reporter, stop, since=since))
         reporter.event("info", "start", f"run {run_dir.id}: {told}; model {config.model.path}")
