@@ -15,7 +15,7 @@ from rewards.answers import FinalAnswer, final_answer
 from rewards.equivalence import equivalent
 from rewards.errors import DataError
 from rewards.hub import problems_from_source
-from rewards.parsing import MAX_CHARACTERS, shorten
+from rewards.parsing import MAX_CHARACTERS, has_thinking, shorten
 from rewards.task import Grade, Problem, Split, Task
 
 SYSTEM_PROMPT = (
@@ -25,7 +25,6 @@ SYSTEM_PROMPT = (
 
 _GOLD = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,10})?")
 _PUNCTUATION = str.maketrans("", "", "$,.;:!?'\"")
-_THINK_BLOCK = re.compile(r"<think>.*?</think>", re.IGNORECASE | re.ASCII | re.DOTALL)
 
 
 class WrittenMaths(Task):
@@ -58,7 +57,7 @@ class WrittenMaths(Task):
         answer = final_answer(completion)
         error = self.fault(fields, answer)
         components = {
-            "think_tag": 0.5 * (_THINK_BLOCK.search(completion[-MAX_CHARACTERS:]) is not None),
+            "think_tag": 0.5 * has_thinking(completion[-MAX_CHARACTERS:]),
             "answer_tag": 0.5 * answer.tagged,
             "correct": 3.0 * (error is None),
         }

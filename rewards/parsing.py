@@ -101,6 +101,16 @@ def without_thinking(text: str) -> str:
     return " ".join([*kept, text[kept_to:]])
 
 
+def has_thinking(text: str) -> bool:
+    """Whether there is a closed think block."""
+    opened = False
+    for match in _THINK.finditer(text):
+        if opened and match.group(1):
+            return True
+        opened = opened or not match.group(1)
+    return False
+
+
 def last_answer(text: str) -> str | None:
     """The inside of the last complete answer block, or None."""
     inside, opened = None, None

@@ -21,7 +21,7 @@ from rewards.math_task import Math
 from rewards.protocols.agrpo import require_solution
 from rewards.protocols.math_strings import last_box, same_answer
 from rewards.protocols.python_value import python_value
-from rewards.protocols.texts import first_block, last_block, read
+from rewards.protocols.texts import boxes_to_a_brace, first_block, last_block, read
 from rewards.sudoku import CELLS, Sudoku
 from rewards.task import Grade, Problem, Split, Task
 
@@ -57,6 +57,11 @@ Your step-by-step solving process
 """
 
 _NUMBER = re.compile(r"-?\d+\.?\d*")
+# <reasoning>.*?</reasoning>\s*<answer>.*?</answer>, which tries every pair of inner tags, with the two that matter: the
+# first on the line of the reasoning, and the one that a line end parts.
+_SOFT_FORMAT = re.compile(
+    r"<reasoning>(?:(?>.*?</reasoning>[^\S\n]*<answer>)|(?>.*</reasoning>)\s*<answer>).*?</answer>"
+)
 
 
 class TwoPrompts(Task):
@@ -106,7 +111,7 @@ class Gsm8kD1(TwoPrompts, Gsm8k):
         strict = re.match(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", text)
         components = {
             "xml_count": self._xml_count(text),
-            "soft_format": 0.5 * bool(re.match(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", text)),
+            "soft_format": 0.5 * bool(_SOFT_FORMAT.match(text)),
             "strict_format": 0.5 * bool(strict),
             "integer": 0.5 * answer.isdigit(),
             "correctness": 2.0 * (answer == gold_text),
@@ -135,8 +140,8 @@ class Gsm8kD1(TwoPrompts, Gsm8k):
         return count
 
     def _number(self, text: str) -> float | None:
-        for match in re.finditer(r"\\boxed\{([^}\n]*)\}", text):
-            content = match.group(1).strip()
+        for box in boxes_to_a_brace(text):
+            content = box.strip()
             if content.strip(".") and (number := _float(content, 0)) is not None:
                 return number
         number = _float(first_block(text, "answer") or "", -1)

@@ -5,9 +5,12 @@ times), so the same matches are found by plain search here.
 """
 
 import re
+from collections.abc import Iterator
 
 MAX_CHARACTERS = 16_384
 """More than four times the longest published completion (1024 tokens)."""
+
+_BRACE_OR_LINE_END = re.compile(r"[}\n]")
 
 
 def read(completion: str) -> str:
@@ -40,3 +43,12 @@ def matching_brace(text: str, start: int) -> int | None:
         if depth == 0 and match.group() == "}":
             return match.start()
     return None
+
+
+def boxes_to_a_brace(text: str) -> Iterator[str]:
+    r"""The insides of ``\boxed{...}`` up to their first closing brace, where it is on the same line, in order."""
+    opener, position = "\\boxed{", 0
+    while (start := text.find(opener, position)) >= 0 and (stop := _BRACE_OR_LINE_END.search(text, start)):
+        if stop.group() == "}":
+            yield text[start + len(opener) : stop.start()]
+        position = stop.end()  # where a line ends, every box that was opened in it is without its brace
