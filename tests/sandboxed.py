@@ -26,6 +26,17 @@ def run(sandbox: LocalRunner, program: str, *tests: str, limits: Limits = LIMITS
     return outcome
 
 
+def try_call(sandbox: LocalRunner, side: str, code: str, wanted: str) -> None:
+    """``code`` defines attempt(); in the program or in the tests it must give ``wanted``."""
+    code = textwrap.dedent(code)
+    check = f"x = attempt(); assert x == {wanted}, x"
+    if side == "program":
+        outcome = sandbox.run(Job(code, (check,), {"attempt": "attempt"}), LIMITS)
+    else:
+        outcome = run(sandbox, "def f(): pass", f"{code}\n{check}")
+    assert outcome.status == "passed", outcome
+
+
 def left_running(sandbox: LocalRunner) -> list[int]:
     return [] if sandbox._server is None else family(sandbox._server.pid)
 
