@@ -88,6 +88,7 @@ class CodeTask(Task):
 
     components: ClassVar[tuple[str, ...]] = ("format", "tests", "passed")
     time_limit_s: ClassVar[float] = LIMITS.seconds + 3.0
+    memory_limit_mb: ClassVar[int] = LIMITS.most_memory_mb
 
     def prepare(self) -> None:
         """Starts the sandbox, so that no verdict waits for it. Raises ConfigError where there is none."""

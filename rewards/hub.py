@@ -3,7 +3,8 @@
 A hub source reads ``hub:NAME[:CONFIG]:SPLIT``: ``hub:openai/gsm8k:main:train``, ``hub:HuggingFaceH4/MATH-500:test``,
 ``hub:Jiayi-Pan/Countdown-Tasks-3to4:train[:20000]`` (the split's first 20,000 rows). NAME may also be a local folder
 laid out like a hub data set. The package ``datasets`` reads it; it is imported only then, keeps what it downloaded in
-its cache (``HF_HOME``), and with ``HF_HUB_OFFLINE=1`` takes it from there. No code of a data set is run.
+its cache (``HF_HOME``), and with ``HF_HUB_OFFLINE=1`` takes it from there. Loading scripts of a data set are not run;
+tests and prompts of the code tasks are code of its rows, which runs in the sandbox (``rewards.sandbox``).
 """
 
 import re

@@ -66,6 +66,8 @@ class Task(ABC):
     """Keys of every grade's components, in this order."""
     time_limit_s: ClassVar[float] = 1.0
     """Seconds within which ``grade`` returns, whatever the completion."""
+    memory_limit_mb: ClassVar[int] = 0
+    """MiB that what a completion makes run beside the grader may hold at once; 0 when nothing is."""
     default_sources: ClassVar[Mapping[Split, str]] = {}
     """For a task of real data, where each split's problems come from when no path is given (``rewards.hub``). Empty
     when problems are generated instead."""

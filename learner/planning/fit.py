@@ -11,6 +11,7 @@ from learner.planning.hardware import CPU_FLOPS_PER_THREAD, GPUS, Hardware
 from learner.planning.memory import GIB, Device, ProcessMemory, actor_memory, rank_memory
 from learner.planning.shapes import ModelShape
 from rewards.errors import ConfigError
+from rewards.task import BUILT_IN, get_task
 
 DEFAULT_GPU = "A100"
 """Whose speed stands in where the GPU's model isn't known."""
@@ -51,6 +52,9 @@ class RunPlan:
     largest_views: int | None
     """views_per_forward that fits; None where there is no budget, 0 when not even 1 does."""
     largest_rows: int | None
+    sandboxed_bytes: int
+    """Most that programs can hold which completions of a code task make graders run, all at once. Part of the next, but
+    no run is refused for it: ordinary programs need a hundredth."""
     node_bytes: int
     """Memory of the nodes: all processes on a CPU; beside GPUs what stays in the nodes' own memory."""
     work: Work
@@ -110,6 +114,7 @@ def plan_run(
         actor_budget=actor_budget,
         largest_views=plans.largest_views(),
         largest_rows=plans.largest_rows(),
+        sandboxed_bytes=plans.sandboxed_bytes(),
         node_bytes=plans.node_bytes(work),
         work=work,
         time=time,
@@ -202,7 +207,13 @@ class _Needs:
     def node_bytes(self, work: Work) -> int:
         config = self.config
         beside = config.learner.ranks * self.rank().host_bytes + config.rollout.actors * self.actor().host_bytes
-        return self.node_total() + beside + work.buffered
+        return self.node_total() + beside + work.buffered + self.sandboxed_bytes()
+
+    def sandboxed_bytes(self) -> int:
+        """0 for a user's own task: it isn't imported here."""
+        name, rollout = self.config.task.name, self.config.rollout
+        each = get_task(name).memory_limit_mb << 20 if name in BUILT_IN else 0
+        return rollout.actors * rollout.graders_per_actor * each
 
     def largest_views(self) -> int | None:
         bytes_ = self.budgets()[0].bytes

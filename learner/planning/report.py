@@ -47,6 +47,7 @@ def as_json(plan: RunPlan) -> str:
             "rank_with_checkpointing_the_other_way": _process_json(plan.rank_other, plan.rank_budget),
             "actor": _process_json(plan.actor, plan.actor_budget),
             "nodes": plan.node_bytes,
+            "sandboxed": plan.sandboxed_bytes,
         },
         "largest": {"learner.views_per_forward": plan.largest_views, "rollout.max_rows": plan.largest_rows},
         "work": work,
@@ -94,6 +95,9 @@ def _memory(plan: RunPlan) -> list[str]:
             lines.append(_row(f"  each process: {item.name}", item.bytes, item.note))
     lines.append(_row("  object store: a full buffer", plan.work.buffered, f"{config.rollout.buffer_size} groups"))
     lines.append(_row("  arrays of one learner forward", plan.work.batch_arrays))
+    if plan.sandboxed_bytes:
+        graders = f"{config.rollout.actors} actors x {config.rollout.graders_per_actor} graders"
+        lines.append(_row("  programs in the sandbox, at most", plan.sandboxed_bytes, f"{graders}; rarely a hundredth"))
     if plan.largest_views is not None:
         lines.append(f"largest learner.views_per_forward that fits: {plan.largest_views or 'none'}")
     if plan.largest_rows is not None:
