@@ -1,5 +1,5 @@
-"""Tests that come with a problem are anybody's code: what they hold, what they can do to who runs them; and what is made of
-jobs that use more than they may."""
+"""Tests that come with a problem are anybody's code: what they hold, what they can do to the process that grades, and
+what becomes of jobs that use more than they may."""
 
 import os
 import signal
