@@ -28,6 +28,8 @@ _OUTSIDE_ID = 0x78000000  # of the unprivileged users outside: above what SSSD, 
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_THIS_PROCESS = (ctypes.c_uint32 * 2)(0x20080522, 0)  # as capset wants it: a version, and 0
+_NO_CAPABILITY = (ctypes.c_uint32 * 6)()
 
 
 def die_with_parent() -> None:
@@ -176,20 +178,18 @@ def drop_privileges(user: int | None, system_calls: bytes, *, obeys: int | None 
     if user is not None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user if obeys is None else obeys)  # the filter lets nobody take up the saved id
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    _check("capset", _libc.capset(header, (ctypes.c_uint32 * 6)()))
+    _check("capset", _libc.capset(_THIS_PROCESS, _NO_CAPABILITY))
     filter_system_calls(system_calls)
 
 
 def filter_system_calls(instructions: bytes) -> None:
     """``instructions``: of ``rewards.sandbox.system_calls``. Needs ``forgo_privileges``."""
-    buffer = ctypes.create_string_buffer(instructions, len(instructions))
-    described = _FilterProgram(len(instructions) // 8, ctypes.addressof(buffer))
+    described = _FilterProgram(len(instructions) // 8, instructions)
     _check("seccomp", _libc.prctl(_SET_SECCOMP, 2, ctypes.byref(described), 0, 0))
 
 
 class _FilterProgram(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 def _visible_paths() -> list[str]:
