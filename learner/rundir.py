@@ -47,8 +47,11 @@ class RunDirectory:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, base: Path | str, name: str | None = None, *, label: str = "run") -> "RunDirectory":
-        """Make ``base/name``; without a name the id is time stamp, label and four random hex digits.
+    def create(
+        cls, base: Path | str, name: str | None = None, *, label: str = "run", shared: bool = False
+    ) -> "RunDirectory":
+        """Make ``base/name``; without a name the id is time stamp, label and four random hex digits. Only its owner can
+        look into it unless it is ``shared``: completions, settings and logs are in it.
 
         Raises ``ConfigError`` for a name that is no plain folder name or is taken, ``UnmaskError`` when the disk
         refuses.
@@ -65,7 +68,11 @@ class RunDirectory:
         with disk_errors(run.path):
             if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
                 raise ConfigError(f"run directory {run.path} exists already: choose another name, or resume that run")
-            run.samples_dir.mkdir(parents=True, exist_ok=True)
+            run.path.parent.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(mode=0o777 if shared else 0o700, exist_ok=True)
+            if not shared:
+                run.path.chmod(0o700)  # an empty folder that was there
+            run.samples_dir.mkdir(exist_ok=True)
             run.plots_dir.mkdir(exist_ok=True)
             run.checkpoints_dir.mkdir(exist_ok=True)
         run._acquire()

@@ -17,7 +17,7 @@ from rollout.adapters import AdapterState, read_peft_folder
 from rollout.models import encode_prompt
 from rollout.models.quantization import require_bitsandbytes
 
-_OF_A_START = ("run.resume", "run.dashboard")
+_OF_A_START = ("run.resume", "run.dashboard", "run.shared")
 """Settings that say nothing about the run itself."""
 
 
@@ -39,7 +39,7 @@ def open_run(
     """
     base, resume = Path(run.dir).expanduser(), run.resume
     if resume == "never":
-        return RunDirectory.create(base, run.name, label=label), None
+        return RunDirectory.create(base, run.name, label=label, shared=run.shared), None
     if resume != "auto":
         path = Path(resume).expanduser().absolute()
         found = checkpoints.load(path)
@@ -48,7 +48,7 @@ def open_run(
     existing = _newest_run(base, run.name, kind)
     if existing is None:
         if run.name is None or not RunDirectory(base / run.name).config_path.is_file():
-            return RunDirectory.create(base, run.name, label=label), None
+            return RunDirectory.create(base, run.name, label=label, shared=run.shared), None
         _require_kind(base / run.name, kind)
         run_dir = RunDirectory.open(base / run.name)
         print(f"{run_dir.path} has no checkpoint yet; the run begins again, from the start", flush=True)

@@ -41,6 +41,9 @@ class RunPlace(Section):
     """Every random choice derives from it."""
     resume: str = "never"
     """never; auto (the newest good checkpoint); or the path of a checkpoint."""
+    shared: bool = False
+    """Let other users of the machine read the run's folder, as the umask says; false: the folder is the owner's alone
+    (mode 0700)."""
     dashboard: bool = False
     """Serve the dashboard on 127.0.0.1 while the run lasts (make run does); its address is told as an event."""
 

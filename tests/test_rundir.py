@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 
 from learner.atomic import atomic_dir, atomic_write_text, recover_replaced, remove_leftovers
 from learner.rundir import RunDirectory
+from learner.runs import open_run
+from learner.settings import RunPlace
 from rewards.errors import ConfigError, UnmaskError, WaitTimeout
 from services.store.schema import open_engine
 from services.store.writer import StoreWriter
@@ -50,6 +52,24 @@ def test_create_open_and_what_lies_where(tmp_path):
         assert json.loads(run.summary_path.read_text())["base"] == {"greedy": {"m": 0.1}}
     with RunDirectory.open(tmp_path / "runs" / "first") as run:
         assert run.store_url == f"sqlite:///{tmp_path}/runs/first/store.sqlite"
+
+
+@pytest.mark.parametrize(("umask", "shared"), [(0o022, 0o755), (0, 0o777), (0o077, 0o700)])
+def test_a_run_is_its_owners_alone_unless_it_is_shared(tmp_path, umask, shared):
+    (tmp_path / "empty").mkdir(mode=0o755)
+    before = os.umask(umask)
+    try:
+        modes = []
+        for place in (RunPlace(dir=str(tmp_path), name="new"), RunPlace(dir=str(tmp_path), name="empty")):
+            run, _ = open_run(place, kind="run", label="x")
+            with run:
+                modes.append(run.path.stat().st_mode & 0o777)
+        run, _ = open_run(RunPlace(dir=str(tmp_path), name="shared", shared=True), kind="sft", label="x")
+        with run, StoreWriter(run.store_url, "shared"):
+            assert run.path.stat().st_mode & 0o777 == shared, "the control"
+    finally:
+        os.umask(before)
+    assert modes == [0o700, 0o700]
 
 
 def test_any_name_of_the_folder_leads_to_the_store(tmp_path):
@@ -112,6 +132,8 @@ def test_two_writers_are_one_too_many(tmp_path):
 HOLD = """
 import sys, time
 from learner.rundir import RunDirectory
+from learner.runs import open_run
+from learner.settings import RunPlace
 run = RunDirectory.open(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
