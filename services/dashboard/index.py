@@ -4,6 +4,7 @@ Nothing is read while nobody asks, and of a run that has not changed only that.
 """
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -16,10 +17,13 @@ from services.dashboard.ahead import Ahead, ahead
 from services.dashboard.models import RunSummary, number
 from services.store import schema
 from services.store.actions import LIVE_STATUSES, SILENT_AFTER_S
-from services.store.catalog import Catalog
+from services.store.catalog import Catalog, pause_s
 from services.store.reader import Reader
 
 MAX_AGE_S = 1.0
+_AFTER_FAULT_S = 60.0
+
+log = logging.getLogger("services.dashboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Known:
     """What of the run these figures are of; -1 when they have to be read anew."""
     counted: int
     """Id of the last event that was counted."""
+    again: float
+    """One that could not be read is left alone until then (monotonic seconds)."""
 
 
 class RunIndex:
@@ -67,17 +73,28 @@ class RunIndex:
                 return rows
 
     def _look(self, row: dict[str, Any]) -> Known:
-        known = self._known.get(row["id"]) or Known(RunSummary(id=row["id"], status=""), {}, [], 0, 0, -1, 0)
+        known = self._known.get(row["id"]) or Known(RunSummary(id=row["id"], status=""), {}, [], 0, 0, -1, 0, 0.0)
         if row["unreadable"] is not None:
             return _unreadable(known, row["unreadable"])
+        began = time.monotonic()
+        if began < known.again:
+            return known
+        try:
+            return self._read(row, known)
+        except (StoreError, KeyError) as error:
+            now = time.monotonic()
+            return _unreadable(known, str(error), again=now + pause_s(now - began))
+        except Exception as error:  # of one run, which may be anybody's: the others are shown all the same
+            log.exception("run %r", row["id"])
+            reason = f"{type(error).__name__} in the dashboard; its log has the rest"
+            return _unreadable(known, reason, again=time.monotonic() + _AFTER_FAULT_S)
+
+    def _read(self, row: dict[str, Any], known: Known) -> Known:
         if known.summary.created != row["created"]:  # another run of this name than before
             known = dataclasses.replace(known, errors=0, warnings=0, revision=-1, counted=0)
         if known.revision != row["revision"]:
-            try:
-                reader = self._catalog.reader(row["id"])
-                known = _count_events(reader, dataclasses.replace(known, workers=reader.workers(row["id"])))
-            except (StoreError, KeyError) as error:
-                return _unreadable(known, str(error))
+            reader = self._catalog.reader(row["id"])
+            known = _count_events(reader, dataclasses.replace(known, workers=reader.workers(row["id"])))
         summary = summarise(row, row["latest"], known.workers, ahead(self._catalog, row))
         return dataclasses.replace(known, summary=summary, latest=row["latest"], revision=row["revision"])
 
@@ -94,9 +111,9 @@ def _count_events(reader: Reader, known: Known) -> Known:
     return dataclasses.replace(known, errors=errors, warnings=warnings, counted=counted)
 
 
-def _unreadable(known: Known, reason: str) -> Known:
+def _unreadable(known: Known, reason: str, *, again: float = 0.0) -> Known:
     summary = known.summary.model_copy(update={"status": "unreadable", "unreadable": reason})
-    return dataclasses.replace(known, summary=summary, revision=-1)
+    return dataclasses.replace(known, summary=summary, revision=-1, again=again)
 
 
 def summarise(

@@ -15,8 +15,9 @@ from safetensors.numpy import load
 
 from services.dashboard.models import Number, number
 from services.dashboard.playback_models import Cells, OrderMap, Playback, SampleReference, ScoredStep, ScoredToken
+from services.store.schema import MAX_BLOB_BYTES
 
-MAX_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 8 * 2**20
 MAX_POSITIONS = 2**16
 MAX_STEPS = 2**15
 MAX_SCORED = 2**18
@@ -93,12 +94,16 @@ def reference(row: Mapping[str, Any]) -> SampleReference:
     )
 
 
-def _read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays, and the JSON object that the recorder put into the header (empty in samples of older versions)."""
-    _require(isinstance(data, bytes) and len(data) <= MAX_BYTES, f"it has more than {MAX_BYTES >> 20} MiB")
+def _read(data: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays, and the JSON object that the recorder put into the header (empty in samples of older versions). ``data``:
+    as ``Reader.sample`` gives it."""
+    _require(data is not None, f"it has more than {MAX_BLOB_BYTES >> 20} MiB")
+    _require(isinstance(data, bytes), "its trajectory is no bytes")
+    size = int.from_bytes(data[:8], "little")
+    _require(size <= MAX_HEADER_BYTES, f"its header has more than {MAX_HEADER_BYTES >> 20} MiB")
     try:
         arrays = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = json.loads(data[8 : 8 + size])
         kept = json.loads((header.get("__metadata__") or {}).get("playback", "{}"))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnreadableSample(f"its trajectory is damaged ({type(error).__name__})") from None

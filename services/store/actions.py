@@ -246,7 +246,8 @@ def _refusal(engine: sa.Engine, run_id: str, now: float) -> str | None:
 def _select(read: Read, condition: sa.ColumnElement[bool], *, run_id: str | None, limit: int) -> list[Action]:
     table, runs = schema.actions, schema.runs
     of_run = table.c.run_id.is_(None) if run_id is None else table.c.run_id == run_id
-    columns = (*table.c, runs.c.status.label("run_status"), runs.c.heartbeat, runs.c.ended)
+    of_run_row = (runs.c.status.label("run_status"), runs.c.heartbeat.label("heartbeat"), runs.c.ended)  # or NULLs
+    columns = (*table.c, *of_run_row)
     query = sa.select(*columns).select_from(table.outerjoin(runs, table.c.run_id == runs.c.id))
     query = query.where(of_run, condition).order_by(table.c.id.desc()).limit(limit)
     return [_as_it_stands(row) for row in read(query)]

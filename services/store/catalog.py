@@ -5,6 +5,7 @@ of each is kept in memory, so that a slow store holds up nobody. A store that ca
 version) leaves its run in the list, with the reason, and is tried again.
 """
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -23,9 +24,18 @@ STORE_NAME = "store.sqlite"
 UNREADABLE = "unreadable"
 """Status of a run whose store could not be read yet."""
 MAX_ENGINES = 32
+READ_LIMIT_S = 5.0
+"""What reading a store in a folder may take. Others wait meanwhile; a run's own takes milliseconds."""
 _SCAN_S = 1.0
 _RETRY_S = 2.0
+_LOCK_S = 2 * schema.BUSY_TIMEOUT_S
+_PATIENCE = 20
 _SCAN_LIMIT_S = 30.0
+_LONGEST_NAME = 200
+_LONGEST_WORD = 1000
+"""Characters of a run's task, host and so on."""
+
+log = logging.getLogger(__name__)
 
 
 class Catalog:
@@ -135,7 +145,7 @@ class Catalog:
             if url in self._engines:
                 self._engines.move_to_end(url)
                 return self._engines[url]
-        engine = schema.open_engine(url, create=False, read_only=True)  # may wait for a lock: not inside ours
+        engine = _open(url)  # may wait for a lock: not inside ours
         with self._lock:
             if url in self._engines:
                 engine.dispose()
@@ -172,14 +182,17 @@ class Catalog:
                     continue
                 if store is not None and store.signature.inode != signature.inode:  # another file by the same name
                     self._drop_engine(path)
+                began = time.monotonic()
                 rows, reason = _read(path)
-                self._enter(path, signature, rows, reason)
+                self._enter(path, signature, rows, reason, max(_RETRY_S, pause_s(time.monotonic() - began)))
             with self._scanned:
                 self._looks += 1
                 self._scanned.notify_all()
             self._closing.wait(_SCAN_S)
 
-    def _enter(self, path: Path, signature: "_Signature", rows: list[dict[str, Any]], reason: str | None) -> None:
+    def _enter(
+        self, path: Path, signature: "_Signature", rows: list[dict[str, Any]], reason: str | None, wait_s: float
+    ) -> None:
         with self._lock:
             known = self._stores.get(path)
             taken = [row["id"] for row in rows if self._owners.get(row["id"], path) != path]
@@ -195,7 +208,7 @@ class Catalog:
                         _index_run(connection, row)
             else:
                 ids = known.run_ids
-            retry_at = float("inf") if reason is None else time.monotonic() + _RETRY_S
+            retry_at = float("inf") if reason is None else time.monotonic() + wait_s
             self._stores[path] = _Store(signature, reason, ids, retry_at)
             self._owners.update(dict.fromkeys(ids, path))
 
@@ -217,6 +230,12 @@ class Catalog:
                     connection.execute(schema.runs.delete().where(schema.runs.c.id == run_id))
 
 
+def pause_s(took_s: float) -> float:
+    """How long to leave a store alone that could not be read and took this long (longer than a lock is waited for): the
+    others wait meanwhile."""
+    return _PATIENCE * max(0.0, took_s - _LOCK_S)
+
+
 class _Signature(NamedTuple):
     """Changes whenever something was written into a store."""
 
@@ -234,17 +253,30 @@ class _Store(NamedTuple):
     retry_at: float
 
 
+def _open(url: str) -> sa.Engine:
+    return schema.open_engine(url, create=False, read_only=True, transaction_s=READ_LIMIT_S)
+
+
 def _read(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """The runs of a store, or why they can't be read."""
     try:
-        engine = schema.open_engine(schema.sqlite_url(path), create=False, read_only=True)
+        engine = _open(schema.sqlite_url(path))
         try:
             rows = Reader(engine).list_runs(limit=1000).rows
         finally:
             engine.dispose()
     except StoreError as error:
         return [], str(error)
+    except Exception as error:  # of one store, which may be anybody's: the others are listed all the same
+        log.exception("the run store %s", path)
+        return [], f"the run store {path} can't be read: {type(error).__name__}; the dashboard's log has the rest"
+    if any(len(row["id"]) > _LONGEST_NAME or _longest(row) > _LONGEST_WORD for row in rows):
+        return [], f"the run store {path} holds a run whose name, task or host is longer than any of Unmask's"
     return rows, None if rows else f"the run store {path} is empty: no run has been written into it"
+
+
+def _longest(row: dict[str, Any]) -> int:
+    return max(len(value) for value in row.values() if isinstance(value, str))
 
 
 def _index_run(connection: sa.Connection, row: dict[str, Any]) -> None:
@@ -266,11 +298,11 @@ def _store_paths(folder: Path) -> list[Path]:
 
 def _signature(path: Path) -> _Signature | None:
     try:
-        main = path.stat()
+        main = path.lstat()  # a link is listed, and not followed
     except OSError:
         return None
     try:
-        wal = path.with_name(f"{STORE_NAME}-wal").stat()
+        wal = path.with_name(f"{STORE_NAME}-wal").lstat()
     except OSError:
         return _Signature(main.st_ino, main.st_size, main.st_mtime_ns, 0, 0)
     wal_changed = wal.st_mtime_ns if wal.st_size else 0  # readers make and remove an empty one
@@ -284,7 +316,7 @@ def _free_name(path: Path, taken: dict[str, Path]) -> str:
 
 def _placeholder(run_id: str, path: Path) -> dict[str, Any]:
     try:
-        created = path.stat().st_mtime
+        created = path.lstat().st_mtime
     except OSError:
         created = 0.0
     texts = dict.fromkeys(("task", "objective", "host"), "")

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from rewards.errors import StoreError
 from services.store import buckets, schema
 from services.store.pages import Page, RunOrder, read_cursor, write_cursor
+from services.store.rows import OF_SERIES, dicts, fetched, number, whole
 from services.store.schema import checkpoints, events, latest_metrics, metric_buckets, metrics, runs, samples, workers
 from services.store.values import plain
 
@@ -56,8 +57,8 @@ class Changes(NamedTuple):
 
 
 class Reader:
-    """The runs of one store. Every method raises ``StoreError`` when the database can't answer (locked, damaged, gone);
-    a run that isn't there has no rows.
+    """The runs of one store. Every method raises ``StoreError`` when the database can't answer (locked, damaged, gone),
+    or holds what no run writes; a run that isn't there has no rows. Values of columns have the types of ``schema``.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -87,7 +88,7 @@ class Reader:
         if text is not None:
             query = query.where(runs.c.id.icontains(plain(text), autoescape=True))
         with self._reading() as connection:
-            rows = _rows(connection, order.apply(query, cursor).limit(limit + 1))
+            rows = dicts(connection, order.apply(query, cursor).limit(limit + 1))
             latest = _latest(connection, [row["id"] for row in rows[:limit]])
         following = order.cursor(rows[limit - 1]) if len(rows) > limit else None
         for row in rows:
@@ -116,13 +117,14 @@ class Reader:
         few more where rows were pruned. The points of all names lie on the same grid of iterations."""
         with self._reading() as connection:
             parts = _plan(connection, run_id, names, first, last, points)
-            rows = [row for part in parts for row in connection.execute(_grouped(run_id, names, part))]
+            queries = [_grouped(run_id, names, part) for part in parts]
+            rows = [row for query in queries for row in fetched(connection, query, OF_SERIES)]
         series: dict[str, Series] = {name: Series(iteration=[], value=[], low=[], high=[], count=[]) for name in names}
         stored_as = {plain(name): name for name in names}
         for name, _, iteration, count, bad, nonfinite, low, high, mean, _ in rows:
             one = series[stored_as[name]]
             one["iteration"].append(iteration)
-            one["value"].append(mean if nonfinite is None else float(nonfinite))
+            one["value"].append(number(mean, nonfinite))
             one["low"].append(low)
             one["high"].append(high)
             one["count"].append(int(count + bad))
@@ -184,8 +186,13 @@ class Reader:
         return Page(rows[:limit], write_cursor(rows[limit - 1]["iteration"], rows[limit - 1]["id"]) if more else None)
 
     def sample(self, run_id: str, sample_id: int) -> dict[str, Any] | None:
-        """One of them with its ``trajectory``, safetensors bytes."""
-        query = sa.select(samples).where(samples.c.run_id == plain(run_id), samples.c.id == _int64(sample_id))
+        """One of them with its ``trajectory``, safetensors bytes; None instead of one above
+        ``schema.MAX_BLOB_BYTES``."""
+        return self.first_sample(samples.c.run_id == plain(run_id), samples.c.id == _int64(sample_id))
+
+    def first_sample(self, *where: sa.ColumnElement[bool], order: Sequence[Any] = ()) -> dict[str, Any] | None:
+        """As ``sample``, the first that fits."""
+        query = sa.select(*_WITHOUT_TRAJECTORY, _TRAJECTORY).where(*where).order_by(*order).limit(1)
         return next(iter(self.select(query)), None)
 
     def marker(self, run_id: str) -> str:
@@ -212,7 +219,7 @@ class Reader:
 
             def new(table: sa.Table, *columns: sa.Column[Any]) -> list[dict[str, Any]]:
                 between = (table.c.run_id == run["id"]) & (table.c.revision > since) & (table.c.revision <= until)
-                return _rows(connection, sa.select(*(columns or [table])).where(between).order_by(table.c.revision))
+                return dicts(connection, sa.select(*(columns or [table])).where(between).order_by(table.c.revision))
 
             went_back = [row["after"] for row in new(schema.truncations)]
             return Changes(
@@ -230,14 +237,14 @@ class Reader:
     def select(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         """Rows of a query of one's own on the tables of ``schema``."""
         with self._reading() as connection:
-            return _rows(connection, query)
+            return dicts(connection, query)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         try:
             with self._engine.connect() as connection:
                 yield connection
-        except (sa.exc.SQLAlchemyError, sqlite3.Error) as error:
+        except (sa.exc.SQLAlchemyError, sqlite3.Error, OverflowError) as error:  # OverflowError: figures beyond a float
             reason = schema.short_reason(error)
             raise StoreError(f"cannot read the run store {self._engine.url}: {reason}") from error
 
@@ -253,6 +260,9 @@ class _Part(NamedTuple):
 
 _LISTED = [column for column in runs.c if column.name not in ("config", "summary")]
 _WITHOUT_TRAJECTORY = [column for column in samples.c if column is not samples.c.trajectory]
+_TRAJECTORY = sa.type_coerce(
+    sa.case((sa.func.length(samples.c.trajectory) <= schema.MAX_BLOB_BYTES, samples.c.trajectory)), sa.types.NullType()
+).label("trajectory")
 _METRIC = [metrics.c[name] for name in ("name", "iteration", "value", "nonfinite", "time", "revision")]
 _BRIEF = [
     samples.c[name] for name in ("id", "iteration", "kind", "group_id", "row", "time", "correct", "reward", "revision")
@@ -265,7 +275,7 @@ def _plan(
     """What to read so that no name has to give much more than eight rows a point."""
     run = _run(connection, run_id)
     of_names = (latest_metrics.c.run_id == plain(run_id)) & latest_metrics.c.name.in_([plain(name) for name in names])
-    newest = connection.execute(sa.select(sa.func.max(latest_metrics.c.iteration)).where(of_names)).scalar()
+    newest = whole(connection.execute(sa.select(sa.func.max(latest_metrics.c.iteration)).where(of_names)).scalar())
     if run is None or newest is None:
         return []
     first, last = max(0, first or 0), newest if last is None else min(last, newest)
@@ -300,7 +310,7 @@ def _until(connection: sa.Connection, table: sa.Table, run_id: str, since: int, 
     """The last revision before the table's new rows are more than ``limit``; one revision always fits."""
     new = sa.select(table.c.revision).where(table.c.run_id == run_id, table.c.revision > since)
     new = new.where(table.c.revision <= until).order_by(table.c.revision)
-    over = connection.execute(new.offset(limit).limit(1)).scalar()
+    over = whole(connection.execute(new.offset(limit).limit(1)).scalar())
     if over is None:
         return until
     return over if connection.execute(new.limit(1)).scalar() == over else over - 1
@@ -308,14 +318,14 @@ def _until(connection: sa.Connection, table: sa.Table, run_id: str, since: int, 
 
 def _latest(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {run_id: {} for run_id in run_ids}
-    for row in _rows(connection, sa.select(latest_metrics).where(latest_metrics.c.run_id.in_(run_ids))):
+    for row in dicts(connection, sa.select(latest_metrics).where(latest_metrics.c.run_id.in_(run_ids))):
         run_id, name = row.pop("run_id"), row.pop("name")
         found[run_id][name] = _value(row)
     return found
 
 
 def _run(connection: sa.Connection, run_id: str) -> dict[str, Any] | None:
-    return next(iter(_rows(connection, sa.select(*_LISTED).where(runs.c.id == plain(run_id)))), None)
+    return next(iter(dicts(connection, sa.select(*_LISTED).where(runs.c.id == plain(run_id)))), None)
 
 
 def _marker(run: dict[str, Any] | None) -> str:
@@ -324,13 +334,9 @@ def _marker(run: dict[str, Any] | None) -> str:
 
 
 def _value(row: dict[str, Any]) -> dict[str, Any]:
-    nonfinite = row.pop("nonfinite")
-    return row if nonfinite is None else row | {"value": float(nonfinite)}
+    row["value"] = number(row["value"], row.pop("nonfinite"))
+    return row
 
 
 def _int64(value: int) -> int:
     return max(-(2**63), min(value, 2**63 - 1))
-
-
-def _rows(connection: sa.Connection, query: sa.Select[Any]) -> list[dict[str, Any]]:
-    return [dict(row) for row in connection.execute(query).mappings()]

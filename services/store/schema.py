@@ -8,7 +8,10 @@ Times are Unix seconds. A metric that is not a finite number has ``value`` NULL 
 """
 
 import json
+import math
+import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from rewards.errors import StoreError
+from services.store.files import NotAFile, require_sqlite_files
 from services.store.upgrade import found_version, upgrade
 
 SCHEMA_VERSION = 2
@@ -24,11 +28,20 @@ BUSY_TIMEOUT_S = 1.0
 """How long one statement waits for another connection's lock."""
 STATEMENT_TIMEOUT_S = 30.0
 """How long PostgreSQL works on one statement."""
+MAX_BLOB_BYTES = 64 * 2**20
+"""Of a trajectory that is read."""
+MAX_JSON_BYTES = 2**22
+"""Of one JSON value that is read."""
 
 metadata = sa.MetaData()
 
 _LIMITS = ("54000", "54001", "54011", "54023")
 """PostgreSQL's codes for what is too large or too complex for it (a name that no index holds), and stays so."""
+
+_LENGTH_LIMIT = MAX_BLOB_BYTES + 2**20
+"""Bytes of a text, blob or row that SQLite hands to anyone but the run's writer."""
+_STEPS = 100_000
+"""Of SQLite's virtual machine between two looks at the clock, some milliseconds."""
 
 _row_id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows only in INTEGER columns
 
@@ -206,13 +219,18 @@ actions = sa.Table(  # what people asked of a run, and the audit trail; see ``ac
     sa.Index("actions_waiting", "run_id", "status"),
 )
 
+_OUR_NAMES = ", ".join(f"'{name}'" for name in metadata.tables)
 
-def open_engine(url: str, *, create: bool, read_only: bool = False) -> sa.Engine:
+
+def open_engine(url: str, *, create: bool, read_only: bool = False, transaction_s: float = math.inf) -> sa.Engine:
     """Engine on the store at ``url``. ``create``, for a run's writer: it is made if absent, upgraded if old.
 
     With ``read_only`` nothing can be written, and each transaction sees one state of the store. Raises ``StoreError``
-    (never with a password in it) when the URL is no URL, the store is absent or old (``create`` unset), locked, damaged
-    or of a newer schema version, or the disk refuses.
+    (never with a password in it) when the URL is no URL, the store is absent or old (``create`` unset), locked,
+    damaged, of a newer schema version or not made by Unmask, or the disk refuses.
+
+    transaction_s: seconds after which SQLite gives a transaction up (``OperationalError``), whatever the file makes it
+        do; PostgreSQL has ``STATEMENT_TIMEOUT_S``.
     """
     try:
         parsed = make_url(url)
@@ -225,7 +243,7 @@ def open_engine(url: str, *, create: bool, read_only: bool = False) -> sa.Engine
         parsed = parsed.set(drivername="postgresql+psycopg")
     try:
         if parsed.get_backend_name() == "sqlite":
-            engine = _sqlite_engine(parsed, create=create, read_only=read_only)
+            engine = _sqlite_engine(parsed, create=create, read_only=read_only, transaction_s=transaction_s)
         else:
             engine = _server_engine(parsed, read_only=read_only)
         with engine.connect() as connection:
@@ -258,6 +276,8 @@ def sqlite_url(path: Path) -> str:
 def short_reason(error: Exception) -> str:
     """The database's own words, without the statement and its parameters that SQLAlchemy appends."""
     cause = getattr(error, "orig", None) or error
+    if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+        return "reading it takes too long, it was given up"
     return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
 
 
@@ -269,28 +289,67 @@ def may_pass(error: Exception) -> bool:
     return isinstance(error, passing) or getattr(error, "connection_invalidated", False)
 
 
-def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool) -> sa.Engine:
-    path = url.database or ""
-    if not create and not Path(path).is_file():
+def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool, transaction_s: float) -> sa.Engine:
+    """The file may be anybody's: a database can hold more than tables of values, and need not even be one."""
+    path = Path(url.database or "")
+    if not create and not os.path.lexists(path):
         raise StoreError(f"no run store at {path}")
-    engine = sa.create_engine(url, json_serializer=_to_json, pool_size=2, max_overflow=8, pool_timeout=10)
+    engine = sa.create_engine(
+        url,
+        json_serializer=_to_json,
+        json_deserializer=_from_json,
+        pool_size=2,
+        max_overflow=8,
+        pool_timeout=10,
+    )
+
+    @sa.event.listens_for(engine, "do_connect")
+    def look(*_: Any) -> None:
+        try:
+            require_sqlite_files(path)
+        except NotAFile as error:
+            raise StoreError(f"cannot open the run store {path}: {error.strerror}") from None
 
     @sa.event.listens_for(engine, "connect")
-    def prepare(connection: sqlite3.Connection, _record: Any) -> None:
+    def prepare(connection: sqlite3.Connection, record: Any) -> None:
+        if transaction_s < math.inf:
+            record.info["until"] = time.monotonic() + transaction_s
+            connection.set_progress_handler(lambda: time.monotonic() > record.info["until"], _STEPS)
         connection.isolation_level = None  # transactions begin where we say, for DDL too
         connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+        connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("PRAGMA foreign_keys = ON")
         if create:
             connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer don't wait for each other
+        else:
+            connection.execute("PRAGMA cell_size_check = ON")
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LENGTH_LIMIT)
         connection.execute("PRAGMA synchronous = NORMAL")  # a power cut costs the last moments, a killed process none
         if read_only:
             connection.execute("PRAGMA query_only = ON")
+        try:
+            _require_plain_tables(connection, path)
+        except BaseException:
+            connection.close()
+            raise
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
+        connection.info["until"] = time.monotonic() + transaction_s
         connection.exec_driver_sql("BEGIN IMMEDIATE" if create else "BEGIN")
 
     return engine
+
+
+def _require_plain_tables(connection: sqlite3.Connection, path: Path) -> None:
+    """Of what has our names: views, virtual tables (which have no root page) and computed columns (which need the word
+    AS) run what whoever made the file wants when they are read, triggers when something is written."""
+    query = f"""
+        SELECT name, type FROM sqlite_master WHERE lower(tbl_name) IN ({_OUR_NAMES}) AND type <> 'index' AND NOT
+        (type = 'table' AND rootpage > 0 AND lower(sql) NOT GLOB '*[^a-z0-9_]as[^a-z0-9_]*') LIMIT 1"""
+    for name, kind in connection.execute(query):
+        what = "a table of computed values" if kind == "table" else f"a {kind}"
+        raise StoreError(f"the run store {path} was not made by Unmask: {name[:100]!r} in it is {what}")
 
 
 def _server_engine(url: sa.URL, *, read_only: bool) -> sa.Engine:
@@ -322,3 +381,17 @@ def _server_engine(url: sa.URL, *, read_only: bool) -> sa.Engine:
 
 def _to_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
+
+
+def _from_json(text: str) -> Any:
+    """Raises StoreError for what no run writes."""
+    try:
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(f"the run store holds JSON that no run writes: {str(error)[:200]}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")

@@ -6,14 +6,19 @@ table follows. The whole upgrade is one transaction: a store has the old tables 
 
 import sqlalchemy as sa
 
+from rewards.errors import StoreError
+
 _UPGRADE_LOCK = 0x756E6D61736B  # any number that nobody else takes as an advisory lock
 
 
 def found_version(connection: sa.Connection) -> int | None:
-    """Schema version of the store, None when it has no tables of ours."""
+    """Schema version of the store, None when it has no tables of ours. Raises StoreError for one that is none."""
     if not sa.inspect(connection).has_table("schema_version"):
         return None
-    return connection.execute(sa.text("SELECT version FROM schema_version")).scalar()
+    found = connection.execute(sa.text("SELECT version FROM schema_version")).scalar()
+    if found is not None and type(found) is not int:  # SQLite keeps anything in any column
+        raise StoreError("its schema version is no number: no Unmask made this run store")
+    return found
 
 
 def upgrade(connection: sa.Connection, to: int) -> int | None:

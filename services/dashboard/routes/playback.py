@@ -67,14 +67,16 @@ def _has_order_map(run: RunAccess, iteration: int) -> bool:
 def _order_map(run: RunAccess, iteration: int | None) -> OrderMap | None:
     """An iteration's map (None: the newest one's), which is kept with its first sample. Raises UnreadableSample."""
     table = schema.samples.c
-    query = sa.select(schema.samples).where(table.run_id == run.id, table.kind == "train")
+    where = [table.run_id == run.id, table.kind == "train"]
     if iteration is not None:
-        query = query.where(table.iteration == iteration)
-    rows = run.reader.select(query.order_by(table.iteration.desc(), table.group_id, table.row).limit(1))
+        where.append(table.iteration == iteration)
+    row = run.reader.first_sample(*where, order=(table.iteration.desc(), table.group_id, table.row))
+    if row is None:
+        return None
     try:
-        return order_map(rows[0]) if rows else None
+        return order_map(row)
     except UnreadableSample as error:
-        raise UnreadableSample(f"sample {rows[0]['id']}: {error}") from None
+        raise UnreadableSample(f"sample {row['id']}: {error}") from None
 
 
 def _briefly(run: RunAccess, where: list[Any], *order: Any) -> list[dict[str, Any]]:
