@@ -98,6 +98,9 @@ def test_only_who_has_the_token_and_no_other_page_may_ask(
     assert len(after) == before + (status == 202), "asked for in spite of the answer"
     submitted = service.client.post("/api/v1/submissions", json={"recipe": "nothing"}, headers=given)
     assert submitted.status_code == (422 if status == 202 else status)
+    for path, there in (("submissions", 200), ("submissions/999999", 404)):
+        told = service.client.get(f"/api/v1/{path}", headers=given)
+        assert told.status_code == (there if status == 202 else status), "what was submitted is the owner's to read"
 
 
 def test_token_in_an_address_opens_nothing_and_is_not_logged(service: Dashboard) -> None:
@@ -164,7 +167,8 @@ def test_unknown_runs_actions_and_submissions(service: Dashboard) -> None:
     assert ask(service, "nobody", action="pause").status_code == 404
     assert ask(service, "..%2fover", action="pause").status_code == 404
     for path in ("runs/live/actions/999999", "runs/over/actions/999999", "submissions/999999", "runs/nobody/actions"):
-        assert service.get(f"/api/v1/{path}").status_code == 404, path
+        headers = {"Authorization": f"Bearer {service.token}"}
+        assert service.client.get(f"/api/v1/{path}", headers=headers).status_code == 404, path
 
 
 def test_too_many_open_actions_and_too_fast(tmp_path: Path) -> None:
@@ -200,7 +204,8 @@ def test_recipes_and_the_check_of_settings(service: Dashboard) -> None:
     assert "postgresql://u:***@h/d" in service.log(), "the control: the line is there"
     off = submit(service)
     assert off.status_code == 503 and "--ray-address" in off.json()["detail"]
-    assert service.api("submissions")["items"][0]["status"] == "refused"
+    assert service.owner_api("submissions")["items"][0]["status"] == "refused"
+    assert (service.runs / ".dashboard.sqlite").stat().st_mode & 0o777 == 0o600, "settings are the owner's to read"
     assert not (service.runs / "mine").exists()
 
 
@@ -293,7 +298,7 @@ def test_submitted_run_appears(
         place = Place(tmp_path / "runs", url)
         service = stack.enter_context(dashboard(place, *options, **ray))
         assert service.api("recipes")["submission"] is True
-        given = [f"model.cache_dir={runs.cache}", "run.name=from-the-page", "run.iterations=1"]
+        given = [f"model.cache_dir={runs.cache}", "run.name=from-the-page", "run.iterations=1", *head.settings]
         dies = submit(service, overrides=[*given, "model.cache_dir=relative"])  # wrong only inside a job
         dead = settled(service, dies)
         assert dead["status"] == "refused" and "model.cache_dir=relative is relative" in dead["result"], dead
@@ -327,7 +332,7 @@ def test_submitted_run_appears(
 def submission(service: Dashboard, answer: httpx.Response) -> dict[str, Any]:
     """How a submission stands."""
     assert answer.status_code == 202, answer.text
-    found: dict[str, Any] = service.client.get(answer.headers["Location"], timeout=LIMIT_S).json()
+    found: dict[str, Any] = service.owner_api(answer.headers["Location"].removeprefix("/api/v1/"))
     return found
 
 

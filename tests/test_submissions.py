@@ -101,11 +101,11 @@ def service_with(ray: StandIn, runs: Path, *jobs: str) -> Iterator[Dashboard]:
 
 
 def listed(service: Dashboard) -> dict[str, tuple[str, str]]:
-    return {each["run_id"]: (each["status"], each["result"]) for each in service.api("submissions")["items"]}
+    return {each["run_id"]: (each["status"], each["result"]) for each in service.owner_api("submissions")["items"]}
 
 
 def singly(service: Dashboard, count: int) -> dict[str, tuple[str, str]]:
-    found = [service.api(f"submissions/{number}") for number in range(1, count + 1)]
+    found = [service.owner_api(f"submissions/{number}") for number in range(1, count + 1)]
     return {each["run_id"]: (each["status"], each["result"]) for each in found}
 
 

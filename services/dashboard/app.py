@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from services.dashboard import guards, pages
+from services.dashboard.connections import Crowd, file_limit
 from services.dashboard.index import RunIndex
 from services.dashboard.jobs import Jobs
 from services.dashboard.problems import InvalidField, Problem, documented, handle_errors
@@ -35,8 +36,8 @@ ROUTERS: tuple[APIRouter, ...] = (
 
 def create_app(settings: Settings) -> FastAPI:
     """The service. ``app.state`` has ``settings``, ``security``, ``catalog`` (of the stores), ``index`` (the runs at a
-    glance), ``hub`` (event streams) and ``answers`` (how many, by method, route and status), ``jobs``
-    (Ray's Job API).
+    glance), ``hub`` (event streams), ``crowd`` (connections), ``answers`` (how many, by method, route and status),
+    ``jobs`` (Ray's Job API).
 
     Raises:
         ConfigError: when the address needs a better token, or the token file can't be used.
@@ -56,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         title="Unmask dashboard",
         version="1",
         description="Runs, their metrics, events, workers, samples and controls. Errors are RFC 9457 problem details. "
-        "Everything can be read without a token; what writes wants it as a bearer token.",
+        "Runs can be read without a token; what writes, and what was submitted, wants it as a bearer token.",
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -67,7 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.security = security
     app.state.catalog = catalog
     app.state.index = RunIndex(catalog)
-    app.state.hub = Hub()
+    app.state.hub = Hub(file_limit())
+    app.state.crowd = Crowd(file_limit())
     app.state.answers = Counter()
     app.state.jobs = Jobs(settings.ray_address, settings.ray_working_dir)
     app.include_router(service.router)

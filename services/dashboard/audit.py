@@ -1,16 +1,22 @@
-"""One line of the log for everything that was asked for with the token, and how often it may be asked."""
+"""One line of the log for everything that was asked for with the token, how often it may be asked, and wrong tokens."""
 
 import logging
 import re
 import threading
-import time
+from collections import OrderedDict
 from typing import Any
 
 from fastapi import Request
 
 from services.dashboard.problems import ProblemError
+from services.dashboard.rate import Rate
 
 log = logging.getLogger("services.dashboard.audit")
+
+_WRONG_TOKENS = 10
+_WRONG_EVERY_S = 6.0
+_PEERS = 1000
+_PATH_CHARACTERS = 200
 
 _PASSWORDS = re.compile(r"(://[^\s:/@'\"]*:)[^\s@'\"]+(?=@)|(password=)[^\s&'\"]+")
 
@@ -35,23 +41,35 @@ def record(requested_by: str, what: str, outcome: str, **arguments: Any) -> None
     log.info("%s", _PASSWORDS.sub(r"\1\2***", line))
 
 
-class Rate:
-    """Lets ``burst`` through at once, and one more every ``every_s`` seconds."""
-
-    def __init__(self, *, burst: int, every_s: float) -> None:
-        self._burst, self._every_s = burst, every_s
-        self._left, self._at = float(burst), time.monotonic()
-        self._lock = threading.Lock()
-
-    def require(self) -> None:
-        """Ends a request that comes too soon with 429."""
-        with self._lock:
-            now = time.monotonic()
-            self._left = min(self._burst, self._left + (now - self._at) / self._every_s)
-            self._at = now
-            if self._left >= 1:
-                self._left -= 1
-                return
-            wait_s = (1 - self._left) * self._every_s
+def require(rate: Rate, what: str = "requests at once") -> None:
+    """Ends a request that comes too soon with 429."""
+    if wait_s := rate.wait_s():
         headers = {"Retry-After": str(int(wait_s) + 1)}
-        raise ProblemError(429, f"too many requests at once; wait {wait_s:.0f} s", headers=headers)
+        raise ProblemError(429, f"too many {what}; wait {wait_s:.0f} s", headers=headers)
+
+
+class WrongTokens:
+    """Notes tokens that are none: a line of the log a second at most, and 429 for an address that goes on. A right
+    token is never refused, or anybody on this machine could keep its owner from stopping a run: guessing is what the
+    token's length is against, this is for it to be seen. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines = Rate(burst=1, every_s=1.0)
+        self._untold = 0
+        self._of_peer: OrderedDict[str, Rate] = OrderedDict()
+
+    def note(self, request: Request) -> None:
+        """Ends the request with 429 when its address has sent too many."""
+        by = who(request)
+        with self._lock:
+            self._untold += 1
+            if not self._lines.wait_s():
+                path = request.url.path[:_PATH_CHARACTERS]
+                record(by, "wrong token", f"refused, {self._untold} since the last such line", path=path)
+                self._untold = 0
+            rate = self._of_peer.pop(by, None) or Rate(burst=_WRONG_TOKENS, every_s=_WRONG_EVERY_S)
+            self._of_peer[by] = rate
+            if len(self._of_peer) > _PEERS:
+                self._of_peer.popitem(last=False)
+        require(rate, "wrong tokens")

@@ -15,12 +15,15 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from rewards.errors import StoreError
+from services.dashboard.rate import Rate
 from services.store.schema import short_reason
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
 
 log = logging.getLogger("services.dashboard")
+
+_lines = Rate(burst=10, every_s=1.0)  # each answer says the same, and anybody may ask
 
 
 class InvalidField(BaseModel):
@@ -108,7 +111,8 @@ def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 def _store(request: Request, error: Exception) -> JSONResponse:
     reason = short_reason(error) if isinstance(error, sa.exc.SQLAlchemyError) else str(error)
-    log.warning("store unreadable at %s: %s", request.url.path, reason)
+    if not _lines.wait_s():
+        log.warning("store unreadable at %s: %s", request.url.path, reason)
     detail = f"the run store can't be read now ({reason}); try again"
     return problem_response(503, detail, request.url.path, headers={"Retry-After": str(RETRY_AFTER_S)})
 

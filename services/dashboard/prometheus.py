@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from services.dashboard.connections import REASONS
 from services.dashboard.index import Known, RunIndex
 from services.dashboard.models import STATES
 from services.store.actions import LIVE_STATUSES
@@ -118,6 +119,12 @@ class _Service(Collector):
         streams = GaugeMetricFamily("unmask_dashboard_streams", "Event streams that are open")
         streams.add_metric([], self._state.hub.clients)
         yield streams
+        dropped = CounterMetricFamily(
+            "unmask_dashboard_dropped_connections", "Connections that were closed on their client", labels=["reason"]
+        )
+        for reason in REASONS:
+            dropped.add_metric([reason], self._state.crowd.dropped[reason])
+        yield dropped
         requests = CounterMetricFamily(
             "unmask_dashboard_requests", "Answers of the API", labels=["method", "route", "status"]
         )

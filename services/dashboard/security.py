@@ -16,8 +16,10 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from rewards.errors import ConfigError
+from services.dashboard.audit import WrongTokens
 from services.dashboard.problems import ProblemError
 from services.dashboard.settings import MIN_TOKEN_LENGTH, TOKEN_VARIABLE, Settings, check_binding, is_loopback
+from services.store.files import opened
 
 _bearer = HTTPBearer(auto_error=False, description="The token in RUNS/.dashboard-token, or UNMASK_DASHBOARD_TOKEN")
 
@@ -33,6 +35,7 @@ class Security:
         """
         given = os.environ.get(TOKEN_VARIABLE)
         check_binding(settings, given)
+        self.wrong_tokens = WrongTokens()
         self._loopback = settings.loopback
         self._token = (given if given is not None else _token_of(settings.token_path)).encode()
 
@@ -50,22 +53,24 @@ class Security:
         return False
 
 
-def require_writer(
+def require_token(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> None:
-    """Ends a request that may not write with 403 (another page's) or 401 (without the token)."""
+    """Ends a request with 403 (another page's), 401 (without the token) or 429 (with too many wrong ones)."""
     site = request.headers.get("sec-fetch-site", "same-origin")  # old browsers don't say; they send Origin
     if not _same_origin(request) or site not in ("same-origin", "none"):
         raise ProblemError(403, "this page is not the dashboard's own; use the dashboard's page, or no browser at all")
     security: Security = request.app.state.security
     if credentials is None or not security.authorised(credentials.credentials):
+        if credentials is not None:
+            security.wrong_tokens.note(request)
         said = "no token was given" if credentials is None else "this is not the token"
         detail = f"{said}; it is in the dashboard's token file, or in {TOKEN_VARIABLE} where it was started"
         raise ProblemError(401, detail, headers={"WWW-Authenticate": "Bearer"})
 
 
-RequireWriter = Depends(require_writer)
-"""``dependencies=[RequireWriter]`` of every route that writes."""
+RequireToken = Depends(require_token)
+"""``dependencies=[RequireToken]`` of every route that writes, or tells what was submitted."""
 
 
 def _same_origin(request: Request) -> bool:
@@ -83,14 +88,12 @@ def _token_of(path: Path) -> str:
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):  # another dashboard was quicker: its token is as good
                 _make(path)
-        about, content = _opened(path)
-        token = content.decode("ascii").strip()
+        with opened(path, follow=True) as descriptor:  # what is checked is what is read, whatever is renamed meanwhile
+            about, token = os.fstat(descriptor), os.read(descriptor, 4096).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"the token file {path} can't be used: {reason}; give another with --token-file") from None
     mode = stat.S_IMODE(about.st_mode)
-    if not stat.S_ISREG(about.st_mode):
-        raise ConfigError(f"the token file {path} is no regular file; give another with --token-file")
     if about.st_uid not in (os.geteuid(), 0):
         raise ConfigError(f"the token file {path} belongs to another user, who knows the token; delete it")
     if mode & 0o077:
@@ -98,16 +101,6 @@ def _token_of(path: Path) -> str:
     if len(token) < MIN_TOKEN_LENGTH:
         raise ConfigError(f"the token in {path} is shorter than {MIN_TOKEN_LENGTH} characters; delete the file")
     return token
-
-
-def _opened(path: Path) -> tuple[os.stat_result, bytes]:
-    """The file's state and its beginning, of one and the same file whatever is renamed meanwhile."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not hold us up
-    try:
-        about = os.fstat(descriptor)
-        return about, os.read(descriptor, 4096) if stat.S_ISREG(about.st_mode) else b""
-    finally:
-        os.close(descriptor)
 
 
 def _make(path: Path) -> None:

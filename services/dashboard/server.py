@@ -3,12 +3,14 @@
 import socket
 import sys
 import threading
+from functools import partial
 
 import uvicorn
 
 from rewards.errors import ConfigError
 from services.dashboard import audit
 from services.dashboard.app import create_app
+from services.dashboard.connections import BACKLOG, MAX_CONNECTIONS, Connection, raise_file_limit
 from services.dashboard.settings import Settings
 
 GRACE_S = 3
@@ -24,21 +26,25 @@ def serve(settings: Settings, *, any_port: bool = False, while_stdin: bool = Fal
     Raises:
         ConfigError: when the address can't be had, or the settings are refused.
     """
+    raise_file_limit()
     app = create_app(settings)
     audit.to_stderr()
     with _listener(settings, any_port) as listener:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=partial(Connection, crowd=app.state.crowd),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
-                log_level="warning",
+                log_level="error",  # not of every request that is none
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=2000,
+                backlog=BACKLOG,
+                limit_concurrency=MAX_CONNECTIONS + 1,  # requests of clients that have gone; the crowd has a limit
                 timeout_keep_alive=30,
+                callback_notify=app.state.crowd.sweep,
+                timeout_notify=0,  # every second
                 timeout_graceful_shutdown=GRACE_S,
             )
         )

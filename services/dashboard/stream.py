@@ -9,18 +9,20 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 
 from sse_starlette.event import ServerSentEvent
 
 from rewards.errors import StoreError
 from services.dashboard.changes import Frame, Gone, Key, Source
+from services.dashboard.connections import share
 
 POLL_S = 0.5
 RING_FRAMES = 2000
 RING_BYTES = 2 << 20
 MAX_CLIENTS = 1000
+"""Or half of the files that the process may open, where that is less."""
 _LOOK_S = 10.0
 
 log = logging.getLogger("services.dashboard")
@@ -29,27 +31,32 @@ log = logging.getLogger("services.dashboard")
 class Hub:
     """The feeds of one service, by run; None is the feed of all runs. All methods run on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: int) -> None:
+        """files: how many the process may open; each client is one."""
+        self._most = min(MAX_CLIENTS, files // 2)
         self._feeds: dict[str | None, Feed] = {}
+        self._of_peer: Counter[str] = Counter()
         self.clients = 0
 
-    @property
-    def full(self) -> bool:
-        """Whether no more clients are taken."""
-        return self.clients >= MAX_CLIENTS
+    def full(self, peer: str) -> bool:
+        """Whether no more clients are taken from this address."""
+        return self.clients >= self._most or self._of_peer[peer] >= share(self._most)
 
     @contextlib.asynccontextmanager
-    async def joined(self, topic: str | None, source: Source) -> "AsyncIterator[Feed]":
+    async def joined(self, topic: str | None, source: Source, peer: str) -> "AsyncIterator[Feed]":
         """The topic's feed, which is polled while somebody is in such a block."""
         feed = self._feeds.get(topic)
         if feed is None or feed.over:
             feed = self._feeds[topic] = Feed(source)
         self.clients += 1
+        self._of_peer[peer] += 1
         feed.clients += 1
         try:
             yield feed
         finally:
             self.clients -= 1
+            self._of_peer[peer] -= 1
+            self._of_peer += Counter()  # forgets who has none
             feed.clients -= 1
             if not feed.clients:
                 feed.close()

@@ -1,5 +1,7 @@
-"""Control: what a run is asked to do, and runs that are submitted. Writing wants the token; everything can be read."""
+"""Control: what a run is asked to do, and runs that are submitted. Writing wants the token, and so does reading what
+was submitted: settings and logs of jobs may hold anything."""
 
+import contextlib
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -9,12 +11,14 @@ from rewards.errors import StoreError
 from services.dashboard import jobs
 from services.dashboard.access import RunOfPath
 from services.dashboard.action_models import Action, ActionRequest, Recipe, RecipeList, Submission, SubmissionRequest
-from services.dashboard.audit import Rate, record, who
+from services.dashboard.audit import record, require, who
 from services.dashboard.jobs import Checked, RayRefused, RayUnavailable, SettingsRefused
 from services.dashboard.models import Page
 from services.dashboard.problems import ProblemError, documented
-from services.dashboard.security import RequireWriter
+from services.dashboard.rate import Rate
+from services.dashboard.security import RequireToken
 from services.store import actions, schema
+from services.store.catalog import READ_LIMIT_S
 from services.store.reader import Reader
 
 router = APIRouter(tags=["control"], responses=documented(404, 422, 503))
@@ -36,16 +40,17 @@ Limit = Annotated[int, Query(ge=1, le=200, description="Items on a page")]
     operation_id="requestAction",
     summary="Ask a run for something",
     status_code=202,
-    dependencies=[RequireWriter],
+    dependencies=[RequireToken],
     responses=documented(401, 403, 409, 413, 429),
 )
 def request_action(request: Request, response: Response, run: RunOfPath, wanted: ActionRequest) -> Action:
     """Stop, pause, resume, checkpoint or set_actors. The answer says that it was asked for; the run's controller takes
     it within a second or two, does it, and only then the action is ``done``, with what happened. A run that is over or
     silent refuses at once (409)."""
-    _rate.require()
+    require(_rate)
     by, arguments = who(request), wanted.arguments()
-    engine = schema.open_engine(request.app.state.catalog.store_url(run.id), create=False)
+    url = request.app.state.catalog.store_url(run.id)
+    engine = schema.open_engine(url, create=False, transaction_s=READ_LIMIT_S)
     try:
         if actions.open_requests(Reader(engine).select, run.id) >= MAX_OPEN:
             raise ProblemError(429, f"{MAX_OPEN} actions of this run are waiting already", headers={"Retry-After": "5"})
@@ -95,12 +100,12 @@ def list_recipes(request: Request) -> RecipeList:
     operation_id="submitRun",
     summary="Submit a run, or check its settings",
     status_code=202,
-    dependencies=[RequireWriter],
+    dependencies=[RequireToken],
     responses=documented(401, 403, 409, 413, 429, 502) | {200: {"model": Submission, "description": "Checked only"}},
 )
 def submit_run(request: Request, response: Response, wanted: SubmissionRequest) -> Submission:
     """Start a run from a recipe as a job of the Ray cluster. With ``dry`` the settings are only checked (200)."""
-    _checks.require()
+    require(_checks)
     by, settings = who(request), request.app.state.settings
     try:
         checked = jobs.check(wanted.recipe, wanted.overrides, settings.runs_dir, settings.store_url)
@@ -117,7 +122,13 @@ def submit_run(request: Request, response: Response, wanted: SubmissionRequest) 
     return Submission.of(asked).model_copy(update={"config": checked.config, "job_id": job_id})
 
 
-@router.get("/submissions", operation_id="listSubmissions", summary="Runs that were submitted from here")
+@router.get(
+    "/submissions",
+    operation_id="listSubmissions",
+    summary="Runs that were submitted from here",
+    dependencies=[RequireToken],
+    responses=documented(401, 403, 429),
+)
 def list_submissions(
     request: Request,
     limit: Limit = 50,
@@ -141,6 +152,8 @@ def list_submissions(
     "/submissions/{submission_id}",
     operation_id="getSubmission",
     summary="How a submitted run stands",
+    dependencies=[RequireToken],
+    responses=documented(401, 403, 429),
 )
 def get_submission(request: Request, submission_id: Number) -> Submission:
     """``done`` when the run is in the list of runs, ``refused`` when its job ended before; with the end of its log."""
@@ -239,7 +252,10 @@ def _records(request: Request, *, create: bool) -> sa.Engine | None:
     if settings.store_url is not None:
         return schema.open_engine(settings.store_url, create=create)
     path = settings.runs_dir / ".dashboard.sqlite"
-    if not create and not path.is_file():
+    if create:
+        with contextlib.suppress(OSError):  # which opening it tells better
+            path.touch(0o600)  # the settings of a run are its owner's; SQLite's other files take this one's mode
+    elif not path.is_file():
         return None
     return schema.open_engine(schema.sqlite_url(path), create=create)
 

@@ -57,11 +57,12 @@ async def stream(
         await run_in_threadpool(access, state.catalog, run)  # an unknown run is a 404, not an empty stream
     source: Source = AllRuns(state.index) if run is None else OneRun(state.catalog, run)
     hub: Hub = state.hub
-    if hub.full:
-        raise ProblemError(503, f"{hub.clients} event streams are open, and that is all there are; try again later")
+    peer = request.client.host if request.client else ""
+    if hub.full(peer):
+        raise ProblemError(503, f"{hub.clients} event streams are open, and no more are given to you; try again later")
 
     async def frames() -> AsyncIterator[ServerSentEvent]:
-        async with hub.joined(run, source) as feed:
+        async with hub.joined(run, source, peer) as feed:
             async for event in feed.follow(place):
                 yield event
 

@@ -43,12 +43,18 @@ export function get(path, query, { signal } = {}) {
   return request(url(path, query), { signal });
 }
 
+/** Reads with the token what can't be read without. */
+export function getWithToken(path) {
+  return request(url(path), { headers: authorization() });
+}
+
 /** Writes, with the token. */
 export function post(path, body) {
-  const headers = { "Content-Type": "application/json" };
-  if (token.get()) headers.Authorization = `Bearer ${token.get()}`;
+  const headers = { "Content-Type": "application/json", ...authorization() };
   return request(url(path), { method: "POST", headers, body: JSON.stringify(body ?? {}) });
 }
+
+const authorization = () => (token.get() ? { Authorization: `Bearer ${token.get()}` } : {});
 
 async function request(target, options) {
   let response;

@@ -1,7 +1,7 @@
 // Control of a run and submission of new ones. Shown only to who has entered the token; an action is shown as under way
 // until the run itself confirms or refuses it.
 
-import { at, get, post, token } from "./api.js";
+import { at, get, getWithToken, post, token } from "./api.js";
 import { h, put, setText } from "./dom.js";
 
 const LIVE = ["running", "paused"];
@@ -208,9 +208,13 @@ function followSubmission(sent, answer, app, close) {
   setTimeout(async () => {
     if (!answer.isConnected) return;
     try {
-      sent = await get(at`submissions/${sent.id}`);
-    } catch {
-      // asked again
+      sent = await getWithToken(at`submissions/${sent.id}`);
+    } catch (error) {
+      if (error.status === 401) {
+        failed(app, error, "");
+        return say(answer, "refused", "Ray has the job. The token is needed to follow it: enter it again; the run appears in the list.");
+      }
+      // anything else: asked again
     }
     followSubmission(sent, answer, app, close);
   }, 2 * POLL_MS);
