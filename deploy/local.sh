@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Ray cluster of several nodes on one machine, to try out what runs on many.
+# A Ray cluster of several nodes on one machine, to try out what runs on many. It listens on loopback alone.
 #
 #   deploy/local.sh start [NODES]   bring up a head and NODES - 1 workers (default 3), print how to use them
 #   deploy/local.sh stop            end exactly the processes that `start` started
@@ -57,7 +57,7 @@ start() {
     make_token
 
     start_node 0 --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 1)) \
-        --ray-client-server-port=$((port + 2)) --temp-dir="$state/ray"
+        --ray-client-server-port=$((port + 2))
     for ((i = 1; i < nodes; i++)); do
         start_node "$i" --address="127.0.0.1:$port"
     done
@@ -114,9 +114,10 @@ make_token() {
 start_node() { # INDEX, options of `ray start`
     local index=$1 log=$state/logs/node-$1.log first=$((port + 100 + ports_per_node * $1))
     shift
+    # A session folder for each: they would unpack a job's working directory into the same one, on top of each other.
     # --block keeps the node's processes below one process of its own session, by which they are found again.
-    setsid ray start "$@" --block --node-ip-address=127.0.0.1 --disable-usage-stats \
-        --num-cpus="$cpus" --object-store-memory="$store_bytes" \
+    setsid "$environment_bin/python" "$here/loopback_ray.py" start "$@" --block --node-ip-address=127.0.0.1 --disable-usage-stats \
+        --temp-dir="$state/ray/$index" --num-cpus="$cpus" --object-store-memory="$store_bytes" \
         --node-manager-port=$first --object-manager-port=$((first + 1)) --runtime-env-agent-port=$((first + 2)) \
         --dashboard-agent-listen-port=$((first + 3)) --dashboard-agent-grpc-port=$((first + 4)) \
         --metrics-export-port=$((first + 5)) \
@@ -140,6 +141,8 @@ write_environment() {
     {
         echo "export RAY_ADDRESS=127.0.0.1:$port RAY_API_SERVER_ADDRESS=http://127.0.0.1:$((port + 1))"
         echo "export RAY_AUTH_MODE=$RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-}"
+        # Else Ray looks for it at the machine's network address, where it does not listen.
+        echo "export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0"
         echo "export PATH=$environment_bin:\$PATH"
     } >"$state/env"
 }

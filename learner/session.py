@@ -57,7 +57,7 @@ def joined_ray(
                         f"the Ray cluster at {address} has no authentication: whoever reaches that address can run "
                         "commands as you; start it with RAY_AUTH_MODE=token, or set resources.ray_insecure=true"
                     )
-                told += ", which lets everybody in (resources.ray_insecure=true)"
+                told += "; it lets everybody in (resources.ray_insecure=true)"
         else:
             count = max(1, math.ceil(cpus))
             stack.enter_context(local_ray(num_cpus=count))

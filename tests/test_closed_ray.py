@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,12 @@ from learner.bench import control
 from learner.rendezvous import meeting_host, open_meeting_place
 from learner.session import joined_ray, joins
 from rewards.errors import ConfigError
+from tests.listening import Listener, listeners
 from tests.real_runs import Runs, clean_environment, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 AGENT_PORT = 52365
 """Where Ray's job agent listens, whoever is there first."""
-
-Listener = tuple[str, int]
-
-
-def listeners(pids: Iterable[int]) -> set[Listener]:
-    """(address, port) of every TCP socket that these processes listen on; IPv4 ones as such."""
-    found = set()
-    for pid in pids:
-        try:
-            connections = psutil.Process(pid).net_connections("tcp")
-        except psutil.Error:
-            continue
-        found |= {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port) for c in connections if c.status == "LISTEN"}
-    return found
 
 
 def family() -> list[int]:
@@ -276,7 +263,7 @@ def test_the_same_attacks_open_a_plain_ray(
         text=True,
         timeout=120,
     )
-    assert "which lets everybody in (resources.ray_insecure=true)" in done.stdout, done.stderr
+    assert "; it lets everybody in (resources.ray_insecure=true)" in done.stdout, done.stderr
 
 
 def test_a_token_that_is_missing_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +296,8 @@ def test_the_benchmark_of_the_control_path_has_a_closed_ray() -> None:
     code = f"""
     import threading
     import time
-    from tests.test_closed_ray import family, listeners
+    from tests.listening import listeners
+    from tests.test_closed_ray import family
     seen, over = set(), threading.Event()
     def look():
         while not over.wait(0.2):

@@ -18,7 +18,8 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.real_runs import TEST_PROCESS
+from tests.listening import listeners
+from tests.real_runs import TEST_PROCESS, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "deploy" / "local.sh"
@@ -93,16 +94,17 @@ class LocalCluster:
         return subprocess.run(shell, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
 
     def processes(self) -> list[str]:
-        """Command lines of live processes that mention the cluster's folder or carry it in their environment."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                arguments, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if int(folder.name) != os.getpid() and str(self.folder).encode() in arguments + environment:
-                found.append(arguments.replace(b"\0", b" ").decode()[:200])
-        return found
+        """Command lines of the cluster's live processes."""
+        return [command_line(int(path.name)) for path in Path("/proc").glob("[0-9]*") if self.owns(path)]
+
+    def owns(self, process: Path) -> bool:
+        """Whether it mentions the cluster's folder or carries it in its environment; ``process`` is its folder in
+        /proc."""
+        try:
+            arguments, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            return False
+        return int(process.name) != os.getpid() and str(self.folder).encode() in arguments + environment
 
 
 @pytest.fixture
@@ -118,6 +120,17 @@ import json, ray
 ray.init(logging_level="error")
 nodes = [node for node in ray.nodes() if node["Alive"]]
 print(json.dumps({"nodes": len(nodes), "cpus": ray.cluster_resources()["CPU"]}))
+"""
+
+
+UNPACKED = """
+import pathlib, ray
+ray.init(log_to_driver=False, logging_level="error")
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+def look():
+    return ray.get_runtime_context().get_node_id(), sum(file.stat().st_size for file in pathlib.Path().rglob("*.dat"))
+seen = dict(ray.get([look.remote() for _ in range(12)], timeout=60))
+print("unpacked on", len(seen), "nodes:", *sorted(set(seen.values())))
 """
 
 
@@ -150,6 +163,10 @@ def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
         assert not token.exists() or token.stat().st_mode & 0o777 == 0o600
         assert dashboard_status(PORT + 1) == status
 
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if local.owns(path)]
+        found = listeners(pids)
+        assert len(found) > 6 * nodes and {host for host, _ in found} == {"127.0.0.1"}, sorted(found)
+
         second = local.call("start", "1")
         assert second.returncode == 1 and "holds a cluster already" in second.stderr
         assert len(local.processes()) > 3  # the control of the last assertion: the search does find them
@@ -176,6 +193,23 @@ def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, b
     store = sqlite3.connect(tmp_path / "spread" / "store.sqlite")
     rows = store.execute("select data from workers where role = 'rollout'").fetchall()
     assert len({json.loads(data)["node_id"] for (data,) in rows}) == 2
+    assert stopped.returncode == 0, stopped.stderr
+
+
+@pytest.mark.slow
+def test_a_jobs_files_are_whole_on_every_node(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(UNPACKED)
+    for i in range(1500):
+        (tmp_path / f"{i}.dat").write_bytes(os.urandom(1000))
+    local = LocalCluster(folder, PORT, CPUS_PER_NODE="4")
+    try:
+        assert local.call("start", "3").returncode == 0
+        job = local.python(
+            "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "job.py"
+        )
+    finally:
+        stopped = local.call("stop")
+    assert "unpacked on 3 nodes: 1500000" in job.stdout, job.stdout + job.stderr
     assert stopped.returncode == 0, stopped.stderr
 
 

@@ -44,6 +44,8 @@ class Head:
 
     def __init__(self, folder: Path, *, token: bool) -> None:
         self.folder, self.log = folder, folder / "ray.out"
+        self.settings = () if token else ("resources.ray_insecure=true",)
+        """What a run needs to join it."""
         self.port, self.dashboard, *others = free_ports(9)
         # Jobs run whatever `python` is on the head's PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -99,7 +101,7 @@ class Head:
 
     def submit(self, checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """``ray job submit`` of a run with these arguments, from a checkout; waits for its end."""
-        job = ("python", "-m", "learner.main", *SETTINGS, *arguments)
+        job = ("python", "-m", "learner.main", *SETTINGS, *self.settings, *arguments)
         return self.ray("job", "submit", "--working-dir", ".", "--", *job, cwd=checkout)
 
     def close(self) -> None:
@@ -187,6 +189,21 @@ def test_submitted_run_leaves_everything_where_the_user_asked(
     assert [run["status"] for run in store_rows.list_runs(engine)] == ["finished"]
     engine.dispose()
     assert not (checkout / "runs").exists()
+
+
+@pytest.mark.parametrize("head", ["disabled"], indirect=True)
+def test_a_ray_that_lets_everybody_in_is_refused(head: Head, checkout: Path, runs: Runs, tmp_path: Path) -> None:
+    told = []
+    arguments = (f"run.dir={tmp_path}/asked", f"model.cache_dir={runs.cache}", "resources.ray_insecure=false")
+    answer = head.submit(checkout, *arguments)
+    assert answer.returncode != 0
+    told.append(answer.stdout + answer.stderr)
+    with runs.started("open", forked=False, **(head.environment | head.address)) as run:
+        assert run.wait() == 2, run.output()
+        told.append(run.output())
+    for text in told:
+        assert re.search(rf"the Ray cluster at [\d.]+:{head.port} has no authentication", text), text
+        assert "set resources.ray_insecure=true" in text and "Traceback (most recent call last)" not in text, text
 
 
 @pytest.mark.parametrize("head", ["token"], indirect=True)
