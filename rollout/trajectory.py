@@ -7,7 +7,7 @@ Everything is numpy, so a group comes out of Ray's object store without a copy.
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,10 @@ class SamplerSpec:
     def truncates(self) -> bool:
         """True when top-k or top-p removes tokens, so that the support must be recorded."""
         return self.temperature > 0 and (self.top_k is not None or self.top_p < 1.0)
+
+    def greedy(self, *, steps: int, position_rule: PositionRule) -> "SamplerSpec":
+        """Temperature 0 without truncation, in this many steps and this order; the rest as it is."""
+        return replace(self, steps=steps, position_rule=position_rule, temperature=0.0, top_k=None, top_p=1.0)
 
 
 @dataclass(frozen=True)

@@ -49,20 +49,16 @@ def grid(config: EvaluateConfig) -> list[Cell]:
     ordered = [(rule, steps) for rule in dict.fromkeys(rules) for steps in config.step_counts]
     cells = []
     if decode.greedy:
-        cells += [Cell("greedy", greedy_sampler(base, steps=steps, position_rule=rule)) for rule, steps in ordered]
+        cells += [Cell("greedy", base.greedy(steps=steps, position_rule=rule)) for rule, steps in ordered]
     for threshold in dict.fromkeys(decode.thresholds):
-        greedy = greedy_sampler(base, steps=config.step_counts[0], position_rule="low_confidence")
+        greedy = base.greedy(steps=config.step_counts[0], position_rule="low_confidence")
         cells.append(Cell("threshold", dataclasses.replace(greedy, threshold=threshold)))
     if decode.samples:
         cells += [
-            Cell("sampled", _replace(base, steps=steps, position_rule=rule), decode.samples) for rule, steps in ordered
+            Cell("sampled", dataclasses.replace(base, steps=steps, position_rule=rule), decode.samples)
+            for rule, steps in ordered
         ]
     return cells
-
-
-def greedy_sampler(sampler: SamplerSpec, *, steps: int, position_rule: str) -> SamplerSpec:
-    """Temperature 0 without truncation, in this many steps and this order; the rest as it is."""
-    return _replace(sampler, steps=steps, position_rule=position_rule, temperature=0.0, top_k=None, top_p=1.0)
 
 
 def _sampler(config: EvaluateConfig) -> SamplerSpec:
@@ -75,8 +71,4 @@ def _sampler(config: EvaluateConfig) -> SamplerSpec:
             changes[name] = getattr(decode, name)
     if changes.get("top_k") == 0:
         changes["top_k"] = None
-    return _replace(SamplerSpec(**config.rollout.sampler.model_dump()), **changes)
-
-
-def _replace(sampler: SamplerSpec, **changes: Any) -> SamplerSpec:
-    return dataclasses.replace(sampler, **changes)
+    return dataclasses.replace(SamplerSpec(**config.rollout.sampler.model_dump()), **changes)

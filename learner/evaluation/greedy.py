@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from learner.config import RunConfig
-from learner.evaluation.cells import greedy_sampler
 from learner.feed import Feed
 from rewards.task import Problem
 from rollout.actor import Weights
@@ -30,9 +29,7 @@ def greedy_solve_rates(
     for divisor in config.evaluation.step_divisors:
         results = feed.pool.evaluate(
             problems,
-            greedy_sampler(
-                feed.sampler, steps=feed.sampler.steps // divisor, position_rule=config.evaluation.position_rule
-            ),
+            feed.sampler.greedy(steps=feed.sampler.steps // divisor, position_rule=config.evaluation.position_rule),
             weights,
             chunk_size=config.rollout.max_rows,
             timeout_s=config.timeouts.evaluate,
