@@ -63,10 +63,10 @@ def _listener(settings: Settings, any_port: bool) -> socket.socket:
     ports = [settings.port, 0] if any_port else [settings.port]
     for port in ports:
         try:
-            family, kind, _, _, address = socket.getaddrinfo(
+            family, kind, protocol, _, address = socket.getaddrinfo(
                 settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            listener = socket.socket(family, kind)
+            listener = socket.socket(family, kind, protocol)  # asyncio sets TCP_NODELAY on what says that it is TCP
         except OSError as error:
             raise ConfigError(f"--host {settings.host} is no address of this machine: {error.strerror}") from None
         try:

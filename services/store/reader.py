@@ -124,7 +124,7 @@ class Reader:
         for name, _, iteration, count, bad, nonfinite, low, high, mean, _ in rows:
             one = series[stored_as[name]]
             one["iteration"].append(iteration)
-            one["value"].append(number(mean, nonfinite))
+            one["value"].append(number(mean, nonfinite) if mean is None or nonfinite is not None else mean)
             one["low"].append(low)
             one["high"].append(high)
             one["count"].append(int(count + bad))

@@ -28,16 +28,19 @@ def dicts(connection: sa.Connection, query: sa.Select[Any]) -> list[dict[str, An
 def fetched(connection: sa.Connection, query: sa.Select[Any], types: Sequence[Types]) -> Iterator[Sequence[Any]]:
     """Rows one by one. Raises StoreError for a value of another type, and when it becomes too much."""
     left = MAX_ANSWER_BYTES
+    known: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}  # texts and objects, by the types of a row: few kinds
     for row in connection.execute(query):
+        kinds = tuple(map(type, row))
+        if kinds not in known:
+            _require_types(kinds, types)
+            texts = [index for index, kind in enumerate(kinds) if kind is str or kind is bytes]
+            known[kinds] = texts, [index for index, kind in enumerate(kinds) if kind is dict]
+        texts, objects = known[kinds]
         left -= ROW_BYTES
-        for value, allowed in zip(row, types, strict=True):
-            kind = type(value)
-            if allowed is not None and kind not in allowed:
-                raise StoreError(f"the run store holds a {kind.__name__} where no run writes one")
-            if kind is str or kind is bytes:
-                left -= len(value)
-            elif kind is dict:
-                left -= size(value)
+        for index in texts:
+            left -= len(row[index])
+        for index in objects:
+            left -= size(row[index])
         if left < 0:
             raise StoreError(f"the run store answers with more than {MAX_ANSWER_BYTES >> 20} MiB, no run writes that")
         yield row
@@ -45,11 +48,11 @@ def fetched(connection: sa.Connection, query: sa.Select[Any], types: Sequence[Ty
 
 def number(value: float | None, nonfinite: str | None) -> float:
     """The value of a metric out of the columns that keep it. Raises StoreError when they hold none."""
-    if nonfinite in ("nan", "inf", "-inf"):
-        return float(nonfinite)
-    if nonfinite is not None or value is None or not math.isfinite(value):
+    if nonfinite is None and value is not None and math.isfinite(value):
+        return value
+    if nonfinite not in ("nan", "inf", "-inf"):
         raise StoreError("the run store holds a metric whose value is none")
-    return value
+    return float(nonfinite)
 
 
 def whole(value: Any) -> int | None:
@@ -57,6 +60,12 @@ def whole(value: Any) -> int | None:
     if value is not None and type(value) is not int:
         raise StoreError(f"the run store holds a {type(value).__name__} where no run writes one")
     return value
+
+
+def _require_types(found: Sequence[type], types: Sequence[Types]) -> None:
+    for kind, allowed in zip(found, types, strict=True):
+        if allowed is not None and kind not in allowed:
+            raise StoreError(f"the run store holds a {kind.__name__} where no run writes one")
 
 
 def _of(*types: type) -> Types:
