@@ -28,7 +28,8 @@ def dicts(connection: sa.Connection, query: sa.Select[Any]) -> list[dict[str, An
 def fetched(connection: sa.Connection, query: sa.Select[Any], types: Sequence[Types]) -> Iterator[Sequence[Any]]:
     """Rows one by one. Raises StoreError for a value of another type, and when it becomes too much."""
     left = MAX_ANSWER_BYTES
-    known: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}  # texts and objects, by the types of a row: few kinds
+    # Where its texts and objects are, by the types of a row, of which there are few.
+    known: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}
     for row in connection.execute(query):
         kinds = tuple(map(type, row))
         if kinds not in known:
