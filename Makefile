@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	$(if $(TORCH_INDEX),$(PY) -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) \
 		--constraint deploy/constraints.txt torch)
 	$(PINNED) $(PY) -m pip install --quiet --editable '.[dev]'
-	$(PY) -m learner.build_ops
+	$(PY) -m learner.ranks.build_ops
 	touch $(STAMP)
 
 run: setup

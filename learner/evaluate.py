@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from learner.evaluation.settings import help_text, load_evaluation
-from learner.stopping import exit_status, interrupting
+from learner.runs.stopping import exit_status, interrupting
 from rewards.errors import ConfigError
 
 USAGE = """usage: python -m learner.evaluate [--run RUN | recipe=NAME] [key.sub=value ...]

@@ -17,7 +17,7 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from transformers.utils import cached_file
 
-from learner.atomic import atomic_dir
+from learner.runs.atomic import atomic_dir
 from rewards.errors import ConfigError, UnmaskError
 from rollout.adapters import load_state, read_peft_folder
 from rollout.models import load_model, load_tokenizer, read_config

@@ -1,14 +1,15 @@
 """Train: ``python -m learner.main [recipe=NAME] [key.sub=value ...] [--dry-run | --print-config | --help]``.
 
-Only parses: what is defined here would be called ``__main__.X`` on Ray's workers, so the work is in ``learner.launch``.
+Only parses: what is defined here would be called ``__main__.X`` on Ray's workers, so the work is in
+``learner.control.launch``.
 """
 
 import sys
 from collections.abc import Sequence
 from functools import partial
 
-from learner.config import check_paths, dump_config, help_text, in_ray_job, load_config
-from learner.stopping import exit_status, interrupting
+from learner.runs.stopping import exit_status, interrupting
+from learner.settings.run import check_paths, dump_config, help_text, in_ray_job, load_config
 from rewards.errors import ConfigError
 
 USAGE = """usage: python -m learner.main [recipe=NAME] [key.sub=value ...] [option]
@@ -40,7 +41,7 @@ def _command(argv: Sequence[str]) -> int:
         return 0
     check_paths(config, in_ray_job())
     with interrupting():
-        from learner.launch import run  # torch and Ray take seconds to import
+        from learner.control.launch import run  # torch and Ray take seconds to import
 
         return run(config, dry_run="--dry-run" in options)
 

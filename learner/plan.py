@@ -7,12 +7,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from learner.config import RunConfig, load_config
 from learner.planning import hardware, report
 from learner.planning.fit import plan_run
 from learner.planning.prompts import prompt_tokens
 from learner.planning.shapes import model_shape
-from learner.stopping import piped
+from learner.runs.stopping import piped
+from learner.settings.run import RunConfig, load_config
 from rewards.errors import ConfigError, UnmaskError
 
 
@@ -69,7 +69,7 @@ def _hardware(config: RunConfig, arguments: argparse.Namespace) -> hardware.Hard
         raise ConfigError("--gpu needs --gpus, how many there are")
     if memory is not None:
         return hardware.Hardware("cpu", 0, memory, None, "the command line")
-    from learner.session import joins, ray_session
+    from learner.runs.session import joins, ray_session
 
     if not joins(config.resources.ray_address):
         return hardware.this_machine(config)

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learner.atomic import atomic_write_text
-from learner.config import load_config
+from learner.runs.atomic import atomic_write_text
+from learner.settings.run import load_config
 from rewards.errors import ConfigError, UnmaskError
 
 RUN_LIMIT_S = 3600.0

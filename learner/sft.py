@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from learner.config import dump_config, in_ray_job
 from learner.finetuning.settings import check_paths, help_text, load_sft_config
-from learner.stopping import exit_status, interrupting
+from learner.runs.stopping import exit_status, interrupting
+from learner.settings.run import dump_config, in_ray_job
 from rewards.errors import ConfigError
 
 USAGE = """usage: python -m learner.sft [recipe=NAME] [key.sub=value ...] [option]

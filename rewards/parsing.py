@@ -1,6 +1,6 @@
 r"""Finds the submitted answer in a completion. Every function is total and linear in the text it reads.
 
-Rules, the same for every strict task (of several boxes, mathematics takes the last: ``rewards.answers``):
+Rules, the same for every strict task (of several boxes, mathematics takes the last: ``rewards.maths.answers``):
 
 - Closed ``<think>...</think>`` blocks are taken out first, so an answer tag inside the thinking is no answer.
 - The *last* complete ``<answer>...</answer>`` is the submission. Without one, the whole remaining text is, and it is

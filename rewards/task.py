@@ -16,21 +16,21 @@ from rewards.errors import ConfigError, DataError
 Split = Literal["train", "test"]
 
 BUILT_IN = {
-    "countdown": "rewards.countdown:Countdown",
+    "countdown": "rewards.tasks.countdown:Countdown",
     "countdown_agrpo": "rewards.protocols.agrpo:CountdownAgrpo",
     "countdown_d1": "rewards.protocols.d1:CountdownD1",
-    "countdown_in_order": "rewards.countdown:CountdownInOrder",
-    "gsm8k": "rewards.gsm8k:Gsm8k",
+    "countdown_in_order": "rewards.tasks.countdown:CountdownInOrder",
+    "gsm8k": "rewards.tasks.gsm8k:Gsm8k",
     "gsm8k_agrpo": "rewards.protocols.agrpo:Gsm8kAgrpo",
     "gsm8k_d1": "rewards.protocols.d1:Gsm8kD1",
     "gsm8k_spg": "rewards.protocols.spg:Gsm8kSpg",
-    "humaneval": "rewards.humaneval:HumanEval",
-    "math": "rewards.math_task:Math",
+    "humaneval": "rewards.tasks.humaneval:HumanEval",
+    "math": "rewards.tasks.math:Math",
     "math_agrpo": "rewards.protocols.agrpo:MathAgrpo",
     "math_d1": "rewards.protocols.d1:MathD1",
     "math_spg": "rewards.protocols.spg:MathSpg",
-    "mbpp": "rewards.mbpp:Mbpp",
-    "sudoku": "rewards.sudoku:Sudoku",
+    "mbpp": "rewards.tasks.mbpp:Mbpp",
+    "sudoku": "rewards.tasks.sudoku:Sudoku",
     "sudoku_agrpo": "rewards.protocols.agrpo:SudokuAgrpo",
     "sudoku_d1": "rewards.protocols.d1:SudokuD1",
     "sudoku_spg": "rewards.protocols.spg:SudokuSpg",
@@ -69,8 +69,8 @@ class Task(ABC):
     memory_limit_mb: ClassVar[int] = 0
     """MiB that what a completion makes run beside the grader may hold at once; 0 when nothing is."""
     default_sources: ClassVar[Mapping[Split, str]] = {}
-    """For a task of real data, where each split's problems come from when no path is given (``rewards.hub``). Empty
-    when problems are generated instead."""
+    """For a task of real data, where each split's problems come from when no path is given (``rewards.tasks.hub``).
+    Empty when problems are generated instead."""
 
     def source(self, split: Split, path: str | None) -> str | None:
         """Where a split's problems are read from: ``path``, else the default source; None when they are generated."""
@@ -80,9 +80,9 @@ class Task(ABC):
     def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
         """Problems of a split.
 
-        Read from ``source(split, path)``, a file or a hub data set (``rewards.hub``): its first ``size`` usable rows,
-        fewer if it holds fewer. Where that is None: exactly ``size`` of them, generated from ``seed``; for one seed,
-        the train and the test split share no leak key, and a larger ``size`` only appends.
+        Read from ``source(split, path)``, a file or a hub data set (``rewards.tasks.hub``): its first ``size`` usable
+        rows, fewer if it holds fewer. Where that is None: exactly ``size`` of them, generated from ``seed``; for one
+        seed, the train and the test split share no leak key, and a larger ``size`` only appends.
 
         Raises ConfigError for a size that can't be had and DataError for a source that can't be used.
         """

@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rewards import equivalence, symbolic
-from rewards.answer_forms import read
 from rewards.errors import UnmaskError
 from rewards.files import read_rows
-from rewards.gsm8k import WrittenMaths
+from rewards.maths import equivalence, symbolic
+from rewards.maths.answer_forms import read
 from rewards.task import get_task
+from rewards.tasks.gsm8k import WrittenMaths
 
 SLOW: tuple[equivalence.How, ...] = ("symbolic", "timeout", "failed")
 

@@ -12,15 +12,15 @@ import pytest
 # starts, and the tests start hundreds.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-from learner.rundir import RunDirectory
+from learner.runs.directory import RunDirectory
 from services.store.reader import Reader
 from services.store.schema import sqlite_url
 from services.store.writer import StoreWriter
-from tests.browsers import chromium
-from tests.dashboards import Place
-from tests.databases import Server
-from tests.real_runs import Runs
-from tests.store_contents import reading
+from tests.support.browsers import chromium
+from tests.support.dashboards import Place
+from tests.support.databases import Server
+from tests.support.real_runs import Runs
+from tests.support.store_contents import reading
 
 DATABASES = ("sqlite", "postgresql")
 

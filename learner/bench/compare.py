@@ -8,11 +8,11 @@ import torch
 
 from learner.bench.plain import PlainRollout, plain_generate
 from learner.bench.policy import RUN_SEED, Shape
+from learner.likelihood.scorer import score
+from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
-from learner.scorer import score
-from learner.settings import AgrpoConfig
-from learner.update_plan import UpdatePlan, plan_update
-from learner.views import build_batch
+from learner.ranks.plan import UpdatePlan, plan_update
+from learner.settings.sections import AgrpoConfig
 from rollout.adapters import adapter_parameters
 from rollout.models import PolicyAdapter
 from rollout.sampling import noise
@@ -34,7 +34,7 @@ class Update(NamedTuple):
 def our_update(
     model: torch.nn.Module, family: PolicyAdapter, group: TrajectoryGroup, shape: Shape, k: int
 ) -> tuple[UpdatePlan, list[tuple[Any, torch.Tensor]], float]:
-    """The learner's update of this group, as ``learner.rank`` does it but for DeepSpeed; gradients stay in the model.
+    """The learner's update of this group, as ``learner.ranks.rank`` does it but for DeepSpeed; gradients stay.
 
     Returns the plan, each forward's batch with its log-probs, and the loss.
     """

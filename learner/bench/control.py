@@ -25,13 +25,13 @@ from learner.bench import report
 from learner.bench.adapter_holder import AdapterHolder, adapter_shapes
 from learner.bench.measure import machine
 from learner.bench.model_free import ModelFreeActor, prebuilt_group
-from learner.local_ray import local_ray
+from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
-from learner.rank import PublishedAdapter
-from learner.settings import AgrpoConfig
-from learner.update_plan import plan_update
-from learner.views import build_batch
-from learner.weights import publish
+from learner.ranks.plan import plan_update
+from learner.ranks.rank import PublishedAdapter
+from learner.runs.local_ray import local_ray
+from learner.settings.sections import AgrpoConfig
+from learner.supply.publish import publish
 from rewards.task import Problem
 from rollout.actor import GroupReport, LeaseReport
 from rollout.adapters import digest, pack
@@ -187,7 +187,7 @@ def publish_to(count: int, size: Size) -> dict[str, Any]:
 
 
 class _Path:
-    """What ``learner.feed`` and ``rollout.pool`` do with a lease, for actors that report nothing but its id."""
+    """What ``learner.supply.feed`` and ``rollout.pool`` do with a lease, for actors that report nothing but its id."""
 
     def __init__(self, replay: ReplayBuffer, actors: list[Any]) -> None:
         self._replay, self._idle = replay, list(actors)

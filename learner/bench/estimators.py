@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from learner.settings import AgrpoConfig
-from learner.timesteps import StepTable, TimestepSampling, step_probabilities
+from learner.likelihood.timesteps import StepTable, TimestepSampling, step_probabilities
+from learner.settings.sections import AgrpoConfig
 
 
 @dataclass(frozen=True)

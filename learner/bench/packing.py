@@ -19,7 +19,7 @@ from learner.finetuning.data import Example
 from learner.finetuning.noising import noised
 from learner.finetuning.packing import build_tokens, plan_rows
 from learner.finetuning.settings import SftSection
-from learner.scorer import restricted_logp
+from learner.likelihood.scorer import restricted_logp
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.seeds import numpy_generator
 

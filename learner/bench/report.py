@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learner.atomic import atomic_write_text
+from learner.runs.atomic import atomic_write_text
 from rewards.errors import DataError, UnmaskError
 
 DEFAULT_FOLDER = Path("runs/bench")

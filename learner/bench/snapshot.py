@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from learner import checkpoint as checkpoints
-from learner.advantages import group_advantages
 from learner.bench.estimators import mean_weights
-from learner.config import RunConfig, load_dumped
+from learner.likelihood.scorer import score
+from learner.likelihood.timesteps import StepTable, step_table
+from learner.likelihood.views import View, build_batch
+from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
-from learner.rank import lora_spec
-from learner.runs import task_problems
-from learner.scorer import score
-from learner.timesteps import StepTable, step_table
-from learner.views import View, build_batch
+from learner.ranks.rank import lora_spec
+from learner.runs import checkpoint as checkpoints
+from learner.runs.start import task_problems
+from learner.settings.run import RunConfig, load_dumped
 from rewards.errors import ConfigError
 from rewards.task import Task, get_task
 from rollout.adapters import adapter_parameters

@@ -12,13 +12,13 @@ import sys
 
 import torch
 
-from learner.advantages import group_advantages
 from learner.bench.compare import as_plain, our_update
 from learner.bench.measure import peak_above
 from learner.bench.model_free import prebuilt_group
 from learner.bench.plain import plain_generate, plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
-from learner.settings import AgrpoConfig
+from learner.objectives.advantages import group_advantages
+from learner.settings.sections import AgrpoConfig
 
 LIMIT_S = 300.0
 

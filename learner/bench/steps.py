@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from learner.advantages import group_advantages
 from learner.bench import report
 from learner.bench.compare import (
     Update,
@@ -34,8 +33,9 @@ from learner.bench.measure import Seconds, interleaved, machine, matmul_rate
 from learner.bench.plain import PlainRollout, plain_generate, plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.bench.step_memory import memory_in_fresh_process
+from learner.objectives.advantages import group_advantages
 from learner.planning.flops import Flops, forward_flops, training_flops
-from learner.settings import AgrpoConfig
+from learner.settings.sections import AgrpoConfig
 from rollout.malloc import keep_freed_memory
 from rollout.models import PolicyAdapter
 from rollout.trajectory import TrajectoryGroup

@@ -34,11 +34,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from learner.atomic import atomic_write_text, disk_errors
 from learner.bench.estimators import ALL_STEPS, Estimator, draw_weights, expected_views, weight_covariance
 from learner.bench.snapshot import GroupGradients, Snapshot, group_gradients, read_snapshot
 from learner.bench.variance_plot import plot_variance
-from learner.intervals import percentile_interval
+from learner.evaluation.intervals import percentile_interval
+from learner.runs.atomic import atomic_write_text, disk_errors
 from rewards.errors import ConfigError, DataError, UnmaskError
 from rollout.seeds import numpy_generator
 

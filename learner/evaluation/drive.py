@@ -11,9 +11,6 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from learner.actors import start_actors
-from learner.atomic import atomic_write_text
-from learner.config import in_ray_job
 from learner.evaluation.cells import Cell, grid
 from learner.evaluation.plot import plot_report
 from learner.evaluation.report import cell_reports, machine_reports, print_table
@@ -29,8 +26,11 @@ from learner.evaluation.subject import (
     read_problems,
     trained_on,
 )
-from learner.session import ray_session
-from learner.stopping import StopFlag, StopRequested
+from learner.runs.atomic import atomic_write_text
+from learner.runs.session import ray_session
+from learner.runs.stopping import StopFlag, StopRequested
+from learner.settings.run import in_ray_job
+from learner.supply.actors import start_actors
 from rewards.task import Problem
 from rollout.actor import BASE_WEIGHTS, EvalReport, Weights, code_identity
 from rollout.pool import ActorLost, RolloutPool

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learner.atomic import disk_errors
-from learner.plots import STYLE
+from learner.reporting.plots import STYLE
+from learner.runs.atomic import disk_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from learner.evaluation.cells import Cell
+from learner.evaluation.intervals import bootstrap_means, pass_at_k, percentile_interval, wilson
 from learner.evaluation.results import POLICIES, Chunk
-from learner.intervals import bootstrap_means, pass_at_k, percentile_interval, wilson
 from rollout.seeds import numpy_generator
 
 Evaluated = Mapping[tuple[Cell, str], Sequence[Chunk]]

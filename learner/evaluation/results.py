@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from learner.atomic import disk_errors
+from learner.runs.atomic import disk_errors
 from rewards.errors import ConfigError
 from rollout.actor import EvalReport
 

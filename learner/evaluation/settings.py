@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from learner import overrides
-from learner.config import DEFAULT_RECIPE, RunConfig, load_dumped, refuse_relative
-from learner.settings import Fraction, NonNegative, Section
+from learner.settings import arguments as overrides
+from learner.settings.run import DEFAULT_RECIPE, RunConfig, load_dumped, refuse_relative
+from learner.settings.sections import Fraction, NonNegative, Section
 from rewards.errors import ConfigError
 from rollout.trajectory import PositionRule
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learner import checkpoint as checkpoints
-from learner.base_model import ensure_base, print_progress
 from learner.evaluation.settings import NO_ADAPTER, EvaluateConfig
-from learner.rundir import RunDirectory
-from learner.runs import task_problems
+from learner.runs import checkpoint as checkpoints
+from learner.runs.directory import RunDirectory
+from learner.runs.start import task_problems
+from learner.small_base.base_model import ensure_base, print_progress
 from rewards.errors import ConfigError, DataError
 from rewards.task import Problem, get_task
 from rollout.adapters import AdapterState, digest, read_peft_folder

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from learner.finetuning.settings import DataSection
 from rewards.errors import ConfigError, DataError
-from rewards.hub import problems_from_source
+from rewards.tasks.hub import problems_from_source
 from rollout.models import encode_prompt
 from rollout.models.chat import render_chat
 from rollout.seeds import numpy_generator

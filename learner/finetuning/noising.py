@@ -1,7 +1,8 @@
 """Which completion tokens of a demonstration are masked, with which weight, and how many EOS follow its end.
 
 The loss of an example whose completion (EOS included) has C tokens is an estimate of minus its ELBO, the mean
-log-likelihood over all orders of revealing one token at a time (``learner.base_model.elbo_weights`` has the argument):
+log-likelihood over all orders of revealing one token at a time (``learner.small_base.base_model.elbo_weights`` has the
+argument):
 
 count   n uniform on {1, ..., C}, n positions masked, each weighted C/n. Unbiased; every draw masks something, and the
         weights of a draw add up to C whatever n is.

@@ -11,10 +11,10 @@ from learner.finetuning.data import Example
 from learner.finetuning.noising import Sequence, held_out_draws, noised
 from learner.finetuning.packing import Forward, PackedPlan, build_tokens, plan_rows
 from learner.finetuning.settings import SftConfig
-from learner.group import LearnerGroup
+from learner.likelihood.scorer import restricted_logp
 from learner.objectives import Statistics
-from learner.rank import Rank
-from learner.scorer import restricted_logp
+from learner.ranks.group import LearnerGroup
+from learner.ranks.rank import Rank
 from rollout.waits import bounded_get
 
 

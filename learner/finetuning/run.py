@@ -1,4 +1,4 @@
-"""A fine-tuning run, from its data to its adapter: the counterpart of ``learner.controller``.
+"""A fine-tuning run, from its data to its adapter: the counterpart of ``learner.control.controller``.
 
 An iteration is an optimizer update. Update i learns from the examples i*batch to (i+1)*batch of an endless row of
 epochs, each the demonstrations in an order drawn from the seed; nothing of that has a state, so a run that is resumed
@@ -14,21 +14,21 @@ from typing import Any
 
 import ray
 
-from learner import checkpoint as checkpoints
-from learner.atomic import atomic_write_text
-from learner.commands import Commands
-from learner.dashboard import dashboard
+from learner.control.commands import Commands
+from learner.control.lifecycle import reporting, see_through, told_failures
+from learner.control.training import Training, update_metrics
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources
-from learner.lifecycle import reporting, see_through, told_failures
-from learner.rank import UpdateReport
-from learner.reporting import Reporter
-from learner.rundir import RunDirectory
-from learner.runs import check_quantization, open_run, starting_adapter
-from learner.session import joined_ray
-from learner.stopping import StopFlag
-from learner.training import Training, update_metrics
+from learner.ranks.rank import UpdateReport
+from learner.reporting.dashboard import dashboard
+from learner.reporting.reporter import Reporter
+from learner.runs import checkpoint as checkpoints
+from learner.runs.atomic import atomic_write_text
+from learner.runs.directory import RunDirectory
+from learner.runs.session import joined_ray
+from learner.runs.start import check_quantization, open_run, starting_adapter
+from learner.runs.stopping import StopFlag
 from rewards.errors import CheckpointError, ConfigError
 from rollout.actor import code_identity
 from rollout.models import load_tokenizer, policy_adapter

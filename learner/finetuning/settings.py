@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from learner import overrides
-from learner.config import (
+from learner.settings import arguments as overrides
+from learner.settings.run import (
     group_problems,
     model_problems,
     name_problems,
@@ -14,7 +14,7 @@ from learner.config import (
     refuse_relative,
     store_problems,
 )
-from learner.settings import (
+from learner.settings.sections import (
     CheckpointSection,
     GroupSection,
     LoraSection,

@@ -1,7 +1,7 @@
 """Objectives: one file per method, each a pure function of scores, weights and advantages. No Ray, DeepSpeed or I/O.
 
-To add one: a config variant in ``learner.settings``, a class with the methods of ``Objective`` in a file of its own,
-and a line in ``make_objective``.
+To add one: a config variant in ``learner.settings.sections``, a class with the methods of ``Objective`` in a file of
+its own, and a line in ``make_objective``.
 """
 
 from collections.abc import Iterable
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from learner.views import View, ViewBatch
+from learner.likelihood.views import View, ViewBatch
 from rollout.trajectory import TrajectoryGroup
 
 if TYPE_CHECKING:
     import torch
 
-    from learner.settings import ObjectiveConfig
+    from learner.settings.sections import ObjectiveConfig
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from learner.likelihood.timesteps import draw_timesteps, draw_uniforms, step_table
+from learner.likelihood.views import View, ViewBatch
 from learner.objectives import Statistics
-from learner.settings import AgrpoConfig
-from learner.timesteps import draw_timesteps, draw_uniforms, step_table
-from learner.views import View, ViewBatch
+from learner.settings.sections import AgrpoConfig
 from rollout.seeds import numpy_generator
 from rollout.trajectory import TrajectoryGroup
 

@@ -1,5 +1,5 @@
 """What a run will need before it runs: memory by item, operations, bytes and time, from its settings and its model's
-config.json alone. ``learner.plan`` prints it, ``learner.launch`` refuses what can't fit.
+config.json alone. ``learner.plan`` prints it, ``learner.control.launch`` refuses what can't fit.
 
     shapes       a model's sizes                  activations  what a forward and backward keep, per token and layer
     memory       items of a rank and of an actor  flops, compute  operations, bytes and time of an iteration

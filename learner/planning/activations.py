@@ -1,8 +1,8 @@
 """What a forward and a backward hold in memory, in bytes, derived from the operations of the models' own code.
 
-*Kept* is what autograd saves for the backward (tests/test_planning.py counts it with saved-tensor hooks). *Working* is
-what lives for a moment: the largest sum of tensors that are alive together at one place, counted above what is kept.
-A tensor of the model's dtype takes e bytes a number; norms, softmax and log-probs are computed in fp32.
+*Kept* is what autograd saves for the backward (tests/learner/test_planning.py counts it with saved-tensor hooks).
+*Working* is what lives for a moment: the largest sum of tensors that are alive together at one place, counted above
+what is kept. A tensor of the model's dtype takes e bytes a number; norms, softmax and log-probs are computed in fp32.
 
 Kept per token by a block of the gated kind (d width, q width of all heads, H heads, f hidden width of the MLP):
 
@@ -103,9 +103,9 @@ def working_backward(trunk: Trunk, *, checkpointing: bool) -> int:
 
 
 def scoring(*, rows: int, vocabulary: int, itemsize: int) -> int:
-    """Bytes of logits at scored positions, at the worse of forward and backward (learner/scorer.py): the model's
-    logits, the tempered fp32 copy, and one fp32 intermediate; or the copy, which autograd keeps for the gathers, and
-    two fp32 gradients."""
+    """Bytes of logits at scored positions, at the worse of forward and backward (learner/likelihood/scorer.py): the
+    model's logits, the tempered fp32 copy, and one fp32 intermediate; or the copy, which autograd keeps for the
+    gathers, and two fp32 gradients."""
     return rows * vocabulary * max(itemsize + 8, 12)
 
 

@@ -1,11 +1,11 @@
 """``learner.main``'s refusal of runs that can't fit, before anything expensive starts."""
 
-from learner.config import RunConfig
 from learner.planning.fit import plan_run
 from learner.planning.hardware import Hardware
 from learner.planning.prompts import prompt_tokens
 from learner.planning.report import render_refusal
 from learner.planning.shapes import model_shape
+from learner.settings.run import RunConfig
 from rewards.errors import ConfigError
 
 

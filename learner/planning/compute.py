@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from learner.config import RunConfig
 from learner.planning.flops import Flops, forward_flops, training_flops
 from learner.planning.memory import adapter_bytes, scored_rows, trajectory_bytes
 from learner.planning.shapes import ModelShape
+from learner.settings.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from learner.config import RunConfig, required_resources
 from learner.planning.compute import Duration, Work, duration, work_of
 from learner.planning.hardware import CPU_FLOPS_PER_THREAD, GPUS, Hardware
 from learner.planning.memory import GIB, Device, ProcessMemory, actor_memory, rank_memory
 from learner.planning.shapes import ModelShape
+from learner.settings.run import RunConfig, required_resources
 from rewards.errors import ConfigError
 from rewards.task import BUILT_IN, get_task
 

@@ -1,7 +1,7 @@
 """Floating-point operations of the policy's matrix products, counted from the shapes (a multiply-add is two).
 
 Left out: norms, rotary embedding, activations, softmax, routing and sampling, whose operations are few and whose time
-is memory traffic. Checked against ``torch.utils.flop_counter`` in tests/test_bench.py.
+is memory traffic. Checked against ``torch.utils.flop_counter`` in tests/whole/test_bench.py.
 
 With LoRA only the adapter is trained, so a frozen map's backward is its input's gradient alone (as much as its
 forward), an adapter's backward is both (twice its forward), and the first block's q, k and v maps pass none on: no

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.config import RunConfig
+from learner.settings.run import RunConfig
 from rewards.errors import ConfigError
 
 

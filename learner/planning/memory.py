@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from learner.config import RunConfig
 from learner.planning import activations
 from learner.planning.activations import Trunk
 from learner.planning.shapes import ModelShape
+from learner.settings.run import RunConfig
 from rollout.sampling.schedule import tokens_per_step
 
 GIB = 1 << 30

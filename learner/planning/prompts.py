@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from learner.config import RunConfig
+from learner.settings.run import RunConfig
 from rewards.errors import UnmaskError
 from rewards.task import Problem, Task, get_task
 

@@ -1,7 +1,7 @@
 """A model's sizes, from its config.json: enough to count parameters, memory and operations without loading a weight.
 
-Parameter counts are exact for every family (tests/test_planning.py builds the models to compare). LLaDA, Dream and
-LLaDA-MoE are counted by formula; for a masked LM of transformers its class is asked, on torch's meta device, where
+Parameter counts are exact for every family (tests/learner/test_planning.py builds the models to compare). LLaDA, Dream
+and LLaDA-MoE are counted by formula; for a masked LM of transformers its class is asked, on torch's meta device, where
 tensors have shapes and no memory.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from learner.config import RunConfig
+from learner.settings.run import RunConfig
 from rewards.errors import ConfigError
 
 

@@ -1,11 +1,12 @@
-"""The enumeration test and its negative controls (``learner.enumeration``), as measurements."""
+"""The enumeration test and its negative controls (``learner.verification.enumeration``), as measurements."""
 
 import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
-from learner.enumeration import (
+from learner.settings.sections import AgrpoConfig
+from learner.verification.enumeration import (
     RANDOM_ORDER,
     RETIRING,
     SMALLEST,
@@ -22,7 +23,6 @@ from learner.enumeration import (
     low_confidence_law,
     relative_error,
 )
-from learner.settings import AgrpoConfig
 from learner.verification.measurement import Measurement, Meter
 
 TOYS = {

@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from learner.scorer import restricted_logp
+from learner.likelihood.scorer import restricted_logp
+from learner.likelihood.views import View, ViewBatch, build_batch
 from learner.verification.cases import HEAD_WIDTH, Arrays, Case, RecordedRollout, SamplerSettings, read_arrays
 from learner.verification.measurement import Measurement, Meter
-from learner.views import View, ViewBatch, build_batch
 from rewards.errors import DataError
 from rollout.models import PolicyAdapter, load_model, policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM

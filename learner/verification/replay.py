@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from learner.scorer import score
+from learner.likelihood.scorer import score
+from learner.likelihood.views import View, build_batch
 from learner.verification.measurement import Measurement, Meter
-from learner.views import View, build_batch
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine

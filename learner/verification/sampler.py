@@ -9,10 +9,10 @@ Shapes: B rows, R live rows, K positions of a block, C completion positions, V v
 import numpy as np
 import torch
 
+from learner.likelihood.views import View, ViewBatch, build_batch
 from learner.verification.cases import Case, SamplerSettings
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.policy import batch_logits, check_laws, recorded_model
-from learner.views import View, ViewBatch, build_batch
 from rewards.errors import DataError
 from rollout.sampling.truncation import Law, truncate
 

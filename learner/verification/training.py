@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from learner.advantages import group_advantages
+from learner.likelihood.scorer import score
+from learner.likelihood.timesteps import draw_timesteps, last_token_step, step_probabilities, step_table
+from learner.likelihood.views import View, ViewBatch, build_batch
+from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
-from learner.scorer import score
-from learner.settings import AgrpoConfig
-from learner.timesteps import draw_timesteps, last_token_step, step_probabilities, step_table
+from learner.settings.sections import AgrpoConfig
 from learner.verification.cases import Case, TrainingSettings
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.policy import check_laws, recorded_model
-from learner.views import View, ViewBatch, build_batch
 from rewards.errors import DataError
 from rollout.adapters import adapter_parameters
 from rollout.models import PolicyAdapter

@@ -4,7 +4,7 @@ A system message with the format (``<think>``, ``<answer>``) and a user message 
 and in evaluation. Both parse a completion in one way: the inside of the first ``<answer>`` block (tags in any case), or
 all of the text without one; then the inside of the first ``\boxed{}`` of that, unless it is empty or never closed.
 Answers are compared by math-verify as published (``rewards.protocols.math_verify_raw``), not by our own
-``rewards.equivalence``: math-verify rounds to six digits (0.333333 is 1/3) and passes over words around a number.
+``rewards.maths.equivalence``: math-verify rounds to six digits (0.333333 is 1/3) and passes over words around a number.
 
 Mistakes of all four tasks: the *first* answer block counts, so a draft inside the thinking is graded; text without any
 tag is graded as an answer; the first box decides even when it is not closed.
@@ -14,17 +14,17 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rewards import symbolic
-from rewards.countdown import Countdown
 from rewards.errors import DataError
-from rewards.gsm8k import Gsm8k
-from rewards.hub import problems_from_source
-from rewards.math_task import Math
+from rewards.maths import symbolic
 from rewards.protocols.math_verify_raw import finding, verified
 from rewards.protocols.sudoku_examples import EXAMPLES
 from rewards.protocols.texts import first_block, matching_brace, read
-from rewards.sudoku import CELLS, Sudoku
 from rewards.task import Grade, Problem, Split, Task
+from rewards.tasks.countdown import Countdown
+from rewards.tasks.gsm8k import Gsm8k
+from rewards.tasks.hub import problems_from_source
+from rewards.tasks.math import Math
+from rewards.tasks.sudoku import CELLS, Sudoku
 
 HARDEST_LEVEL = 4
 """MATH problems above this level are not trained on."""

@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from rewards.countdown import Countdown
-from rewards.gsm8k import Gsm8k
-from rewards.math_task import Math
 from rewards.protocols.agrpo import require_solution
 from rewards.protocols.math_strings import last_box, same_answer
 from rewards.protocols.python_value import python_value
 from rewards.protocols.texts import boxes_to_a_brace, first_block, last_block, read
-from rewards.sudoku import CELLS, Sudoku
 from rewards.task import Grade, Problem, Split, Task
+from rewards.tasks.countdown import Countdown
+from rewards.tasks.gsm8k import Gsm8k
+from rewards.tasks.math import Math
+from rewards.tasks.sudoku import CELLS, Sudoku
 
 _FORMAT = "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
 _BOXED_FORMAT = (

@@ -1,13 +1,13 @@
 """math-verify as the published codes call it: ``verify(parse(gold), parse(answer))``, with time and memory limits.
 
-Each question is a fork of a helper process (``rewards.symbolic``) and costs some ten milliseconds; two integers, by far
-the commonest case, are compared here.
+Each question is a fork of a helper process (``rewards.maths.symbolic``) and costs some ten milliseconds; two integers,
+by far the commonest case, are compared here.
 """
 
 import re
 from functools import lru_cache
 
-from rewards import symbolic
+from rewards.maths import symbolic
 
 MAX_CHARACTERS = 4096
 """A longer text is not read: room for a whole completion of the published lengths."""

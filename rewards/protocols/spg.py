@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from rewards.protocols.agrpo import in_spg_test
 from rewards.protocols.d1 import SUDOKU_SYSTEM, Gsm8kD1, MathD1, SudokuD1, prefilled
 from rewards.protocols.sudoku_examples import EXAMPLES
-from rewards.sudoku import Sudoku
+from rewards.tasks.sudoku import Sudoku
 
 _EXAMPLES = "\n\n".join(
     f"Question:\nSolve the following Sudoku puzzle: {puzzle}\nAnswer:\n"

@@ -1,7 +1,8 @@
 """The playback document: one sampled completion, how it was written, and what learning made of it.
 
-Reads the safetensors bytes of a sample row with numpy alone (their layout is described in ``learner.playback``, which
-writes them, and in docs/dashboard.md). A sample may come from anybody's store, so everything is checked before use.
+Reads the safetensors bytes of a sample row with numpy alone (their layout is described in
+``learner.reporting.playback``, which writes them, and in docs/dashboard.md). A sample may come from anybody's store, so
+everything is checked before use.
 """
 
 import json

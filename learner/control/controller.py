@@ -1,0 +1,255 @@
+"""The controller: one process that plans, leases, learns, publishes, evaluates, checkpoints and reports.
+
+An iteration i (from 0) trains on its own groups at learner version i, whatever the mode. Synchronous runs
+(``rollout.max_staleness`` 0) lease its groups only after version i was published. Asynchronous ones lease up to
+``max_staleness`` iterations ahead, so that actors write while the ranks learn; how stale a group may become is then
+bounded by construction, and checked again when it is consumed.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from learner.control.commands import Commands
+from learner.control.training import Training, update_metrics
+from learner.objectives import make_objective
+from learner.ranks.group import LearnerGroup, reserve_ranks
+from learner.ranks.plan import plan_update
+from learner.ranks.rank import UpdateReport, lora_spec
+from learner.reporting.playback import PlaybackRecorder
+from learner.reporting.reporter import Reporter
+from learner.runs import checkpoint as checkpoints
+from learner.runs.directory import RunDirectory
+from learner.runs.start import check_lengths, starting_adapter, task_problems
+from learner.runs.stopping import StopFlag
+from learner.settings.run import RunConfig
+from learner.supply.actor_count import ActorCount
+from learner.supply.actors import start_actors
+from learner.supply.feed import Feed
+from learner.supply.greedy import greedy_solve_rates
+from learner.supply.publish import publish
+from rewards.task import get_task
+from rollout.actor import BASE_WEIGHTS, Weights
+from rollout.ledger import Ledger
+from rollout.models import load_tokenizer, policy_adapter
+from rollout.replay import ReplayBuffer, ReplayItem
+from rollout.trajectory import TrajectoryGroup
+from rollout.waits import bounded_get
+
+
+class Controller(Training):
+    """A run of reinforcement learning, from its first lease to its summary."""
+
+    config: RunConfig
+    actors: ActorCount
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDirectory,
+        reporter: Reporter,
+        model_path: str,
+        resumed: checkpoints.Checkpoint | None,
+        stop: StopFlag,
+        commands: Commands,
+        closing: contextlib.ExitStack,
+    ) -> None:
+        super().__init__(
+            config,
+            run_dir,
+            reporter,
+            resumed,
+            stop,
+            commands,
+            iterations=config.run.iterations,
+            evaluate_every=config.evaluation.every,
+        )
+        self.task = get_task(config.task.name)
+        family = policy_adapter(model_path)
+        self.eos_ids = (family.eos_token_id,)
+        tokenizer = load_tokenizer(model_path)
+        self.recorder = PlaybackRecorder(reporter, tokenizer, completions=config.samples_per_iteration)
+        train, self.held_out = task_problems(config, self.task, on_event=reporter.event)
+        rollout = config.rollout
+        check_lengths(
+            [*train, *self.held_out],
+            self.task,
+            tokenizer,
+            completion_length=rollout.sampler.completion_length,
+            longest=family.max_length,
+        )
+        ledger = Ledger(
+            capacity=rollout.buffer_size,
+            groups_per_lease=rollout.groups_per_lease,
+            max_staleness=rollout.max_staleness,
+        )
+        if resumed is not None:
+            ledger.restore(resumed.progress.ledger)
+        placement = reserve_ranks(config)
+        pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
+        closing.callback(pool.close)
+        self.workers.pool = pool
+        self.actors = ActorCount(config, pool)
+        self.feed = Feed(
+            config,
+            train,
+            pool,
+            ReplayBuffer(ledger),
+            on_event=reporter.event,
+            stop=stop.is_set,
+            on_pump=self._attend,
+        )
+        adapter = resumed.adapter if resumed is not None else starting_adapter(config.lora)
+        shards = resumed.shards if resumed is not None else None
+        self.learner = LearnerGroup(
+            config, model_path, adapter=adapter, shards=shards, on_tick=self._watch, placement=placement
+        )
+        closing.callback(self.learner.close)
+        self.workers.learner = self.learner
+        pool.wait_ready(self._watch)
+        self._take_adapter()
+        self.weights = publish(self.progress.iteration, self.adapter)
+
+    def evaluate_base(self) -> None:
+        """Solve rates of the bare base, without adapter, once per run."""
+        if "base" not in self.progress.evaluations:
+            self._evaluate("base", BASE_WEIGHTS, iteration=0)
+
+    def rest(self) -> bool:
+        """Take in what is being drawn, and lease nothing. True when nothing is being drawn any more."""
+        self.feed.take_in(timeout_s=0.0)
+        super().rest()
+        return self.feed.replay.ledger.counts()["leased"] == 0
+
+    def finish(self) -> dict[str, Any]:
+        """Leave adapter, summary and plots behind; returns the summary."""
+        figures = {
+            **{name: {"greedy": rates} for name, rates in self.progress.evaluations.items()},
+            "task": self.task.name,
+            "held_out_problems": len(self.held_out),
+        }
+        return self._leave(self.adapter.state, self.adapter.peft_config, figures)
+
+    def dry_run(self) -> None:
+        """Print two rollouts of the first iteration and the batch's statistics."""
+        self.feed.issue_through(0)
+        items = self.feed.gather(0, self.weights)
+        groups = self._groups(items)
+        for group in groups[:2]:
+            print(
+                f"\nproblem {group.problem_id}\nprompt: {self.recorder.prompt(group)!r}\n"
+                f"completion: {self.recorder.text(group, 0)!r}"
+            )
+            rewards = ", ".join(f"{n} {v:.3f}" for n, v in zip(group.reward_names, group.rewards[0], strict=True))
+            print(f"right: {bool(group.correct[0])}; reward {group.rewards[0].sum():.3f} ({rewards})")
+        plan = plan_update(
+            groups,
+            objective=make_objective(self.config.objective),
+            run_seed=self.config.run.seed,
+            update_index=0,
+            eos_ids=self.eos_ids,
+            ranks=self.config.learner.ranks,
+            views_per_forward=self.config.learner.views_per_forward,
+        )
+        print(f"\nfirst batch ({len(groups)} groups of {groups[0].size}):")
+        for name, value in plan.statistics.items():
+            print(f"  {name:<32}{value:>12.5g}")
+
+    def _state_to_save(self) -> checkpoints.Progress:
+        return dataclasses.replace(self.progress, ledger=self.feed.replay.ledger.state())
+
+    def _iterate(self, iteration: int) -> None:
+        """Gather, learn, publish, commit, report."""
+        begin = time.monotonic()
+        self.feed.issue_through(iteration + self.config.rollout.max_staleness)
+        items = self.feed.gather(iteration, self.weights)
+        gathered = time.monotonic()
+        refs = [item.ref for item in items]
+        reports = [self._update(refs, iteration, index) for index in range(self.config.learner.updates_per_batch)]
+        updated = time.monotonic()
+        self.adapter = self.learner.publish()
+        version = iteration + 1
+        self.feed.replay.commit(items, self.weights.version)
+        self.weights = publish(version, self.adapter)
+        groups = self._groups(items)
+        seconds = {
+            "rollout_wait": gathered - begin,
+            "update": updated - gathered,
+            "publish": time.monotonic() - updated,
+        }
+        total = time.monotonic() - begin
+        metrics = {
+            **self._metrics(iteration, items, reports),
+            **{f"time/{name}_s": value for name, value in seconds.items()},
+            "time/iteration_s": total,
+            "machine/tokens_per_s": sum(item.report.tokens for item in items) / total,
+        }
+        self._advance(reports, total)
+        self.reporter.iteration(version, metrics)
+        self.recorder.iteration(version, groups, [report.scored for report in reports])
+        self.workers.tell(version)
+        self._check_agreement(version, items, reports)
+        self._check_finite(reports)
+
+    def _update(self, refs: Sequence[Any], iteration: int, index: int) -> UpdateReport:
+        """One optimizer step; meanwhile the actors are kept busy with what may be drawn ahead."""
+        learner = self.config.learner
+        number = iteration * learner.updates_per_batch + index
+        lr = self._learning_rate(number, self.config.run.iterations * learner.updates_per_batch)
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            update = thread.submit(self.learner.update, refs, index, lr, on_tick=self._enforce_stop)
+            while not concurrent.futures.wait([update], timeout=0.05).done:
+                self.feed.pump(self.weights, timeout_s=0.0)
+            return update.result(timeout=0)
+
+    def _metrics(
+        self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]
+    ) -> dict[str, float]:
+        staleness = [item.staleness for item in items]
+        counts = self.feed.replay.ledger.counts()
+        states = ("issued", "pending", "leased", "ready", "consumed", "dropped")
+        recoveries = {name: value for name, value in counts.items() if name not in (*states, "dropped_by_reason")}
+        metrics = {
+            **update_metrics(reports),
+            "staleness/mean": sum(staleness) / len(staleness),
+            "staleness/max": float(max(staleness)),
+            **{f"ledger/{name}": float(counts[name]) for name in states},
+            **{f"ledger/dropped/{reason}": float(n) for reason, n in counts["dropped_by_reason"].items()},
+            # Recoveries depend on what went wrong on the machine, not on the run: a repeated run needn't have them.
+            **{f"machine/ledger_{name}": float(value) for name, value in recoveries.items()},
+            "machine/grader_failures": float(self.feed.grader_failures),
+        }
+        if max(staleness) == 0:
+            metrics["log_ratio/unupdated_abs_max"] = reports[0].statistics.maxima.get("log_ratio/abs_max", 0.0)
+        return metrics
+
+    def _check_agreement(self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]) -> None:
+        unupdated = reports[0].statistics.maxima.get("log_ratio/abs_max", 0.0)
+        alarm = self.config.learner.log_ratio_alarm
+        if unupdated > alarm and max(item.staleness for item in items) == 0:
+            self.reporter.event(
+                "warning",
+                "log_ratio",
+                f"iteration {iteration}: learner and rollout disagree about un-updated weights by up to "
+                f"{unupdated:.2g} nats (learner.log_ratio_alarm={alarm:g}); their dtype or kernels differ",
+            )
+
+    def _evaluate_trained(self, iteration: int) -> None:
+        self._evaluate("trained", self.weights, iteration=iteration)
+
+    def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
+        rates, kept = greedy_solve_rates(self.config, self.feed, self.held_out, weights, on_tick=self._tick)
+        evaluations = {**self.progress.evaluations, name: rates}
+        best = self.progress.best
+        if rates["m"] > best.get("solve_rate", -1.0):
+            best = {"iteration": iteration, "solve_rate": rates["m"]}
+        self.progress = dataclasses.replace(self.progress, evaluations=evaluations, evaluated_at=iteration, best=best)
+        self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
+        self.recorder.evaluation(iteration, name, kept)
+
+    def _groups(self, items: Sequence[ReplayItem]) -> list[TrajectoryGroup]:
+        limit = self.config.timeouts.publish
+        return bounded_get([item.ref for item in items], who="the replay buffer's objects", timeout_s=limit)

@@ -1,0 +1,214 @@
+"""What reinforcement learning and fine-tuning do alike: iterations, what is due between them, checkpoints, results."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from learner.control.commands import Commands
+from learner.objectives import Statistics
+from learner.ranks.group import LearnerGroup
+from learner.ranks.optim import learning_rate
+from learner.ranks.rank import GroupConfig, PublishedAdapter, UpdateReport
+from learner.reporting.plots import plot_run
+from learner.reporting.reporter import Reporter
+from learner.reporting.workers import Workers
+from learner.runs import checkpoint as checkpoints
+from learner.runs.atomic import atomic_dir
+from learner.runs.directory import RunDirectory
+from learner.runs.stopping import StopFlag
+from learner.settings.sections import CheckpointSection
+from learner.supply.actor_count import ActorCount
+from rewards.errors import TrainingDiverged
+from rollout.adapters import AdapterState, write_peft_folder
+
+
+class TrainingConfig(GroupConfig, Protocol):
+    """What is read of a run's settings, whatever the run learns from."""
+
+    @property
+    def checkpoint(self) -> CheckpointSection: ...
+
+
+class Training(ABC):
+    """One run; ``learner.control.lifecycle`` calls its phases in turn. A subclass starts ``learner``, tells ``workers``
+    of it, and then calls ``_take_adapter``.
+
+    Args:
+        iterations: of the whole run.
+        evaluate_every: iterations between two evaluations; 0: only at the end.
+    """
+
+    learner: LearnerGroup
+    adapter: PublishedAdapter
+    actors: ActorCount | None = None
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        run_dir: RunDirectory,
+        reporter: Reporter,
+        resumed: checkpoints.Checkpoint | None,
+        stop: StopFlag,
+        commands: Commands,
+        *,
+        iterations: int,
+        evaluate_every: int,
+    ) -> None:
+        self.config, self.run_dir, self.reporter = config, run_dir, reporter
+        self._stop, self._commands = stop, commands
+        self._iterations, self._evaluate_every = iterations, evaluate_every
+        self.workers = Workers(reporter.store)
+        layout = checkpoints.layout_of(config.learner)
+        if resumed is not None:
+            checkpoints.require_layout(resumed.progress, layout)
+        self.progress = resumed.progress if resumed is not None else checkpoints.Progress.before_the_first(layout)
+        self.saved = self.progress if resumed is not None else None
+        """Where the newest checkpoint stands; None before the first."""
+
+    @abstractmethod
+    def evaluate_base(self) -> None:
+        """Measure what the run starts from, once per run."""
+
+    def train(self) -> None:
+        """All remaining iterations. Raises StopRequested when the run is asked to stop."""
+        self._evaluate_and_save()  # a run that was stopped in an evaluation makes up for it
+        while self.progress.iteration < self._iterations:
+            self._commands.between_iterations(self.progress.iteration, self)
+            self._iterate(self.progress.iteration)
+            self._evaluate_and_save()
+
+    def checkpoint(self) -> None:
+        """Save where the run stands, if it has moved since the last time and its ranks are there to hand it over."""
+        if self.progress == self.saved or self.learner.closed:
+            return
+        self.reporter.flush()
+        state = self._state_to_save()
+        progress = dataclasses.replace(state, adapter_digest=self.adapter.digest)
+        saved = checkpoints.Checkpoint(progress, self.adapter.state, self.adapter.peft_config, self.learner.export())
+        path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
+        best = progress.best.get("iteration")
+        checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
+        self.saved = self.progress
+        self.reporter.store.checkpoint(progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
+
+    def rest(self) -> bool:
+        """Do what has to go on in a pause. True when no lease is under way any more."""
+        self.workers.tell_if_due(self.progress.policy_version)
+        return True
+
+    @abstractmethod
+    def finish(self) -> dict[str, Any]:
+        """Leave the results behind; returns the summary."""
+
+    @abstractmethod
+    def _iterate(self, iteration: int) -> None:
+        """Learn and report; ``iteration`` counts from 0."""
+
+    @abstractmethod
+    def _evaluate_trained(self, iteration: int) -> None:
+        """Measure the weights after so many iterations."""
+
+    def _state_to_save(self) -> checkpoints.Progress:
+        """The state of a checkpoint; ``adapter`` is then what the ranks hold."""
+        return self.progress
+
+    def _take_adapter(self) -> None:
+        """Raises WeightMismatch when the ranks don't hold the checkpoint's."""
+        self.adapter = self.learner.publish()
+        if self.saved is not None:
+            checkpoints.require_adapter(self.saved, self.adapter.digest)
+        self.workers.tell(self.progress.policy_version)
+
+    def _enforce_stop(self) -> None:
+        """Once a second of every wait, in any thread. Raises StopRequested."""
+        self._stop.enforce(self.config.timeouts.stop)
+
+    def _tick(self) -> None:
+        """Once a second of a wait in the thread that works with the actors. Raises StopRequested."""
+        self._enforce_stop()
+        self._attend()
+
+    def _watch(self) -> None:
+        """The same where the number of actors must stay as it is."""
+        self._enforce_stop()
+        self.workers.tell_if_due(self.progress.policy_version)
+
+    def _attend(self) -> None:
+        """Once a second of all work, in the thread that works with the actors."""
+        self._commands.tick(self.actors)
+        self.workers.tell_if_due(self.progress.policy_version)
+
+    def _evaluate_and_save(self) -> None:
+        """What is due between two iterations."""
+        done, every = self.progress.iteration, self._evaluate_every
+        last = done == self._iterations
+        if done > self.progress.evaluated_at and (last or (every and done % every == 0)):
+            self._evaluate_trained(done)
+        best = self.progress.best.get("iteration") == done
+        if done and (last or best or done % self.config.checkpoint.every == 0):
+            self.checkpoint()
+
+    def _learning_rate(self, update: int, updates: int) -> float:
+        learner = self.config.learner
+        return learning_rate(
+            update, updates, peak=learner.lr, schedule=learner.lr_schedule, warmup_fraction=learner.warmup_fraction
+        )
+
+    def _advance(self, reports: Sequence[UpdateReport], seconds: float) -> None:
+        """The iteration of these updates has ended."""
+        in_a_row = self.progress.nonfinite_in_a_row
+        for report in reports:
+            in_a_row = 0 if report.applied else in_a_row + 1
+        done = self.progress.iteration + 1
+        self.progress = dataclasses.replace(
+            self.progress,
+            iteration=done,
+            policy_version=done,
+            updates=self.progress.updates + sum(report.applied for report in reports),
+            nonfinite_in_a_row=in_a_row,
+            train_seconds=self.progress.train_seconds + seconds,
+        )
+
+    def _check_finite(self, reports: Sequence[UpdateReport]) -> None:
+        """Tell updates that were skipped. Raises TrainingDiverged after too many in a row."""
+        iteration = self.progress.iteration
+        skipped = [report.grad_norm for report in reports if not report.applied]
+        if skipped:
+            text = f"iteration {iteration}: {len(skipped)} updates skipped, gradient norm {skipped[-1]}"
+            self.reporter.event("warning", "nonfinite", text)
+        if self.progress.nonfinite_in_a_row >= self.config.learner.max_nonfinite:
+            raise TrainingDiverged(
+                f"{self.progress.nonfinite_in_a_row} updates in a row had a gradient that isn't finite "
+                f"(iteration {iteration}); lower learner.lr, or go on from an earlier checkpoint "
+                f"in {self.run_dir.checkpoints_dir}"
+            )
+
+    def _leave(self, adapter: AdapterState, peft_config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+        """Write adapter, summary and plots; returns the summary."""
+        with atomic_dir(self.run_dir.adapter_dir) as folder:
+            write_peft_folder(folder, adapter, peft_config)
+        summary = {
+            **figures,
+            "best": self.progress.best,
+            "iterations": self.progress.iteration,
+            "train_seconds": self.progress.train_seconds,
+            "seed": self.config.run.seed,
+        }
+        self.run_dir.write_summary(summary)
+        self.reporter.flush()
+        plot_run(self.run_dir.path)
+        return summary
+
+
+def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
+    """Of an iteration's updates."""
+    return {
+        **reports[0].plan_statistics,
+        **Statistics.merged(report.statistics for report in reports).values(),
+        "loss": sum(report.loss for report in reports) / len(reports),
+        "grad_norm": reports[-1].grad_norm,
+        "lr": reports[-1].learning_rate,
+        "updates/applied": float(sum(report.applied for report in reports)),
+        "updates/forwards": float(sum(report.forwards for report in reports)),
+    }

@@ -1,0 +1,1 @@
+"""What a trajectory's log-probabilities are: the states that are scored, and the forward that scores them."""

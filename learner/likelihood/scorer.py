@@ -1,0 +1,126 @@
+"""Log-probs of stored tokens, and of stored choices of positions, under the current policy.
+
+The trunk runs over whole sequences; the final norm and the LM head run inside the model's forward on the N scored rows
+alone (ZeRO-3 gathers parameters only inside a module's forward), or on the M candidates, which hold the scored ones,
+where a choice of positions is scored.
+
+Shapes: Z views and N scored positions of one forward, M candidate positions, V vocabulary, K the largest recorded
+support among them, or the most candidates of a view.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from learner.likelihood.views import PositionChoices, ViewBatch
+from rollout.models import PolicyAdapter
+from rollout.sampling.positions import choice_logp, log_confidence
+from rollout.sampling.truncation import without_mask
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one forward says about the scored tokens."""
+
+    logp_N: torch.Tensor
+    """[N] float32, log-prob under the tempered law restricted to the recorded support; carries the gradient."""
+    mass_N: torch.Tensor
+    """[N] float32, no gradient: mass of the tempered, untruncated law on the recorded support (1 without one)."""
+    position_logp_Z: torch.Tensor | None = None
+    """[Z] float32, log-prob of each view's choice of positions, 0 where there was none; carries the gradient. None
+    where the choice is no action of the policy."""
+
+
+def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, temperature: float) -> Scores:
+    """Score one forward's views with ``model``, whose device the tensors are moved to."""
+    device = next(model.parameters()).device
+    mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
+    choices = batch.positions
+    rows = batch.score_rows if choices is None else choices.candidate_rows
+    # With shifted logits a sequence's first token would be read off the row before it.
+    assert (rows % batch.input_ids.shape[1] >= family.logit_shift).all(), "a completion without a prompt"
+    logits_MV = model(
+        input_ids=torch.from_numpy(batch.input_ids).to(device),
+        attention_mask=mask,
+        logit_rows=torch.from_numpy(rows - family.logit_shift).to(device),
+    ).logits
+    targets_N = torch.from_numpy(batch.targets).to(device)
+    if choices is None:
+        return restricted_logp(
+            logits_MV, targets_N, batch.support, temperature=temperature, mask_token_id=family.mask_token_id
+        )
+    scores = restricted_logp(
+        logits_MV[torch.from_numpy(choices.candidate_of_score).to(device)],
+        targets_N,
+        batch.support,
+        temperature=temperature,
+        mask_token_id=family.mask_token_id,
+    )
+    position_logp_Z = position_choice_logp(logits_MV, choices, batch.view_of_score, mask_token_id=family.mask_token_id)
+    return dataclasses.replace(scores, position_logp_Z=position_logp_Z)
+
+
+def position_choice_logp(
+    logits_MV: torch.Tensor, choices: PositionChoices, view_of_score: np.ndarray, *, mask_token_id: int
+) -> torch.Tensor:
+    """Log-prob of each view's choice of positions, [Z] float32, from the logits of all candidates."""
+    device = logits_MV.device
+    confidence_M = log_confidence(without_mask(logits_MV, mask_token_id), choices.confidence_temperature)
+    scores_M = confidence_M.double() / choices.temperature
+    logp_Z = torch.zeros(choices.free.size, dtype=torch.float64, device=device)
+    sizes_Z = np.bincount(view_of_score, minlength=choices.free.size)
+    for n in np.unique(sizes_Z[choices.free]):
+        views_S = np.flatnonzero(choices.free & (sizes_Z == n))
+        of_M = np.flatnonzero(np.isin(choices.view_of_candidate, views_S))
+        row_M = np.searchsorted(views_S, choices.view_of_candidate[of_M])
+        column_M = np.arange(of_M.size) - np.searchsorted(row_M, row_M)
+        shape = (views_S.size, int(column_M.max()) + 1)
+        at_M = (torch.from_numpy(row_M).to(device), torch.from_numpy(column_M).to(device))
+        scores_SK = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+        scores_SK = scores_SK.index_put(at_M, scores_M[torch.from_numpy(of_M).to(device)])
+        of_score = np.flatnonzero(np.isin(view_of_score, views_S))
+        chosen = column_M[np.searchsorted(of_M, choices.candidate_of_score[of_score])].reshape(-1, n)
+        order_Sn = np.take_along_axis(chosen, choices.rank[of_score].reshape(-1, n).argsort(axis=1), axis=1)
+        chosen_logp_S = choice_logp(scores_SK, torch.from_numpy(order_Sn).to(device))
+        logp_Z = logp_Z.index_put((torch.from_numpy(views_S).to(device),), chosen_logp_S)
+    return logp_Z.float()
+
+
+def restricted_logp(
+    logits_NV: torch.Tensor,
+    targets_N: torch.Tensor,
+    support: tuple[np.ndarray, np.ndarray] | None,
+    *,
+    temperature: float,
+    mask_token_id: int | None,
+) -> Scores:
+    """Log-probs under softmax(logits / temperature) without the mask token, restricted to the recorded support.
+
+    Args:
+        support: CSR (indptr [N+1], ids [nnz]) of the tokens kept when the target was drawn; never recomputed, since a
+            token could fall outside the support of slightly different logits. None when nothing was truncated.
+        mask_token_id: excluded from the law; None for a law that could draw it (recorded cases of other code).
+    """
+    scaled_NV = logits_NV.float() / temperature
+    if mask_token_id is not None:
+        excluded = torch.tensor([mask_token_id], device=scaled_NV.device)
+        scaled_NV = scaled_NV.index_fill(1, excluded, -torch.inf)
+    target_N = scaled_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
+    if support is None:
+        return Scores(target_N - scaled_NV.logsumexp(1), torch.ones_like(target_N))
+    ids_NK, kept_NK = (t.to(scaled_NV.device) for t in _padded(*support))
+    inside_N = scaled_NV.gather(1, ids_NK).masked_fill(~kept_NK, -torch.inf).logsumexp(1)
+    with torch.no_grad():
+        mass_N = (inside_N - scaled_NV.logsumexp(1)).exp()
+    return Scores(target_N - inside_N, mass_N)
+
+
+def _padded(indptr: np.ndarray, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """CSR rows as a rectangle: ids [N, K] int64 (0 in the padding) and which cells are real [N, K] bool."""
+    counts_N = np.diff(indptr)
+    kept_NK = np.arange(counts_N.max()) < counts_N[:, None]
+    ids_NK = np.zeros(kept_NK.shape, np.int64)
+    ids_NK[kept_NK] = ids
+    return torch.from_numpy(ids_NK), torch.from_numpy(kept_NK)

@@ -1,0 +1,83 @@
+"""The one C++ op that DeepSpeed compiles at first use (its shared-memory collectives for CPU ranks), built in advance.
+
+``python -m learner.ranks.build_ops`` builds it into ``<environment>/torch_extensions`` (about half a minute). A rank
+calls ``prepare_environment`` before it imports DeepSpeed; on a machine where nothing was built, the rank builds it
+then.
+"""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rewards.errors import ConfigError
+
+OP_NAME = "deepspeed_shm_comm"
+
+
+def prepare_environment() -> Path:
+    """Makes DeepSpeed's build of the op safe in this process, and returns the folder that holds built ops.
+
+    Sets TORCH_EXTENSIONS_DIR to a folder of this environment unless it is set, puts the interpreter's folder on PATH
+    (the wheel's ``ninja`` sits there), and removes build locks whose builder is dead, as torch would wait for them for
+    ever. Raises ConfigError when the op has yet to be built and there is no C++ compiler.
+    """
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")))
+    scripts = str(Path(sys.executable).parent)  # not resolved: the environment's bin, not the base interpreter's
+    search_path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if scripts not in search_path:
+        os.environ["PATH"] = os.pathsep.join([scripts, *search_path])
+    remove_dead_locks(folder)
+    compiler = os.environ.get("CXX", "c++")
+    if not (folder / OP_NAME / f"{OP_NAME}.so").exists() and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"DeepSpeed has to compile a small op, and there is no C++ compiler '{compiler}'; "
+            "install one (apt-get install g++) or name it in the environment variable CXX"
+        )
+    return folder
+
+
+def remove_dead_locks(folder: Path) -> list[Path]:
+    """Removes the build locks below ``folder`` that no process of this machine holds open; returns them."""
+    locks = list(folder.glob("*/lock"))
+    if not locks:
+        return []
+    time.sleep(0.05)  # a lock's file can be seen an instant before its builder's open descriptor
+    held = _open_files()
+    dead = [lock for lock in locks if lock.resolve() not in held]
+    for lock in dead:
+        lock.unlink(missing_ok=True)
+    return dead
+
+
+def build() -> None:
+    """Builds the op, or checks in well under a second that it is up to date; a GPU build of torch needs none."""
+    folder = prepare_environment()
+    from deepspeed.accelerator import get_accelerator  # slow to import, and only after the environment is prepared
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        print(f"{OP_NAME} is not needed on {get_accelerator().device_name()}")
+        return
+    start = time.monotonic()
+    builder.load()
+    print(f"{OP_NAME} is ready in {folder} ({time.monotonic() - start:.0f} s)")
+
+
+def _open_files() -> set[Path]:
+    """Files that the processes of this machine hold open, as far as this user may see."""
+    files = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            files.add(Path(os.readlink(descriptor)))
+        except OSError:  # the process ended, or belongs to another user
+            continue
+    return files
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,202 @@
+"""The learner group: DeepSpeed ranks as Ray actors, reserved together in one placement group."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from learner.objectives import Statistics
+from learner.ranks.rank import GroupConfig, LearnerRank, PublishedAdapter, Rank, UpdateReport
+from learner.ranks.rendezvous import meeting_host
+from learner.runs.stopping import StopRequested
+from rewards.errors import WaitTimeout, WorkerLost
+from rollout.adapters import AdapterState
+from rollout.waits import bounded_get, bounded_wait
+
+_TICK_S = 1.0
+"""How often a wait for the ranks calls ``on_tick``."""
+
+
+def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
+    """Room for all ranks at once, None when they ask for no resources.
+
+    A run reserves it before its actors start: what is left of the GPUs is theirs, however Ray spreads them. With more
+    than half of a GPU each, two ranks never share one, which NCCL refuses.
+
+    Raises:
+        WaitTimeout: when the cluster can't hold the ranks within ``timeouts.start``, naming what is missing.
+    """
+    resources, timeout_s = config.resources, config.timeouts.start
+    bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
+    bundle = {name: amount for name, amount in bundle.items() if amount > 0}
+    if not bundle:
+        return None
+    placement = placement_group([bundle] * config.learner.ranks, strategy="PACK")
+    if not bounded_wait([placement.ready()], who="the learner ranks' placement", timeout_s=timeout_s)[0]:
+        remove_placement_group(placement)
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+        free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in bundle)
+        raise WaitTimeout(
+            f"the cluster did not give {config.learner.ranks} learner ranks {wanted} each within "
+            f"{timeout_s:g} s (free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
+        )
+    return placement
+
+
+class LearnerGroup:
+    """Starts the ranks and speaks to all of them at once. Every call is bounded; a rank that dies ends the run.
+
+    Args:
+        config: the run's settings.
+        model_path: folder or hub name of the base, readable on every node with a rank.
+        adapter: weights to start from; None for a fresh adapter.
+        shards: each rank's optimizer state from a checkpoint, in rank order; None for a fresh optimizer.
+        on_tick: called every second of a wait for the ranks, their start included, in the thread that waits; when it
+            raises StopRequested, the ranks are killed.
+        rank_type: what the ranks learn from; None for groups of trajectories.
+        placement: what ``reserve_ranks`` gave, and the group's to give back; None reserves here.
+
+    Raises:
+        WaitTimeout: when the cluster can't hold the ranks, naming what is missing, or they don't start in time.
+    """
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        model_path: str,
+        *,
+        adapter: AdapterState | None,
+        shards: Sequence[bytes] | None,
+        on_tick: Callable[[], None] = lambda: None,
+        rank_type: type[Rank] | None = None,
+        placement: PlacementGroup | None = None,
+    ) -> None:
+        self.config, self._on_tick = config, on_tick
+        self.doing: tuple[str, float] | None = None
+        """What the ranks were asked and when (Unix seconds), until all have answered."""
+        self.heard: float | None = None
+        """When all ranks last answered, Unix seconds."""
+        self._rank_type = rank_type or LearnerRank
+        self._placement = placement or reserve_ranks(config)
+        try:
+            self._ranks = [self._launch(model_path, rank) for rank in range(config.learner.ranks)]
+            self.descriptions = self._start(adapter, shards)
+        except BaseException:
+            self.close()
+            raise
+
+    def update(
+        self,
+        refs: Sequence[ray.ObjectRef],
+        update_index: int,
+        lr: float,
+        *,
+        on_tick: Callable[[], None] | None = None,
+    ) -> UpdateReport:
+        """One optimizer step on what is behind ``refs``; the ranks' reports as one. ``on_tick`` is called instead
+        of the group's, for a wait in another thread."""
+        reports: list[UpdateReport] = self._all(
+            "update", list(refs), update_index, lr, limit=self.config.timeouts.update, on_tick=on_tick
+        )
+        first = reports[0]
+        for description, report in zip(self.descriptions, reports, strict=True):
+            description["usage"] = report.usage
+        return UpdateReport(
+            statistics=Statistics.merged(report.statistics for report in reports),
+            plan_statistics=first.plan_statistics,
+            loss=sum(report.loss for report in reports),
+            grad_norm=first.grad_norm,
+            applied=first.applied,
+            learning_rate=first.learning_rate,
+            forwards=sum(report.forwards for report in reports),
+            seconds=max(report.seconds for report in reports),
+            scored=tuple(view for report in reports for view in report.scored),
+        )
+
+    def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> AdapterState:
+        """The whole gradient of an update, whose step is not taken."""
+        return self._all("gradient", list(refs), update_index, limit=self.config.timeouts.update)[0]
+
+    def publish(self) -> PublishedAdapter:
+        """The adapter as rank 0 holds it."""
+        return self._all("publish", limit=self.config.timeouts.publish)[0]
+
+    def export(self) -> list[bytes]:
+        """Every rank's optimizer state, in rank order."""
+        return self._all("export", limit=self.config.timeouts.checkpoint)
+
+    @property
+    def closed(self) -> bool:
+        return not self._ranks
+
+    def close(self) -> None:
+        """End the ranks and give their resources back."""
+        for actor in getattr(self, "_ranks", []):
+            ray.kill(actor)
+        self._ranks = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    def _launch(self, model_path: str, rank: int) -> Any:
+        resources = self.config.resources
+        strategy: Any = "DEFAULT"
+        if self._placement is not None:
+            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+        threads = str(resources.threads_per_process)
+        options = {
+            "name": None,
+            "num_cpus": resources.cpus_per_rank,
+            "num_gpus": resources.gpus_per_rank,
+            "max_restarts": 0,
+            "scheduling_strategy": strategy,
+            # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}},
+        }
+        remote = ray.remote(self._rank_type).options(**options)
+        return remote.remote(self.config, model_path, rank, self.config.learner.ranks)
+
+    def _start(self, adapter: AdapterState | None, shards: Sequence[bytes] | None) -> list[dict[str, Any]]:
+        timeout_s = self.config.timeouts.start
+        nodes = self._answers([rank.node_address.remote() for rank in self._ranks], "address", timeout_s, self._on_tick)
+        place = self._ranks[0].listen.remote(meeting_host(nodes))
+        address = self._answers([place], "listen", timeout_s, self._on_tick)[0]
+        given = shards if shards is not None else [None] * len(self._ranks)
+        starts = [actor.start.remote(address, adapter, shard) for actor, shard in zip(self._ranks, given, strict=True)]
+        return self._answers(starts, "start", timeout_s, self._on_tick)
+
+    def _all(self, method: str, *args: Any, limit: float, on_tick: Callable[[], None] | None = None) -> list[Any]:
+        refs = [getattr(actor, method).remote(*args) for actor in self._ranks]
+        self.doing = method, time.time()
+        try:
+            return self._answers(refs, method, limit, on_tick or self._on_tick)
+        except StopRequested:
+            self.close()  # the ranks are in the middle of something, and nobody will wait for its end
+            raise
+        finally:
+            self.doing = None
+
+    def _answers(
+        self, refs: list[ray.ObjectRef], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
+    ) -> list[Any]:
+        """All ranks' answers; the first rank that fails is named at once, since the others wait for it in vain."""
+        pending, deadline = list(refs), time.monotonic() + timeout_s
+        while pending:
+            left = deadline - time.monotonic()
+            done, pending = bounded_wait(pending, who="learner ranks", timeout_s=min(max(left, 0.0), _TICK_S))
+            if not done and left > 0:
+                on_tick()
+                continue
+            if not done:
+                late = ", ".join(str(refs.index(ref)) for ref in pending)
+                raise WaitTimeout(f"learner rank {late} did not finish '{method}' within {timeout_s:g} s")
+            try:
+                bounded_get(done[0], who=f"learner rank {refs.index(done[0])} ({method})", timeout_s=timeout_s)
+            except ray.exceptions.RayActorError as error:
+                raise WorkerLost(f"learner rank {refs.index(done[0])} died during '{method}': {error}") from error
+        answers = bounded_get(refs, who=f"the learner ranks ({method})", timeout_s=timeout_s)
+        self.heard = time.time()
+        return answers

@@ -1,0 +1,378 @@
+"""One DeepSpeed rank of the learner group; ``learner.ranks.group`` runs it as a Ray actor.
+
+``Rank`` is what all methods share: the model with its adapter, the group, exactly one optimizer step per update.
+``LearnerRank`` learns from groups of trajectories; ``learner.finetuning.rank`` from demonstrations.
+"""
+
+import math
+import os
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+import torch
+from safetensors.torch import save as save_safetensors
+
+from learner.likelihood.scorer import score
+from learner.likelihood.views import build_batch
+from learner.objectives import Statistics, make_objective
+from learner.ranks.build_ops import prepare_environment
+from learner.ranks.optim import (
+    FiniteAdamW,
+    deepspeed_config,
+    export_state,
+    import_state,
+    inner_optimizer,
+    updates_applied,
+)
+from learner.ranks.plan import Forward, plan_update
+from learner.ranks.rendezvous import meet, open_meeting_place
+from learner.ranks.scored import ScoredView, recorded_groups, scored_views
+from learner.settings.run import RunConfig
+from learner.settings.sections import (
+    GroupSection,
+    LoraSection,
+    ModelSection,
+    ResourcesSection,
+    RunPlace,
+    TimeoutsSection,
+)
+from rewards.errors import TrajectoryError
+from rollout.adapters import AdapterState, PackedTensor, adapter_parameters, digest, load_state, pack
+from rollout.malloc import keep_freed_memory
+from rollout.models import load_model, policy_adapter
+from rollout.models.lora import LoraSpec, attach_lora
+from rollout.seeds import derive_seed
+from rollout.trajectory import TrajectoryGroup
+from rollout.usage import process_usage
+from rollout.waits import bounded_get
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one rank did in one update."""
+
+    statistics: Statistics
+    """Figures of this rank's forwards; they add up over ranks."""
+    plan_statistics: dict[str, float]
+    """Figures of the whole update, the same on every rank."""
+    loss: float
+    """This rank's share of the loss."""
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping; nan or inf when it isn't finite."""
+    applied: bool
+    """False when the step was skipped because the gradient wasn't finite."""
+    learning_rate: float
+    forwards: int
+    seconds: float
+    scored: tuple[ScoredView, ...] = ()
+    """What this rank scored of the groups that are kept for playback, in the order of the plan."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """What this rank's process uses, see ``rollout.usage``."""
+
+
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """The adapter as the learner's forward uses it."""
+
+    state: dict[str, PackedTensor]
+    digest: str
+    peft_config: dict[str, Any]
+
+
+class GroupConfig(Protocol):
+    """What a rank reads of a run's settings, whatever the run learns from."""
+
+    @property
+    def run(self) -> RunPlace: ...
+    @property
+    def model(self) -> ModelSection: ...
+    @property
+    def lora(self) -> LoraSection: ...
+    @property
+    def learner(self) -> GroupSection: ...
+    @property
+    def resources(self) -> ResourcesSection: ...
+    @property
+    def timeouts(self) -> TimeoutsSection: ...
+
+
+class Plan(Protocol):
+    """The work of one optimizer step, the same on every rank."""
+
+    @property
+    def forwards(self) -> Sequence[Sequence[Any]]:
+        """[rank][forward]; every rank has the same number of forwards, at least one."""
+
+    @property
+    def normaliser(self) -> float:
+        """What the summed loss of all ranks and forwards is divided by."""
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Figures of the whole update."""
+
+
+def lora_spec(config: GroupConfig) -> LoraSpec:
+    """The shape of this run's adapter, the same in learner and actors."""
+    seed = derive_seed(config.run.seed, "lora")
+    targets = config.lora.target_modules
+    return LoraSpec(
+        config.lora.r,
+        config.lora.alpha,
+        config.lora.include_head,
+        init_seed=seed,
+        target_modules=None if targets is None else tuple(targets),
+    )
+
+
+class Rank(ABC):
+    """Loads the model, joins the group, and turns what it is given into optimizer steps.
+
+    Args:
+        config: the run's settings.
+        model_path: folder or hub name of the base.
+        rank, world: this rank's number and how many there are.
+    """
+
+    def __init__(self, config: GroupConfig, model_path: str, rank: int, world: int) -> None:
+        self.config, self.model_path, self.rank, self.world = config, model_path, rank, world
+        self._meeting_place: socket.socket | None = None
+        torch.set_num_threads(config.resources.threads_per_process)
+        keep_freed_memory()
+
+    def node_address(self) -> str:
+        """Network address of the node that this rank runs on."""
+        return ray.util.get_node_ip_address()
+
+    def listen(self, host: str) -> str:
+        """Open the port of ``host`` at which the ranks meet, and return host:port; asked of rank 0."""
+        self._meeting_place = open_meeting_place(host, self.world)
+        return f"{host}:{self._meeting_place.getsockname()[1]}"
+
+    def start(self, address: str, adapter: AdapterState | None, shard: bytes | None) -> dict[str, Any]:
+        """Load the weights, then join the group (DeepSpeed copies weights when it is initialised, not later).
+
+        Args:
+            address: where rank 0 listens (``listen``).
+            adapter: weights to start from; None for a fresh adapter.
+            shard: this rank's optimizer state from a checkpoint, or None.
+        """
+        prepare_environment()
+        device = self._device()
+        os.environ["DS_ACCELERATOR"] = device.type
+        import deepspeed  # picks its accelerator from the environment when it is imported
+
+        meet(
+            address,
+            self.rank,
+            self.world,
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout_s=self.config.timeouts.update,
+            meeting_place=self._meeting_place,
+        )
+        learner = self.config.learner
+        self.family = policy_adapter(self.model_path)
+        quantization = self.config.model.quantization
+        base = load_model(self.model_path, learner.dtype, quantization=quantization, device=device)
+        model = attach_lora(base, self.family, lora_spec(self.config))
+        if learner.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if adapter is not None:
+            load_state(model, adapter)
+        self.peft_config = model.peft_config["default"].to_dict()
+        parameters = list(adapter_parameters(model).values())
+        optimizer = FiniteAdamW(
+            parameters, lr=learner.lr, betas=learner.betas, eps=learner.adam_eps, weight_decay=learner.weight_decay
+        )
+        settings = deepspeed_config(
+            zero_stage=learner.zero_stage,
+            dtype=learner.dtype,
+            max_grad_norm=learner.max_grad_norm,
+            trained=sum(parameter.numel() for parameter in parameters),
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameters, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.engine.train()
+        if shard is not None:
+            import_state(self.engine, shard)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "trained_parameters": trained,
+            "usage": process_usage(),
+        }
+
+    def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
+        """One optimizer step.
+
+        Args:
+            refs: what it learns from.
+            update_index: number of this update, for the draws that it makes.
+            lr: learning rate of this step.
+        """
+        started = time.perf_counter()
+        plan, data = self._work(refs, update_index)
+        for group in inner_optimizer(self.engine).param_groups:
+            group["lr"] = lr
+        before = updates_applied(self.engine)
+        statistics, loss = self._accumulate(plan, data)
+        local_norm = self._stage0_grad_norm()
+        if local_norm is not None and not math.isfinite(local_norm):
+            # Finite gradients whose norm overflows would be clipped to a step of zeros, and counted as applied.
+            inner_optimizer(self.engine).refuse_step()
+        self.engine.step()
+        taken = updates_applied(self.engine) - before
+        assert taken in (0, 1), f"rank {self.rank} took {taken} optimizer steps in one update"
+        return UpdateReport(
+            statistics=statistics,
+            plan_statistics=plan.statistics,
+            loss=loss,
+            grad_norm=float(self.engine.get_global_grad_norm()) if local_norm is None else local_norm,
+            applied=taken == 1,
+            learning_rate=lr,
+            forwards=len(plan.forwards[self.rank]),
+            seconds=time.perf_counter() - started,
+            scored=self._scored(),
+            usage=process_usage(),
+        )
+
+    def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> dict[str, PackedTensor]:
+        """The whole gradient of this update, without taking the step (for parity checks)."""
+        from deepspeed.utils import safe_get_full_grad
+
+        self._accumulate(*self._work(refs, update_index))
+        read = safe_get_full_grad if self.config.learner.zero_stage > 0 else _plain_grad
+        packed = pack({name: read(p) for name, p in adapter_parameters(self.engine.module).items()})
+        self.engine.optimizer.zero_grad()
+        return packed
+
+    def publish(self) -> PublishedAdapter | None:
+        """The adapter, from rank 0; the others take part where weights are partitioned, and return None."""
+        with self._whole_weights():
+            state = pack(adapter_parameters(self.engine.module)) if self.rank == 0 else None
+        return None if state is None else PublishedAdapter(state, digest(state), self.peft_config)
+
+    def export(self) -> bytes:
+        """This rank's optimizer state as safetensors."""
+        return save_safetensors(export_state(self.engine))
+
+    def _device(self) -> torch.device:
+        wanted = self.config.learner.device
+        use_gpu = wanted == "cuda" or (wanted == "auto" and self.config.resources.gpus_per_rank > 0)
+        return torch.device("cuda" if use_gpu else "cpu")
+
+    @abstractmethod
+    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[Plan, Any]:
+        """The update's plan, and the data that its forwards speak of."""
+
+    @abstractmethod
+    def _loss(self, forward: Any, data: Any) -> tuple[torch.Tensor, Statistics]:
+        """Loss of one forward, summed and not yet divided by the plan's normaliser, and its figures."""
+
+    def _scored(self) -> tuple[ScoredView, ...]:
+        """What the forwards since the newest ``_work`` scored of trajectories that are kept for playback."""
+        return ()
+
+    def _accumulate(self, plan: Plan, data: Any) -> tuple[Statistics, float]:
+        """All of this rank's forwards and backwards; the last backward reduces over ranks."""
+        forwards = plan.forwards[self.rank]
+        parts, total = [], 0.0
+        for i, forward in enumerate(forwards):
+            loss, statistics = self._loss(forward, data)
+            # DeepSpeed averages over ranks; ours is a sum over ranks with one divisor for the whole update.
+            self.engine.set_gradient_accumulation_boundary(i == len(forwards) - 1)
+            self.engine.backward(loss * (self.world / plan.normaliser), scale_wrt_gas=False)
+            total += float(loss.detach()) / plan.normaliser
+            parts.append(statistics)
+        return Statistics.merged(parts), total
+
+    def _stage0_grad_norm(self) -> float | None:
+        """L2 norm of the reduced gradient where DeepSpeed computes none that can be read; None where it does."""
+        if self.config.learner.zero_stage > 0:
+            return None
+        norms = [p.grad.norm() for p in adapter_parameters(self.engine.module).values() if p.grad is not None]
+        return float(torch.stack(norms).norm())
+
+    def _whole_weights(self) -> Any:
+        if self.config.learner.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(adapter_parameters(self.engine.module).values()))
+
+
+class LearnerRank(Rank):
+    """Learns from groups of trajectories. An update's ``refs`` are its groups by ascending group id, its
+    ``update_index`` the number among the updates on the same groups."""
+
+    config: RunConfig
+
+    def __init__(self, config: RunConfig, model_path: str, rank: int, world: int) -> None:
+        super().__init__(config, model_path, rank, world)
+        self.objective = make_objective(config.objective)
+        self._kept: tuple[int, ...] = ()
+        self._seen: list[ScoredView] = []
+
+    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[Plan, list[TrajectoryGroup]]:
+        groups = self._groups(refs)
+        self._kept, self._seen = recorded_groups(groups, self.config.samples_per_iteration), []
+        plan = plan_update(
+            groups,
+            objective=self.objective,
+            run_seed=self.config.run.seed,
+            update_index=update_index,
+            eos_ids=(self.family.eos_token_id,),
+            ranks=self.world,
+            views_per_forward=self.config.learner.views_per_forward,
+        )
+        return plan, groups
+
+    def _scored(self) -> tuple[ScoredView, ...]:
+        return tuple(self._seen)
+
+    def _loss(self, forward: Forward, data: list[TrajectoryGroup]) -> tuple[torch.Tensor, Statistics]:
+        temperature = data[0].sampler.temperature
+        batch = build_batch(forward, data, mask_id=self.family.mask_token_id, pad_id=self.family.pad_token_id)
+        ref_logp_N = ref_position_logp_Z = None
+        if self.objective.needs_reference:
+            with torch.no_grad(), self.engine.module.disable_adapter():
+                reference = score(self.engine, batch, family=self.family, temperature=temperature)
+            ref_logp_N, ref_position_logp_Z = reference.logp_N, reference.position_logp_Z
+        scores = score(self.engine, batch, family=self.family, temperature=temperature)
+        loss, statistics = self.objective.loss(
+            scores.logp_N,
+            ref_logp_N,
+            batch,
+            position_logp_Z=scores.position_logp_Z,
+            ref_position_logp_Z=ref_position_logp_Z,
+        )
+        self._seen += scored_views(batch, scores, data, self._kept)
+        real_N = torch.from_numpy(batch.weight > 0).to(scores.mass_N.device)
+        inside = Statistics(means={"support_mass": (float(scores.mass_N[real_N].sum()), float(real_N.sum()))})
+        return loss, Statistics.merged([statistics, inside])
+
+    def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
+        who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
+        groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
+        if any(group.sampler.temperature <= 0 for group in groups):
+            raise TrajectoryError("a group was decoded greedily (temperature 0): it has no law to learn from")
+        if any(group.sampler.threshold is not None for group in groups):
+            raise TrajectoryError(
+                "a group was decoded with a confidence threshold: how many positions a step reveals "
+                "then depends on the policy and isn't scored"
+            )
+        return groups
+
+
+def _plain_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None, "no backward reached this parameter"
+    return parameter.grad

@@ -1,0 +1,79 @@
+"""What an update scored, kept for playback: a learner rank picks it out of the forwards that it makes anyway.
+
+Shapes: n scored positions of one view.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from learner.likelihood.scorer import Scores
+from learner.likelihood.views import ViewBatch
+from learner.objectives.advantages import group_advantages
+from rollout.trajectory import TrajectoryGroup
+
+
+class ScoredView(NamedTuple):
+    """A trajectory state that an update scored, with the log-probs of the weights that the update started from."""
+
+    group: int
+    """index into the update's list of groups"""
+    row: int
+    step: int
+    draws: int
+    """how often this step was drawn for the completion"""
+    weight: float
+    """draws times the importance weight of one draw"""
+    positions: np.ndarray
+    """[n] int32, the completion positions that the step revealed, ascending"""
+    logp: np.ndarray
+    """[n] float32, log-prob of each one's token under the law that the rollout drew it from"""
+    choice_logp: float
+    """log-prob of the choice of these positions; NaN where that is no action of the policy"""
+
+
+def recorded_groups(groups: Sequence[TrajectoryGroup], completions: int) -> tuple[int, ...]:
+    """Indices of the groups that are kept for playback: whole ones, until ``completions`` completions are reached.
+
+    Groups with a signal come first, since the others aren't scored; among equals the first by group id.
+    """
+    silent = [not group_advantages(group.rewards).any() for group in groups]
+    chosen: list[int] = []
+    for index in sorted(range(len(groups)), key=lambda index: silent[index]):
+        if sum(groups[i].size for i in chosen) >= completions:
+            break
+        chosen.append(index)
+    return tuple(sorted(chosen))
+
+
+def scored_views(
+    batch: ViewBatch, scores: Scores, groups: Sequence[TrajectoryGroup], wanted: Collection[int]
+) -> list[ScoredView]:
+    """The views of one forward that belong to the ``wanted`` groups, pads left out."""
+    kept = [z for z, view in enumerate(batch.views) if view.weight > 0 and view.group in wanted]
+    if not kept:
+        return []
+    logp_N = scores.logp_N.detach().float().cpu().numpy()
+    choice_logp_Z = None
+    if scores.position_logp_Z is not None:
+        choice_logp_Z = scores.position_logp_Z.detach().float().cpu().numpy()
+    L = batch.input_ids.shape[1]
+    found = []
+    for z in kept:
+        view = batch.views[z]
+        at = np.flatnonzero(batch.view_of_score == z)
+        first = L - groups[view.group].completion_ids.shape[1]
+        found.append(
+            ScoredView(
+                group=view.group,
+                row=view.row,
+                step=view.step,
+                draws=view.draws,
+                weight=view.weight,
+                positions=(batch.score_rows[at] % L - first).astype(np.int32),
+                logp=logp_N[at],
+                choice_logp=float("nan") if choice_logp_Z is None else float(choice_logp_Z[z]),
+            )
+        )
+    return found

@@ -1,0 +1,1 @@
+"""What a run shows of itself: files, store, console, trackers, plots, playback, dashboard."""

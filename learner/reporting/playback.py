@@ -1,0 +1,164 @@
+"""What a run keeps so that its completions can be played back: how they were written, and what learning made of them.
+
+A sample is one completion as safetensors. Beside the arrays of ``reporting.trajectory_bytes`` it holds
+
+    special          [C] bool, the token is a special one
+    view_update      [v] int16, view_step [v] int16, view_count [v] int32, view_weight [v] float64:
+                     the steps that each update drew for this completion and scored
+    view_choice_logp [v] float32, the new log-prob of the choice of positions; NaN where it is no action
+    new_view         [q] int32, new_position [q] int32, new_logp [q] float32:
+                     the tokens of those views, with their log-probs under the weights that the update started from
+    order_counts     [p, s] uint16 or uint32, in an iteration's first sample only: how often a position was drawn at a
+                     step, over all completions of the iteration, in at most ``ORDER_BINS`` bins of equal width
+    order_mean_step  [C] float32, the mean step at which a position was drawn; NaN where none was
+
+and in the header's metadata, under ``playback``, a JSON object: version, tokens (the text of each token by itself),
+and, with the order, its completions and bin widths. Shapes: C positions, v views, q scored tokens.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from learner.objectives.advantages import group_advantages
+from learner.ranks.scored import ScoredView, recorded_groups
+from learner.reporting.reporter import Reporter
+from rollout.trajectory import TrajectoryGroup
+
+VERSION = 1
+ORDER_BINS = (256, 128)
+"""Most bins of positions and of steps."""
+
+
+class PlaybackRecorder:
+    """Hands samples to the reporter.
+
+    Args:
+        completions: kept per iteration at least, in whole groups; 0 keeps none.
+    """
+
+    def __init__(self, reporter: Reporter, tokenizer: PreTrainedTokenizerBase, *, completions: int) -> None:
+        self._reporter, self._tokenizer, self._completions = reporter, tokenizer, completions
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._texts: dict[int, str] = {}  # of single tokens
+
+    def iteration(
+        self, iteration: int, groups: Sequence[TrajectoryGroup], updates: Sequence[Sequence[ScoredView]]
+    ) -> None:
+        """Keep whole groups of an iteration.
+
+        Args:
+            groups: all of the iteration's, as its updates saw them.
+            updates: what each update on them scored of the recorded groups.
+        """
+        order: dict[str, Any] = {}
+        order_arrays: dict[str, np.ndarray] = {}
+        kept = recorded_groups(groups, self._completions)
+        if kept:
+            order, order_arrays = order_map(groups)
+        for index in kept:
+            group = groups[index]
+            advantages_G = group_advantages(group.rewards)
+            for row in range(group.size):
+                views = [
+                    (update, view)
+                    for update, scored in enumerate(updates)
+                    for view in scored
+                    if (view.group, view.row) == (index, row)
+                ]
+                about = {
+                    "advantage": float(advantages_G[row]),
+                    "group_size": group.size,
+                    "updates": len(updates),
+                    "learner_version": iteration - 1,
+                }
+                self._sample(iteration, group, row, "train", about, view_arrays(views) | order_arrays, order)
+                order, order_arrays = {}, {}
+
+    def evaluation(self, iteration: int, kind: str, groups: Sequence[TrajectoryGroup]) -> None:
+        """Keep the completions of an evaluation; ``kind`` is base or trained."""
+        for group in groups:
+            for row in range(group.size):
+                self._sample(iteration, group, row, kind, {"group_size": group.size}, {}, {})
+
+    def prompt(self, group: TrajectoryGroup) -> str:
+        return str(self._tokenizer.decode(group.prompt_ids.tolist()))
+
+    def text(self, group: TrajectoryGroup, row: int) -> str:
+        return str(self._tokenizer.decode(group.completion_ids[row].tolist(), skip_special_tokens=True))
+
+    def _sample(
+        self,
+        iteration: int,
+        group: TrajectoryGroup,
+        row: int,
+        kind: str,
+        about: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        order: Mapping[str, Any],
+    ) -> None:
+        ids = group.completion_ids[row].tolist()
+        special = np.array([token in self._special for token in ids], dtype=np.bool_)
+        playback = {"version": VERSION, "tokens": [self._token(token) for token in ids], **order}
+        self._reporter.sample(
+            iteration,
+            group,
+            row,
+            self.prompt(group),
+            self.text(group, row),
+            kind=kind,
+            data=about,
+            arrays={"special": special, **arrays},
+            metadata={"playback": json.dumps(playback)},
+        )
+
+    def _token(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return self._texts[token]
+
+
+def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray]:
+    """(update, view) pairs as the arrays of a sample, by update, then by step; the order that they come in, which is
+    that of ranks and forwards, doesn't matter."""
+    views = sorted(views, key=lambda pair: (pair[0], pair[1].step))
+    sizes = [view.positions.size for _, view in views]
+    return {
+        "view_update": np.array([update for update, _ in views], dtype=np.int16),
+        "view_step": np.array([view.step for _, view in views], dtype=np.int16),
+        "view_count": np.array([view.draws for _, view in views], dtype=np.int32),
+        "view_weight": np.array([view.weight for _, view in views], dtype=np.float64),
+        "view_choice_logp": np.array([view.choice_logp for _, view in views], dtype=np.float32),
+        "new_view": np.repeat(np.arange(len(views), dtype=np.int32), sizes),
+        "new_position": np.concatenate([np.zeros(0, np.int32), *(view.positions for _, view in views)]),
+        "new_logp": np.concatenate([np.zeros(0, np.float32), *(view.logp for _, view in views)]),
+    }
+
+
+def order_map(groups: Sequence[TrajectoryGroup]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """When each position is drawn, over all completions: what goes into a sample's JSON, and its arrays."""
+    sampler = groups[0].sampler
+    C, m = sampler.completion_length, sampler.steps
+    per_bin = (-(-C // ORDER_BINS[0]), -(-m // ORDER_BINS[1]))
+    counts = np.zeros((-(-C // per_bin[0]), -(-m // per_bin[1])), dtype=np.uint32)
+    steps_C, drawn_C = np.zeros(C, dtype=np.float64), np.zeros(C, dtype=np.int64)
+    for group in groups:
+        rows, positions = np.nonzero(group.drawn)
+        steps = group.unmask_step[rows, positions].astype(np.int64)
+        np.add.at(counts, (positions // per_bin[0], steps // per_bin[1]), 1)
+        np.add.at(steps_C, positions, steps)
+        np.add.at(drawn_C, positions, 1)
+    mean_C = np.where(drawn_C > 0, steps_C / np.maximum(drawn_C, 1), np.nan).astype(np.float32)
+    if counts.max(initial=0) < 2**16:
+        counts = counts.astype(np.uint16)
+    about = {
+        "completions": sum(group.size for group in groups),
+        "positions": C,
+        "steps": m,
+        "positions_per_bin": per_bin[0],
+        "steps_per_bin": per_bin[1],
+    }
+    return {"order": about}, {"order_counts": counts, "order_mean_step": mean_C}

@@ -1,0 +1,382 @@
+"""What a run tells: metrics.jsonl, the run store, trackers, and the person at the terminal.
+
+Iterations count finished updates: the first is 1, and 0 is the base model's evaluation. Reports never stop training: a
+line, row or tracker call that fails is counted, and the first failure of each is shown.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from safetensors.numpy import save as to_safetensors
+
+from learner.reporting.trackers import Tracker
+from learner.runs.atomic import atomic_write_text
+from learner.runs.directory import RunDirectory
+from rollout.trajectory import TrajectoryGroup
+from services.store.writer import StoreWriter
+
+TIMING_PREFIXES = ("time/", "machine/")
+"""Metrics under these say how the machine did; all others repeat exactly when a synchronous run is repeated."""
+
+
+def deterministic(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A metrics.jsonl row without what may differ between two equal runs: times and machine figures."""
+    kept = {key: value for key, value in row.items() if not key.startswith(TIMING_PREFIXES)}
+    if "nonfinite" in kept:
+        kept["nonfinite"] = [name for name in kept["nonfinite"] if not name.startswith(TIMING_PREFIXES)]
+    return kept
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file, each with an ``iteration``; a line cut short by a kill or a full disk is left out."""
+    rows = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+            rows.append(row)
+    return rows
+
+
+class Reporter:
+    """The one voice of a run. ``store`` takes workers and checkpoints directly.
+
+    Within an iteration call ``iteration``, ``evaluation`` and ``sample`` first, then ``flush``, then save the
+    checkpoint: a run resumed at that checkpoint then has every row up to it, and ``truncate_after`` removes the rest.
+
+    Attributes:
+        failures: how many reports failed, by where they should have gone ("metrics.jsonl", "samples", tracker names).
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDirectory,
+        store_writer: StoreWriter,
+        trackers: Sequence[Tracker] = (),
+        *,
+        total_iterations: int,
+        quiet: bool = False,
+        console: Console | None = None,
+    ):
+        """``quiet`` shows warnings and errors only. ``console`` is standard output unless given."""
+        self.store = store_writer
+        self.failures: Counter[str] = Counter()
+        self._run_dir = run_dir
+        self._trackers = list(trackers)
+        self._total = total_iterations
+        self._quiet = quiet
+        self._console = console or Console(highlight=False)
+        self._metrics_file = _LineFile(run_dir.metrics_path)
+        self._samples_file = _LineFile(run_dir.samples_path)
+        self._progress: Progress | None = None
+        self._pace = _Pace(total_iterations)
+        self._store_loss_shown = False
+
+    def iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Report a finished iteration."""
+        values = {name: float(value) for name, value in metrics.items()}
+        values["machine/store_lost_rows"] = float(self.store.lost_rows)
+        values["machine/failed_reports"] = float(self.failures.total())
+        self._record(iteration, values)
+        self._show_iteration(iteration, values)
+        if self.store.lost_rows and not self._store_loss_shown:
+            self._store_loss_shown = True
+            self.event(
+                "warning",
+                "store",
+                f"rows for the run store are being lost ({self.store.last_error}); training and metrics.jsonl go on",
+            )
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Report an evaluation of the policy after this many updates."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._record(iteration, values)
+        shown = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items()]
+        self._say(f"evaluation after {iteration} iterations: {', '.join(shown)}")
+
+    def event(self, level: str, kind: str, text: str, **data: Any) -> None:
+        """Report something that happened. ``level``: info, warning or error; ``kind``: a short word to filter by."""
+        self.store.event(level, kind, text, data)
+        if level == "info":
+            self._say(text)
+        else:
+            self._print(f"{level}: {text}", style="bold red" if level == "error" else "yellow")
+
+    def sample(
+        self,
+        iteration: int,
+        group: TrajectoryGroup,
+        row: int,
+        prompt: str,
+        completion: str,
+        *,
+        kind: str = "train",
+        data: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep one completion of a group for playback, and its text in samples/completions.jsonl.
+
+        ``kind``: where it was drawn (train, base, trained, ...); ``data`` is kept beside it, ``arrays`` and
+        ``metadata`` with the trajectory (see ``learner.reporting.playback``).
+        """
+        rewards = {name: float(value) for name, value in zip(group.reward_names, group.rewards[row], strict=True)}
+        correct = bool(group.correct[row])
+        about = {
+            "seed": group.seed,
+            "policy_version": group.policy_version,
+            "adapter_digest": group.adapter_digest,
+            "actor_id": group.actor_id,
+            "nfe": int(group.nfe[row]),
+            "sampler": dataclasses.asdict(group.sampler),
+            **(data or {}),
+        }
+        self.store.sample(
+            iteration,
+            kind=kind,
+            group_id=group.group_id,
+            row=row,
+            problem_id=group.problem_id,
+            prompt=prompt,
+            completion=completion,
+            correct=correct,
+            rewards=rewards,
+            trajectory=trajectory_bytes(group, row, arrays, metadata),
+            data=about,
+        )
+        text = {
+            "iteration": iteration,
+            "kind": kind,
+            "group_id": group.group_id,
+            "row": row,
+            "correct": correct,
+            "rewards": {name: value if math.isfinite(value) else None for name, value in rewards.items()},
+            "prompt": prompt,
+            "completion": completion,
+        }
+        self._append(self._samples_file, "samples", text)
+
+    def truncate_after(self, iteration: int) -> None:
+        """Forget everything reported beyond ``iteration``, which a resumed run reports anew. Call it before the first
+        report. Raises ``StoreError`` or ``UnmaskError`` when the store or the disk refuses."""
+        for file in (self._metrics_file, self._samples_file):
+            file.close()
+            kept = [_json_line(row) for row in read_rows(file.path) if row["iteration"] <= iteration]
+            atomic_write_text(file.path, "".join(kept))
+        self.store.truncate_after(iteration)
+
+    def flush(self, timeout_s: float = 2.0) -> bool:
+        """Bring all reports to disk; False when the store did not take its rows in time (they stay queued)."""
+        self._attempt("metrics.jsonl", self._metrics_file.sync)
+        return self.store.flush(timeout_s)
+
+    def closing_table(self, summary: Mapping[str, Any], *, steps: int | None = None) -> None:
+        """Print base against trained from ``summary`` (see ``RunDirectory.write_summary``), a line per step count.
+
+        ``steps``: m, to name the step counts. What the summary lacks is shown as "-".
+        """
+        self._stop_progress()
+        rows = _closing_rows(summary, steps)
+        if self._console.is_terminal:
+            table = Table("denoising steps", title=f"Greedy exact-solve rate, held out: {self._run_dir.id}")
+            for column in ("base", "trained", "gain"):
+                table.add_column(column, justify="right")
+            for row in rows:
+                table.add_row(*row)
+            self._console.print(table)
+        else:
+            self._print(f"greedy exact-solve rate, held out: {self._run_dir.id}")
+            for row in [("denoising steps", "base", "trained", "gain"), *rows]:
+                self._print(f"  {row[0]:<16}{row[1]:>8}{row[2]:>9}{row[3]:>9}")
+        if "train_seconds" in summary:
+            self._print(f"training took {_duration(float(summary['train_seconds']))}")
+        lost = self.failures.total() + self.store.lost_rows
+        if lost:
+            self._print(
+                f"not everything was recorded: {self.store.lost_rows} store rows lost "
+                f"({self.store.last_error}), {self.failures.total()} failed reports {dict(self.failures)}"
+            )
+        self._print(f"everything is in {self._run_dir.path}")
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End the bar, close files and trackers, and give the store ``timeout_s`` seconds to take what is queued."""
+        self._stop_progress()
+        for tracker in self._trackers:
+            self._attempt(tracker.name, tracker.close)
+        for file in (self._metrics_file, self._samples_file):
+            file.close()
+        self.store.close(timeout_s)
+        if self.store.lost_rows and not self._store_loss_shown:
+            self._print(
+                f"warning: {self.store.lost_rows} rows for the run store were lost ({self.store.last_error})",
+                style="yellow",
+            )
+
+    def _record(self, iteration: int, values: dict[str, float]) -> None:
+        line: dict[str, Any] = {"iteration": iteration}
+        line |= {name: values[name] if math.isfinite(values[name]) else None for name in sorted(values)}
+        nonfinite = [name for name in sorted(values) if not math.isfinite(values[name])]
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._append(self._metrics_file, "metrics.jsonl", line)
+        self.store.metrics(iteration, values)
+        for tracker in self._trackers:
+            self._attempt(tracker.name, tracker.log, iteration, values)
+
+    def _append(self, file: "_LineFile", what: str, row: dict[str, Any]) -> None:
+        self._attempt(what, file.append, _json_line(row))
+
+    def _attempt(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
+        """Do it; a failure is counted and the first of its kind told. Other people's trackers may raise anything."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            self.failures[what] += 1
+            if self.failures[what] == 1:
+                self.event(
+                    "warning",
+                    "reporting",
+                    f"reporting to {what} failed ({type(error).__name__}: {error}); "
+                    f"training goes on, further failures are only counted",
+                    target=what,
+                )
+
+    def _show_iteration(self, iteration: int, values: dict[str, float]) -> None:
+        if self._quiet:
+            return
+        if "reward/mean" in values or "loss" not in values:
+            solved = _number(values.get("solve_rate"), ".3f")
+            figures = f"reward {_number(values.get('reward/mean'), '.3f')}  solve {solved}"
+        else:
+            figures = f"loss {_number(values['loss'], '.4f')}"
+        pace = f"{_number(values.get('machine/tokens_per_s'), ',.0f')} tokens/s  ETA {self._pace.eta(iteration)}"
+        status = f"{figures}  {pace}"
+        if not self._console.is_terminal:
+            self._print(f"iteration {iteration}/{self._total}  {status}")
+            return
+        if self._progress is None:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.add_task("training", total=self._total, status=status)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=iteration, status=status)
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._print(text)
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def trajectory_bytes(
+    group: TrajectoryGroup,
+    row: int,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """One completion as safetensors: the group's arrays of that row ([C], ``position_logp`` [m]) and ``prompt_ids``
+    [P], under the names of ``TrajectoryGroup``, and ``arrays`` beside them; ``metadata`` goes into the header. The
+    support is left out: playback doesn't need it, and at top-k 150 it is most of the bytes.
+    """
+    names = ["completion_ids", "unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy"]
+    if group.position_logp is not None:
+        names.append("position_logp")
+    tensors = {name: np.ascontiguousarray(getattr(group, name)[row]) for name in names}
+    tensors["prompt_ids"] = np.ascontiguousarray(group.prompt_ids)
+    tensors |= {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    return to_safetensors(tensors, None if metadata is None else dict(metadata))
+
+
+class _LineFile:
+    """A file that grows by whole lines: each is one write, and a line that doesn't fit is taken back."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+
+    def append(self, line: str) -> None:
+        """Raises OSError; the file then ends as it did before."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        data = line.encode("utf-8", "replace")
+        before = os.fstat(self._descriptor).st_size
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+        except OSError:
+            if written:
+                os.ftruncate(self._descriptor, before)
+            raise
+
+    def sync(self) -> None:
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class _Pace:
+    """Time to go, from the mean time between the reports that this process made."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._first: tuple[int, float] | None = None
+
+    def eta(self, iteration: int) -> str:
+        now_s = time.monotonic()
+        if self._first is None or iteration <= self._first[0]:
+            self._first = (iteration, now_s)
+            return "-"
+        seconds_each = (now_s - self._first[1]) / (iteration - self._first[0])
+        return _duration(seconds_each * max(0, self._total - iteration))
+
+
+def _closing_rows(summary: Mapping[str, Any], steps: int | None) -> list[tuple[str, str, str, str]]:
+    base = summary.get("base", {}).get("greedy", {})
+    trained = summary.get("trained", {}).get("greedy", {})
+    rows = []
+    for name in [*base, *(name for name in trained if name not in base)]:
+        divisor = int(name.partition("/")[2] or 1)
+        before, after = base.get(name), trained.get(name)
+        gain = None if before is None or after is None else after - before
+        label = name if steps is None else f"{name} = {steps // divisor}"
+        rows.append((label, _number(before, ".3f"), _number(after, ".3f"), _number(gain, "+.3f")))
+    return rows
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,1 @@
+"""What a run needs around its loop: its folder, checkpoints, Ray, and a way to stop."""

@@ -1,0 +1,188 @@
+"""Checkpoints: everything a run needs to go on as if it had not stopped, in safetensors and JSON.
+
+A checkpoint is a folder ``iteration-000040`` with the adapter in PEFT format, one optimizer shard per rank, and
+``state.json``. ``manifest.json`` holds the sha256 of every other file. The folder appears by one rename, so it is there
+whole or not at all. Random generators have no state to save: every stream is derived from its name (``rollout.seeds``),
+and the names (run seed, group ids, versions) are in the settings and in ``state.json``.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from learner.runs.atomic import atomic_dir
+from learner.settings.sections import GroupSection
+from rewards.errors import CheckpointError, DataError, WeightMismatch
+from rollout.adapters import AdapterState, digest, read_peft_folder, write_peft_folder
+
+FORMAT = 2
+_PREFIX = "iteration-"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after an iteration; the JSON part of a checkpoint."""
+
+    iteration: int
+    """iterations completed"""
+    policy_version: int
+    adapter_digest: str
+    updates: int
+    """optimizer updates taken"""
+    nonfinite_in_a_row: int
+    ledger: dict[str, Any]
+    layout: dict[str, Any]
+    """ranks, zero_stage, dtype: an optimizer shard fits no other"""
+    best: dict[str, Any]
+    """iteration and solve rate of the best evaluation so far; empty before the first"""
+    evaluations: dict[str, Any]
+    """evaluations that the summary needs, by name (base, ...)"""
+    evaluated_at: int
+    """iteration of the newest evaluation of trained weights; 0 before the first"""
+    train_seconds: float
+
+    @classmethod
+    def before_the_first(cls, layout: dict[str, Any]) -> "Progress":
+        """Where a new run stands."""
+        return cls(
+            iteration=0,
+            policy_version=0,
+            adapter_digest="",
+            updates=0,
+            nonfinite_in_a_row=0,
+            ledger={},
+            layout=layout,
+            best={},
+            evaluations={},
+            evaluated_at=0,
+            train_seconds=0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    progress: Progress
+    adapter: AdapterState
+    peft_config: dict[str, Any]
+    shards: Sequence[bytes]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint below ``folder`` and return its path; an older one of the same iteration is replaced."""
+    path = place(folder, checkpoint.progress.iteration)
+    with atomic_dir(path) as inside:
+        (inside / "adapter").mkdir()
+        write_peft_folder(inside / "adapter", checkpoint.adapter, checkpoint.peft_config)
+        for rank, shard in enumerate(checkpoint.shards):
+            (inside / f"optimizer-{rank:04d}.safetensors").write_bytes(shard)
+        (inside / "state.json").write_text(json.dumps(asdict(checkpoint.progress), indent=2) + "\n")
+        sums = {name: _sha256(inside / name) for name in _files(inside)}
+        manifest = {"format": FORMAT, "sha256": sums}
+        (inside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return path
+
+
+def place(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lies below ``folder``."""
+    return folder / f"{_PREFIX}{iteration:06d}"
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: when it is damaged, naming the file.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}")
+        for name, expected in manifest["sha256"].items():
+            if _sha256(path / name) != expected:
+                raise CheckpointError(f"{path / name} is damaged (its sha256 is not the recorded one)")
+        progress = Progress(**json.loads((path / "state.json").read_text()))
+        adapter, peft_config = read_peft_folder(path / "adapter")
+        shards = [(path / name).read_bytes() for name in sorted(manifest["sha256"]) if name.startswith("optimizer-")]
+    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+    if digest(adapter) != progress.adapter_digest:
+        raise CheckpointError(f"the adapter in {path} is not the one that its state.json names")
+    ranks = progress.layout.get("ranks")
+    if len(shards) != ranks:
+        raise CheckpointError(f"{path} holds {len(shards)} optimizer shards of {ranks} ranks")
+    return Checkpoint(progress, adapter, peft_config, shards)
+
+
+def newest_good(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) -> Checkpoint | None:
+    """The newest checkpoint below ``folder`` that reads whole; damaged ones on the way are reported, not hidden."""
+    for path in reversed(saved(folder)):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            on_damaged(error)
+    return None
+
+
+def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
+    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    paths = saved(folder)
+    spared = {f"{_PREFIX}{best_iteration:06d}"} if best_iteration is not None else set()
+    for path in paths[: max(0, len(paths) - keep)]:
+        if path.name not in spared:
+            shutil.rmtree(path)
+
+
+def drop_after(folder: Path, iteration: int) -> None:
+    """Delete the checkpoints of later iterations: a run that goes on from this one will write its own."""
+    for path in saved(folder):
+        if int(path.name.removeprefix(_PREFIX)) > iteration:
+            shutil.rmtree(path)
+
+
+def layout_of(learner: GroupSection) -> dict[str, Any]:
+    """The settings that an optimizer shard depends on."""
+    return {"ranks": learner.ranks, "zero_stage": learner.zero_stage, "dtype": learner.dtype}
+
+
+def require_layout(progress: Progress, layout: dict[str, Any]) -> None:
+    """Refuse to continue with optimizer shards of another layout.
+
+    Raises:
+        CheckpointError: naming the setting that changed.
+    """
+    for key, value in layout.items():
+        if progress.layout.get(key) != value:
+            raise CheckpointError(
+                f"the checkpoint of iteration {progress.iteration} has learner.{key}={progress.layout.get(key)}, this "
+                f"run has {value}; set it back, or start a new run with lora.adapter=<checkpoint>/adapter"
+            )
+
+
+def require_adapter(progress: Progress, held: str) -> None:
+    """Refuse to continue with ranks that hold another adapter, by its digest, than the checkpoint's.
+
+    Raises:
+        WeightMismatch: naming both.
+    """
+    if held != progress.adapter_digest:
+        raise WeightMismatch(f"the ranks hold adapter {held[:12]}, the checkpoint has {progress.adapter_digest[:12]}")
+
+
+def saved(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,121 @@
+"""A Ray of this process's own that nobody else gets into: a token, loopback only, its files in a private folder.
+
+Ray leaves all three open by default: every port listens on all interfaces, its job agent runs a shell command for
+whoever posts one, and its session folders are writable by all. Authentication is a setting of the environment that Ray
+reads while it is imported, and it turns 127.0.0.1 into the node's network address unless it believes that there are no
+clusters on this platform. So this module reaches into Ray in three places, all named ``ray._private`` or
+``ray._raylet``; ``tests/whole/test_closed_ray.py`` attacks what comes of it.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few things only
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    Config,
+    get_authentication_mode,
+)
+
+from rewards.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+
+_SOCKET_PATH_BYTES = 107
+_LONGEST_BELOW = len("/um-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+
+
+@contextlib.contextmanager
+def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
+    """Start a Ray on this machine and end it with the block.
+
+    Yields the environment of another process that may join it: address, mode and token. They are not in this process's
+    own environment, so nothing that it starts besides Ray has them. Ray's logs stay, and their folder is named on
+    standard error, when the block ends with an exception that is no ConfigError.
+
+    Args:
+        num_cpus: logical CPUs that Ray declares.
+        options: further ones of ``ray.init``.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Ray opens the folder that it is given to everybody, so that one lies in a folder that only we may enter.
+    private = Path(tempfile.mkdtemp(prefix="um-", dir=_temporary_folder()))
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
+    failed = False
+    try:
+        with _authentication(token), loopback_only():
+            place: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(private / "ray")}
+            ray.init(address="local", num_cpus=num_cpus, **place, **quiet | options)
+        address = ray.get_runtime_context().gcs_address
+        assert get_authentication_mode() == AuthenticationMode.TOKEN, "Ray started without a token"
+        assert address.startswith(f"{LOOPBACK}:"), f"Ray listens at {address}"
+        yield {"RAY_ADDRESS": address} | token
+    except Exception as error:
+        failed = not isinstance(error, ConfigError)
+        raise
+    finally:
+        ray.shutdown()
+        _forget_authentication()
+        if failed:
+            _keep_logs(private)
+        else:
+            shutil.rmtree(private, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """In the block Ray takes 127.0.0.1 as it stands: what it starts listens there alone, and what listens there alone
+    can be joined."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _authentication(variables: Mapping[str, str]) -> Iterator[None]:
+    """What Ray starts in the block inherits ``variables``, and this process keeps to them after it: Ray remembers."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ.update(variables)
+    try:
+        _forget_authentication()
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _forget_authentication() -> None:
+    """Ray reads mode and token from the environment anew; it remembers those of its import otherwise."""
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
+
+
+def _temporary_folder() -> str:
+    """Where Ray would put its files, unless the paths of its sockets would be too long there."""
+    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return wanted if len(os.fsencode(wanted)) + _LONGEST_BELOW <= _SOCKET_PATH_BYTES else "/tmp"
+
+
+def _keep_logs(private: Path) -> None:
+    """Ray's logs instead of its session, whose object store may have spilled gigabytes."""
+    for logs in private.glob("ray/session_*/logs"):
+        if not logs.parent.is_symlink():  # session_latest
+            logs.rename(private / "logs")
+            print(f"Ray's logs are in {private / 'logs'}", file=sys.stderr)
+    shutil.rmtree(private / "ray", ignore_errors=True)

@@ -1,0 +1,262 @@
+"""From recipe files and ``key.sub=value`` arguments to one nested mapping, and from pydantic's errors to sentences.
+
+This module knows nothing of the run's settings: the model class that describes them is an argument
+(``learner.settings.run`` supplies it).
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from rewards.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def recipe_names(kind: Literal["run", "sft"] = "run") -> list[str]:
+    """Names of the recipes of this kind that are shipped, sorted: those for ``learner.sft`` begin with ``sft_``, all
+    others are runs of ``learner.main``."""
+    files = (entry.name for entry in _shipped_recipes().iterdir())
+    names = sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+    return [name for name in names if name.startswith("sft_") == (kind == "sft")]
+
+
+def recipe_summary(name: str) -> str:
+    """First comment line of a shipped recipe."""
+    first_line = _recipe_file(name).read_text(encoding="utf-8").partition("\n")[0]
+    return first_line.removeprefix("#").strip()
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """Settings of a recipe, laid over those of the recipes that it ``extends``.
+
+    ``name_or_path`` is the name of a shipped recipe or the path of a ``.yaml`` file; ``extends`` takes either too, a
+    relative path counting from the file that names it. Raises ConfigError.
+    """
+    return _read_chain(_recipe_file(name_or_path), seen=())
+
+
+def settings_from_arguments(
+    argv: Sequence[str], model: type[Model], *, kind: Literal["run", "sft"], default: str | None = None
+) -> Model:
+    """The settings that ``recipe=NAME_OR_PATH`` and ``key.sub=value`` arguments give; ``resume=`` is short for
+    ``run.resume=``. ``default`` is the recipe when none is named.
+
+    Raises ConfigError with one sentence (one line) per problem.
+    """
+    recipes = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")]
+    if len(recipes) > 1:
+        raise ConfigError(f"recipe is given {len(recipes)} times ({', '.join(recipes)}); give one")
+    recipe = recipes[0] if recipes else default
+    if recipe in recipe_names("run" if kind == "sft" else "sft"):
+        right, wrong = ("main", "sft") if kind == "sft" else ("sft", "main")
+        raise ConfigError(f"recipe {recipe} is one for python -m learner.{right}, not for learner.{wrong}")
+    data = read_recipe(recipe) if recipe else {}
+    for argument in argv:
+        if not argument.startswith("recipe="):
+            apply_override(data, "run." + argument if argument.startswith("resume=") else argument, model)
+    return validated(data, model, source="")
+
+
+def help_text(model: type[BaseModel], kind: Literal["run", "sft"]) -> str:
+    """The recipes of this kind, and every key with its meaning, unit and default."""
+    lines = ["recipes (recipe=NAME, or the path of a .yaml file):"]
+    lines += [f"  {name:<18}{recipe_summary(name)}" for name in recipe_names(kind)]
+    lines += ["", "keys (key.sub=value; what is shown is the default before the recipe):"]
+    for key, field in leaf_fields(model):
+        default = json.dumps(field.get_default())
+        lines.append(f"  {key + '=' + default:<44}{field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) -> None:
+    """Sets one ``key.sub=value`` argument in ``data``; the value is YAML, but a text field takes it as it stands."""
+    key, equals, raw = argument.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"argument '{argument}' is not of the form key.sub=value (see --help for the keys)")
+    key = key.strip()
+    field = dict(leaf_fields(model)).get(key)
+    if field is not None and _is_text(field):
+        value = None if raw in ("", "null") else raw  # run.name=007 is a name, not a number
+    else:
+        value = _parse_yaml(raw, source=f"the value of {key}")
+    *sections, last = key.split(".")
+    target = data
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(unknown_key(key, model))
+    target[last] = _merged(target[last], value) if isinstance(target.get(last), dict) else value
+
+
+def validated(data: Mapping[str, Any], model: type[Model], source: str) -> Model:
+    """``data`` as a ``model``. Raises ConfigError, one sentence per problem; ``source`` says where ``data`` is from."""
+    # Through JSON because pydantic's strict mode then takes lists for tuples, and still refuses "3" or True for 3.
+    text = json.dumps(data, default=repr)
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        problems = [_sentence(detail, model) for detail in error.errors()]
+    raise ConfigError("\n".join(f"{source}: {problem}" if source else problem for problem in problems))
+
+
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting as (dotted key, field), in the order of the models."""
+    for name, field in model.model_fields.items():
+        section = section_model(field)
+        if section is None:
+            yield prefix + name, field
+        else:
+            yield from leaf_fields(section, f"{prefix}{name}.")
+
+
+def section_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section of further settings, otherwise None."""
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def unknown_key(key: str, model: type[BaseModel]) -> str:
+    """The sentence for a key that does not exist, with the nearest one that does."""
+    known = [name for name, _ in leaf_fields(model)]
+    known += sorted({name[:end] for name in known for end in _dots(name)})
+    same_last_part = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = same_last_part or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    remedy = f"did you mean '{nearest[0]}'?" if nearest else "see --help for the keys"
+    return f"unknown key '{key}'; {remedy}"
+
+
+def _dots(name: str) -> list[int]:
+    return [match.start() for match in re.finditer(r"\.", name)]
+
+
+# ---- recipes
+
+
+def _shipped_recipes() -> Traversable:
+    return resources.files("learner") / "recipes"
+
+
+def _recipe_file(name_or_path: str, base: Path | None = None) -> Traversable:
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = (base or Path()) / name_or_path
+        if not path.is_file():
+            raise ConfigError(f"there is no recipe file '{path}'")
+        return path
+    if name_or_path not in (known := [*recipe_names(), *recipe_names("sft")]):
+        names = ", ".join(known)
+        raise ConfigError(f"there is no recipe '{name_or_path}'; shipped are {names}, or give the path of a .yaml file")
+    return _shipped_recipes() / f"{name_or_path}.yaml"
+
+
+def _read_chain(file: Traversable, seen: tuple[str, ...]) -> dict[str, Any]:
+    if str(file) in seen:
+        raise ConfigError(f"recipe '{file}' extends itself: " + " -> ".join((*seen, str(file))))
+    data = _parse_yaml(file.read_text(encoding="utf-8"), source=f"recipe '{file}'")
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe '{file}' must be a mapping of settings, not {_shown(data)}")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise ConfigError(f"recipe '{file}' extends {_shown(parent)}, which is not the name or path of a recipe")
+    base = file.parent if isinstance(file, Path) else None
+    return _merged(_read_chain(_recipe_file(parent, base), (*seen, str(file))), data)
+
+
+def _merged(lower: Any, upper: Any) -> Any:
+    if not (isinstance(lower, dict) and isinstance(upper, dict)):
+        return upper
+    return lower | {key: _merged(lower.get(key), value) for key, value in upper.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 less dates, plus the floats of YAML 1.2 (1e-3), and a key given twice is an error."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str) or keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+
+
+# ---- sentences
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list such as [1, 2]",
+    "too_short": "a list of at least {min_length} entries",
+    "too_long": "a list of at most {max_length} entries",
+    "model_type": "a section of settings",
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+}
+
+
+def _sentence(detail: Any, model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return unknown_key(key, model)
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "value_error":  # our own cross-field checks are sentences already
+        return str(context["error"])
+    if kind in _WANTED:
+        return f"{key}={_shown(detail['input'])} must be {_WANTED[kind].format(**context)}"
+    return f"{key}={_shown(detail['input'])}: {detail['msg']}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(value) + "}"
+    return json.dumps(value, default=repr)
+
+
+def _is_text(field: FieldInfo) -> bool:
+    annotation = field.annotation
+    members: Sequence[Any] = (annotation,)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        members = typing.get_args(annotation)
+    return str in members

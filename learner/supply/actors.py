@@ -1,0 +1,49 @@
+"""The rollout actors that a run's settings ask for."""
+
+from functools import partial
+
+from learner.settings.run import RunConfig
+from rollout.actor import ActorSettings, code_identity
+from rollout.engines.torch import TorchEngine
+from rollout.models.lora import LoraSpec
+from rollout.pool import RolloutPool
+
+MAX_RESTARTS = 3
+
+
+def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, seed: int) -> RolloutPool:
+    """A pool whose actors are starting; ``wait_ready`` waits for them.
+
+    Args:
+        model_path: folder or hub name of the base.
+        lora: shape of the adapters that they will load; None for the bare base.
+        seed: names the random streams of evaluations.
+    """
+    resources = config.resources
+    make_engine = partial(
+        TorchEngine,
+        model_path=model_path,
+        lora=lora,
+        max_rows=config.rollout.max_rows,
+        threads=resources.threads_per_process,
+        device="cuda" if resources.gpus_per_actor > 0 else "cpu",
+        dtype=config.learner.dtype,
+        quantization=config.model.quantization,
+    )
+    settings = ActorSettings(
+        make_engine=make_engine,
+        task=config.task.name,
+        graders=config.rollout.graders_per_actor,
+        grade_timeout_s=config.rollout.grade_timeout_s,
+        pull_timeout_s=config.timeouts.publish,
+        run_seed=seed,
+        code_digest=code_identity().digest,
+    )
+    return RolloutPool(
+        settings,
+        size=config.rollout.actors,
+        resources={"CPU": resources.cpus_per_actor, "GPU": resources.gpus_per_actor},
+        threads=resources.threads_per_process,
+        start_timeout_s=config.timeouts.start,
+        max_restarts=MAX_RESTARTS,
+    )

@@ -1,0 +1,129 @@
+"""The feed: which prompts each iteration trains on, and the pump that keeps the rollout actors busy with them."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from learner.runs.stopping import StopRequested
+from learner.settings.run import RunConfig
+from rewards.errors import DataError
+from rewards.task import Problem
+from rollout.actor import Weights
+from rollout.pool import ActorLost, RolloutPool
+from rollout.replay import ReplayBuffer, ReplayItem
+from rollout.seeds import derive_seed, numpy_generator
+from rollout.trajectory import GroupSpec, SamplerSpec
+
+
+class Feed:
+    """Issues groups, leases them to idle actors, takes in what they deliver, and hands out whole iterations.
+
+    Nothing of it needs saving but the ledger: which prompts an iteration has is a function of the settings.
+
+    Args:
+        on_event: called as (level, kind, text) with what a person should know.
+        stop: says whether the run was asked to stop.
+        on_pump: called whenever work goes on, every second at least.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        problems: Sequence[Problem],
+        pool: RolloutPool,
+        replay: ReplayBuffer,
+        *,
+        on_event: Callable[[str, str, str], None],
+        stop: Callable[[], bool],
+        on_pump: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.problems, self.pool, self.replay = config, problems, pool, replay
+        self.sampler = SamplerSpec(**config.rollout.sampler.model_dump())
+        self.grader_failures = 0
+        self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
+
+    def issue_through(self, iteration: int) -> None:
+        """Plan all iterations up to and including this one (from 0), as far as the run goes."""
+        last = min(iteration, self.config.run.iterations - 1)
+        for planned in range(self.replay.ledger.last_iteration + 1, last + 1):
+            self.replay.ledger.issue(planned, self.specs(planned))
+
+    def specs(self, iteration: int) -> list[GroupSpec]:
+        """The iteration's groups: the next problems of a fresh shuffle per epoch."""
+        count, seed = self.config.rollout.prompts_per_iteration, self.config.run.seed
+        group_ids = range(iteration * count, (iteration + 1) * count)
+        orders = {epoch: self._order(epoch) for epoch in {group_id // len(self.problems) for group_id in group_ids}}
+        return [
+            GroupSpec(
+                group_id=group_id,
+                problem=self.problems[int(orders[group_id // len(self.problems)][group_id % len(self.problems)])],
+                size=self.config.rollout.group_size,
+                seed=derive_seed(seed, "rollout", group_id),
+            )
+            for group_id in group_ids
+        ]
+
+    def gather(self, iteration: int, weights: Weights) -> list[ReplayItem]:
+        """Wait for all groups of an iteration, by ascending group id; their objects are on this node.
+
+        Raises:
+            StopRequested: the run was asked to stop.
+            DataError: when every group was dropped.
+        """
+        version = weights.version
+        while True:
+            while not self.replay.ledger.complete(iteration):
+                if self._stop():
+                    raise StopRequested
+                self.pump(weights, timeout_s=1.0)
+            items = self.replay.take(iteration, version)
+            lost = self.replay.find_lost(items, timeout_s=self.config.timeouts.publish)
+            if lost:
+                self._on_event("warning", "lost", f"the objects of groups {lost} are gone; they are drawn again")
+                self.replay.lost(lost)
+            if self.replay.ledger.complete(iteration):
+                break
+        if not items:
+            reasons = self.replay.ledger.counts()["dropped_by_reason"]
+            raise DataError(f"iteration {iteration + 1} has no usable group left; dropped so far: {reasons}")
+        return items
+
+    def pump(self, weights: Weights, *, timeout_s: float) -> None:
+        """Lease what may be leased, then take in what has happened, waiting at most ``timeout_s`` seconds for it."""
+        self._on_pump()
+        self._lease(weights)
+        self.take_in(timeout_s=timeout_s)
+        self._lease(weights)
+
+    def take_in(self, *, timeout_s: float) -> None:
+        """Take in what has happened, waiting at most ``timeout_s`` seconds for it, and lease nothing."""
+        for lease_id in self.replay.ledger.expire():
+            self._on_event("warning", "lease", f"lease {lease_id} timed out; its groups are leased again")
+            self.pool.kill_lease(lease_id)
+        for event in self.pool.poll(timeout_s):
+            if isinstance(event, ActorLost):
+                self._on_event("warning", "actor", event.error)
+                if event.lease_id is not None:
+                    self.replay.ledger.fail_lease(event.lease_id)
+                continue
+            self.replay.deliver(event.report, event.refs)
+            for group in event.report.groups:
+                self.grader_failures += group.grader_timeouts + group.grader_crashes
+                if group.invalid is not None:
+                    text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {group.invalid}"
+                    self._on_event("warning", "dropped", text)
+
+    def _lease(self, weights: Weights) -> None:
+        ledger, rollout, timeout_s = self.replay.ledger, self.config.rollout, self.config.timeouts.lease
+        while self.pool.idle():
+            lease = ledger.lease(policy_version=weights.version, timeout_s=timeout_s)
+            if lease is None and rollout.second_lease_after_s is not None:
+                lease = ledger.second_lease(
+                    after_s=rollout.second_lease_after_s, policy_version=weights.version, timeout_s=timeout_s
+                )
+            if lease is None:
+                return
+            self.pool.submit(lease, self.sampler, weights)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return numpy_generator(self.config.run.seed, "prompt order", epoch).permutation(len(self.problems))

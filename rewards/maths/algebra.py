@@ -1,0 +1,215 @@
+r"""Values of expressions (``rewards.maths.expression``): equality decided exactly wherever that is cheap.
+
+Three ways, each total and bounded:
+
+- ``rational``: the exact value as a Fraction, when it is a constant made of rationals.
+- ``residue``: the value in the field of integers modulo PRIME, each variable (``\pi`` and ``e`` among them) at a fixed
+  arbitrary point, ``i`` and the roots of integers as elements whose squares they are. Equal expressions of that kind
+  have equal residues; unequal ones by accident with a probability around 2^-130 (Schwartz and Zippel's lemma). Big
+  powers cost nothing there: ``2^{2008}-2`` is a modular power.
+- ``approximation``: complex floats at two points, for everything else (nested roots, trigonometry, logarithms). It only
+  ever tells expressions apart; whether those that agree are equal is for ``rewards.maths.symbolic``.
+"""
+
+import cmath
+import hashlib
+import math
+import zlib
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache, lru_cache
+
+from rewards.maths.expression import Node
+
+MAX_BITS = 6000
+"""Of a numerator or denominator."""
+MAX_FACTORIAL = 1000
+MAX_RADICAND = 10**8
+
+PRIME = 9222428634403621994265291800273042839412761
+"""One more than a multiple of 8 and of all odd primes below 100, so that -1 and these primes have roots modulo it."""
+
+_FUNCTIONS: dict[str, Callable[[complex], complex]] = {
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "log": lambda z: cmath.log(z) / math.log(10), "ln": cmath.log,
+    "exp": cmath.exp, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "sinh": cmath.sinh,
+    "cosh": cmath.cosh, "tanh": cmath.tanh, "abs": abs, "sec": lambda z: 1 / cmath.cos(z),
+    "csc": lambda z: 1 / cmath.sin(z), "cot": lambda z: cmath.cos(z) / cmath.sin(z),
+}  # fmt: skip
+_SMALL_PRIMES = [q for q in range(2, 10_000) if all(q % d for d in range(2, math.isqrt(q) + 1))]
+
+
+class Inexact(Exception):
+    """The value can't be had in this way."""
+
+
+def rational(node: Node) -> Fraction | None:
+    """The exact value, None when it is not a rational constant or is too big."""
+    try:
+        return _rational(node)
+    except (Inexact, ZeroDivisionError):
+        return None
+
+
+def residue(node: Node, point: int = 0) -> int:
+    """The value modulo PRIME, with the variables at one of many points. Raises Inexact for what has none."""
+    try:
+        return _residue(node, point)
+    except (ZeroDivisionError, ValueError):
+        raise Inexact from None
+
+
+def approximation(node: Node) -> tuple[complex, complex]:
+    """The values at two points. Raises Inexact when they are undefined or overflow."""
+    try:
+        first, second = _approximate(node, 0), _approximate(node, 1)
+    except (ArithmeticError, ValueError, RecursionError):
+        raise Inexact from None
+    if not (cmath.isfinite(first) and cmath.isfinite(second)):
+        raise Inexact
+    return first, second
+
+
+def _rational(node: Node) -> Fraction:
+    operation = node[0]
+    if operation == "number":
+        return node[1]
+    if operation == "negate":
+        return -_rational(node[1])
+    if operation not in ("+", "*", "/", "^", "!"):
+        raise Inexact
+    left = _rational(node[1])
+    if operation == "!":
+        return Fraction(math.factorial(_factorial_operand(left)))
+    right = _rational(node[2])
+    if operation == "^":
+        bits = max(left.numerator.bit_length(), left.denominator.bit_length())
+        if right.denominator != 1 or abs(right) * bits > MAX_BITS:
+            raise Inexact
+        return left ** int(right)
+    value = left + right if operation == "+" else left * right if operation == "*" else left / right
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise Inexact
+    return value
+
+
+def _residue(node: Node, point: int) -> int:
+    operation = node[0]
+    if operation == "number":
+        return node[1].numerator * pow(node[1].denominator, -1, PRIME) % PRIME
+    if operation == "name":
+        return _position(node[1], point)
+    if operation == "i":
+        return _imaginary_unit()
+    if operation == "negate":
+        return -_residue(node[1], point) % PRIME
+    if operation == "+":
+        return (_residue(node[1], point) + _residue(node[2], point)) % PRIME
+    if operation == "*":
+        return _residue(node[1], point) * _residue(node[2], point) % PRIME
+    if operation == "/":
+        return _residue(node[1], point) * pow(_residue(node[2], point), -1, PRIME) % PRIME
+    if operation == "!":
+        return _residue(("number", _rational(node)), point)
+    if operation == "^":
+        exponent = _rational(node[2])
+        if exponent == Fraction(1, 2):
+            return _residue(("root", ("number", Fraction(2)), node[1]), point)
+        if exponent.denominator != 1:
+            raise Inexact
+        base = _residue(node[1], point)
+        if base == 0 and exponent <= 0:
+            raise Inexact
+        return pow(base, int(exponent), PRIME)
+    if operation == "root" and _rational(node[1]) == 2:
+        radicand = _rational(node[2])
+        root = _integer_root(abs(radicand.numerator * radicand.denominator))
+        root = root * (_imaginary_unit() if radicand < 0 else 1)
+        return root * pow(radicand.denominator, -1, PRIME) % PRIME
+    raise Inexact
+
+
+def _approximate(node: Node, point: int) -> complex:
+    operation = node[0]
+    if operation == "number":
+        return complex(node[1])
+    if operation == "name":
+        return math.pi if node[1] == r"\pi" else math.e if node[1] == "e" else 0.5 + 2 * _fraction(node[1], point)
+    if operation == "i":
+        return 1j
+    if operation == "negate":
+        return 0 - _approximate(node[1], point)  # keeps the sign of a zero imaginary part
+    if operation == "call":
+        return _FUNCTIONS[node[1]](_approximate(node[2], point))
+    if operation == "!":
+        return complex(_rational(node))
+    left, right = _approximate(node[1], point), _approximate(node[2], point)
+    if operation == "+":
+        return left + right
+    if operation == "*":
+        return left * right
+    if operation == "/":
+        return left / right
+    if operation == "^":
+        return left**right
+    right += 0j  # no negative zero: it would choose the other branch
+    if right.imag == 0 and right.real < 0 and left.real % 2 == 1:
+        return -((-right) ** (1 / left))  # the real root, as schools write it
+    return right ** (1 / left)
+
+
+def _factorial_operand(value: Fraction) -> int:
+    if value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
+        raise Inexact
+    return int(value)
+
+
+@lru_cache(maxsize=4096)
+def _position(name: str, point: int) -> int:
+    """Where a variable is put: arbitrary and fixed."""
+    return int.from_bytes(hashlib.sha256(f"{name}/{point}".encode()).digest(), "big") % PRIME
+
+
+def _fraction(name: str, point: int) -> float:
+    return zlib.crc32(f"{name}/{point}".encode()) / 2**32
+
+
+@cache
+def _imaginary_unit() -> int:
+    return _root_of_prime(PRIME - 1)
+
+
+def _integer_root(number: int) -> int:
+    """A square root modulo PRIME, multiplicative: the product of fixed roots of the prime factors."""
+    exact = math.isqrt(number)
+    if exact * exact == number:
+        return exact % PRIME
+    if number > MAX_RADICAND:
+        raise Inexact
+    root = 1
+    for prime in _SMALL_PRIMES:
+        if prime * prime > number:
+            break
+        while number % prime == 0:
+            number //= prime
+            root = root * _root_of_prime(prime) % PRIME
+    return root * _root_of_prime(number) % PRIME if number > 1 else root
+
+
+@lru_cache(maxsize=4096)
+def _root_of_prime(number: int) -> int:
+    """Tonelli and Shanks's algorithm. Raises Inexact for what is no square modulo PRIME."""
+    if pow(number, (PRIME - 1) // 2, PRIME) != 1:
+        raise Inexact
+    odd, twos = PRIME - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    other = next(n for n in range(2, 1000) if pow(n, (PRIME - 1) // 2, PRIME) != 1)
+    step, error, root = pow(other, odd, PRIME), pow(number, odd, PRIME), pow(number, (odd + 1) // 2, PRIME)
+    while error != 1:
+        order, power = 0, error
+        while power != 1:
+            power, order = power * power % PRIME, order + 1
+        shift = pow(step, 1 << (twos - order - 1), PRIME)
+        twos, step = order, shift * shift % PRIME
+        error, root = error * step % PRIME, root * shift % PRIME
+    return root

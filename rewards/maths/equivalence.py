@@ -1,0 +1,235 @@
+r"""Whether an answer is the gold answer in another spelling: ``equivalent(gold, answer)``. Strict, total, bounded.
+
+How a verdict is reached, first what is cheap: equal text after ``rewards.maths.latex``; exact rationals; exact algebra
+modulo a prime and a numeric comparison that only tells apart (``rewards.maths.algebra``); and math-verify in a helper
+process with hard limits (``rewards.maths.symbolic``) for the few expressions that agree numerically but have no exact
+arithmetic here (nested or cube roots, trigonometry, logarithms). A wrong number never gets that far.
+
+The rules:
+
+- Numbers are exact. 3.50 = 3.5, 1,234 = 1234, .5 = 1/2 = \frac12 = 0.5, 1\frac12 = 3/2, 1.2\times10^3 = 1200; 0.333 is
+  not 1/3 and 3.14 is not \pi. An unevaluated expression equals its value (``rewards.tasks.math`` refuses one that is
+  copied from the problem).
+- Percent: with the sign on both sides the numbers are compared. A gold 8\% also takes 8 and 0.08. A gold number takes
+  a percentage of the same value (1/2, 50%), and from 1 on the same number with the sign (50, 50%).
+- Degree and currency signs and unit words may be missing or added on either side. Two well-known units must agree
+  (``rewards.maths.units``: cm is not cm^2); nothing is converted.
+- ``2, 3`` (also with "and", "or", braces, \pm written out) are several answers: all of them and no other, in any order,
+  as often as the gold has them. Tuples and intervals keep order and brackets: (1,2) is not (2,1), [1,2] or \{1,2\}. An
+  inequality of one name is the interval that it describes; a union is in any order.
+- x = 5 and 5 are the same answer, x = 5 and y = 5 are not. Equations of two sides are the same up to a constant
+  factor. Of a chain of equal constants (6/4 = 1.5) any stands for the value.
+- Matrices agree by entry, whatever their brackets (not determinants). 1011_2 takes 1011 but no other base. A ratio a:b
+  takes the same ratio of the same numbers, and answers a gold fraction.
+- Text is compared without case, spaces and punctuation, single letters with case; (A) is A.
+- Empty answers and texts of more than 1000 characters are wrong.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from rewards.maths import symbolic
+from rewards.maths.algebra import PRIME, Inexact, approximation, residue
+from rewards.maths.answer_forms import (
+    MAX_CHARACTERS,
+    Based,
+    Bracketed,
+    Equation,
+    Form,
+    Items,
+    Matrix,
+    Named,
+    Ratio,
+    Scalar,
+    Words,
+    read,
+)
+from rewards.maths.expression import Node
+
+How = Literal["text", "number", "algebra", "approximation", "form", "symbolic", "timeout", "failed", "none"]
+"""``form``: another kind of answer; ``timeout``, ``failed``: the symbolic comparison came to no verdict, so the answer
+is wrong; ``none``: empty or too long."""
+
+_TOLERANCE = 1e-8
+_REALS = frozenset({"r", "allrealnumbers", "allreals", "allrealnumber"})
+
+counts: Counter[How] = Counter()
+"""Verdicts of this process by how they were reached."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    correct: bool
+    how: How
+
+
+def equivalent(gold: str, answer: str, *, by_symbols: bool = True) -> Verdict:
+    """Whether ``answer`` gives the value ``gold``. Total; at most ``symbolic.WALL_LIMIT_S`` and a little. Without
+    ``by_symbols``, what only math-verify could decide is wrong, and no helper is started."""
+    verdict = _decide(gold, answer, by_symbols)
+    counts[verdict.how] += 1
+    return verdict
+
+
+def _decide(gold: str, answer: str, by_symbols: bool) -> Verdict:
+    if not answer.strip() or len(answer) > MAX_CHARACTERS:
+        return Verdict(False, "none")
+    gold_form, answer_form = read(gold), read(answer)
+    if not answer_form.key:
+        return Verdict(False, "none")
+    if gold_form.key == answer_form.key:
+        return Verdict(True, "text")
+    comparison = _Comparison()
+    same = comparison.same(gold_form, answer_form)
+    if not same or not comparison.open:
+        return Verdict(same, comparison.how)
+    if not by_symbols:
+        return Verdict(False, "approximation")
+    finding = symbolic.ask(comparison.open)
+    if finding == "equal" or finding == "different":
+        return Verdict(finding == "equal", "symbolic")
+    return Verdict(False, finding)
+
+
+class _Comparison:
+    """Compares forms. ``open`` holds the pairs of expressions that must still be found equal for a right answer."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[Node, Node]] = []
+        self.how: How = "form"
+
+    def same(self, gold: Form, answer: Form) -> bool:
+        if gold.key == answer.key:
+            return gold.key != ""
+        if isinstance(gold, Named) or isinstance(answer, Named):
+            return self._same_named(gold, answer)
+        if isinstance(gold, Scalar) and isinstance(answer, Scalar):
+            return self._same_scalar(gold, answer)
+        if isinstance(gold, Items) and len(gold.items) == 1:
+            return self.same(gold.items[0], answer)
+        if isinstance(answer, Items) and len(answer.items) == 1:
+            return self.same(gold, answer.items[0])
+        if isinstance(gold, Items) and isinstance(answer, Items):
+            return self._same_items(gold.items, answer.items)
+        if isinstance(gold, Bracketed) and isinstance(answer, Bracketed):
+            return gold.brackets == answer.brackets and self._same_in_order(gold.items, answer.items)
+        if isinstance(gold, Matrix) and isinstance(answer, Matrix):
+            return len(gold.rows) == len(answer.rows) and all(map(self._same_in_order, gold.rows, answer.rows))
+        if isinstance(gold, Equation) and isinstance(answer, Equation):
+            return _proportional(gold.node, answer.node)
+        if isinstance(gold, Based):
+            if isinstance(answer, Based):
+                return (gold.digits, gold.base) == (answer.digits, answer.base)
+            return answer.key.strip("()") == gold.digits
+        if isinstance(answer, Based):
+            return answer.base == 10 and gold.key == answer.digits
+        if isinstance(answer, Ratio):
+            return self._same_ratio(gold, answer)
+        if isinstance(gold, Words) and isinstance(answer, Words):
+            return _folded(gold.key) == _folded(answer.key) != ""
+        return gold.key == r"(-\infty,\infty)" and _folded(answer.key.lower()) in _REALS
+
+    def _same_named(self, gold: Form, answer: Form) -> bool:
+        if isinstance(gold, Named) and isinstance(answer, Named):
+            if gold.name == answer.name:
+                return self.same(gold.form, answer.form)
+        elif isinstance(gold, Named) and isinstance(answer, Equation):
+            return _proportional(_difference(gold), answer.node)
+        elif isinstance(answer, Named) and isinstance(gold, Equation):
+            return _proportional(gold.node, _difference(answer))
+        elif isinstance(gold, Named):
+            return self.same(gold.form, answer)
+        elif isinstance(answer, Named):
+            if isinstance(gold, Items) and not isinstance(answer.form, Items):
+                return False
+            return self.same(gold, answer.form)
+        return False
+
+    def _same_items(self, gold: tuple[Form, ...], answer: tuple[Form, ...]) -> bool:
+        """Without order. Greedy is enough: sameness is transitive but for percent signs, units and names."""
+        if len(gold) != len(answer):
+            return False
+        left = list(answer)
+        for item in gold:
+            match = next((other for other in left if other.key == item.key), None)
+            match = match or next((other for other in left if self._same_part(item, other)), None)
+            if match is None:
+                return False
+            left.remove(match)
+        return True
+
+    def _same_part(self, gold: Form, answer: Form) -> bool:
+        """``same``, with no question left open by parts that are not."""
+        known = len(self.open)
+        same = self.same(gold, answer)
+        if not same:
+            del self.open[known:]
+        return same
+
+    def _same_in_order(self, gold: tuple[Form, ...], answer: tuple[Form, ...]) -> bool:
+        return len(gold) == len(answer) and all(map(self.same, gold, answer))
+
+    def _same_ratio(self, gold: Form, answer: Ratio) -> bool:
+        if isinstance(gold, Ratio):
+            return gold.parts == answer.parts
+        if not isinstance(gold, Scalar) or gold.value is None or len(answer.parts) != 2 or not answer.parts[1]:
+            return False
+        self.how = "number"
+        return gold.value == answer.parts[0] / answer.parts[1]
+
+    def _same_scalar(self, gold: Scalar, answer: Scalar) -> bool:
+        one, other = (form.units | {"percent"} if form.percent else form.units for form in (gold, answer))
+        if one and other and one != other:
+            return False
+        if gold.value is not None and answer.value is not None:
+            self.how = "number"
+            return _same_number(gold.value, gold.percent, answer.value, answer.percent)
+        if gold.percent != answer.percent and gold.value is None and answer.value is None:
+            return False
+        return self._same_expression(gold.node, answer.node)
+
+    def _same_expression(self, gold: Node, answer: Node) -> bool:
+        try:
+            exact = residue(gold) == residue(answer)
+            self.how = "algebra"
+            return exact
+        except Inexact:
+            pass
+        self.how = "approximation"
+        try:
+            values = zip(approximation(gold), approximation(answer), strict=True)
+        except Inexact:
+            return False
+        if any(abs(one - other) > _TOLERANCE * (abs(one) + abs(other)) + 1e-12 for one, other in values):
+            return False
+        self.open.append((gold, answer))
+        return True
+
+
+def _same_number(gold: Fraction, gold_percent: bool, answer: Fraction, answer_percent: bool) -> bool:
+    if gold_percent == answer_percent:
+        return gold == answer
+    if gold_percent:
+        return answer in (gold, gold / 100)
+    return answer / 100 == gold or (answer == gold and gold >= 1)
+
+
+def _proportional(gold: Node, answer: Node) -> bool:
+    """Whether one difference of sides is the other times a constant that is not 0."""
+    try:
+        (a, b), (c, d) = ((residue(node, 0), residue(node, 1)) for node in (gold, answer))
+    except Inexact:
+        return False
+    return a != 0 and c != 0 and (a * d - b * c) % PRIME == 0
+
+
+def _difference(named: Named) -> Node:
+    value = named.form.node if isinstance(named.form, Scalar) else ("call", "ln", ("number", Fraction(0)))
+    return ("+", ("name", named.name), ("negate", value))
+
+
+def _folded(text: str) -> str:
+    kept = "".join(character for character in text if character.isalnum())
+    return kept if len(kept) == 1 else kept.casefold()

@@ -1,0 +1,284 @@
+r"""Reads an expression, made of the tokens of ``rewards.maths.latex``, into a tree. Total and bounded.
+
+Spelling rules: numbers side by side are no product, an integer before a proper fraction of integers is a mixed number
+(``1\frac{2}{3}`` is 5/3), ``1/2x`` is read from left to right, ``i`` is the imaginary unit, a run of at most four
+letters is a product.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from rewards.errors import UnmaskError
+from rewards.maths.latex import OPENERS, is_number
+
+MAX_TOKENS = 400
+MAX_DEPTH = 40
+MAX_BINOMIAL = 1000
+
+FUNCTIONS = frozenset({
+    "sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln",
+    "exp",
+})  # fmt: skip
+
+Node = tuple[Any, ...]
+"""(operation, operands...): number, name, i, negate, +, *, /, ^, !, root (index, radicand), call (function, it)."""
+
+_GREEK = frozenset({
+    r"\alpha", r"\beta", r"\gamma", r"\delta", r"\epsilon", r"\varepsilon", r"\theta", r"\lambda", r"\mu",
+    r"\nu", r"\rho", r"\sigma", r"\tau", r"\phi", r"\varphi", r"\omega", r"\psi", r"\pi", r"\ell", r"\infty",
+})  # fmt: skip
+
+
+class Unreadable(UnmaskError):
+    """The tokens are no expression that is read here, or break a bound."""
+
+
+def parse(tokens: Sequence[str]) -> Node:
+    """The tree of an expression. Raises Unreadable."""
+    if len(tokens) > MAX_TOKENS:
+        raise Unreadable(f"more than {MAX_TOKENS} tokens")
+    reader = _Reader([token for token in tokens if token != " "], tokens)
+    tree = reader.sum(0)
+    if reader.next is not None:
+        raise Unreadable(f"{reader.next!r} stands where an operator should be")
+    return tree
+
+
+def is_literal(node: Node) -> bool:
+    """A number written out: digits, a sign, a fraction or mixed number of such; no operation left to do."""
+    operation = node[0]
+    if operation == "number":
+        return True
+    if operation == "negate":
+        return is_literal(node[1])
+    if operation == "/":
+        return all(part[0] == "number" or (part[0] == "negate" and part[1][0] == "number") for part in node[1:])
+    return False
+
+
+def to_json(node: Node) -> list[Any]:
+    """The tree as JSON values: a list of the operation and its operands, numbers as text (``"3/2"``)."""
+    return [to_json(part) if isinstance(part, tuple) else str(part) for part in node]
+
+
+class _Reader:
+    """Recursive descent, one token ahead; ``depth`` bounds the recursion."""
+
+    def __init__(self, tokens: list[str], spaced: Sequence[str]) -> None:
+        self._tokens = tokens[::-1]
+        self._spaced_mixed = _spaced_mixed_number(spaced)
+
+    @property
+    def next(self) -> str | None:
+        return self._tokens[-1] if self._tokens else None
+
+    def sum(self, depth: int) -> Node:
+        if depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        if self._spaced_mixed is not None:
+            self._tokens = []
+            return ("number", self._spaced_mixed)
+        total: Node | None = None
+        while total is None or self.next in ("+", "-"):
+            negative = False
+            while self.next in ("+", "-"):
+                negative ^= self._tokens.pop() == "-"
+            term = self._product(depth)
+            if negative:
+                term = ("negate", term)
+            total = term if total is None else ("+", total, term)
+        return total
+
+    def _product(self, depth: int) -> Node:
+        product = self._power(depth)
+        while self.next is not None:
+            if self.next in ("*", "/"):
+                operation = self._tokens.pop()
+                negative = self.next == "-"
+                if negative:
+                    self._tokens.pop()
+                factor = self._power(depth)
+                product = (operation, product, ("negate", factor) if negative else factor)
+            elif self._starts_factor():
+                if is_number(self.next):
+                    raise Unreadable("two numbers side by side")
+                mixed = self._mixed_number(product, depth)
+                product = mixed if mixed is not None else ("*", product, self._power(depth))
+            else:
+                break
+        return product
+
+    def _mixed_number(self, whole: Node, depth: int) -> Node | None:
+        if self.next != r"\frac" or whole[0] != "number" or whole[1].denominator != 1:
+            return None
+        fraction = self._primary(depth + 1)
+        parts = [part[1] for part in fraction[1:] if part[0] == "number"]
+        if len(parts) < 2:
+            return ("*", whole, fraction)
+        if not (parts[0].denominator == parts[1].denominator == 1 and 0 < parts[0] < parts[1]):
+            raise Unreadable("an integer beside an improper fraction is ambiguous")
+        return ("number", whole[1] + parts[0] / parts[1])
+
+    def _starts_factor(self) -> bool:
+        token = self.next
+        assert token is not None
+        return (
+            token in ("(", "[", "{", r"\frac", r"\sqrt", r"\radical", r"\binom")
+            or is_number(token)
+            or token.isalpha()
+            or token in _GREEK
+            or token[1:] in FUNCTIONS
+        )
+
+    def _power(self, depth: int) -> Node:
+        if depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        base = self._primary(depth + 1)
+        while self.next == "!":
+            self._tokens.pop()
+            base = ("!", base)
+        if self._tokens[-2:] == ["*", "*"]:
+            self._tokens[-2:] = ["^"]
+        if self.next != "^":
+            return base
+        self._tokens.pop()
+        if self._degree_sign():
+            return ("/", ("*", base, ("name", r"\pi")), ("number", Fraction(180)))
+        return ("^", base, self._exponent(depth + 1))
+
+    def _degree_sign(self) -> bool:
+        if self.next == r"\circ":
+            self._tokens.pop()
+            return True
+        if self._tokens[-3:] == ["}", r"\circ", "{"]:
+            del self._tokens[-3:]
+            return True
+        return False
+
+    def _exponent(self, depth: int) -> Node:
+        if self.next == "-":  # x^-1, as in plain text
+            self._tokens.pop()
+            return ("negate", self._exponent(depth + 1))
+        if depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        base = self._primary(depth + 1)
+        if self.next == "^":  # from right to left
+            self._tokens.pop()
+            return ("^", base, self._exponent(depth + 1))
+        return base
+
+    def _primary(self, depth: int) -> Node:
+        if depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        if not self._tokens:
+            raise Unreadable("it ends where an operand should be")
+        token = self._tokens.pop()
+        if is_number(token):
+            return ("number", Fraction(token))
+        if token in ("(", "[", "{"):
+            inner = self.sum(depth + 1)
+            self._expect(OPENERS[token])
+            return inner
+        if token == "|":
+            inner = self.sum(depth + 1)
+            self._expect("|")
+            return ("call", "abs", inner)
+        if token == r"\frac":
+            return ("/", self._argument(depth), self._argument(depth))
+        if token == r"\binom":
+            return self._binomial(depth)
+        if token in (r"\sqrt", r"\radical") or token == "sqrt":
+            index: Node = ("number", Fraction(2))
+            if self.next == "[":
+                self._tokens.pop()
+                index = self.sum(depth + 1)
+                self._expect("]")
+            return ("root", index, self._primary(depth + 1) if self.next != "-" else self._argument(depth))
+        name = token[1:] if token[0] == "\\" else token
+        if name in FUNCTIONS:
+            return self._call(name, depth)
+        if token in _GREEK:
+            return self._name(token, depth)
+        if token.isascii() and token.isalpha():
+            return self._letters(token, depth)
+        raise Unreadable(f"{token!r} is not read")
+
+    def _argument(self, depth: int) -> Node:
+        r"""TeX's undelimited argument: a group or one token, and of a number one digit (``\frac12``)."""
+        if self.next is not None and is_number(self.next) and len(self.next) > 1:
+            token = self._tokens.pop()
+            if not token.isdigit():
+                raise Unreadable("a fraction without braces is ambiguous")
+            self._tokens.append(token[1:])
+            return ("number", Fraction(token[0]))
+        if self.next is not None and self.next.isalpha() and len(self.next) > 1:
+            token = self._tokens.pop()
+            self._tokens += [token[1:], token[0]]
+        if self.next not in ("{", r"\pi", r"\sqrt") and not (self.next or "(").isalnum():
+            raise Unreadable("a command lacks its argument")
+        return self._primary(depth + 1)
+
+    def _binomial(self, depth: int) -> Node:
+        n, k = (part[1] if part[0] == "number" else -1 for part in (self._argument(depth), self._argument(depth)))
+        if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= MAX_BINOMIAL:
+            raise Unreadable("a binomial of something else than small integers")
+        return ("*", ("number", Fraction(math.comb(int(n), int(k)))), ("number", Fraction(1)))  # work left to do
+
+    def _call(self, name: str, depth: int) -> Node:
+        power = base = None
+        if self.next == "^":
+            self._tokens.pop()
+            power = self._exponent(depth + 1)
+            if power == ("negate", ("number", Fraction(1))):
+                raise Unreadable("an inverse function written as a power")
+        if self.next == "_" and name == "log":
+            self._tokens.pop()
+            base = self._argument(depth)
+        if self.next in ("(", "[", "{"):
+            operand = self._primary(depth + 1)
+        else:
+            operand = self._power(depth + 1)
+            while self.next is not None and self._starts_factor() and not self._starts_function():
+                operand = ("*", operand, self._power(depth + 1))
+        result: Node = ("call", name, operand)
+        if base is not None:
+            result = ("/", ("call", "ln", operand), ("call", "ln", base))
+        return result if power is None else ("^", result, power)
+
+    def _starts_function(self) -> bool:
+        return (self.next or " ").lstrip("\\") in FUNCTIONS
+
+    def _letters(self, run: str, depth: int) -> Node:
+        """A run of letters is a product of names; only its last may have an index or a power."""
+        if len(run) > 4:
+            raise Unreadable(f"{run!r} is a word")
+        if len(run) > 1:
+            self._tokens.append(run[1:])
+            return ("*", self._name(run[0], depth), self._power(depth + 1))
+        return self._name(run, depth)
+
+    def _name(self, name: str, depth: int) -> Node:
+        if name == "i":
+            return ("i",)
+        if self.next == "_":
+            self._tokens.pop()
+            index = [self._tokens.pop()] if self._tokens else []
+            while index and index[0] == "{" and index[-1] != "}" and self._tokens and len(index) < 8:
+                index.append(self._tokens.pop())
+            name += "_" + "".join(index).strip("{}")
+        return ("name", name)
+
+    def _expect(self, token: str) -> None:
+        if not self._tokens or self._tokens.pop() != token:
+            raise Unreadable(f"{token!r} is missing")
+
+
+def _spaced_mixed_number(tokens: Sequence[str]) -> Fraction | None:
+    """``1 2/3``, the whole of it."""
+    sign, tokens = (-1, tokens[1:]) if tokens and tokens[0] == "-" else (1, tokens)
+    if len(tokens) != 5 or tokens[1] != " " or tokens[3] != "/" or not all(tokens[n].isdigit() for n in (0, 2, 4)):
+        return None
+    whole, numerator, denominator = (int(tokens[n]) for n in (0, 2, 4))
+    return sign * (whole + Fraction(numerator, denominator)) if 0 < numerator < denominator else None

@@ -1,0 +1,50 @@
+"""Symbolic comparison by math-verify, in a helper process that is killed when it overruns.
+
+sympy can take hours and gigabytes over a short text, inside code that never returns to Python. So each question is
+answered by a fork of a helper that has math-verify loaded (``rewards.maths.symbolic_worker``): the fork has a CPU limit
+that the kernel enforces, a memory limit and a wall-clock limit, and no question leaves anything behind for the next.
+
+The helper (``rewards.helper``) starts with the first question or at ``start()``. A question costs a few milliseconds
+and at most WALL_LIMIT_S.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rewards.helper import Helper
+from rewards.maths.expression import Node, to_json
+
+CPU_LIMIT_S = 0.5
+WALL_LIMIT_S = 0.75
+_GRACE_S = 0.1
+"""For the helper to kill its fork; after that the helper itself is killed and started anew at the next question."""
+
+Finding = Literal["equal", "different", "timeout", "failed"]
+"""``failed``: math-verify raised, ran out of memory, or can't be started."""
+
+
+_helper = Helper("rewards.maths.symbolic_worker", str(CPU_LIMIT_S), str(WALL_LIMIT_S))
+start = _helper.start
+stop = _helper.stop
+
+
+def ask(pairs: Sequence[tuple[Node, Node]]) -> Finding:
+    """Whether the two expressions of every pair are equal."""
+    return _ask([[to_json(gold), to_json(answer)] for gold, answer in pairs])
+
+
+def ask_plain(gold: str, answer: str) -> Finding:
+    """``verify(parse(gold), parse(answer))`` with math-verify's own settings, as the published codes call it."""
+    return _ask({"gold": gold, "answer": answer})
+
+
+def _ask(question: list[Any] | dict[str, str]) -> Finding:
+    reply = _helper.ask(json.dumps(question).encode(), WALL_LIMIT_S + _GRACE_S)
+    if reply is None:
+        return "timeout"
+    finding = reply.decode("ascii", "replace")
+    if finding not in ("equal", "different", "timeout", "failed"):
+        _helper.stop()
+        return "failed"
+    return finding  # type: ignore[return-value]

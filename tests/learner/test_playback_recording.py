@@ -1,0 +1,296 @@
+"""What playback needs is recorded as it happened, and recording it changes nothing."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load
+
+from learner.likelihood.scorer import score
+from learner.likelihood.views import View, build_batch
+from learner.objectives import make_objective
+from learner.ranks.plan import plan_update
+from learner.ranks.scored import ScoredView, recorded_groups
+from learner.reporting.playback import ORDER_BINS, PlaybackRecorder, order_map, view_arrays
+from learner.reporting.reporter import Reporter
+from learner.runs.directory import RunDirectory
+from rollout.adapters import AdapterState, digest, load_state
+from rollout.models import load_model, load_tokenizer, policy_adapter
+from rollout.models.lora import attach_lora
+from rollout.trajectory import TrajectoryGroup
+from services.store import schema
+from services.store.writer import StoreWriter
+from tests.support import store_rows
+from tests.support.hand_made import make_group, random_group
+from tests.support.learner_ranks import (
+    SAMPLER,
+    ProbedGroup,
+    draw_batch,
+    importing_ray,
+    lora_spec,
+    probed_groups,
+    put,
+    random_adapter,
+    settings,
+)
+
+LR = 1e-3
+
+# ---- real ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_model) -> Iterator[dict[int, ProbedGroup]]:
+    with importing_ray(cpus=4), probed_groups(tiny_model) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model) -> AdapterState:
+    return random_adapter(tiny_model, settings())
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model, adapter) -> list[TrajectoryGroup]:
+    return draw_batch(tiny_model, settings(), adapter)
+
+
+def planned_views(batch, tiny_model, config, update: int) -> list[View]:
+    plan = plan_update(
+        batch,
+        objective=make_objective(config.objective),
+        run_seed=config.run.seed,
+        update_index=update,
+        eos_ids=(policy_adapter(tiny_model).eos_token_id,),
+        ranks=1,
+        views_per_forward=1,
+    )
+    return [view for (view,) in plan.forwards[0]]
+
+
+def scorers_word(tiny_model, config, adapter, batch, view: ScoredView) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs of the view under ``adapter``, by the scorer alone: one view, no DeepSpeed."""
+    family = policy_adapter(tiny_model)
+    model = attach_lora(load_model(tiny_model, config.learner.dtype), family, lora_spec(config))
+    load_state(model, adapter)
+    alone = build_batch(
+        [View(view.group, view.row, view.step, 1.0, 1.0)], batch, mask_id=family.mask_token_id, pad_id=0
+    )
+    with torch.no_grad():
+        scores = score(model, alone, family=family, temperature=SAMPLER.temperature)
+    return scores.logp_N, scores.position_logp_Z
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_recorded_steps_and_weights_are_the_plans_and_log_probs_the_scorers(
+    ranks, tiny_model, adapter, batch, number
+) -> None:
+    config = settings(learner__ranks=number, samples_per_iteration=5)
+    group = ranks[number].restart(config, adapter)
+    refs, weights = put(batch), adapter
+    for update in range(2):
+        scored = group.update(refs, update, LR).scored
+        wanted = [view for view in planned_views(batch, tiny_model, config, update) if view.group in (0, 2)]
+        assert sorted((v.group, v.row, v.step, v.draws, v.weight) for v in scored) == sorted(
+            (v.group, v.row, v.step, v.draws, v.weight) for v in wanted
+        )
+        assert all(sum(v.draws for v in scored if (v.group, v.row) == (0, row)) == config.objective.k for row in (0, 3))
+        distances = []
+        for view in scored:
+            source = batch[view.group]
+            at = np.flatnonzero((source.unmask_step[view.row] == view.step) & source.drawn[view.row])
+            assert view.positions.tolist() == at.tolist()
+            expected, _ = scorers_word(tiny_model, config, weights, batch, view)
+            assert view.logp == pytest.approx(expected.numpy(), abs=2e-5)
+            assert math.isnan(view.choice_logp), "random order is no action of the policy"
+            distances.append(np.abs(view.logp - source.logp[view.row, at]).max())
+        if update == 0:
+            assert max(distances) < 1e-5, "un-updated weights"
+        else:
+            assert max(distances) > 1e-3, "control: the weights have moved"
+        weights = group.publish().state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_recording_changes_no_bit_of_training(ranks, adapter, batch, number) -> None:
+    found = {}
+    for completions in (0, 4, 1000):
+        config = settings(learner__ranks=number, samples_per_iteration=completions)
+        group = ranks[number].restart(config, adapter)
+        reports = [group.update(put(batch), update, LR) for update in range(3)]
+        counts = group.ask("counted")
+        figures = [dataclasses.replace(report, seconds=0.0, scored=()) for report in reports]
+        found[completions] = (digest(group.publish().state), figures, counts)
+        recorded = {view.group for view in reports[0].scored}
+        assert recorded == {0: set(), 4: {0}, 1000: {0, 2, 3}}[completions], "group 1 has no signal"
+    assert found[0] == found[4] == found[1000], "weights, figures and numbers of forwards"
+    other = ranks[number].restart(settings(learner__ranks=number), adapter)
+    other.update(put(batch), 0, LR)
+    assert digest(other.publish().state) != found[0][0], "control: one update is another policy than three"
+
+
+@pytest.mark.slow
+def test_one_rank_and_two_record_the_same(ranks, adapter, batch) -> None:
+    arrays = []
+    for number in (1, 2):
+        group = ranks[number].restart(settings(learner__ranks=number, samples_per_iteration=4), adapter)
+        scored = group.update(put(batch), 0, LR).scored
+        arrays.append(view_arrays([(0, view) for view in scored if view.row == 2]))
+    one, two = arrays
+    for name in one:
+        if name == "new_logp":
+            assert one[name] == pytest.approx(two[name], abs=1e-5)
+        else:
+            np.testing.assert_array_equal(one[name], two[name])
+    assert one["new_logp"].size > one["view_step"].size >= 2
+
+
+@pytest.mark.slow
+def test_choices_of_positions_are_recorded_where_they_are_actions(ranks, tiny_model, adapter) -> None:
+    decoupled = dataclasses.replace(SAMPLER, position_rule="decoupled_confidence", position_temperature=0.1)
+    batch = draw_batch(tiny_model, settings(), adapter, decoupled)
+    config = settings(samples_per_iteration=4)
+    scored = ranks[1].restart(config, adapter).update(put(batch), 0, LR).scored
+    assert scored
+    for view in scored:
+        expected = float(batch[0].position_logp[view.row, view.step])
+        assert view.choice_logp == pytest.approx(expected, abs=1e-3)
+
+
+# ---- which groups, in which form
+
+
+def test_whole_groups_with_a_signal_come_first() -> None:
+    silent = make_group([[1, 2]] * 4, [[0, 1]] * 4, steps=2, rewards=np.ones((4, 1)), group_id=0)
+    groups = [silent, random_group(1), random_group(2), random_group(3)]
+    assert recorded_groups(groups, 0) == ()
+    assert recorded_groups(groups, 1) == recorded_groups(groups, 4) == (1,)
+    assert recorded_groups(groups, 5) == (1, 2)
+    assert recorded_groups(groups, 13) == (0, 1, 2, 3) == recorded_groups(groups, 10**9)
+    assert recorded_groups([silent], 2) == (0,), "better a group without signal than none"
+
+
+def views_of(*steps: tuple[int, int]) -> list[tuple[int, ScoredView]]:
+    """(update, step) pairs, two positions each."""
+    return [
+        (update, ScoredView(0, 0, step, 1, 0.5, np.array([step, step + 1], np.int32), np.float32([-1, -2]), math.nan))
+        for update, step in steps
+    ]
+
+
+def test_the_arrays_do_not_depend_on_the_order_that_ranks_answer_in() -> None:
+    expected = view_arrays(views_of((0, 1), (0, 4), (1, 2)))
+    assert expected["view_step"].tolist() == [1, 4, 2] and expected["view_update"].tolist() == [0, 0, 1]
+    assert expected["new_view"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert expected["new_position"].tolist() == [1, 2, 4, 5, 2, 3]
+    shuffled = view_arrays(views_of((1, 2), (0, 4), (0, 1)))
+    for name in expected:
+        np.testing.assert_array_equal(expected[name], shuffled[name])
+    assert all(array.size == 0 for array in view_arrays([]).values())
+
+
+def test_the_order_map_counts_drawn_tokens_only() -> None:
+    drawn = np.array([[True, True, False, False]])
+    group = make_group([[1, 2, 3, 4]], [[1, 0, 1, 1]], steps=2, drawn=drawn)
+    about, arrays = order_map([group, make_group([[1, 2, 3, 4]], [[1, 1, 0, 1]], steps=2)])
+    assert arrays["order_counts"].tolist() == [[0, 2], [1, 1], [1, 0], [0, 1]]
+    assert arrays["order_mean_step"].tolist() == [1.0, 0.5, 0.0, 1.0]
+    assert about["order"] == {
+        "completions": 2,
+        "positions": 4,
+        "steps": 2,
+        "positions_per_bin": 1,
+        "steps_per_bin": 1,
+    }
+    _, arrays = order_map([group])
+    assert math.isnan(arrays["order_mean_step"][3]), "never drawn"
+
+
+def test_the_order_map_is_bounded() -> None:
+    group = random_group(3, size=2, length=1000, per_step=1)
+    about, arrays = order_map([group])
+    counts = arrays["order_counts"]
+    assert counts.shape[0] <= ORDER_BINS[0] and counts.shape[1] <= ORDER_BINS[1]
+    assert counts.sum() == group.drawn.sum() == 2000
+    assert about["order"]["positions_per_bin"] == 4 and about["order"]["steps_per_bin"] == 8
+
+
+# ---- what reaches the store
+
+
+@pytest.fixture
+def reporter(tmp_path) -> Iterator[Reporter]:
+    with RunDirectory.create(tmp_path, "r") as run_dir:
+        reporter = Reporter(run_dir, StoreWriter(run_dir.store_url, "r"), total_iterations=2, quiet=True)
+        yield reporter
+        reporter.close()
+
+
+def stored(reporter: Reporter, tmp_path) -> list[tuple[dict, dict[str, np.ndarray], dict, int]]:
+    """Each sample's row, arrays, JSON of the header, and bytes."""
+    assert reporter.flush(10)
+    engine = schema.open_engine(f"sqlite:///{tmp_path / 'r' / 'store.sqlite'}", create=False)
+    found = []
+    for row in store_rows.list_samples(engine, "r"):
+        data = store_rows.sample_trajectory(engine, row["id"])
+        assert data is not None
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        found.append((row, load(data), json.loads(header["__metadata__"]["playback"]), len(data)))
+    engine.dispose()
+    return found
+
+
+def test_a_whole_group_is_kept_with_its_tokens_and_the_order_of_the_batch(reporter, tiny_model, tmp_path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    recorder = PlaybackRecorder(reporter, tokenizer, completions=2)
+    groups = [random_group(i) for i in range(3)]
+    views = [ScoredView(0, 1, 2, 3, 1.5, np.array([4, 6], np.int32), np.float32([-0.5, -0.25]), math.nan)]
+    recorder.iteration(7, groups, [views])
+    found = stored(reporter, tmp_path)
+    assert [row["row"] for row, *_ in found] == [0, 1, 2, 3]
+    assert {row["group_id"] for row, *_ in found} == {0} and {row["kind"] for row, *_ in found} == {"train"}
+    for row, arrays, kept, _ in found:
+        ids = groups[0].completion_ids[row["row"]]
+        assert kept["tokens"] == [tokenizer.decode([int(token)]) for token in ids]
+        assert arrays["special"].tolist() == [int(token) in tokenizer.all_special_ids for token in ids]
+        assert math.isfinite(row["data"]["advantage"])
+        assert ("order" in kept) == ("order_counts" in arrays) == (row["row"] == 0)
+    assert found[0][1]["order_counts"].sum() == sum(group.drawn.sum() for group in groups)
+    second = found[1][1]
+    assert second["view_weight"].tolist() == [1.5] and second["view_count"].tolist() == [3]
+    assert second["new_position"].tolist() == [4, 6] and second["new_logp"].tolist() == [-0.5, -0.25]
+    assert found[2][1]["view_step"].size == 0
+
+
+def test_nothing_is_kept_where_nothing_is_wanted(reporter, tiny_model, tmp_path) -> None:
+    PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=0).iteration(1, [random_group(1)], [[]])
+    assert stored(reporter, tmp_path) == []
+
+
+def test_evaluations_are_kept_under_their_kind(reporter, tiny_model, tmp_path) -> None:
+    recorder = PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=2)
+    for iteration, kind in ((0, "base"), (2, "trained")):
+        recorder.evaluation(iteration, kind, [random_group(number, size=1) for number in range(2)])
+    found = [(row["iteration"], row["kind"], row["group_id"]) for row, *_ in stored(reporter, tmp_path)]
+    assert found == [(0, "base", 0), (0, "base", 1), (2, "trained", 0), (2, "trained", 1)]
+
+
+def test_the_bytes_of_an_iteration_are_bounded(reporter, tiny_model, tmp_path) -> None:
+    """The shape of the published GSM8K recipe: 16 groups of 8, C 384, m 128, k 24."""
+    groups = [random_group(i, size=8, length=384, per_step=3) for i in range(16)]
+    views = [
+        ScoredView(0, row, step, 1, 1.0, np.arange(3, dtype=np.int32), np.zeros(3, np.float32), math.nan)
+        for row in range(8)
+        for step in range(24)
+    ]
+    PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=2).iteration(1, groups, [views])
+    sizes = [size for *_, size in stored(reporter, tmp_path)]
+    print(f"{len(sizes)} samples, {sum(sizes)} bytes, the first {sizes[0]}, the others {sizes[1]}")
+    assert len(sizes) == 8
+    assert sum(sizes) < 300_000

@@ -1,0 +1,128 @@
+"""Attention of every family: no pad and no neighbour in a packed row is seen, by mask or by FlashAttention's kernel for
+variable lengths; and what the head is spared."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollout.models import load_model
+from rollout.models.layers import attend, attend_varlen, rotary_tables, rotate, sequences, visibility
+from tests.support.published import FAMILIES, HEAD, random_ids, write_published
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp(family)
+    write_published(path, family)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> torch.nn.Module:
+    return load_model(folder)
+
+
+@torch.no_grad()
+def test_left_pads_are_not_seen(model):
+    ids = random_ids(2, 11)
+    padded = torch.cat([random_ids(2, 5, seed=1), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 5), torch.ones(2, 11)], dim=1).long()
+    expected = model(ids).logits
+    torch.testing.assert_close(model(padded, mask).logits[:, 5:], expected, atol=1e-5, rtol=1e-5)
+    assert (model(padded).logits[:, 5:] - expected).abs().max() > 0.1  # control: pads seen
+
+
+@torch.no_grad()
+def test_packed_sequences_are_as_if_alone(model):
+    first, second, third = random_ids(1, 6), random_ids(1, 9, seed=1), random_ids(1, 4, seed=2)
+    pads = random_ids(1, 3, seed=3)
+    packed = torch.cat([torch.cat([pads[:, :2], first, second], 1), torch.cat([third, pads, second, pads[:, :1]], 1)])
+    mask = torch.tensor([[0] * 2 + [1] * 6 + [2] * 9, [3] * 4 + [0] * 3 + [1] * 9 + [0]])
+    logits = model(packed, mask).logits
+    assert logits.isfinite().all()
+    alone = {name: model(ids).logits[0] for name, ids in (("first", first), ("second", second), ("third", third))}
+    for row, start, name in ((0, 2, "first"), (0, 8, "second"), (1, 0, "third"), (1, 7, "second")):
+        found = logits[row, start : start + len(alone[name])]
+        torch.testing.assert_close(found, alone[name], atol=1e-5, rtol=1e-5)
+    together = model(packed, (mask > 0).long()).logits  # control: the neighbour is seen
+    assert (together[0, 2:8] - alone["first"]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_logit_rows_are_rows_of_the_full_logits(model):
+    ids, rows = random_ids(3, 9), torch.tensor([26, 0, 10, 10, 7])
+    full = model(ids).logits.flatten(0, 1)
+    torch.testing.assert_close(model(ids, logit_rows=rows).logits, full[rows], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(ids, logit_rows=rows.flip(0)).logits, full[rows])
+
+
+def test_the_head_runs_on_the_wanted_rows_only(model, family):
+    seen = []
+    handle = model.get_submodule(HEAD[family]).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    model(random_ids(3, 9), logit_rows=torch.tensor([4, 20]))
+    handle.remove()
+    assert seen == [(2, 32)]
+
+
+def varlen_loop(q_THE, k_THE, v_THE, starts_q, starts_k, longest_q, longest_k):
+    """What FlashAttention's kernel for variable lengths is documented to compute, one sequence after the other."""
+    assert starts_q.dtype == starts_k.dtype == torch.int32 and longest_q == longest_k == starts_q.diff().max()
+    groups = q_THE.shape[1] // k_THE.shape[1]
+    k_THE, v_THE = (x.repeat_interleave(groups, dim=1) for x in (k_THE, v_THE))
+    out = []
+    for start, end in zip(starts_q[:-1], starts_q[1:], strict=True):
+        q_HSE, k_HSE, v_HSE = (x[start:end].transpose(0, 1) for x in (q_THE, k_THE, v_THE))
+        weights = (q_HSE @ k_HSE.transpose(1, 2) / q_HSE.shape[-1] ** 0.5).softmax(-1)
+        out.append((weights @ v_HSE).transpose(0, 1))
+    return torch.cat(out)
+
+
+MASKS = {
+    "one sequence a row": torch.ones(3, 8).long(),
+    "left pads": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0] * 7 + [1]]),
+    "packed": torch.tensor([[1, 1, 2, 2, 2, 3, 3, 3], [4] * 8, [0, 1, 1, 1, 0, 2, 2, 0]]),
+    "interleaved": torch.tensor([[1, 2, 1, 2, 0, 1, 2, 2], [7, 7, 0, 0, 3, 3, 7, 3], [1] * 8]),
+    "a row of pads": torch.tensor([[1] * 8, [0] * 8, [2, 2, 2, 2, 1, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_of_variable_lengths_is_attention_with_a_mask(name, kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 8, 6, generator=generator) for heads in (4, kv_heads, kv_heads))
+    mask = MASKS[name]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with_mask = attend(*leaves, visibility(mask, torch.float32))
+    varlen = attend_varlen(*leaves, sequences(mask), varlen_loop)
+    real = mask > 0
+    torch.testing.assert_close(varlen[real], with_mask[real], atol=1e-5, rtol=0)
+    assert (varlen[~real] == 0).all() and with_mask.isfinite().all()
+    factors = torch.randn(varlen[real].shape, generator=generator)
+    by_mask = torch.autograd.grad((with_mask[real] * factors).sum(), leaves)
+    by_varlen = torch.autograd.grad((varlen[real] * factors).sum(), leaves)
+    torch.testing.assert_close(by_varlen, by_mask, atol=1e-5, rtol=0)
+    if name != "one sequence a row":
+        assert (attend(q, k, v, None)[real] - varlen[real]).abs().max() > 0.05  # control: the mask ignored
+
+
+def test_a_mask_of_zeros_and_ones_keeps_its_cheap_form():
+    assert visibility(None, torch.float32) is None
+    plain, packed = (visibility(MASKS[name], torch.float32) for name in ("left pads", "packed"))
+    assert plain.shape == (3, 1, 1, 8) and packed.shape == (3, 1, 8, 8)
+
+
+def test_rotary_tables_are_rounded_as_published():
+    cos, sin = rotary_tables(50, 8, 10000.0, torch.device("cpu"), torch.bfloat16)
+    exact, _ = rotary_tables(50, 8, 10000.0, torch.device("cpu"))
+    assert cos.dtype == sin.dtype == torch.bfloat16 and torch.equal(cos, exact.bfloat16())
+    x = torch.randn(1, 2, 50, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    low = rotate(x, cos, sin)
+    high = rotate(x, *rotary_tables(50, 8, 10000.0, torch.device("cpu")))
+    assert low.dtype == high.dtype == torch.bfloat16 and not torch.equal(low, high)

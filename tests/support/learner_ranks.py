@@ -1,0 +1,268 @@
+"""Real learner ranks for tests: DeepSpeed in Ray actors, with counters and controls; batches drawn by the engine."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load as load_safetensors
+
+from learner.likelihood.scorer import score
+from learner.likelihood.views import ViewBatch, build_batch
+from learner.objectives import Objective, Statistics, make_objective
+from learner.objectives.advantages import group_advantages
+from learner.ranks import group as learner_group
+from learner.ranks.group import LearnerGroup
+from learner.ranks.optim import inner_optimizer
+from learner.ranks.rank import LearnerRank, lora_spec
+from learner.runs.local_ray import local_ray
+from learner.settings.run import RunConfig, load_config
+from rewards.task import Problem
+from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack, unpack
+from rollout.engines.torch import TorchEngine
+from rollout.models import load_model, policy_adapter
+from rollout.models.lora import attach_lora
+from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from tests.support.hand_made import acting_adapter
+
+SAMPLER = SamplerSpec(24, 12, 8, "random", temperature=0.8, top_k=20, top_p=0.95)
+
+
+@contextlib.contextmanager
+def importing_ray(cpus: int) -> Iterator[None]:
+    """A Ray of our own, whose workers can import the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+        with local_ray(num_cpus=cpus, logging_level="ERROR"):
+            yield
+
+
+def settings(**changes: Any) -> RunConfig:
+    """The default recipe with a small adapter; ``learner__zero_stage=2`` is the key learner.zero_stage."""
+    arguments = [f"{key.replace('__', '.')}={value}" for key, value in {"lora__r": 4, **changes}.items()]
+    return load_config(["recipe=sudoku", *arguments])
+
+
+def fresh_adapter(model_path: str, config: RunConfig) -> AdapterState:
+    """What the ranks start from when they are given no adapter."""
+    return pack(adapter_parameters(_policy(model_path, config)))
+
+
+def random_adapter(model_path: str, config: RunConfig) -> AdapterState:
+    """An adapter in the learner's dtype whose A and B matrices all have a gradient."""
+    return acting_adapter(_policy(model_path, config))
+
+
+def draw_batch(
+    model_path: str, config: RunConfig, adapter: AdapterState, sampler: SamplerSpec = SAMPLER
+) -> list[TrajectoryGroup]:
+    """4 groups of 4, drawn by an engine that holds ``adapter`` as version 0, with prompts of two lengths and random
+    rewards; the second group is without signal."""
+    engine = TorchEngine(
+        model_path=model_path, lora=lora_spec(config), max_rows=16, threads=1, dtype=config.learner.dtype
+    )
+    engine.load_adapter(0, adapter, digest(adapter))
+    specs = [GroupSpec(i, Problem(f"p{i}", {}), 4, 277 + i) for i in range(4)]
+    drawn = engine.generate(specs, [list(range(10, 28 + i % 2)) for i in range(4)], sampler)
+    rewards = np.random.default_rng(2).random((4, 4, 2)).astype(np.float32)
+    rewards[1] = 0.25
+    return [
+        dataclasses.replace(group, rewards=rewards_GR, reward_names=("shape", "verdict"))
+        for group, rewards_GR in zip(drawn, rewards, strict=True)
+    ]
+
+
+def put(groups: Sequence[TrajectoryGroup]) -> list[ray.ObjectRef]:
+    return [ray.put(group) for group in groups]
+
+
+def flat(state: AdapterState) -> torch.Tensor:
+    """All of an adapter's (or a gradient's) numbers as one float64 vector."""
+    return torch.cat([unpack(state[name]).flatten().double() for name in sorted(state)])
+
+
+def relative(expected: AdapterState, state: AdapterState) -> float:
+    """L2 norm of the difference over the norm of what was expected."""
+    assert set(expected) == set(state)
+    return float((flat(expected) - flat(state)).norm() / flat(expected).norm())
+
+
+def adamw_steps(group: LearnerGroup) -> set[int]:
+    """Optimizer steps that AdamW has counted in its own state, over all ranks and parameters; 0 without a state."""
+    steps = set()
+    for shard in group.export():
+        tensors = load_safetensors(shard)
+        counted = {int(value) for name, value in tensors.items() if name.startswith("step.")}
+        steps |= counted or {0}
+    return steps
+
+
+def plain_gradient(
+    model_path: str,
+    config: RunConfig,
+    adapter: AdapterState,
+    groups: Sequence[TrajectoryGroup],
+    *,
+    normaliser: int,
+    update_index: int = 0,
+) -> AdapterState:
+    """The gradient of an update by plain autograd: one view at a time, no plan, no DeepSpeed."""
+    family, objective = policy_adapter(model_path), make_objective(config.objective)
+    model = _policy(model_path, config).train()
+    load_state(model, adapter)
+    for index, group in enumerate(groups):
+        views, _ = objective.views(
+            index,
+            group,
+            group_advantages(group.rewards),
+            run_seed=config.run.seed,
+            update_index=update_index,
+            eos_ids=(family.eos_token_id,),
+        )
+        for view in views:
+            batch = build_batch([view], groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
+            temperature = group.sampler.temperature
+            reference_N = reference_Z = None
+            if objective.needs_reference:
+                with torch.no_grad(), model.disable_adapter():
+                    reference = score(model, batch, family=family, temperature=temperature)
+                reference_N, reference_Z = reference.logp_N, reference.position_logp_Z
+            scores = score(model, batch, family=family, temperature=temperature)
+            loss, _ = objective.loss(
+                scores.logp_N,
+                reference_N,
+                batch,
+                position_logp_Z=scores.position_logp_Z,
+                ref_position_logp_Z=reference_Z,
+            )
+            (loss / normaliser).backward()
+    return pack({name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None})
+
+
+class ProbedRank(LearnerRank):
+    """A rank that counts what its model does, can be started again in the same process, and has controls."""
+
+    def start(self, address: str, adapter: AdapterState | None, shard: bytes | None) -> dict[str, Any]:
+        described = super().start(address, adapter, shard)
+        self.counts: Counter[str] = Counter()
+
+        def model_called(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            kind = "policy" if torch.is_grad_enabled() else "reference"
+            self.counts.update({f"{kind}_forwards": 1, f"{kind}_rows": len(kwargs["input_ids"])})
+
+        def block_ran(module: torch.nn.Module, args: Any) -> None:
+            self.counts["block_runs"] += 1
+
+        self.engine.module.register_forward_pre_hook(model_called, with_kwargs=True)
+        norm = next(module for name, module in self.engine.module.named_modules() if name.endswith("0.attn_norm"))
+        norm.register_forward_pre_hook(block_ran)
+        return described
+
+    def reconfigure(self, config: RunConfig) -> None:
+        """Work with other settings from now on; what is built at the start needs another ``start``."""
+        self.config, self.objective = config, make_objective(config.objective)
+
+    def counted(self) -> dict[str, int]:
+        """What was counted since the last call."""
+        counts, self.counts = self.counts, Counter()
+        return dict(counts)
+
+    def step_after_every_backward(self, refs: Sequence[Any], lr: float) -> int:
+        """Control: an update as the reference runs under DeepSpeed, where every backward is followed by a step.
+        Returns the number of backwards."""
+        plan, groups = self._work(refs, 0)
+        for group in inner_optimizer(self.engine).param_groups:
+            group["lr"] = lr
+        backward = self.engine.backward
+
+        def backward_and_step(*args: Any, **kwargs: Any) -> None:
+            self.engine.set_gradient_accumulation_boundary(True)
+            backward(*args, **kwargs)
+            self.engine.step()
+
+        self.engine.backward = backward_and_step
+        try:
+            self._accumulate(plan, groups)
+        finally:
+            self.engine.backward = backward
+        return len(plan.forwards[self.rank])
+
+    def gradient_as_published(self, refs: Sequence[Any]) -> AdapterState:
+        """Control: every micro-batch divides by its own completions, and micro-batches and ranks are averaged."""
+        ours = self.objective
+        forwards = len(self._work(refs, 0)[0].forwards[self.rank])
+        self.objective = _DividedPerMicroBatch(ours, forwards)
+        try:
+            return self.gradient(refs, 0)
+        finally:
+            self.objective = ours
+
+
+class _DividedPerMicroBatch:
+    """An objective whose loss is a mean over the micro-batch; what the plan will divide by is multiplied back in."""
+
+    def __init__(self, inner: Objective, micro_batches: int) -> None:
+        self.inner, self.micro_batches = inner, micro_batches
+        self.needs_reference, self.draws_per_completion = inner.needs_reference, inner.draws_per_completion
+        self.completions = 0
+
+    def views(self, index: int, group: TrajectoryGroup, *args: Any, **kwargs: Any) -> tuple[list[Any], Statistics]:
+        self.completions += group.size
+        return self.inner.views(index, group, *args, **kwargs)
+
+    def loss(
+        self, logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, batch: ViewBatch, **positions: Any
+    ) -> tuple[Any, Statistics]:
+        loss, statistics = self.inner.loss(logp_N, ref_logp_N, batch, **positions)
+        own = len({(view.group, view.row) for view in batch.views})
+        return loss * (self.completions / (own * self.micro_batches)), statistics
+
+
+class ProbedGroup(LearnerGroup):
+    """A learner group of probed ranks, which can be started again without new processes."""
+
+    def __init__(self, config: RunConfig, model_path: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learner_group, "LearnerRank", ProbedRank)
+            super().__init__(config, model_path, adapter=None, shards=None)
+
+    def restart(
+        self, config: RunConfig, adapter: AdapterState | None = None, shards: Sequence[bytes] | None = None
+    ) -> "ProbedGroup":
+        """New model, engine and optimizer in the same processes: a new group without its seconds of imports."""
+        assert config.learner.ranks == self.config.learner.ranks
+        self.reconfigure(config)
+        self._start(adapter, shards)
+        return self
+
+    def reconfigure(self, config: RunConfig) -> None:
+        """Other settings for the model and optimizer that are there."""
+        self.config = config
+        self.ask("reconfigure", config)
+
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        """All ranks' answers."""
+        return self._all(method, *args, limit=120.0)
+
+
+def _policy(model_path: str, config: RunConfig) -> torch.nn.Module:
+    return attach_lora(load_model(model_path, config.learner.dtype), policy_adapter(model_path), lora_spec(config))
+
+
+@contextlib.contextmanager
+def probed_groups(model_path: str) -> Iterator[dict[int, ProbedGroup]]:
+    """Groups of one and of two ranks, by number of ranks, on a Ray that is there."""
+    started: dict[int, ProbedGroup] = {}
+    try:
+        for ranks in (1, 2):
+            started[ranks] = ProbedGroup(settings(learner__ranks=ranks), model_path)
+        yield started
+    finally:
+        for group in started.values():
+            group.close()

@@ -1,0 +1,222 @@
+"""Runs whose samples can be played back, written by the run's own recorder: made-up completions of given texts."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from learner.objectives.advantages import group_advantages
+from learner.ranks.scored import ScoredView, recorded_groups
+from learner.reporting.playback import PlaybackRecorder
+from learner.reporting.reporter import Reporter
+from learner.runs.directory import RunDirectory
+from rollout.trajectory import SamplerSpec, TrajectoryGroup
+from services.store.writer import StoreWriter
+
+EOS = "<|endoftext|>"
+
+PUZZLE = ["Puzzle: ", *"0321003004002100"]
+GRID = ["<answer>", *"4321123434122143", "</answer>"]
+
+STORY = (
+    "Let me work through it step by step.\n\n1. A box holds 12 pencils, and Mia buys 7 boxes:\n   12 * 7 = 84 pencils."
+    "\n"
+    "2. She gives a third away, 84 / 3 = 28, so 84 - 28 = 56 are left.\n3. Each of her 4 friends then gets as many as "
+    "the others:\n\n   56 / 4 = 14\n\nCheck: 4 * 14 + 28 = 84, which is what she bought.\n\n<answer>14</answer>"
+)
+
+ODD = [
+    "<script>alert(1)</script>",
+    "<b>",
+    "&amp;",
+    "\n",
+    " \t",
+    "\0",
+    "\x1b[31m",
+    "\u202e",
+    "\u200b",
+    "👩‍🔬",
+    "�",
+    "",
+    "   ",
+    "שלום",
+    "مرحبا",
+    "漢字",
+    "x" * 300,
+    "'; DROP TABLE runs; --",
+    "../../etc/passwd",
+]
+
+
+def tokenizer_of(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are exactly these, in order, behind its special ones."""
+    special = [EOS, "<|mdm_mask|>", "<|unk|>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *dict.fromkeys(words)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<|unk|>"))
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token="<|mdm_mask|>",
+        unk_token="<|unk|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pieces(text: str) -> list[str]:
+    """Words with the space before them, numbers by their digits, marks and line breaks by themselves."""
+    found: list[str] = []
+    for character in text:
+        joins = found and character.isalpha() and (found[-1] == " " or found[-1][-1].isalpha())
+        if joins:
+            found[-1] += character
+        else:
+            found.append(character)
+    return found
+
+
+def written(
+    tokenizer: PreTrainedTokenizerFast,
+    group_id: int,
+    words: Sequence[Sequence[str]],
+    *,
+    length: int,
+    block: int,
+    steps: int,
+    prompt: Sequence[str] = (),
+    greedy: bool = False,
+    problem_id: str = "",
+) -> TrajectoryGroup:
+    """A group of completions of these words, filled up with the end of the text: sure tokens are written first."""
+    G, per_block = len(words), steps // (length // block)
+    draw = np.random.default_rng([group_id, length, G])
+    ids = np.zeros((G, length), np.int32)
+    for row, own in enumerate(words):
+        ids[row, : len(own)] = [tokenizer.convert_tokens_to_ids(word) for word in own]
+    hardness = draw.gamma(0.6, 0.7, (G, length)) * np.where(ids == 0, 0.15, 1.0)
+    order = np.zeros((G, length), np.int64)
+    for start in range(0, length, block):
+        in_block = slice(start, start + block)
+        noisy = hardness[:, in_block] + draw.gumbel(0, 0.25, (G, block))
+        order[:, in_block] = noisy.argsort(axis=1).argsort(axis=1)
+    revealed = block // per_block
+    unmask_step = (order // revealed + np.arange(length) // block * per_block).astype(np.int16)
+    entropy = np.minimum(hardness, 4.0).astype(np.float32)
+    # Fillers: whole blocks of ends behind the first such block.
+    drawn = np.ones((G, length), bool)
+    for row in range(G):
+        ends = [b for b in range(length // block) if not ids[row, b * block : (b + 1) * block].any()]
+        if ends and ends[0] + 1 < length // block:
+            at = (ends[0] + 1) * block
+            drawn[row, at:], unmask_step[row, at:] = False, (ends[0] + 1) * per_block
+    logp = -np.minimum(hardness * draw.random((G, length)), 6.0)
+    solved = draw.random(G) < 0.5 if G > 1 else np.array([draw.random() < 0.6])
+    cells = np.where(solved, 2.0, 2.0 * draw.random(G))
+    rewards = np.stack([np.full(G, 0.25), np.where(draw.random(G) < 0.8, 0.5, -0.25), cells], 1).astype(np.float32)
+    group = TrajectoryGroup(
+        group_id=group_id,
+        problem_id=problem_id or f"made-up-{group_id}",
+        prompt_ids=np.array([tokenizer.convert_tokens_to_ids(word) for word in prompt] or [2], np.int32),
+        completion_ids=ids,
+        unmask_step=unmask_step,
+        unmask_rank=(order % revealed).astype(np.int16),
+        drawn=drawn,
+        logp=np.where(drawn, logp, 0).astype(np.float32),
+        logp_raw=np.where(drawn, 1.3 * logp, 0).astype(np.float32),
+        entropy=np.where(drawn, entropy, 0).astype(np.float32),
+        support_indptr=None,
+        support_ids=None,
+        rewards=rewards,
+        reward_names=("length", "clues", "cells"),
+        correct=solved,
+        policy_version=-1 if greedy else 3,
+        adapter_digest="" if greedy else "5f" * 32,
+        sampler=SamplerSpec(length, block, steps, "entropy", 0.0 if greedy else 0.6),
+        seed=2**62 + group_id,
+        nfe=np.full(G, steps, np.int32),
+        actor_id="rollout-0",
+    )
+    group.validate()
+    return group
+
+
+def scored_of(groups: Sequence[TrajectoryGroup], *, k: int, update: int, shift: float) -> list[ScoredView]:
+    """k draws of steps for each recorded completion with an advantage; log-probs have moved by ``shift`` or so."""
+    views = []
+    for index in recorded_groups(groups, groups[0].size):
+        group = groups[index]
+        draw = np.random.default_rng([group.group_id, update])
+        for row in np.flatnonzero(group_advantages(group.rewards)):
+            eligible = np.unique(group.unmask_step[row][group.drawn[row]])
+            steps, counts = np.unique(draw.choice(eligible, k), return_counts=True)
+            for step, count in zip(steps, counts, strict=True):
+                at = np.flatnonzero((group.unmask_step[row] == step) & group.drawn[row]).astype(np.int32)
+                logp = (group.logp[row, at] + shift * draw.normal(size=at.size)).astype(np.float32)
+                weight = float(count * (0.3 + draw.gamma(2.0, 0.5)))
+                views.append(ScoredView(index, int(row), int(step), int(count), weight, at, logp, math.nan))
+    return views
+
+
+def write_playable(runs: Path, name: str, *, long: bool = False, iterations: int = 3, scored: bool = True) -> None:
+    """A finished run, see ``playable``."""
+    with playable(runs, name, long=long, iterations=iterations, scored=scored) as iterate:
+        for iteration in range(1, iterations + 1):
+            iterate(iteration)
+
+
+@contextlib.contextmanager
+def playable(
+    runs: Path, name: str, *, long: bool = False, iterations: int, scored: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A run that does the iterations that it is called with, and has finished at the end of the block.
+
+    Sudoku in 8 steps, or (``long``) word problems in 128 steps over 384 positions; groups of 8, two updates a batch,
+    base and trained on two held-out problems; the last group of iteration ``iterations`` has odd tokens. ``scored``:
+    the updates score single steps.
+    """
+    story = [*pieces(STORY)]
+    wrong = [*pieces(STORY.replace("14", "16").replace("Check: ", "So "))]
+    text, other = (story, wrong) if long else (GRID, [*GRID[:9], *"3412", *GRID[13:]])
+    tokenizer = tokenizer_of([*story, *wrong, *GRID, *PUZZLE, *ODD])
+    shape = {"length": 384, "block": 12, "steps": 128} if long else {"length": 24, "block": 24, "steps": 8}
+    prompt = pieces("Mia buys 7 boxes of 12 pencils. How many does each friend get?") if long else PUZZLE
+    prompt = [word for word in prompt if word in tokenizer.get_vocab()]
+    with RunDirectory.create(runs, name) as run_dir:
+        about = {"task": "gsm8k" if long else "sudoku", "objective": "agrpo", "total_iterations": iterations}
+        reporter = Reporter(
+            run_dir, StoreWriter(run_dir.store_url, name, **about), total_iterations=iterations, quiet=True
+        )
+        recorder = PlaybackRecorder(reporter, tokenizer, completions=8)
+
+        def evaluation(iteration: int, kind: str) -> None:
+            held_out = [
+                written(tokenizer, n, [text if iteration or n else other], **shape, prompt=prompt, greedy=True)
+                for n in range(2)
+            ]
+            recorder.evaluation(iteration, kind, held_out)
+
+        def iterate(iteration: int) -> None:
+            words = [text if row % 3 else other for row in range(8)]
+            if iteration == iterations and not long:
+                words[7] = ODD
+            groups = [
+                written(tokenizer, 10 * iteration + g, words, **shape, prompt=prompt) for g in range(4 if long else 6)
+            ]
+            k = 24 if long else 4
+            updates = [scored_of(groups, k=k, update=u, shift=(1e-7, 0.05)[u]) if scored else [] for u in range(2)]
+            reporter.iteration(iteration, {"reward/mean": 1.0 + 0.1 * iteration, "loss": 0.1, "solve_rate": 0.4})
+            recorder.iteration(iteration, groups, updates)
+
+        evaluation(0, "base")
+        yield iterate
+        evaluation(iterations, "trained")
+        reporter.store.status("finished", {})
+        assert reporter.flush(60)
+        reporter.close()

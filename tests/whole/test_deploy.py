@@ -1,0 +1,298 @@
+"""deploy/: the cluster launcher's file against Ray's own schema, and a real cluster of several local nodes."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.support.listening import listeners
+from tests.support.real_runs import TEST_PROCESS, command_line
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL = ROOT / "deploy" / "local.sh"
+PORT = 21000 + 2000 * (TEST_PROCESS % 5)
+"""The first of 2,000 that no other process of this test session uses."""
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / "cluster.yaml").read_text())
+
+
+def check_with_ray(config: dict[str, Any]) -> dict[str, Any]:
+    """What `ray up` does to the file before it launches anything: fill in the provider's defaults, then validate."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+def test_cluster_file_passes_rays_own_schema(cluster: dict[str, Any]) -> None:
+    prepared = check_with_ray(cluster)
+    assert prepared["head_node_type"] == "head"
+
+
+def test_rays_schema_refuses_an_unknown_setting(cluster: dict[str, Any]) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        check_with_ray(cluster | {"available_node_typos": {}})
+
+
+def test_rays_schema_refuses_more_workers_than_the_cluster_may_have(cluster: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="max_workers"):
+        check_with_ray(cluster | {"max_workers": 1})
+
+
+def test_head_gets_no_work_and_each_worker_type_has_bounds(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["head"]["max_workers"] == 0
+    for name in ("learner", "rollout"):
+        assert 0 < types[name]["min_workers"] <= types[name]["max_workers"]
+        assert types[name]["resources"]["GPU"] > 0
+    assert sum(kind["max_workers"] for kind in types.values()) <= cluster["max_workers"]
+
+
+def test_every_node_starts_with_a_token_and_the_environment_on_path(cluster: dict[str, Any]) -> None:
+    for role in ("head", "worker"):
+        (start,) = (c for c in cluster[f"{role}_start_ray_commands"] if "ray start" in c)
+        before = start.partition("ray start")[0]
+        assert "RAY_AUTH_MODE=token" in before
+        assert "PATH=$HOME/unmask-env/bin:$PATH" in before
+    assert "/home/ubuntu/.ray/auth_token" in cluster["file_mounts"]
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+class LocalCluster:
+    """deploy/local.sh with state and ports of its own."""
+
+    def __init__(self, folder: Path, port: int, **environment: str) -> None:
+        self.folder = folder
+        without_ray = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.environment = without_ray | {"UNMASK_LOCAL_DIR": str(folder), "PORT": str(port)} | environment
+
+    def call(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(LOCAL), *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+
+    def python(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Runs this interpreter in a shell that sourced the cluster's environment."""
+        shell = ["bash", "-c", f'. "{self.folder}/env" && exec "$@"', "bash", sys.executable, *arguments]
+        return subprocess.run(shell, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+
+    def processes(self) -> list[str]:
+        """Command lines of the cluster's live processes."""
+        return [command_line(int(path.name)) for path in Path("/proc").glob("[0-9]*") if self.owns(path)]
+
+    def owns(self, process: Path) -> bool:
+        """Whether it mentions the cluster's folder or carries it in its environment; ``process`` is its folder in
+        /proc."""
+        try:
+            arguments, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            return False
+        return int(process.name) != os.getpid() and str(self.folder).encode() in arguments + environment
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short, because Ray's sockets live below it; the number of the test process keeps two suites apart."""
+    path = Path(f"/tmp/unmask-t{os.getpid()}")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+ALIVE_NODES = """
+import json, ray
+ray.init(logging_level="error")
+nodes = [node for node in ray.nodes() if node["Alive"]]
+print(json.dumps({"nodes": len(nodes), "cpus": ray.cluster_resources()["CPU"]}))
+"""
+
+
+UNPACKED = """
+import pathlib, ray
+ray.init(log_to_driver=False, logging_level="error")
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+def look():
+    return ray.get_runtime_context().get_node_id(), sum(file.stat().st_size for file in pathlib.Path().rglob("*.dat"))
+seen = dict(ray.get([look.remote() for _ in range(12)], timeout=60))
+print("unpacked on", len(seen), "nodes:", *sorted(set(seen.values())))
+"""
+
+
+def dashboard_status(port: int) -> int:
+    """HTTP status of a request for the list of jobs that brings no token."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("auth_mode, nodes, status", [("token", 3, 401), ("disabled", 1, 200)])
+def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
+    folder: Path, auth_mode: str, nodes: int, status: int
+) -> None:
+    local = LocalCluster(folder, PORT, CPUS_PER_NODE="2", RAY_AUTH_MODE=auth_mode)
+    try:
+        started = local.call("start", str(nodes))
+        assert started.returncode == 0, started.stderr
+        assert f"127.0.0.1:{PORT}" in started.stdout and "ray job submit" in started.stdout
+
+        answer = local.python("-c", ALIVE_NODES)
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout.splitlines()[-1]) == {"nodes": nodes, "cpus": 2.0 * nodes}
+
+        token = folder / ".ray" / "auth_token"
+        assert token.exists() == (auth_mode == "token")
+        assert not token.exists() or token.stat().st_mode & 0o777 == 0o600
+        assert dashboard_status(PORT + 1) == status
+
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if local.owns(path)]
+        found = listeners(pids)
+        assert len(found) > 6 * nodes and {host for host, _ in found} == {"127.0.0.1"}, sorted(found)
+
+        second = local.call("start", "1")
+        assert second.returncode == 1 and "holds a cluster already" in second.stderr
+        assert len(local.processes()) > 3  # the control of the last assertion: the search does find them
+    finally:
+        stopped = local.call("stop")
+    assert stopped.returncode == 0, stopped.stderr
+    assert re.search(r"stopped \d+ processes", stopped.stdout)
+    assert local.processes() == []
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, bases: Path, tmp_path: Path) -> None:
+    local = LocalCluster(folder, PORT, CPUS_PER_NODE="1", UNMASK_CACHE=str(bases))
+    try:
+        assert local.call("start", "3").returncode == 0
+        arguments = ("recipe=smoke", f"run.dir={tmp_path}", "run.name=spread", "rollout.actors=2")
+        run = local.python("-m", "learner.main", *arguments, timeout_s=600)
+    finally:
+        stopped = local.call("stop")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "joined the Ray cluster" in run.stdout
+    store = sqlite3.connect(tmp_path / "spread" / "store.sqlite")
+    rows = store.execute("select data from workers where role = 'rollout'").fetchall()
+    assert len({json.loads(data)["node_id"] for (data,) in rows}) == 2
+    assert stopped.returncode == 0, stopped.stderr
+
+
+@pytest.mark.slow
+def test_a_jobs_files_are_whole_on_every_node(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(UNPACKED)
+    for i in range(1500):
+        (tmp_path / f"{i}.dat").write_bytes(os.urandom(1000))
+    local = LocalCluster(folder, PORT, CPUS_PER_NODE="4")
+    try:
+        assert local.call("start", "3").returncode == 0
+        job = local.python(
+            "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", str(tmp_path), "--", "python", "job.py"
+        )
+    finally:
+        stopped = local.call("stop")
+    assert "unpacked on 3 nodes: 1500000" in job.stdout, job.stdout + job.stderr
+    assert stopped.returncode == 0, stopped.stderr
+
+
+@pytest.mark.slow
+def test_stop_leaves_other_processes_alone(folder: Path) -> None:
+    local = LocalCluster(folder, 21000)
+    folder.mkdir(mode=0o700)
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        (folder / "pids").write_text(f"{bystander.pid} 1\n")  # the pid of ours, used again by somebody else
+        assert "stopped 0 processes" in local.call("stop").stdout
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.parametrize("arguments, message", [((), "deploy/local.sh start"), (("start", "none"), "NODES is 'none'")])
+def test_wrong_arguments_get_a_sentence(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    answer = LocalCluster(folder, 21000).call(*arguments)
+    assert answer.returncode == 2 and message in answer.stdout + answer.stderr
+
+
+NOBODY = 65534
+
+
+def hostile(folder: Path, kind: str) -> Path:
+    """A state folder that others have a say in, with a cluster's pids in it."""
+    state = folder / "state"
+    state.mkdir(parents=True, mode=0o700)
+    (state / "pids").write_text("")
+    folder.chmod(0o700)
+    if kind == "of another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can make a folder of another user")
+        os.chown(state, NOBODY, NOBODY)
+    elif kind == "below another user's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can make a folder of another user")
+        os.chown(folder, NOBODY, NOBODY)
+    elif kind == "open to others":
+        state.chmod(0o770)
+    elif kind == "below an open one":
+        folder.chmod(0o777)
+    elif kind == "a link":
+        (folder / "link").symlink_to(state)
+        return folder / "link"
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("of another user", f"state belongs to user {NOBODY}"),
+        ("below another user's", f"belongs to user {NOBODY}"),
+        ("open to others", "state is open to others (mode 770)"),
+        ("below an open one", "others may write in"),
+        ("a link", "link is a symbolic link"),
+    ],
+)
+def test_a_state_folder_that_others_have_a_say_in_is_refused(folder: Path, kind: str, message: str) -> None:
+    state = hostile(folder, kind)
+    local = LocalCluster(state, 21000)
+    for command in ("start", "stop"):
+        answer = local.call(command, timeout_s=60)
+        assert answer.returncode == 1 and message in answer.stderr and "UNMASK_LOCAL_DIR" in answer.stderr
+        assert len(answer.stderr.splitlines()) == 1
+    assert [path.name for path in (folder / "state").iterdir()] == ["pids"], "nothing was written"
+
+
+def test_nothing_is_made_below_a_folder_that_others_may_write(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    answer = LocalCluster(folder / "new" / "state", 21000).call("start", "1", timeout_s=60)
+    assert answer.returncode == 1 and "others may write in" in answer.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_a_state_folder_of_ones_own_is_taken(folder: Path) -> None:
+    """The control of the two tests above; /tmp, where it lies, is sticky. The cluster in it is none."""
+    state = hostile(folder, "mine")
+    local = LocalCluster(state, 21000)
+    assert "holds a cluster already" in local.call("start", "1", timeout_s=60).stderr
+    stopped = local.call("stop", timeout_s=60)
+    assert stopped.returncode == 0 and "stopped 0 processes" in stopped.stdout
+    assert not (state / "pids").exists()

@@ -1,0 +1,52 @@
+"""A user's task in a module beside where the command is started: nothing of ours is touched, nothing is set."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.real_runs import Runs, clean_environment, iterations
+
+TASK = """
+from helper_beside_it import LENGTH
+from rewards.task import Grade, Problem, Task
+
+class Words(Task):
+    name = "words"
+    components = ("length",)
+    def problems(self, split, *, seed, size, path=None):
+        return [Problem(f"{split}-{n}", {"n": n, "split": split}) for n in range(size)]
+    def messages(self, fields):
+        return [{"role": "user", "content": f"Puzzle: {fields['n']}"}]
+    def validate_fields(self, fields):
+        pass
+    def grade(self, fields, completion):
+        return Grade(len(completion) > LENGTH, {"length": float(len(completion))})
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "words_of_mine.py").write_text(TASK)
+    (tmp_path / "helper_beside_it.py").write_text("LENGTH = 3\n")
+    return tmp_path
+
+
+def test_grading_finds_it_in_the_working_directory(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    command = [sys.executable, "-m", "rewards.grade", "--task", "words_of_mine:Words"]
+    lines = "".join(json.dumps({"id": text, "n": 1, "completion": text}) + "\n" for text in ("ab", "abcd")).encode()
+    done = subprocess.run(command, input=lines, cwd=folder, env=clean_environment(), capture_output=True, timeout=60)
+    assert [json.loads(line)["correct"] for line in done.stdout.splitlines()] == [False, True], done.stderr
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    done = subprocess.run(command, input=lines, cwd=elsewhere, env=clean_environment(), capture_output=True, timeout=60)
+    assert done.returncode == 2 and b"No module named 'words_of_mine'" in done.stderr, "it is found by its folder alone"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_finds_it_in_the_working_directory(folder: Path, tiny_model: str) -> None:
+    runs = Runs(folder, folder / "cache")
+    runs.train("own", "task.name=words_of_mine:Words", f"model.path={tiny_model}", "run.iterations=2")
+    assert iterations(runs["own"]) == [1, 2]
