@@ -27,10 +27,10 @@ DATABASES = ("sqlite", "postgresql")
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with recorded reference cases and data sets, which lies beside a checkout and never inside it."""
+    """The folder with the data sets, which lies beside a checkout and never inside it."""
     path = Path(os.environ.get("UNMASK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    if not (path / "golden").is_dir():
-        pytest.skip(f"no recorded cases at {path}; set UNMASK_SHARED to the folder that holds golden/ and data/")
+    if not (path / "data").is_dir():
+        pytest.skip(f"no data sets at {path}; set UNMASK_SHARED to the folder that holds data/")
     return path
 
 

@@ -38,9 +38,9 @@ def test_a_reward_that_is_not_finite_is_named():
         group_advantages(rewards_GR)
 
 
-def test_recorded_reference_advantages(shared):
+def test_recorded_reference_advantages():
     for number in ("01", "03", "05", "07", "11", "13"):
-        _, arrays, settings = recorded_case(shared, number)
+        _, arrays, settings = recorded_case(number)
         groups = arrays["rewards_per_func"].reshape(-1, settings["G"], arrays["rewards_per_func"].shape[1])
         ours = np.concatenate([group_advantages(rewards_GR) for rewards_GR in groups])
         np.testing.assert_allclose(ours, arrays["advantages"], atol=1e-6)

@@ -32,9 +32,9 @@ def one_token(advantage: float, ratio: float, weight: float = 1.0, **config) -> 
 
 
 @pytest.mark.parametrize("number", RECORDED)
-def test_recorded_reference_losses(shared, number):
+def test_recorded_reference_losses(number):
     """Each Monte-Carlo sample's loss and clip fractions, from the recorded log-probs; then all samples merged."""
-    group, arrays, settings = recorded_case(shared, number)
+    group, arrays, settings = recorded_case(number)
     k, divisor = settings["k"], settings["k"] * settings["G"]
     clip_high = settings["eps_high"] or settings["eps"]
     agrpo = Agrpo(AgrpoConfig(k=k, clip_low=settings["eps"], clip_high=clip_high))

@@ -154,8 +154,8 @@ def test_a_slightly_negative_entropy_is_no_negative_probability():
 
 
 @pytest.mark.parametrize("number", ["01", "03", "05", "07", "11", "13"])
-def test_recorded_reference_draws(shared, number):
-    group, arrays, settings = recorded_case(shared, number)
+def test_recorded_reference_draws(number):
+    group, arrays, settings = recorded_case(number)
     table = step_table(group, "until_last_token", (settings["eos"],))
     np.testing.assert_array_equal(table.denominator_G, arrays["last_step"][:, 0] + 1)
     sampling = settings["importance_sampling"]

@@ -87,8 +87,8 @@ def test_every_drawn_token_is_scored_in_exactly_one_step():
 
 
 @pytest.mark.parametrize("number", ["01", "03", "05", "07", "11", "13"])
-def test_recorded_reference_positions(shared, number):
-    group, arrays, _ = recorded_case(shared, number)
+def test_recorded_reference_positions(number):
+    group, arrays, _ = recorded_case(number)
     P, C = group.prompt_ids.size, group.completion_ids.shape[1]
     for draw, positions_BU in enumerate(arrays["mc_positions"]):
         views = [View(0, row, int(arrays["mc_steps"][row, draw]), 1.0, 1.0) for row in range(group.size)]

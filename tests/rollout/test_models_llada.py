@@ -11,6 +11,7 @@ from transformers import AutoModel
 from rewards.errors import ConfigError
 from rollout.models import load_model, policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from tests.support.hand_made import GOLDEN
 from tests.support.published import write_published
 
 BLOCK_MAPS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
@@ -29,12 +30,12 @@ def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def golden(shared: Path) -> tuple[LLaDAModelLM, dict[str, torch.Tensor]]:
+def golden() -> tuple[LLaDAModelLM, dict[str, torch.Tensor]]:
     config = LLaDAConfig(d_model=64, n_layers=4, n_heads=4, mlp_hidden_size=128, vocab_size=70)
     model = LLaDAModelLM(config).eval()
-    weights = np.load(shared / "golden" / "weights_base.npz")
+    weights = np.load(GOLDEN / "weights_base.npz")
     model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights})
-    probe = np.load(shared / "golden" / "probe_logits.npz")
+    probe = np.load(GOLDEN / "probe_logits.npz")
     return model, {name: torch.from_numpy(probe[name]) for name in probe}
 
 

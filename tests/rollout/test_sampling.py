@@ -12,6 +12,7 @@ from rollout.sampling.denoise import POSITION_RULES, Request, Tokens, denoise
 from rollout.sampling.schedule import tokens_per_step
 from rollout.sampling.truncation import truncate
 from rollout.trajectory import SamplerSpec
+from tests.support.hand_made import GOLDEN
 
 MASK, EOS, PAD, V = 5, 4, 3, 12
 TOKENS = Tokens(mask=MASK, eos=(EOS,), pad=PAD)
@@ -278,14 +279,13 @@ def test_unknown_position_rule_is_refused():
         run(sampler(position_rule="middle_out"))
 
 
-def test_greedy_low_confidence_reproduces_the_recorded_reference(shared):
+def test_greedy_low_confidence_reproduces_the_recorded_reference():
     """Recorded case 20: the reference's own sampler at temperature 0 (it may draw the mask token, but here didn't)."""
     from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 
-    golden = shared / "golden"
-    case = np.load(golden / "20_gen_greedy_low_confidence.npz")
-    settings = json.loads((golden / "20_gen_greedy_low_confidence.json").read_text())
-    weights = np.load(golden / "weights_base.npz")
+    case = np.load(GOLDEN / "20_gen_greedy_low_confidence.npz")
+    settings = json.loads((GOLDEN / "20_gen_greedy_low_confidence.json").read_text())
+    weights = np.load(GOLDEN / "weights_base.npz")
     config = LLaDAConfig(d_model=64, n_layers=4, n_heads=4, mlp_hidden_size=128, vocab_size=70, mask_token_id=2,
                          eos_token_id=1, pad_token_id=0)  # fmt: skip
     model = LLaDAModelLM(config).eval()

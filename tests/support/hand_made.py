@@ -10,6 +10,9 @@ import torch
 from rollout.adapters import AdapterState, adapter_parameters, pack
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+"""What the official code computed; its README says which and in what format."""
+
 
 def make_group(
     completion_ids: Any, unmask_step: Any, *, steps: int, rewards: Any = None, **fields: Any
@@ -65,9 +68,9 @@ def random_group(
     )
 
 
-def recorded_case(shared: Path, number: str) -> tuple[TrajectoryGroup, dict[str, np.ndarray], dict[str, Any]]:
+def recorded_case(number: str) -> tuple[TrajectoryGroup, dict[str, np.ndarray], dict[str, Any]]:
     """A recorded training case of the reference: its rows as one group, its arrays and its settings."""
-    (path,) = (shared / "golden").glob(f"{number}_*.npz")
+    (path,) = GOLDEN.glob(f"{number}_*.npz")
     settings = json.loads(path.with_suffix(".json").read_text())
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if "/" not in name}

@@ -1,5 +1,5 @@
 """Every shipped recipe for a published model runs, end to end, for two iterations: its own settings with sizes cut
-down, a small model of its family in the published layout, and real data from the shared folder."""
+down, a small model of its family in the published layout, and real data from the folder of data sets."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
 """``python -m learner.verify``: recorded cases pass, of all kinds; any one array that is off is found and named; what
-can't be read is said so. Kinds that aren't shared are written by ``tests.support.miniature_reference``."""
+can't be read is said so. Kinds that aren't recorded are written by ``tests.support.miniature_reference``."""
 
 import dataclasses
 import io
@@ -19,6 +19,7 @@ import torch
 from learner.verification.cases import case_names
 from learner.verification.measurement import Measurement, Meter
 from learner.verify import Check, check_case, exit_status, golden_checks, main
+from tests.support.hand_made import GOLDEN
 from tests.support.miniature_reference import write_base, write_sampler_case, write_training_case
 
 FP32, BF16 = Meter("cpu", "float32"), Meter("cpu", "bfloat16")
@@ -77,18 +78,16 @@ def failures(measurements: list[Measurement]) -> dict[str, Measurement]:
     return {found.quantity: found for found in measurements if not found.passed}
 
 
-def test_the_shared_cases_pass(shared):
-    folder = shared / "golden"
-    checks = list(golden_checks(folder, case_names(folder), FP32))
-    assert len(checks) == len(case_names(folder)) + 1, "the probe is checked as well"
+def test_the_recorded_cases_pass():
+    checks = list(golden_checks(GOLDEN, case_names(GOLDEN), FP32))
+    assert len(checks) == len(case_names(GOLDEN)) + 1, "the probe is checked as well"
     for check in checks:
         assert check.error is None and not failures(check.measurements), check.name
 
 
 @pytest.mark.slow
-def test_the_shared_cases_pass_in_bfloat16(shared):
-    folder = shared / "golden"
-    for check in golden_checks(folder, case_names(folder), BF16):
+def test_the_recorded_cases_pass_in_bfloat16():
+    for check in golden_checks(GOLDEN, case_names(GOLDEN), BF16):
         assert check.error is None and not failures(check.measurements), check.name
 
 
