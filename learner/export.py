@@ -20,7 +20,9 @@ from transformers.utils import cached_file
 from learner.runs.atomic import atomic_dir
 from rewards.errors import ConfigError, UnmaskError
 from rollout.adapters import load_state, read_peft_folder
-from rollout.models import load_model, load_tokenizer, read_config
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import read_config
+from rollout.models.loading import load_model
 
 # What lies beside the weights of a published checkpoint and is copied as it is. config.json is written, see there.
 SIDE_FILES = (

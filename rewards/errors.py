@@ -43,3 +43,8 @@ class StoreError(UnmaskError):
 
 class TrainingDiverged(UnmaskError):
     """Too many updates in a row had non-finite gradients."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

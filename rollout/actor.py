@@ -4,58 +4,32 @@ A plain class; ``rollout.pool`` makes it a Ray actor. Nothing in it depends on t
 """
 
 import dataclasses
-import hashlib
-import importlib.util
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import ray
 
 from rewards.errors import ConfigError, WeightMismatch
 from rewards.task import Problem, get_task
-from rollout.adapters import AdapterState
+from rollout.code import code_identity
+from rollout.engines.base import Engine
 from rollout.grading import GradeResult, GraderPool
-from rollout.models import encode_prompt
+from rollout.messages import EvalReport, EvalResult, GroupReport, LeaseReport, Weights
+from rollout.models.encoding import encode_prompt
 from rollout.seeds import derive_seed
 from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 from rollout.usage import process_usage
 from rollout.waits import bounded_get
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("rewards", "rollout", "learner", "services")
-
-
-class Engine(Protocol):
-    """What an actor needs of an engine; see ``rollout.engines``."""
-
-    tokenizer: Any
-    policy_version: int
-    adapter_digest: str
-
-    def generate(
-        self,
-        groups: Sequence[GroupSpec],
-        prompts: Sequence[list[int]],
-        sampler: SamplerSpec,
-        *,
-        on_completion: Callable[[int, int, np.ndarray], None] | None = None,
-    ) -> list[TrajectoryGroup]: ...
-
-    def load_adapter(self, version: int, adapter: AdapterState, expected_digest: str) -> None: ...
-
-    def without_adapter(self) -> None: ...
-
-    def describe(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -79,88 +53,6 @@ class ActorSettings:
     """Names the random streams of evaluations; a lease's groups bring their own seeds."""
     code_digest: str
     """The controller's ``code_identity().digest``; an actor with other code refuses to start."""
-
-
-class Weights(NamedTuple):
-    """A published version of the policy. refs holds the reference to its AdapterState; it is a list because Ray would
-    resolve a bare reference before every call, also when the actor has these weights already."""
-
-    version: int
-    digest: str
-    refs: list[ray.ObjectRef]
-
-
-BASE_WEIGHTS = Weights(-1, "", [])
-"""The base without an adapter."""
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """A drawn group in a few numbers. components: group mean by reward component. tokens: drawn ones. nfe: forward
-    passes, summed over the completions. invalid: why the group can't be trained on, or None."""
-
-    group_id: int
-    problem_id: str
-    size: int
-    components: Mapping[str, float]
-    solved: int
-    tokens: int
-    nfe: int
-    grader_timeouts: int
-    grader_crashes: int
-    invalid: str | None
-
-    @property
-    def mean_reward(self) -> float:
-        return sum(self.components.values())
-
-
-@dataclass(frozen=True)
-class LeaseReport:
-    """What a lease took and gave; groups in the lease's order. Times in seconds."""
-
-    lease_id: int
-    actor_id: str
-    policy_version: int
-    adapter_digest: str
-    groups: tuple[GroupReport, ...]
-    load_s: float
-    generate_s: float
-    grade_wait_s: float
-    usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the actor's process uses, see ``rollout.usage``."""
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The completions of one problem in the order of their rows: texts, verdicts, reward components (NaN where the
-    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that a timeout or crash decided."""
-
-    problem_id: str
-    completions: tuple[str, ...]
-    correct: tuple[bool, ...]
-    components: Mapping[str, tuple[float, ...]]
-    tokens: tuple[int, ...]
-    nfe: tuple[int, ...]
-    grader_failures: int
-    trajectory: TrajectoryGroup | None = None
-    """How they were written, graded, with the problem's number in its chunk for a group id; where it was asked for."""
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """A chunk's results, in the order of its problems. generate_s: seconds that the engine took for all of them."""
-
-    results: list[EvalResult]
-    generate_s: float
-
-
-@dataclass(frozen=True)
-class CodeIdentity:
-    """Which source files an actor runs: the folder of our packages, and a sha256 over those that actors import."""
-
-    root: str
-    digest: str
 
 
 class RolloutActor:
@@ -320,30 +212,6 @@ class RolloutActor:
         )
         graded.validate()
         return graded
-
-
-def code_identity() -> CodeIdentity:
-    """Identity of the running code.
-
-    Raises:
-        ConfigError: our packages don't lie beside each other, so that a mix of two versions would run.
-    """
-    roots = {name: _folder(name).parent for name in PACKAGES}
-    if len(set(roots.values())) != 1:
-        where = ", ".join(f"{name} in {root}" for name, root in roots.items())
-        raise ConfigError(f"packages of two installations are mixed: {where}; remove one from the path")
-    root = roots["rewards"]
-    sha = hashlib.sha256()
-    for path in sorted(path for name in ("rewards", "rollout") for path in (root / name).rglob("*.py")):
-        sha.update(f"{path.relative_to(root)}|".encode() + path.read_bytes())
-    return CodeIdentity(str(root), sha.hexdigest())
-
-
-def _folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"package {package} is not installed beside {Path(__file__).parent}; install unmask-rl whole")
-    return Path(spec.origin).resolve().parent
 
 
 def _report(group: TrajectoryGroup, grades: Sequence[GradeResult]) -> GroupReport:

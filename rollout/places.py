@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from rollout.actor import EvalReport, EvalResult, Weights
+from rollout.messages import EvalReport, EvalResult, Weights
 
 STATES = ("starting", "idle", "busy")
 """Of a place, in the order in which a pool gives them up."""

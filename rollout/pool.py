@@ -22,7 +22,8 @@ from rewards.errors import (
     WorkerLost,
 )
 from rewards.task import Problem
-from rollout.actor import ActorSettings, EvalReport, EvalResult, LeaseReport, RolloutActor, Weights
+from rollout.actor import ActorSettings, RolloutActor
+from rollout.messages import EvalReport, EvalResult, LeaseReport, Weights
 from rollout.places import STATES, Evaluation, Task, Worker
 from rollout.trajectory import Lease, SamplerSpec
 from rollout.waits import bounded_get, bounded_wait

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import ray
 
-from rollout.actor import GroupReport, LeaseReport
 from rollout.ledger import Ledger
+from rollout.messages import GroupReport, LeaseReport
 from rollout.waits import bounded_get
 
 

@@ -14,7 +14,7 @@ from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import UpdatePlan, plan_update
 from learner.settings.sections import AgrpoConfig
 from rollout.adapters import adapter_parameters
-from rollout.models import PolicyAdapter
+from rollout.models.family import PolicyAdapter
 from rollout.sampling import noise
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import TrajectoryGroup

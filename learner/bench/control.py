@@ -33,9 +33,9 @@ from learner.runs.local_ray import local_ray
 from learner.settings.sections import AgrpoConfig
 from learner.supply.publish import publish
 from rewards.task import Problem
-from rollout.actor import GroupReport, LeaseReport
 from rollout.adapters import digest, pack
 from rollout.ledger import Ledger
+from rollout.messages import GroupReport, LeaseReport
 from rollout.replay import ReplayBuffer
 from rollout.trajectory import GroupSpec
 from rollout.waits import bounded_get, bounded_wait

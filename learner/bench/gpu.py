@@ -25,7 +25,7 @@ from learner.bench.planned import Case, predicted
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.planning.flops import forward_flops, training_flops
 from rewards.errors import ConfigError
-from rollout.models import PolicyAdapter
+from rollout.models.family import PolicyAdapter
 
 FULL = Shape(
     126_464, d_model=4096, layers=32, heads=32, mlp=12_288, prompt=256, completion=384, block=12, steps=128, rows=16,

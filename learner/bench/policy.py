@@ -15,7 +15,7 @@ from learner.planning.shapes import ModelShape, llada_shape
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
-from rollout.models import PolicyAdapter, policy_adapter
+from rollout.models.family import PolicyAdapter, policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.seeds import numpy_generator

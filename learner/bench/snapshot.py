@@ -26,7 +26,7 @@ from rewards.errors import ConfigError
 from rewards.task import Task, get_task
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
-from rollout.models import encode_prompt
+from rollout.models.encoding import encode_prompt
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 

@@ -37,7 +37,7 @@ from learner.objectives.advantages import group_advantages
 from learner.planning.flops import Flops, forward_flops, training_flops
 from learner.settings.sections import AgrpoConfig
 from rollout.malloc import keep_freed_memory
-from rollout.models import PolicyAdapter
+from rollout.models.family import PolicyAdapter
 from rollout.trajectory import TrajectoryGroup
 
 # CPU seconds on 2 cores of another machine of the same kind, from shared/algorithms/agrpo_reference.md.

@@ -32,9 +32,10 @@ from learner.supply.feed import Feed
 from learner.supply.greedy import greedy_solve_rates
 from learner.supply.publish import publish
 from rewards.task import get_task
-from rollout.actor import BASE_WEIGHTS, Weights
 from rollout.ledger import Ledger
-from rollout.models import load_tokenizer, policy_adapter
+from rollout.messages import BASE_WEIGHTS, Weights
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import policy_adapter
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get

@@ -19,7 +19,7 @@ from learner.runs.start import check_quantization, open_run
 from learner.runs.stopping import StopFlag, StopRequested
 from learner.settings.run import RunConfig, bias_warnings
 from learner.small_base.base_model import ensure_base, print_progress
-from rollout.actor import code_identity
+from rollout.code import code_identity
 
 
 def run(config: RunConfig, *, dry_run: bool = False) -> int:

@@ -32,7 +32,8 @@ from learner.runs.stopping import StopFlag, StopRequested
 from learner.settings.run import in_ray_job
 from learner.supply.actors import start_actors
 from rewards.task import Problem
-from rollout.actor import BASE_WEIGHTS, EvalReport, Weights, code_identity
+from rollout.code import code_identity
+from rollout.messages import BASE_WEIGHTS, EvalReport, Weights
 from rollout.pool import ActorLost, RolloutPool
 
 _TELL_EVERY_S = 10.0

@@ -17,7 +17,7 @@ from typing import Any
 
 from learner.runs.atomic import disk_errors
 from rewards.errors import ConfigError
-from rollout.actor import EvalReport
+from rollout.messages import EvalReport
 
 FORMAT = 1
 POLICIES = ("base", "adapter")

@@ -15,7 +15,7 @@ from learner.small_base.base_model import ensure_base, print_progress
 from rewards.errors import ConfigError, DataError
 from rewards.task import Problem, get_task
 from rollout.adapters import AdapterState, digest, read_peft_folder
-from rollout.models import policy_adapter
+from rollout.models.family import policy_adapter
 from rollout.models.lora import LoraSpec
 
 _SAMPLED_BYTES = 1 << 20

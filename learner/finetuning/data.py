@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from learner.finetuning.settings import DataSection
 from rewards.errors import ConfigError, DataError
 from rewards.tasks.hub import problems_from_source
-from rollout.models import encode_prompt
 from rollout.models.chat import render_chat
+from rollout.models.encoding import encode_prompt
 from rollout.seeds import numpy_generator
 
 D1_INSTRUCTION = """

@@ -30,8 +30,9 @@ from learner.runs.session import joined_ray
 from learner.runs.start import check_quantization, open_run, starting_adapter
 from learner.runs.stopping import StopFlag
 from rewards.errors import CheckpointError, ConfigError
-from rollout.actor import code_identity
-from rollout.models import load_tokenizer, policy_adapter
+from rollout.code import code_identity
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import policy_adapter
 from rollout.seeds import numpy_generator
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from learner.likelihood.views import PositionChoices, ViewBatch
-from rollout.models import PolicyAdapter
+from rollout.models.family import PolicyAdapter
 from rollout.sampling.positions import choice_logp, log_confidence
 from rollout.sampling.truncation import without_mask
 

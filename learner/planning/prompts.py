@@ -38,7 +38,7 @@ def _problems(config: RunConfig, task: Task) -> list[Problem]:
 
 
 def _lengths(path: str | None, task: Task, problems: list[Problem]) -> list[int]:
-    from rollout.models import encode_prompt, load_tokenizer
+    from rollout.models.encoding import encode_prompt, load_tokenizer
     from rollout.models.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer() if path is None else load_tokenizer(path)

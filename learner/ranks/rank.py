@@ -45,7 +45,8 @@ from learner.settings.sections import (
 from rewards.errors import TrajectoryError
 from rollout.adapters import AdapterState, PackedTensor, adapter_parameters, digest, load_state, pack
 from rollout.malloc import keep_freed_memory
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.seeds import derive_seed
 from rollout.trajectory import TrajectoryGroup

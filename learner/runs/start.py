@@ -14,7 +14,7 @@ from learner.settings.sections import GroupSection, LoraSection, ModelSection, R
 from rewards.errors import CheckpointError, ConfigError
 from rewards.task import Problem, Task
 from rollout.adapters import AdapterState, read_peft_folder
-from rollout.models import encode_prompt
+from rollout.models.encoding import encode_prompt
 from rollout.models.quantization import require_bitsandbytes
 
 _OF_A_START = ("run.resume", "run.dashboard", "run.shared")

@@ -30,7 +30,7 @@ from learner.small_base.demonstrations import demonstrations
 from rewards.errors import ConfigError, DataError, UnmaskError, WaitTimeout
 from rewards.task import Problem, Task, get_task
 from rollout.malloc import keep_freed_memory
-from rollout.models import encode_prompt
+from rollout.models.encoding import encode_prompt
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.models.tokenizer import build_tokenizer
 from rollout.seeds import derive_seed, numpy_generator

@@ -3,7 +3,8 @@
 from functools import partial
 
 from learner.settings.run import RunConfig
-from rollout.actor import ActorSettings, code_identity
+from rollout.actor import ActorSettings
+from rollout.code import code_identity
 from rollout.engines.torch import TorchEngine
 from rollout.models.lora import LoraSpec
 from rollout.pool import RolloutPool

@@ -8,7 +8,7 @@ from learner.runs.stopping import StopRequested
 from learner.settings.run import RunConfig
 from rewards.errors import DataError
 from rewards.task import Problem
-from rollout.actor import Weights
+from rollout.messages import Weights
 from rollout.pool import ActorLost, RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.seeds import derive_seed, numpy_generator

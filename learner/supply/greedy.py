@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from learner.settings.run import RunConfig
 from learner.supply.feed import Feed
 from rewards.task import Problem
-from rollout.actor import Weights
+from rollout.messages import Weights
 from rollout.trajectory import TrajectoryGroup
 
 

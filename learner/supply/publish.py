@@ -4,8 +4,8 @@ import ray
 
 from learner.ranks.rank import PublishedAdapter
 from rewards.errors import WeightMismatch
-from rollout.actor import Weights
 from rollout.adapters import digest
+from rollout.messages import Weights
 
 
 def publish(version: int, adapter: PublishedAdapter) -> Weights:

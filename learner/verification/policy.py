@@ -18,8 +18,9 @@ from learner.likelihood.views import View, ViewBatch, build_batch
 from learner.verification.cases import HEAD_WIDTH, Arrays, Case, RecordedRollout, SamplerSettings, read_arrays
 from learner.verification.measurement import Measurement, Meter
 from rewards.errors import DataError
-from rollout.models import PolicyAdapter, load_model, policy_adapter
+from rollout.models.family import PolicyAdapter, policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from rollout.models.loading import load_model
 from rollout.sampling.truncation import Law, truncate
 
 VIEWS_AT_ONCE = 64

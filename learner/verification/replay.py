@@ -17,8 +17,9 @@ from learner.verification.measurement import Measurement, Meter
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.tokenizer import build_tokenizer
 from rollout.sampling.denoise import POSITION_RULES

@@ -27,7 +27,7 @@ from learner.verification.measurement import Measurement, Meter
 from learner.verification.policy import check_laws, recorded_model
 from rewards.errors import DataError
 from rollout.adapters import adapter_parameters
-from rollout.models import PolicyAdapter
+from rollout.models.family import PolicyAdapter
 from rollout.models.lora import LoraSpec, attach_lora
 
 

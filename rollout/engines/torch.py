@@ -14,7 +14,9 @@ from peft import PeftModel
 from rewards.errors import WeightMismatch
 from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack
 from rollout.malloc import keep_freed_memory
-from rollout.models import load_model, load_tokenizer, policy_adapter
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.quantization import Quantization
 from rollout.sampling.denoise import Completion, Request, Tokens, denoise

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rewards.errors import ConfigError
 from rollout.adapters import ADAPTER_NAME, adapter_parameters
-from rollout.models import PolicyAdapter
+from rollout.models.family import PolicyAdapter
 
 logger = logging.getLogger(__name__)
 

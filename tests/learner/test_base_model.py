@@ -18,7 +18,9 @@ from learner.small_base.base_model import draw_masks, elbo_weights, ensure_base,
 from learner.small_base.demonstrations import demonstrations
 from rewards.errors import ConfigError, DataError, WaitTimeout
 from rewards.task import get_task
-from rollout.models import load_model, load_tokenizer, policy_adapter
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 
 EXACT_ELBO = -1.4938820520
 # p(token | other one visible), p(token | both masked) for the two positions of the recorded toy

@@ -82,7 +82,7 @@ def test_parameter_counts_are_exact(family: str) -> None:
 def test_adapters_are_counted_as_peft_makes_them(family: str, include_head: bool, tmp_path: Any) -> None:
     raw, model = published(family)
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    from rollout.models import policy_adapter
+    from rollout.models.family import policy_adapter
 
     policy = attach_lora(model, policy_adapter(tmp_path), LoraSpec(r=4, alpha=4.0, include_head=include_head))
     made = sum(p.numel() for p in policy.parameters() if p.requires_grad)

@@ -19,7 +19,9 @@ from learner.reporting.playback import ORDER_BINS, PlaybackRecorder, order_map, 
 from learner.reporting.reporter import Reporter
 from learner.runs.directory import RunDirectory
 from rollout.adapters import AdapterState, digest, load_state
-from rollout.models import load_model, load_tokenizer, policy_adapter
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
 from rollout.trajectory import TrajectoryGroup
 from services.store import schema

@@ -23,7 +23,8 @@ from rewards.errors import ConfigError, TrajectoryError
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine
-from rollout.models import PolicyAdapter, load_model, policy_adapter
+from rollout.models.family import PolicyAdapter, policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.sampling import positions
 from rollout.sampling.positions import choice_entropy, choice_logp

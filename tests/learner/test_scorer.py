@@ -16,7 +16,8 @@ from learner.likelihood.views import View, ViewBatch, build_batch
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.sampling.denoise import POSITION_RULES
 from rollout.sampling.truncation import truncate, without_mask

@@ -23,7 +23,8 @@ from learner.settings import arguments as overrides
 from learner.settings.run import load_config, refuse_absent, refuse_relative
 from learner.settings.sections import RunPlace
 from rewards.errors import CheckpointError, ConfigError, DataError
-from rollout.models import encode_prompt, load_model
+from rollout.models.encoding import encode_prompt
+from rollout.models.loading import load_model
 from rollout.models.tokenizer import build_tokenizer
 
 EOS, MASK = 0, 1

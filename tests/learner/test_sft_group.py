@@ -23,7 +23,9 @@ from learner.likelihood.scorer import restricted_logp
 from learner.ranks.optim import learning_rate
 from learner.ranks.rank import lora_spec
 from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack, read_peft_folder
-from rollout.models import load_model, load_tokenizer, policy_adapter
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
 from tests.support.hand_made import acting_adapter
 from tests.support.learner_ranks import adamw_steps, importing_ray, relative

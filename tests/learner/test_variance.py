@@ -41,7 +41,8 @@ from rewards.errors import ConfigError, DataError
 from rewards.task import Grade
 from rewards.tasks.sudoku import Sudoku
 from rollout.adapters import adapter_parameters, digest
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.trajectory import GroupSpec, SamplerSpec
 from tests.support.hand_made import acting_adapter, make_group, random_group

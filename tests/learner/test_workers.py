@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from learner.reporting.workers import Workers
-from rollout.actor import Weights
+from rollout.messages import Weights
 from rollout.pool import RolloutPool
 from services.store.reader import Reader
 from services.store.writer import StoreWriter

@@ -18,7 +18,8 @@ from rewards.errors import ConfigError, WeightMismatch
 from rewards.task import Problem
 from rollout.adapters import PackedTensor, adapter_parameters, digest, pack
 from rollout.engines.torch import TorchEngine
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.sampling.denoise import POSITION_RULES
 from rollout.sampling.schedule import tokens_per_step

@@ -7,7 +7,8 @@ import pytest
 from learner.finetuning.data import turn_end
 from rewards.errors import ConfigError
 from rewards.helper import Helper
-from rollout.models import chat, encode_prompt
+from rollout.models import chat
+from rollout.models.encoding import encode_prompt
 from rollout.models.tokenizer import build_tokenizer
 from tests.support.published import _DREAM_TEMPLATE, _LLADA_TEMPLATE
 

@@ -15,8 +15,10 @@ from rewards.errors import ConfigError
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack, write_peft_folder
 from rollout.engines.torch import TorchEngine
-from rollout.models import encode_prompt, load_model, load_tokenizer, policy_adapter
 from rollout.models.dream import DreamConfig, DreamModel
+from rollout.models.encoding import encode_prompt, load_tokenizer
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.trajectory import GroupSpec, SamplerSpec
 from tests.learner.test_scorer import rollout, worst_difference

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rollout.models import load_model
 from rollout.models.layers import attend, attend_varlen, rotary_tables, rotate, sequences, visibility
+from rollout.models.loading import load_model
 from tests.support.published import FAMILIES, HEAD, random_ids, write_published
 
 

@@ -1,7 +1,6 @@
 """The LLaDA model against recorded logits of the reference, and what the contract asks of it beyond that."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +8,9 @@ import torch
 from transformers import AutoModel
 
 from rewards.errors import ConfigError
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from rollout.models.loading import load_model
 from tests.support.hand_made import GOLDEN
 from tests.support.published import write_published
 

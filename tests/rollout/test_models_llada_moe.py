@@ -13,9 +13,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from rewards.errors import ConfigError
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
 from rollout.models.llada import LLaDAConfig
 from rollout.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM, MixtureOfExperts
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from tests.learner.test_scorer import rollout, worst_difference
 from tests.support.published import write_published, write_shards

@@ -9,7 +9,8 @@ import torch
 from learner.evaluation.subject import Adapter, lora_spec
 from rewards.errors import ConfigError
 from rollout.adapters import adapter_parameters, digest, load_state, pack
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from tests.support.hand_made import acting_adapter
 from tests.support.published import FAMILIES, HEAD, random_ids, write_published

@@ -17,7 +17,10 @@ from rewards.errors import ConfigError
 from rewards.task import Problem, get_task
 from rollout.adapters import adapter_parameters, digest, load_state, pack, write_peft_folder
 from rollout.engines.torch import TorchEngine
-from rollout.models import encode_prompt, load_model, load_tokenizer, masked_lm, policy_adapter
+from rollout.models import masked_lm
+from rollout.models.encoding import encode_prompt, load_tokenizer
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from tests.learner.test_scorer import rollout, worst_difference
 from tests.support.hand_made import acting_adapter

@@ -15,7 +15,9 @@ from transformers import AutoModel
 from learner.export import export_merged
 from rewards.errors import ConfigError
 from rollout.adapters import adapter_parameters, load_state, pack, write_peft_folder
-from rollout.models import encode_prompt, load_model, load_tokenizer, policy_adapter
+from rollout.models.encoding import encode_prompt, load_tokenizer
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from tests.support.hand_made import acting_adapter
 from tests.support.published import FAMILIES, random_ids, write_published, write_shards

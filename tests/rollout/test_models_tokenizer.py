@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from rollout.models import encode_prompt, load_tokenizer
+from rollout.models.encoding import encode_prompt, load_tokenizer
 from rollout.models.tokenizer import CHARACTERS, SPECIAL, WORDS, build_tokenizer
 
 PUZZLE = [{"role": "user", "content": "Puzzle: 0321003004002100"}]

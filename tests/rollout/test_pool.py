@@ -22,10 +22,12 @@ import torch
 from learner.runs.local_ray import local_ray
 from rewards.errors import ConfigError, WaitTimeout, WeightMismatch, WorkerLost
 from rewards.task import Problem
-from rollout.actor import BASE_WEIGHTS, ActorSettings, EvalResult, RolloutActor, Weights, code_identity
+from rollout.actor import ActorSettings, RolloutActor
 from rollout.adapters import adapter_parameters, digest, pack
+from rollout.code import code_identity
 from rollout.engines.torch import TorchEngine
 from rollout.ledger import STATUSES, Ledger
+from rollout.messages import BASE_WEIGHTS, EvalResult, Weights
 from rollout.models.lora import LoraSpec
 from rollout.pool import ActorLost, Delivery, Resize, RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem

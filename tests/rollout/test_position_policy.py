@@ -38,7 +38,7 @@ from learner.verification.enumeration import (
     relative_error,
 )
 from rewards.errors import ConfigError
-from rollout.models import PolicyAdapter
+from rollout.models.family import PolicyAdapter
 from rollout.models.llada import LLaDAModelLM
 from rollout.sampling import positions
 from rollout.sampling.denoise import Request, Tokens, denoise

@@ -20,7 +20,8 @@ from learner.settings.run import load_config
 from rewards.errors import ConfigError
 from rollout.adapters import adapter_parameters, digest, load_state, pack, write_peft_folder
 from rollout.engines.torch import TorchEngine
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.quantization import BYTES_PER_PARAMETER, exact_products, require_bitsandbytes
 from tests.learner.test_scorer import rollout, worst_difference

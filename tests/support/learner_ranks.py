@@ -26,7 +26,8 @@ from learner.settings.run import RunConfig, load_config
 from rewards.task import Problem
 from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack, unpack
 from rollout.engines.torch import TorchEngine
-from rollout.models import load_model, policy_adapter
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.hand_made import acting_adapter

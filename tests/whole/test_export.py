@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from learner.export import export_merged
 from rewards.errors import ConfigError, DataError, WeightMismatch
 from rollout.adapters import adapter_parameters, pack, write_peft_folder
-from rollout.models import load_model, load_tokenizer, policy_adapter
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.tokenizer import build_tokenizer
 

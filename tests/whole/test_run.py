@@ -143,7 +143,7 @@ def test_checkpoints_are_bounded(undisturbed: RunDirectory) -> None:
 def test_adapter_is_the_last_one_published_and_peft_loads_it(undisturbed: RunDirectory) -> None:
     from peft import PeftModel
 
-    from rollout.models import load_model
+    from rollout.models.loading import load_model
 
     published = newest_state(undisturbed)["adapter_digest"]
     written, peft_config = read_peft_folder(undisturbed.adapter_dir)

@@ -1,0 +1,32 @@
+"""What an actor needs of an engine."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from rollout.adapters import AdapterState
+from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+
+
+class Engine(Protocol):
+    """Draws groups with the weights that it holds."""
+
+    tokenizer: Any
+    policy_version: int
+    adapter_digest: str
+
+    def generate(
+        self,
+        groups: Sequence[GroupSpec],
+        prompts: Sequence[list[int]],
+        sampler: SamplerSpec,
+        *,
+        on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+    ) -> list[TrajectoryGroup]: ...
+
+    def load_adapter(self, version: int, adapter: AdapterState, expected_digest: str) -> None: ...
+
+    def without_adapter(self) -> None: ...
+
+    def describe(self) -> dict[str, Any]: ...

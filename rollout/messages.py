@@ -1,0 +1,87 @@
+"""What controller and actors send each other beside leases and trajectories: weights one way, reports the other.
+
+Small values: what is large in them travels as a reference.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+
+from rollout.trajectory import TrajectoryGroup
+
+
+class Weights(NamedTuple):
+    """A published version of the policy. refs holds the reference to its AdapterState; it is a list because Ray would
+    resolve a bare reference before every call, also when the actor has these weights already."""
+
+    version: int
+    digest: str
+    refs: list[ray.ObjectRef]
+
+
+BASE_WEIGHTS = Weights(-1, "", [])
+"""The base without an adapter."""
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """A drawn group in a few numbers. components: group mean by reward component. tokens: drawn ones. nfe: forward
+    passes, summed over the completions. invalid: why the group can't be trained on, or None."""
+
+    group_id: int
+    problem_id: str
+    size: int
+    components: Mapping[str, float]
+    solved: int
+    tokens: int
+    nfe: int
+    grader_timeouts: int
+    grader_crashes: int
+    invalid: str | None
+
+    @property
+    def mean_reward(self) -> float:
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True)
+class LeaseReport:
+    """What a lease took and gave; groups in the lease's order. Times in seconds."""
+
+    lease_id: int
+    actor_id: str
+    policy_version: int
+    adapter_digest: str
+    groups: tuple[GroupReport, ...]
+    load_s: float
+    generate_s: float
+    grade_wait_s: float
+    usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the actor's process uses, see ``rollout.usage``."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The completions of one problem in the order of their rows: texts, verdicts, reward components (NaN where the
+    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that a timeout or crash decided."""
+
+    problem_id: str
+    completions: tuple[str, ...]
+    correct: tuple[bool, ...]
+    components: Mapping[str, tuple[float, ...]]
+    tokens: tuple[int, ...]
+    nfe: tuple[int, ...]
+    grader_failures: int
+    trajectory: TrajectoryGroup | None = None
+    """How they were written, graded, with the problem's number in its chunk for a group id; where it was asked for."""
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """A chunk's results, in the order of its problems. generate_s: seconds that the engine took for all of them."""
+
+    results: list[EvalResult]
+    generate_s: float
