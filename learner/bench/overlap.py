@@ -23,7 +23,7 @@ from typing import Any
 
 from learner.bench import report
 from learner.bench.measure import machine
-from learner.reporting.reporter import read_rows
+from learner.reporting.metrics_file import read_rows
 from rewards.errors import UnmaskError, WaitTimeout
 
 LIMIT_S = 600.0

@@ -1,6 +1,6 @@
 """What a run keeps so that its completions can be played back: how they were written, and what learning made of them.
 
-A sample is one completion as safetensors. Beside the arrays of ``reporting.trajectory_bytes`` it holds
+A sample is one completion as safetensors. Beside the arrays of ``learner.reporting.samples`` it holds
 
     special          [C] bool, the token is a special one
     view_update      [v] int16, view_step [v] int16, view_count [v] int32, view_weight [v] float64:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from learner.reporting.reporter import read_rows
+from learner.reporting.metrics_file import read_rows
 from learner.runs.atomic import disk_errors
 from learner.runs.directory import RunDirectory
 from rewards.errors import UnmaskError

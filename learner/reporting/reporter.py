@@ -5,51 +5,24 @@ line, row or tracker call that fails is counted, and the first failure of each i
 """
 
 import dataclasses
-import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-from safetensors.numpy import save as to_safetensors
 
+from learner.reporting.metrics_file import LineFile, json_line, read_rows
+from learner.reporting.samples import trajectory_bytes
 from learner.reporting.trackers import Tracker
 from learner.runs.atomic import atomic_write_text
 from learner.runs.directory import RunDirectory
 from rollout.trajectory import TrajectoryGroup
 from services.store.writer import StoreWriter
-
-TIMING_PREFIXES = ("time/", "machine/")
-"""Metrics under these say how the machine did; all others repeat exactly when a synchronous run is repeated."""
-
-
-def deterministic(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A metrics.jsonl row without what may differ between two equal runs: times and machine figures."""
-    kept = {key: value for key, value in row.items() if not key.startswith(TIMING_PREFIXES)}
-    if "nonfinite" in kept:
-        kept["nonfinite"] = [name for name in kept["nonfinite"] if not name.startswith(TIMING_PREFIXES)]
-    return kept
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file, each with an ``iteration``; a line cut short by a kill or a full disk is left out."""
-    rows = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("iteration"), int):
-            rows.append(row)
-    return rows
 
 
 class Reporter:
@@ -80,8 +53,8 @@ class Reporter:
         self._total = total_iterations
         self._quiet = quiet
         self._console = console or Console(highlight=False)
-        self._metrics_file = _LineFile(run_dir.metrics_path)
-        self._samples_file = _LineFile(run_dir.samples_path)
+        self._metrics_file = LineFile(run_dir.metrics_path)
+        self._samples_file = LineFile(run_dir.samples_path)
         self._progress: Progress | None = None
         self._pace = _Pace(total_iterations)
         self._store_loss_shown = False
@@ -175,7 +148,7 @@ class Reporter:
         report. Raises ``StoreError`` or ``UnmaskError`` when the store or the disk refuses."""
         for file in (self._metrics_file, self._samples_file):
             file.close()
-            kept = [_json_line(row) for row in read_rows(file.path) if row["iteration"] <= iteration]
+            kept = [json_line(row) for row in read_rows(file.path) if row["iteration"] <= iteration]
             atomic_write_text(file.path, "".join(kept))
         self.store.truncate_after(iteration)
 
@@ -237,8 +210,8 @@ class Reporter:
         for tracker in self._trackers:
             self._attempt(tracker.name, tracker.log, iteration, values)
 
-    def _append(self, file: "_LineFile", what: str, row: dict[str, Any]) -> None:
-        self._attempt(what, file.append, _json_line(row))
+    def _append(self, file: LineFile, what: str, row: dict[str, Any]) -> None:
+        self._attempt(what, file.append, json_line(row))
 
     def _attempt(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
         """Do it; a failure is counted and the first of its kind told. Other people's trackers may raise anything."""
@@ -288,57 +261,6 @@ class Reporter:
         self._console.print(text, style=style, markup=False, soft_wrap=True)
 
 
-def trajectory_bytes(
-    group: TrajectoryGroup,
-    row: int,
-    arrays: Mapping[str, np.ndarray] | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> bytes:
-    """One completion as safetensors: the group's arrays of that row ([C], ``position_logp`` [m]) and ``prompt_ids``
-    [P], under the names of ``TrajectoryGroup``, and ``arrays`` beside them; ``metadata`` goes into the header. The
-    support is left out: playback doesn't need it, and at top-k 150 it is most of the bytes.
-    """
-    names = ["completion_ids", "unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy"]
-    if group.position_logp is not None:
-        names.append("position_logp")
-    tensors = {name: np.ascontiguousarray(getattr(group, name)[row]) for name in names}
-    tensors["prompt_ids"] = np.ascontiguousarray(group.prompt_ids)
-    tensors |= {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
-    return to_safetensors(tensors, None if metadata is None else dict(metadata))
-
-
-class _LineFile:
-    """A file that grows by whole lines: each is one write, and a line that doesn't fit is taken back."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._descriptor: int | None = None
-
-    def append(self, line: str) -> None:
-        """Raises OSError; the file then ends as it did before."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        data = line.encode("utf-8", "replace")
-        before = os.fstat(self._descriptor).st_size
-        written = 0
-        try:
-            while written < len(data):
-                written += os.write(self._descriptor, data[written:])
-        except OSError:
-            if written:
-                os.ftruncate(self._descriptor, before)
-            raise
-
-    def sync(self) -> None:
-        if self._descriptor is not None:
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
 class _Pace:
     """Time to go, from the mean time between the reports that this process made."""
 
@@ -366,10 +288,6 @@ def _closing_rows(summary: Mapping[str, Any], steps: int | None) -> list[tuple[s
         label = name if steps is None else f"{name} = {steps // divisor}"
         rows.append((label, _number(before, ".3f"), _number(after, ".3f"), _number(gain, "+.3f")))
     return rows
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -16,7 +16,9 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load
 
-from learner.reporting.reporter import Reporter, deterministic, read_rows, trajectory_bytes
+from learner.reporting.metrics_file import read_rows
+from learner.reporting.reporter import Reporter
+from learner.reporting.samples import trajectory_bytes
 from learner.reporting.trackers import Tracker, build_trackers
 from learner.runs.directory import RunDirectory
 from rewards.errors import ConfigError
@@ -24,6 +26,7 @@ from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from services.store import schema
 from services.store.writer import StoreWriter
 from tests.support import store_rows
+from tests.support.metrics_rows import deterministic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from learner.reporting.reporter import deterministic, read_rows
+from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
 from tests.support.forked import Forked
+from tests.support.metrics_rows import deterministic
 
 TEST_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 """Number of this process among those of the test session."""

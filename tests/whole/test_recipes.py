@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.reporting.reporter import read_rows
+from learner.reporting.metrics_file import read_rows
 from learner.settings.arguments import recipe_names
 from tests.support.published import write_published
 from tests.support.real_runs import Runs, summary

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from learner.reporting.reporter import read_rows
+from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
 from learner.settings.run import load_config, load_dumped
 from rollout.adapters import adapter_parameters, digest, pack, read_peft_folder
