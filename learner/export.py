@@ -7,18 +7,20 @@ modelling code (``auto_map``) included: that is copied from a local base, and fo
 ``auto_map`` name its repository. No such code is ever run here.
 """
 
-import argparse
 import json
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
 from transformers.utils import cached_file
 
 from learner.runs.atomic import atomic_dir
-from rewards.errors import ConfigError, UnmaskError
+from learner.runs.stopping import exit_status
+from rewards.command import Parser
+from rewards.errors import ConfigError
 from rollout.adapters import load_state, read_peft_folder
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import read_config
@@ -108,18 +110,21 @@ def _copy_side_files(folder: Path, base: str) -> None:
             shutil.copyfile(code, folder / code.name)
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m learner.export", description=__doc__.partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when adapter and base can't be read or merged, 2 for wrong settings."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = Parser("python -m learner.export", description=__doc__.partition("\n")[0])
     parser.add_argument("--adapter", required=True, type=Path, help="folder in PEFT format, such as runs/ID/adapter")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must be new or empty")
     parser.add_argument("--base", help="folder or hub name of the base; default: the one the adapter names")
     arguments = parser.parse_args(argv)
     export_merged(arguments.adapter, arguments.out, arguments.base)
     print(arguments.out)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UnmaskError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

@@ -9,42 +9,42 @@ from collections.abc import Sequence
 from functools import partial
 
 from learner.runs.stopping import exit_status, interrupting
+from learner.settings.command import SettingsParser
 from learner.settings.run import check_paths, dump_config, help_text, in_ray_job, load_config
-from rewards.errors import ConfigError
 
-USAGE = """usage: python -m learner.main [recipe=NAME] [key.sub=value ...] [option]
+DESCRIPTION = """Train as a recipe and settings say.
 
-  resume=auto      go on with the newest run, or the one that run.name names; short for run.resume=auto
-
-options:
-  --dry-run        draw and grade the first batch, print two rollouts and its statistics, and end
-  --print-config   print the resolved settings as JSON, and end
-  --help           this text
-"""
+resume=auto (short for run.resume=auto) goes on with the newest run, or the one that run.name names."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 when the run failed, 2 for wrong settings, 128 + signal when asked to stop."""
     return exit_status(partial(_command, argv))
 
 
-def _command(argv: Sequence[str]) -> int:
-    options = {argument for argument in argv if argument.startswith("-")}
-    if options & {"--help", "-h"}:
-        print(f"{USAGE}\n{help_text()}")
-        return 0
-    if unknown := options - {"--dry-run", "--print-config"}:
-        raise ConfigError(f"unknown option {min(unknown)}; see --help")
-    config = load_config([argument for argument in argv if argument not in options])
-    if "--print-config" in options:
+def _command(argv: Sequence[str] | None) -> int:
+    options = _parser().read(argv)
+    config = load_config(options.settings)
+    if options.print_config:
         print(dump_config(config), end="")
         return 0
     check_paths(config, in_ray_job())
     with interrupting():
         from learner.control.launch import run  # torch and Ray take seconds to import
 
-        return run(config, dry_run="--dry-run" in options)
+        return run(config, dry_run=options.dry_run)
+
+
+def _parser() -> SettingsParser:
+    parser = SettingsParser("python -m learner.main", DESCRIPTION, help_text)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="draw and grade the first batch, print two rollouts and its statistics, and end",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as JSON, and end")
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

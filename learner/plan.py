@@ -6,51 +6,49 @@ The arguments are ``learner.main``'s. docs/planning.md has the model behind the 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from learner.planning import hardware, report
 from learner.planning.fit import plan_run
 from learner.planning.prompts import prompt_tokens
 from learner.planning.shapes import model_shape
-from learner.runs.stopping import piped
-from learner.settings.run import RunConfig, load_config
-from rewards.errors import ConfigError, UnmaskError
+from learner.runs.stopping import exit_status
+from learner.settings.command import SettingsParser
+from learner.settings.run import RunConfig, help_text, load_config
+from rewards.errors import ConfigError
+
+DESCRIPTION = """Memory by item, work, bytes and time of a run, and what to change first when it doesn't fit. Without
+--gpus: on the Ray cluster that RAY_ADDRESS or resources.ray_address names, or on this machine.
+
+Exit status: 0 it fits, 1 it does not (or, with "error: ..." on standard error, can't be planned), 2 wrong settings."""
 
 
-@piped()
-def main(argv: Sequence[str]) -> int:
-    """Exit status: 0, 1 when the run does not fit, 2 for wrong settings."""
-    arguments, settings = _parser().parse_known_args(argv)
-    try:
-        if unknown := [argument for argument in settings if argument.startswith("-")]:
-            raise ConfigError(f"unknown option {unknown[0]}; see --help")
-        config = load_config(settings)
-        found = _hardware(config, arguments)
-        config, spread = _on_gpus(config, found)
-        tokens, source = (arguments.prompt, "given") if arguments.prompt else prompt_tokens(config)
-        plan = plan_run(
-            config,
-            model_shape(config),
-            found,
-            prompt=tokens,
-            prompt_source=source,
-            utilisation=arguments.utilisation,
-            tflops=arguments.tflops,
-        )
-    except UnmaskError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when the run does not fit or can't be planned, 2 for wrong settings."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    arguments = _parser().read(argv)
+    config = load_config(arguments.settings)
+    found = _hardware(config, arguments)
+    config, spread = _on_gpus(config, found)
+    tokens, source = (arguments.prompt, "given") if arguments.prompt else prompt_tokens(config)
+    plan = plan_run(
+        config,
+        model_shape(config),
+        found,
+        prompt=tokens,
+        prompt_source=source,
+        utilisation=arguments.utilisation,
+        tflops=arguments.tflops,
+    )
     print(report.as_json(plan) if arguments.json else f"{spread}{report.render(plan)}")
     return 0 if plan.fits else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m learner.plan",
-        usage="%(prog)s [recipe=NAME] [key.sub=value ...] [options]",
-        description="Memory by item, work, bytes and time of a run, and what to change first when it doesn't fit.",
-        epilog="Exit status: 0 it fits, 1 it does not, 2 wrong settings. Without --gpus: the Ray cluster that "
-        "RAY_ADDRESS or resources.ray_address names, or this machine.",
-    )
+def _parser() -> SettingsParser:
+    parser = SettingsParser("python -m learner.plan", DESCRIPTION, help_text)
     parser.add_argument("--gpus", type=_positive, help="plan for so many GPUs")
     parser.add_argument("--memory", help="of one GPU, or of the machine: 80GiB, 24GB")
     parser.add_argument("--gpu", help=f"model of GPU, for its speed and memory: {', '.join(hardware.GPUS)}")
@@ -96,11 +94,10 @@ def _on_gpus(config: RunConfig, found: hardware.Hardware) -> tuple[RunConfig, st
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

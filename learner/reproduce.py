@@ -13,21 +13,36 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from learner.runs.atomic import atomic_write_text
-from learner.settings.run import load_config
-from rewards.errors import ConfigError, UnmaskError
+from learner.runs.stopping import exit_status
+from learner.settings.command import SettingsParser
+from learner.settings.run import help_text, load_config
+from rewards.errors import ConfigError
 
 RUN_LIMIT_S = 3600.0
+USAGE = "%(prog)s [recipes=NAME,NAME] [seeds=N,N] [run.dir=FOLDER] [key.sub=value ...]"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status of the first run that failed, or 0."""
+DESCRIPTION = """Run recipes over several seeds, each run a learner.main of its own, and write their tables.
+
+recipes=sudoku,countdown and seeds=0,1,2 are the defaults; all other settings are learner.main's. The exit status is
+that of the first run that failed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the first run that failed, or 0; 2 for wrong settings."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = SettingsParser("python -m learner.reproduce", DESCRIPTION, help_text, usage=USAGE)
     options = {"recipes": "sudoku,countdown", "seeds": "0,1,2", "run.dir": "runs"}
     overrides = []
-    for argument in argv:
+    for argument in parser.read(argv).settings:
         key, _, value = argument.partition("=")
         if key in options:
             options[key] = value
@@ -100,7 +115,4 @@ def _into_readme(recipe: str, table: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UnmaskError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

@@ -10,34 +10,26 @@ from functools import partial
 
 from learner.finetuning.settings import check_paths, help_text, load_sft_config
 from learner.runs.stopping import exit_status, interrupting
+from learner.settings.command import SettingsParser
 from learner.settings.run import dump_config, in_ray_job
-from rewards.errors import ConfigError
 
-USAGE = """usage: python -m learner.sft [recipe=NAME] [key.sub=value ...] [option]
+DESCRIPTION = """Fine-tune on demonstrations, as a recipe and settings say.
 
-  data.train=FILE model.path=MODEL    are what it can't do without
-  resume=auto      go on with the newest run, or the one that run.name names; short for run.resume=auto
-
-options:
-  --print-config   print the resolved settings as JSON, and end
-  --help           this text
-"""
+data.train=FILE and model.path=MODEL are always needed. resume=auto (short for run.resume=auto) goes on with the newest
+run, or the one that run.name names."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 when the run failed, 2 for wrong settings, 128 + signal when asked to stop."""
     return exit_status(partial(_command, argv))
 
 
-def _command(argv: Sequence[str]) -> int:
-    options = {argument for argument in argv if argument.startswith("-")}
-    if options & {"--help", "-h"}:
-        print(f"{USAGE}\n{help_text()}")
-        return 0
-    if unknown := options - {"--print-config"}:
-        raise ConfigError(f"unknown option {min(unknown)}; see --help")
-    config = load_sft_config([argument for argument in argv if argument not in options])
-    if "--print-config" in options:
+def _command(argv: Sequence[str] | None) -> int:
+    parser = SettingsParser("python -m learner.sft", DESCRIPTION, help_text)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as JSON, and end")
+    options = parser.read(argv)
+    config = load_sft_config(options.settings)
+    if options.print_config:
         print(dump_config(config), end="")
         return 0
     check_paths(config, in_ray_job())
@@ -48,4 +40,4 @@ def _command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

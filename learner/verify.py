@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from learner.runs.stopping import exit_status
 from learner.verification.cases import SamplerSettings, case_names, read_case
 from learner.verification.exactness import check_controls, check_enumeration
 from learner.verification.measurement import Measurement, Meter
@@ -51,7 +53,8 @@ from learner.verification.policy import check_probe
 from learner.verification.replay import check_replay
 from learner.verification.sampler import check_sampler
 from learner.verification.training import check_training
-from rewards.errors import ConfigError, DataError, UnmaskError
+from rewards.command import Parser
+from rewards.errors import ConfigError, UnmaskError
 
 TITLES = {
     "replay": "Replay parity: the learner's log-probs of a fresh rollout",
@@ -77,21 +80,22 @@ class Check:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and print them; returns the exit status."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, quiet=options.json)
     sections: dict[str, list[Check]] = {}
+    names = [] if options.golden is None else case_names(options.golden)
     started = time.perf_counter()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the report
-            meter = _meter(options.device, options.dtype)
-            console.print(f"{hardware(meter.device)}, {meter.device} {meter.dtype}, torch {torch.__version__}")
-            for name, checks in _sections(meter, options.golden):
-                sections[name] = list(_timed(checks))
-                console.print(_table(TITLES[name], sections[name]))
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    seconds, status = time.perf_counter() - started, exit_status(sections)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the report
+        meter = _meter(options.device, options.dtype)
+        console.print(f"{hardware(meter.device)}, {meter.device} {meter.dtype}, torch {torch.__version__}")
+        for name, checks in _sections(meter, options.golden, names):
+            sections[name] = list(_timed(checks))
+            console.print(_table(TITLES[name], sections[name]))
+    seconds, status = time.perf_counter() - started, status_of(sections)
     if options.json:
         print(json.dumps(_document(meter, sections, seconds, status), allow_nan=False))
     else:
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def exit_status(sections: dict[str, list[Check]]) -> int:
+def status_of(sections: dict[str, list[Check]]) -> int:
     """1 when a bound is passed, else 2 when a case couldn't be read, else 0."""
     checks = [check for section in sections.values() for check in section]
     if not all(measurement.passed for check in checks for measurement in check.measurements):
@@ -143,9 +147,9 @@ def hardware(device: str) -> str:
     return f"{os.cpu_count()} cores of {model}, {torch.get_num_threads()} threads"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m learner.verify",
+def _parser() -> Parser:
+    parser = Parser(
+        "python -m learner.verify",
         description="Checks this installation on this hardware: replay parity, exactness by enumeration with negative "
         "controls, and recorded cases of the reference implementation.",
         epilog=EXIT_STATUS,
@@ -170,8 +174,7 @@ def _meter(device: str, dtype: str) -> Meter:
     return Meter(chosen, dtype)
 
 
-def _sections(meter: Meter, golden: Path | None) -> Iterator[tuple[str, Iterable[Check]]]:
-    names = [] if golden is None else case_names(golden)  # a folder that can't be read is told before anything runs
+def _sections(meter: Meter, golden: Path | None, names: Sequence[str]) -> Iterator[tuple[str, Iterable[Check]]]:
     yield "replay", (Check(name, found) for name, found in check_replay(meter))
     yield "enumeration", (Check(name, found) for name, found in check_enumeration(meter))
     yield "controls", (Check(name, found) for name, found in check_controls(meter))

@@ -7,15 +7,16 @@ components and one sentence in ``error`` (``id`` null when it is not known); the
 Exit status: 0 whatever the lines held, 1 when the reader of the results went away, 2 for a missing or unknown task.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import IO, Any
 
+from rewards.command import Parser, reported
 from rewards.errors import ConfigError, DataError
 from rewards.parsing import shorten
 from rewards.task import BUILT_IN, Grade, Task, get_task
@@ -39,22 +40,21 @@ def grade_line(task: Task, line: bytes, number: int) -> dict[str, Any]:
         return {"id": known_id, **_record(Grade(False, {}, f"line {number}: {error}"))}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rewards.grade", description="Grades completions, stdin to stdout, as JSON lines."
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: see above."""
+    return reported(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = Parser("python -m rewards.grade", description="Grades completions, stdin to stdout, as JSON lines.")
     parser.add_argument("--task", help=f"{', '.join(sorted(BUILT_IN))}, or your own as module:Class")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what a user's task prints must not end up among the results
-        try:
-            if options.task is None:
-                raise ConfigError(f"--task is missing; name one of {', '.join(sorted(BUILT_IN))}, or give module:Class")
-            task = get_task(options.task)
-            task.prepare()
-        except ConfigError as error:
-            print(error, file=sys.stderr)
-            return 2
+        if options.task is None:
+            raise ConfigError(f"--task is missing; name one of {', '.join(sorted(BUILT_IN))}, or give module:Class")
+        task = get_task(options.task)
+        task.prepare()
         try:
             for number, line in enumerate(_lines(sys.stdin.buffer), start=1):
                 results.write(json.dumps(grade_line(task, line, number), allow_nan=False) + "\n")

@@ -6,16 +6,16 @@ Prints JSON: completions graded per second of CPU time (the symbolic helper's in
 verdicts were reached, and the share of right completions that were found right and of wrong ones that were not.
 """
 
-import argparse
 import json
 import random
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from rewards.errors import UnmaskError
+from rewards.command import Parser, reported
 from rewards.files import read_rows
 from rewards.maths import equivalence, symbolic
 from rewards.maths.answer_forms import read
@@ -25,18 +25,19 @@ from rewards.tasks.gsm8k import WrittenMaths
 SLOW: tuple[equivalence.How, ...] = ("symbolic", "timeout", "failed")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rewards.throughput", description="Measures the maths graders.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when a file can't be used, 2 for wrong arguments."""
+    return reported(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = Parser("python -m rewards.throughput", description="Measures the maths graders.")
     parser.add_argument("--gsm8k", required=True, help="a file of GSM8K problems (jsonl, jsonl.gz)")
     parser.add_argument("--math", required=True, help="a file of MATH problems")
     parser.add_argument("--size", type=int, default=5000, help="completions of each task")
-    options = parser.parse_args(arguments)
-    try:
-        for name, path in (("gsm8k", options.gsm8k), ("math", options.math)):
-            print(json.dumps(measure(name, path, options.size)))
-    except UnmaskError as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    for name, path in (("gsm8k", options.gsm8k), ("math", options.math)):
+        print(json.dumps(measure(name, path, options.size)))
     return 0
 
 

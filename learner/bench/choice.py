@@ -87,4 +87,4 @@ def _candidates(step: int, shape: Shape) -> int:
 
 
 if __name__ == "__main__":
-    report.main(run)
+    sys.exit(report.main("choice", run))

@@ -218,4 +218,4 @@ def _available() -> int:
 
 
 if __name__ == "__main__":
-    report.main(run)
+    sys.exit(report.main("control", run))

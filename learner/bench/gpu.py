@@ -12,6 +12,7 @@ Bars: 60 % of the ceiling in the engine's forward, 40 % in the learner. ``--smal
 """
 
 import dataclasses
+import sys
 import time
 from typing import Any
 
@@ -183,4 +184,4 @@ def _now(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    report.main(run)
+    sys.exit(report.main("gpu", run))

@@ -136,4 +136,4 @@ def _cpu_seconds(session: int) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    report.main(run)
+    sys.exit(report.main("overlap", run))

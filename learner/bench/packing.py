@@ -7,9 +7,10 @@ of the forward, the rows sorted by length; and filled with EOS to the longest ro
 of prompt and answer, which are the same in all three; EOS and pads are work, not tokens.
 """
 
-import argparse
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,16 +21,22 @@ from learner.finetuning.noising import noised
 from learner.finetuning.packing import build_tokens, plan_rows
 from learner.finetuning.settings import SftSection
 from learner.likelihood.scorer import restricted_logp
+from learner.runs.stopping import exit_status
+from rewards.command import Parser
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.seeds import numpy_generator
 
 MASK, EOS = 1, 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m learner.bench.packing")
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = Parser("python -m learner.bench.packing", description="Fine-tuning's layouts of examples, in turns.")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
-    small = parser.parse_args().small
+    small = parser.parse_args(argv).small
     width, layers, count, longest, repeats = (32, 1, 6, 64, 1) if small else (128, 2, 16, 512, 3)
     examples = traces(count, longest)
     config = LLaDAConfig(
@@ -63,6 +70,7 @@ def main() -> None:
     for name in ways:
         taken = statistics.median(seconds[name])
         print(f"{name}: {tokens / taken:7.0f} tokens/s, {slowest / taken:.2f} x filled, padding {padding[name]:.1%}")
+    return 0
 
 
 def traces(count: int, longest: int) -> list[Example]:
@@ -102,4 +110,4 @@ def update(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

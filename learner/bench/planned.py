@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -200,9 +199,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         raw = json.loads(sys.argv[2])
         print(measure(Case(**{**raw, "shape": Shape(**raw["shape"])})))
-    elif sys.argv[1:2] == ["--write"]:
-        result = run()
-        report.store(report.DEFAULT_FOLDER, result)
-        report.write_into(Path(sys.argv[2]), report.render(result))
     else:
-        report.main(run)
+        sys.exit(report.main("planned", run))

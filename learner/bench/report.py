@@ -4,15 +4,16 @@ A result is ``{"benchmark", "small", "machine", "rows": [{...}], "tables": {titl
 "value", "bar", "met"}]}``. Rows are figures by name, flat; a table shows its columns of the rows that have them all.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from learner.runs.atomic import atomic_write_text
-from rewards.errors import DataError, UnmaskError
+from learner.runs.stopping import exit_status
+from rewards.command import Parser
+from rewards.errors import DataError
 
 DEFAULT_FOLDER = Path("runs/bench")
 NAMES = ("steps", "choice", "control", "overlap", "gpu")
@@ -87,18 +88,20 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def main(run: Callable[..., dict[str, Any]]) -> None:
-    """The command line of one benchmark: run, print, store, and write it down."""
-    parser = argparse.ArgumentParser()
+def main(name: str, run: Callable[..., dict[str, Any]]) -> int:
+    """The command line of one benchmark: run, print, store, and write it down. Returns the exit status."""
+    return exit_status(partial(_command, name, run))
+
+
+def _command(name: str, run: Callable[..., dict[str, Any]]) -> int:
+    parser = Parser(f"python -m learner.bench.{name}", description="Measure, print, and keep the result.")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder of the JSON results")
     parser.add_argument("--write", type=Path, help="put the result between the marks of this document")
     arguments = parser.parse_args()
-    try:
-        result = run(small=arguments.small)
-        store(arguments.out, result)
-        print(render(result))
-        if arguments.write is not None:
-            write_into(arguments.write, render(result))
-    except UnmaskError as error:
-        sys.exit(f"error: {error}")
+    result = run(small=arguments.small)
+    store(arguments.out, result)
+    print(render(result))
+    if arguments.write is not None:
+        write_into(arguments.write, render(result))
+    return 0

@@ -243,4 +243,4 @@ def _fresh(model: torch.nn.Module, work: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    report.main(run)
+    sys.exit(report.main("steps", run))

@@ -17,7 +17,6 @@ over groups.
 Writes variance.json, variance.md and variance.png into DIR. Shapes: N groups, E estimators, R bootstrap resamples.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ from learner.bench.snapshot import GroupGradients, Snapshot, group_gradients, re
 from learner.bench.variance_plot import plot_variance
 from learner.evaluation.intervals import percentile_interval
 from learner.runs.atomic import atomic_write_text, disk_errors
-from rewards.errors import ConfigError, DataError, UnmaskError
+from learner.runs.stopping import exit_status
+from rewards.command import Parser
+from rewards.errors import ConfigError, DataError
 from rollout.seeds import numpy_generator
 
 FLOORS = (0.0, 0.1, 0.2, 0.3)
@@ -272,8 +274,13 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *summary_lines(found)[1:]]) + "\n"
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m learner.bench.variance", description=__doc__.partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when the checkpoint can't be used, 2 for wrong settings."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = Parser("python -m learner.bench.variance", description=__doc__.partition("\n")[0])
     parser.add_argument("snapshot", type=Path, help="a checkpoint, or a run directory (its newest checkpoint)")
     parser.add_argument("--out", type=Path, required=True, help="folder for variance.json, .md and .png")
     parser.add_argument("--groups", type=int, default=128, help="prompt groups drawn")
@@ -339,7 +346,4 @@ def _rounded(x: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UnmaskError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

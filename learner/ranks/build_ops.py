@@ -9,8 +9,12 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from learner.runs.stopping import exit_status
+from rewards.command import Parser
 from rewards.errors import ConfigError
 
 OP_NAME = "deepspeed_shm_comm"
@@ -65,6 +69,17 @@ def build() -> None:
     print(f"{OP_NAME} is ready in {folder} ({time.monotonic() - start:.0f} s)")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 when there is no compiler."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    Parser("python -m learner.ranks.build_ops", description="Build DeepSpeed's op in advance.").parse_args(argv)
+    build()
+    return 0
+
+
 def _open_files() -> set[Path]:
     """Files that the processes of this machine hold open, as far as this user may see."""
     files = set()
@@ -77,7 +92,4 @@ def _open_files() -> set[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        build()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

@@ -5,6 +5,7 @@ python -m learner.reporting.plots RUN_DIR
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from learner.reporting.metrics_file import read_rows
 from learner.runs.atomic import disk_errors
 from learner.runs.directory import RunDirectory
+from learner.runs.stopping import exit_status
+from rewards.command import Parser
 from rewards.errors import UnmaskError
 
 if TYPE_CHECKING:
@@ -96,15 +99,15 @@ def read_series(rows: Sequence[Mapping[str, Any]]) -> Series:
     return {name: (np.array([i for i, _ in p]), np.array([v for _, v in p])) for name, p in ordered.items()}
 
 
-def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m learner.reporting.plots RUN_DIR", file=sys.stderr)
-        return 2
-    try:
-        written = plot_run(arguments[0])
-    except UnmaskError as error:
-        print(error, file=sys.stderr)
-        return 1
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when there is nothing to plot or no room, 2 for wrong arguments."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = Parser("python -m learner.reporting.plots", description="Draw the plots of a run from its metrics.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run")
+    written = plot_run(parser.parse_args(argv).run)
     print("\n".join(map(str, written)) or "metrics.jsonl holds nothing to plot yet")
     return 0
 
@@ -248,4 +251,4 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

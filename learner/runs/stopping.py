@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from rewards.errors import ConfigError, UnmaskError
+from rewards.command import reported
 
 
 class StopRequested(Exception):
@@ -29,14 +29,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """What the command returns. What it raises is told on standard error: wrong settings are 2, another error of ours
-    is 1, and a signal that ended it 128 + signal."""
+    """Of any ``python -m learner.X``: what the command returns, 2 for wrong settings, 1 for another error of ours (both
+    are printed on standard error, see ``rewards.command``), and 128 + signal when one ended it."""
     try:
         with piped():
-            return command()
-    except UnmaskError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+            return reported(command)
     except Interrupted as error:
         print(f"stopped by {error}", file=sys.stderr)
         return error.exit_status

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,12 @@ import torch
 import torch.nn.functional as F
 
 from learner.runs.atomic import atomic_dir, disk_errors
-from learner.settings.run import RunConfig, load_config
+from learner.runs.stopping import exit_status
+from learner.settings.command import SettingsParser
+from learner.settings.run import RunConfig, help_text, load_config
 from learner.settings.sections import BaseSpec
 from learner.small_base.demonstrations import demonstrations
-from rewards.errors import ConfigError, DataError, UnmaskError, WaitTimeout
+from rewards.errors import ConfigError, DataError, WaitTimeout
 from rewards.task import Problem, Task, get_task
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import encode_prompt
@@ -135,10 +138,16 @@ def elbo_weights(masked_BC: np.ndarray) -> np.ndarray:
     return masked_BC * (length / masked_BC.sum(axis=1, keepdims=True))
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Build the base of a recipe and print its folder."""
-    config = load_config(argv)
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = SettingsParser("python -m learner.small_base.base_model", "Build the small base of a recipe.", help_text)
+    config = load_config(parser.read(argv).settings)
     print(ensure_base(config, config.model.cache_path, on_progress=print_progress))
+    return 0
 
 
 def print_progress(done: int, steps: int, loss: float) -> None:
@@ -296,7 +305,4 @@ def _exclusive(path: Path, *, timeout_s: float) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UnmaskError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

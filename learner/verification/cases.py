@@ -32,7 +32,7 @@ from pydantic import (
     field_validator,
 )
 
-from rewards.errors import DataError
+from rewards.errors import ConfigError, DataError
 from rollout.sampling.schedule import tokens_per_step
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
@@ -278,13 +278,13 @@ def case_names(folder: Path) -> list[str]:
     """Names of the cases in the folder, sorted; a case is there when one of its two files is.
 
     Raises:
-        DataError: when the folder can't be read or holds none.
+        ConfigError: when it is no folder or holds none.
     """
     if not folder.is_dir():
-        raise DataError(f"--golden {folder} is not a folder")
+        raise ConfigError(f"--golden {folder} is not a folder")
     names = {p.stem for p in folder.iterdir() if p.suffix in (".npz", ".json") and re.match(r"\d\d_", p.name)}
     if not names:
-        raise DataError(f"--golden {folder} holds no recorded case; cases are called NN_name.npz and NN_name.json")
+        raise ConfigError(f"--golden {folder} holds no recorded case; cases are called NN_name.npz and NN_name.json")
     return sorted(names)
 
 

@@ -3,15 +3,20 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rewards.errors import ConfigError, UnmaskError
+from rewards.command import Parser, reported
 from services.dashboard.settings import DEFAULT_PORT, TOKEN_VARIABLE, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when asked to end, 1 when it failed, 2 for wrong settings."""
+    return reported(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     settings = Settings(
         runs_dir=arguments.runs.expanduser().absolute(),
@@ -26,20 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from services.dashboard.server import serve  # half a second of imports that --help can do without
 
         serve(settings, any_port=arguments.any_port, while_stdin=arguments.while_stdin)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UnmaskError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         pass
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m services.dashboard",
+def _parser() -> Parser:
+    parser = Parser(
+        "python -m services.dashboard",
         description="Watch and control the runs in a folder. Reading needs no token; controls want the one in the "
         f"token file, or in the environment variable {TOKEN_VARIABLE}.",
     )

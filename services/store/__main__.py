@@ -10,9 +10,11 @@ STORE is a run directory, a folder of run directories, or a URL (sqlite:////path
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from rewards.errors import StoreError, UnmaskError
+from rewards.command import Parser, reported
+from rewards.errors import StoreError
 from services.store import schema
 from services.store.catalog import STORE_NAME
 from services.store.copying import copy_runs
@@ -20,22 +22,20 @@ from services.store.reader import Reader
 from services.store.retention import Retention, prune
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 when all went well, 1 when a store refused; every store gets its turn."""
-    options = _parser().parse_args(arguments)
-    failed = False
-    try:
-        stores = [url for store in options.stores for url in _urls(store)]
-    except UnmaskError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for url in stores:
-        try:
-            print(_do(options, url))
-        except UnmaskError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed = True
-    return int(failed)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when all went well, 1 when a store refused (every store gets its turn), 2 for wrong arguments."""
+    return reported(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    options = _parser().parse_args(argv)
+    stores = [url for store in options.stores for url in _urls(store)]
+    return max([reported(partial(_print_done, options, url)) for url in stores])
+
+
+def _print_done(options: argparse.Namespace, url: str) -> int:
+    print(_do(options, url))
+    return 0
 
 
 def _do(options: argparse.Namespace, url: str) -> str:
@@ -77,8 +77,8 @@ def _urls(store: str) -> list[str]:
     return [schema.sqlite_url(each) for each in found]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m services.store", description="Care of run stores.")
+def _parser() -> Parser:
+    parser = Parser("python -m services.store", description="Care of run stores.")
     commands = parser.add_subparsers(dest="command", required=True)
     upgrade = commands.add_parser("upgrade", help="bring stores to this Unmask's schema version")
     pruning = commands.add_parser("prune", help="thin out what is old; a file keeps its size and uses the room again")

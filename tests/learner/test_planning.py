@@ -386,7 +386,7 @@ def test_settings_without_gpus_are_dealt_out(capsys: Any) -> None:
         (["--gpu", "H100"], "--gpu needs --gpus"),
         (["--memory", "x"], "is not an amount"),
         (["--memory", "1GiB", "--utilisation", "40"], "--utilisation 40 is not a share"),
-        (["--nonsense"], "unknown option --nonsense"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["run.nonsense=1"], "nonsense"),
     ],
 )

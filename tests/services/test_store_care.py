@@ -117,7 +117,7 @@ def test_what_the_command_cannot_do_it_says(tmp_path, capsys):
     StoreWriter(f"sqlite:///{tmp_path}/store.sqlite", "r").close(10)
     assert main(["upgrade", str(tmp_path)]) == 0 and "schema version 2" in capsys.readouterr().out
     assert main(["prune", str(tmp_path), "--run", "x"]) == 1 and "no run x" in capsys.readouterr().err
-    assert main(["prune", str(tmp_path), "--keep-samples", "-2"]) == 1 and "-2 samples" in capsys.readouterr().err
+    assert main(["prune", str(tmp_path), "--keep-samples", "-2"]) == 2 and "-2 samples" in capsys.readouterr().err
 
 
 def test_a_store_that_stops_answering_is_told_in_a_sentence(pair):

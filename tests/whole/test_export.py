@@ -101,5 +101,5 @@ def test_the_command(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out")
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert again.stderr.strip().splitlines()[-1].startswith("error: --out")

@@ -18,7 +18,7 @@ import torch
 
 from learner.verification.cases import case_names
 from learner.verification.measurement import Measurement, Meter
-from learner.verify import Check, check_case, exit_status, golden_checks, main
+from learner.verify import Check, check_case, golden_checks, main, status_of
 from tests.support.hand_made import GOLDEN
 from tests.support.miniature_reference import write_base, write_sampler_case, write_training_case
 
@@ -197,7 +197,7 @@ def test_one_array_that_is_off_is_found(copy, name, array, change, quantity):
     assert quantity in found
     if array.startswith("grad/"):
         assert found[quantity].where == array
-    assert exit_status({"golden": [check]}) == 1
+    assert status_of({"golden": [check]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_what_cannot_be_read_is_said_so(copy, name, spoil, reason):
     (check,) = golden_checks(folder, [name], FP32)
     assert check.error is not None and check.error.startswith(f"case {name} can't be read: ") and reason in check.error
     assert not check.measurements
-    assert exit_status({"golden": [check]}) == 2
+    assert status_of({"golden": [check]}) == 2
 
 
 def test_one_unreadable_case_does_not_hide_the_others(copy, written):
@@ -315,18 +315,18 @@ def test_one_unreadable_case_does_not_hide_the_others(copy, written):
     cut(folder, "06_kl")
     broken, fine = golden_checks(folder, case_names(folder), FP32)
     assert broken.error and not fine.error and fine.measurements
-    assert exit_status({"golden": [broken, fine]}) == 2
+    assert status_of({"golden": [broken, fine]}) == 2
 
 
-def test_exit_status():
+def test_status_of_sections():
     good = FP32.elements("new_logps", [1.0], np.array([1.0]))
     bad = FP32.elements("new_logps", [1.0], np.array([1.1]))
     control = dataclasses.replace(bad, control=True)
-    assert exit_status({"a": [Check("x", [good, control])]}) == 0
-    assert exit_status({"a": [Check("x", [good]), Check("y", error="unreadable")]}) == 2
-    assert exit_status({"a": [Check("x", [bad]), Check("y", error="unreadable")]}) == 1
+    assert status_of({"a": [Check("x", [good, control])]}) == 0
+    assert status_of({"a": [Check("x", [good]), Check("y", error="unreadable")]}) == 2
+    assert status_of({"a": [Check("x", [bad]), Check("y", error="unreadable")]}) == 1
     passes = dataclasses.replace(good, control=True)
-    assert exit_status({"a": [Check("x", [passes])]}) == 1, "a control that passes the test is a finding"
+    assert status_of({"a": [Check("x", [passes])]}) == 1, "a control that passes the test is a finding"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

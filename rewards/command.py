@@ -1,0 +1,31 @@
+"""The head of every command: options are argparse's, a mistake is one sentence, an exit status means the same.
+
+``python -m X`` ends with 0, with 2 for wrong settings or arguments, and with 1 when something else went wrong; then
+``error: ...`` is on standard error. Where a status has another meaning too, the command's ``--help`` says so.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from rewards.errors import ConfigError, UnmaskError
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments raise ConfigError. Options are written out: one that is added later breaks no command line."""
+
+    def __init__(self, prog: str, **how: object) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, **how)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def reported(command: Callable[[], int]) -> int:
+    """What the command returns; 2 for a ConfigError and 1 for another error of ours, printed on standard error."""
+    try:
+        return command()
+    except UnmaskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1

@@ -1,0 +1,103 @@
+"""Every command has the same head: wrong arguments end with 2 and one sentence, ``--help`` with 0."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A mistake of each kind that the command can tell before it works: an option that isn't there, a setting, a value.
+MISTAKES: dict[str, list[list[str]]] = {
+    "learner.main": [["--wrong"], ["run.nonsense=1"], ["word"], ["recipe=smoke", "run.iterations=many"]],
+    "learner.sft": [["--wrong"], ["run.nonsense=1"], ["recipe=sudoku"]],
+    "learner.evaluate": [["--wrong"], ["--run"], ["--run", "/nowhere"], ["decode.stepps=[1]"]],
+    "learner.plan": [["--wrong"], ["run.nonsense=1"], ["--gpus", "none"], ["--gpu", "H100"]],
+    "learner.reproduce": [["--wrong"], ["seeds=one"], ["recipes=nothing"], ["run.nonsense=1"]],
+    "learner.verify": [["--wrong"], ["--device", "abacus"], ["--golden", "/nowhere"]],
+    "learner.export": [["--wrong"], [], ["--adapter", "x", "--out", str(ROOT)]],
+    "learner.reporting.plots": [["--wrong"], []],
+    "learner.small_base.base_model": [["--wrong"], ["run.nonsense=1"]],
+    "learner.ranks.build_ops": [["--wrong"], ["word"]],
+    "learner.bench": [["--wrong"], ["--only", "nothing"]],
+    "learner.bench.choice": [["--wrong"]],
+    "learner.bench.control": [["--wrong"]],
+    "learner.bench.gpu": [["--wrong"]],
+    "learner.bench.overlap": [["--wrong"]],
+    "learner.bench.packing": [["--wrong"]],
+    "learner.bench.planned": [["--wrong"]],
+    "learner.bench.steps": [["--wrong"]],
+    "learner.bench.variance": [["--wrong"], ["x", "--out", "y", "--groups", "1"], ["x", "--out", "y", "--k", "some"]],
+    "rewards.grade": [["--wrong"], [], ["--task", "nothing"]],
+    "rewards.throughput": [["--wrong"], []],
+    "services.dashboard": [["--wrong"], ["--port", "x"], ["--store", "postgresql://me:secret@host/runs"]],
+    "services.store": [["--wrong"], [], ["prune"], ["prune", "x", "--keep-samples", "some"]],
+}
+
+NO_COMMANDS = {
+    "learner.bench.step_memory": "a process that measures for learner.bench.steps",
+    "rewards.maths.symbolic_worker": "the grader's helper",
+    "rollout.template_worker": "the tokenizer's helper",
+}
+
+RUN_EACH = """
+import contextlib, io, json, runpy, sys
+for command, *arguments in json.loads(sys.argv.pop()):
+    sys.argv[1:], out, err, status = arguments, io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+
+
+def entry_points() -> set[str]:
+    """Every module that does something when it is run."""
+    found = set()
+    for package in ("learner", "rollout", "rewards", "services"):
+        for path in (ROOT / package).rglob("*.py"):
+            if any(isinstance(node, ast.If) and "'__main__'" in ast.unparse(node.test) for node in _body(path)):
+                found.add(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
+    return found
+
+
+def _body(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_text(encoding="utf-8")).body
+
+
+def test_no_command_is_left_out() -> None:
+    assert entry_points() == MISTAKES.keys() | NO_COMMANDS.keys()
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], tuple[int, str, str]]:
+    """(status, stdout, stderr) by command line. All in one process: torch takes seconds to import."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    lines = [[command, *arguments] for command, mistakes in MISTAKES.items() for arguments in [["--help"], *mistakes]]
+    request = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", RUN_EACH, json.dumps(lines)]
+    done = subprocess.run(request, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(folder.iterdir()) == [], "something was started"
+    answers = map(json.loads, done.stdout.splitlines())
+    return {tuple(line): tuple(answer) for line, answer in zip(lines, answers, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted(MISTAKES))
+def test_a_mistake_ends_with_2_and_one_sentence(command: str, ends: dict) -> None:
+    for arguments in MISTAKES[command]:
+        status, out, err = ends[command, *arguments]
+        assert status == 2 and out == "", (arguments, out, err)
+        assert len(err.splitlines()) == 1 and err.startswith("error: "), (arguments, err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted(MISTAKES))
+def test_help_ends_with_0(command: str, ends: dict) -> None:
+    status, out, err = ends[command, "--help"]
+    assert status == 0 and err == "" and out.startswith(f"usage: python -m {command} "), (status, out[:200], err)
