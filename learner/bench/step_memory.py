@@ -18,7 +18,7 @@ from learner.bench.model_free import prebuilt_group
 from learner.bench.plain import plain_generate, plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.objectives.advantages import group_advantages
-from learner.settings.sections import AgrpoConfig
+from learner.settings.objectives import AgrpoConfig
 
 LIMIT_S = 300.0
 
