@@ -2,8 +2,9 @@
 
     python -m learner.reproduce [recipes=sudoku,countdown] [seeds=0,1,2] [run.dir=runs] [key.sub=value ...]
 
-Each run is ``python -m learner.main`` in a process of its own. A recipe's table goes to docs/results-RECIPE.md and into
-README.md between the marks ``<!-- results:RECIPE -->`` and ``<!-- /results -->``, in the current folder.
+Each run is ``python -m learner.main`` in a process of its own. A recipe's table goes into docs/results.md, between the
+marks ``<!-- results:RECIPE -->`` and ``<!-- /results -->``, and its row into the table of README.md, both in the
+current folder, and only where they are there already.
 """
 
 import json
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from learner.runs.atomic import atomic_write_text
@@ -67,9 +69,9 @@ def _command(argv: Sequence[str] | None) -> int:
         told = ["python -m learner.reproduce", f"recipes={recipe}", f"seeds={options['seeds']}", *overrides]
         table = results_table(summaries, steps=steps, command=" ".join(told))
         print(f"\n{table}")
-        if Path("docs").is_dir():
-            atomic_write_text(Path("docs") / f"results-{recipe}.md", f"# Results of recipe {recipe}\n\n{table}")
-        _into_readme(recipe, table)
+        marks = rf"(?s)(?<=<!-- results:{re.escape(recipe)} -->\n).*?(?=<!-- /results -->)"
+        _replace(Path("docs") / "results.md", marks, table)
+        _replace(Path("README.md"), rf"(?m)^\| `{re.escape(recipe)}` \|.*\n", results_row(recipe, summaries))
     return 0
 
 
@@ -86,14 +88,23 @@ def results_table(summaries: Mapping[int, Mapping[str, Any]], *, steps: int, com
             gain = trained[key] - base[key]
             lines.append(f"| {seed} | {key} = {count} | {base[key]:.3f} | {trained[key]:.3f} | {gain:+.3f} | {took} |")
     problems = next(iter(summaries.values()))["held_out_problems"]
-    mean, runs = sum(gains) / len(gains), f"{len(gains)} seed" + "s" * (len(gains) > 1)
+    runs = f"{len(gains)} seed" + "s" * (len(gains) > 1)
     lines += [
         "",
         f"Greedy exact-solve rate on {problems} held-out problems; mean gain at m steps over {runs}: "
-        f"**{mean:+.3f}** (smallest {min(gains):+.3f}). `{command}` on {_machine()}.",
+        f"**{mean(gains):+.3f}** (smallest {min(gains):+.3f}). `{command}` on {_machine()}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def results_row(recipe: str, summaries: Mapping[int, Mapping[str, Any]]) -> str:
+    """The recipe's row in the README's table: rates averaged over the seeds, and the smallest gain beside the mean."""
+    bases, trained = ([summary[which]["greedy"] for summary in summaries.values()] for which in ("base", "trained"))
+    gains = [after["m"] - before["m"] for before, after in zip(bases, trained, strict=True)]
+    rates = " / ".join(f"{mean(rate[key] for rate in trained):.3f}" for key in trained[0])
+    base = mean(rate["m"] for rate in bases)
+    return f"| `{recipe}` | {len(gains)} | {base:.3f} | {rates} | **{mean(gains):+.3f}** ({min(gains):+.3f}) |\n"
 
 
 def _machine() -> str:
@@ -104,14 +115,10 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores of {model}, no GPU"
 
 
-def _into_readme(recipe: str, table: str) -> None:
-    readme = Path("README.md")
-    if not readme.exists():
-        return
-    text = readme.read_text(encoding="utf-8")
-    block = re.compile(rf"(<!-- results:{re.escape(recipe)} -->\n).*?(<!-- /results -->)", re.DOTALL)
-    if block.search(text):
-        atomic_write_text(readme, block.sub(lambda found: f"{found[1]}{table}{found[2]}", text))
+def _replace(page: Path, pattern: str, text: str) -> None:
+    """Put ``text`` in place of what matches, if the page is there and anything does."""
+    if page.exists() and re.search(pattern, old := page.read_text(encoding="utf-8")):
+        atomic_write_text(page, re.sub(pattern, lambda _: text, old))
 
 
 if __name__ == "__main__":
