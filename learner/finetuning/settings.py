@@ -94,7 +94,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _no_contradictions(self) -> "SftConfig":
         problems = [
-            *name_problems(self.run),
+            *name_problems(self.run.name),
             *store_problems(self.store),
             *_data_problems(self),
             *_sft_problems(self),

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from learner.runs.atomic import atomic_write_text, disk_errors, recover_replaced, remove_leftovers
+from learner.settings.run import name_problems
 from rewards.errors import ConfigError
 from services.store.schema import sqlite_url
 
@@ -59,11 +60,8 @@ class RunDirectory:
         if name is None:
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "run"
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}-{secrets.token_hex(2)}"
-        elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise ConfigError(
-                f"run name {name!r} is not usable: take up to 100 letters, digits, '.', '_' or '-', "
-                f"beginning with a letter or digit"
-            )
+        elif problems := name_problems(name):
+            raise ConfigError(problems[0])
         run = cls(Path(base) / name)
         with disk_errors(run.path):
             if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):

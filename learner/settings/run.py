@@ -24,7 +24,6 @@ from learner.settings.sections import (
     ObjectiveConfig,
     ResourcesSection,
     RolloutSection,
-    RunPlace,
     RunSection,
     Section,
     StoreSection,
@@ -62,7 +61,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _no_contradictions(self) -> "RunConfig":
         problems = [
-            *name_problems(self.run),
+            *name_problems(self.run.name),
             *store_problems(self.store),
             *_sampler_problems(self),
             *_objective_problems(self),
@@ -212,12 +211,14 @@ def store_problems(store: StoreSection) -> list[str]:
     return []
 
 
-def name_problems(run: RunPlace) -> list[str]:
-    """What is wrong with the run's name."""
-    name = run.name
-    if name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+def name_problems(name: str | None) -> list[str]:
+    """What is wrong with the name that the run is to have, which becomes its folder's; None gives it one."""
+    if name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         return []
-    return [f"run.name={name} names a folder; use letters, digits, '.', '_' and '-', beginning with a letter or digit"]
+    return [
+        f"run.name={name} is not usable: take up to 100 letters, digits, '.', '_' or '-', beginning with "
+        "a letter or digit"
+    ]
 
 
 def _sampler_problems(config: RunConfig) -> list[str]:

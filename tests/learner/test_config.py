@@ -119,6 +119,7 @@ MISTAKES = {
     "missing recipe file": (["recipe=nowhere/x.yaml"], ["nowhere/x.yaml"]),
     "two recipes": (["recipe=sudoku", "recipe=smoke"], ["2 times", "give one"]),
     "name with a folder": (["run.name=../x"], ["run.name=../x", "letters"]),
+    "name too long": (["run.name=" + "x" * 101], ["run.name=xx", "up to 100 letters"]),
     "bfloat16 without ZeRO": (["learner.dtype=bfloat16"], ["zero_stage=0", "take stage 1, 2 or 3"]),
     "temperature 0": (["rollout.sampler.temperature=0"], ["temperature=0", "above 0"]),
     "block does not divide C": (["rollout.sampler.block_length=7"], ["completion_length=24", "block_length=7"]),

@@ -224,7 +224,7 @@ def test_recipes_and_the_check_of_settings(service: Dashboard) -> None:
         ("smoke", ["resources={ray_address: auto}"], "store.url and resources.ray_address are the dashboard's"),
         ("smoke", ["run.name=null"], "gives the run no name"),
         ("smoke", ["resume=/elsewhere/checkpoints/iteration-000001"], "it is never or auto"),
-        ("smoke", ["run.name=a; touch /tmp/x"], "names a folder"),
+        ("smoke", ["run.name=a; touch /tmp/x"], "is not usable"),
     ],
 )
 def test_settings_that_lead_elsewhere_are_refused(tmp_path: Path, recipe: str, overrides: list[str], told: str) -> None:
