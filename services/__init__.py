@@ -1,1 +1,1 @@
-"""What people watch: the run store (and, later, the dashboard)."""
+"""What people watch: the run store and the dashboard that shows it."""

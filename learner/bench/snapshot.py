@@ -41,6 +41,14 @@ class Snapshot:
     """folder or hub name of the base model"""
     checkpoint: checkpoints.Checkpoint
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a run of another method: only AGRPO samples the timesteps that are compared here."""
+        if self.config.objective.type != "agrpo":
+            raise ConfigError(
+                f"{self.path} was trained with objective.type={self.config.objective.type}, and the estimators "
+                "compared here are AGRPO's; give a run with objective.type=agrpo"
+            )
+
 
 @dataclass(frozen=True)
 class GroupGradients:
@@ -65,7 +73,7 @@ def read_snapshot(path: Path, base: str | None = None) -> Snapshot:
     """A checkpoint, or the newest good one of a run directory.
 
     Raises:
-        ConfigError: when ``path`` is neither.
+        ConfigError: when ``path`` is neither, or the run's method is not AGRPO.
         CheckpointError: when the checkpoint is damaged.
     """
     path = path.expanduser().absolute()

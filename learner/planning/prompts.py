@@ -28,11 +28,10 @@ def prompt_tokens(config: RunConfig) -> tuple[int, str]:
 
 
 def _problems(config: RunConfig, task: Task) -> list[Problem]:
-    source = config.task.train_path
+    """Some of the task's; none where they would have to be downloaded."""
+    source = task.source("train", config.task.train_path)
     if source is not None and not Path(source).expanduser().is_file():
         return []
-    if source is None and config.task.name not in ("sudoku", "countdown"):
-        return []  # on a hub
     size = min(_SAMPLE, config.task.train_size)
     return task.problems("train", seed=config.run.seed, size=size, path=source)[:_SAMPLE]
 

@@ -22,6 +22,7 @@ from learner.planning.prompts import prompt_tokens
 from learner.settings.arguments import recipe_names
 from learner.settings.run import load_config
 from rewards.errors import ConfigError
+from rewards.tasks.sudoku import Sudoku
 from rollout.models import masked_lm
 from rollout.models.dream import DreamConfig, DreamModel
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
@@ -340,10 +341,21 @@ def test_known_gpus(name: str, key: str | None) -> None:
     assert hardware.known_gpu(name) == key
 
 
-def test_prompts_of_the_small_tasks_are_counted() -> None:
-    tokens, source = prompt_tokens(load_config(["recipe=sudoku"]))
-    assert 20 < tokens < 80 and source.startswith("the longest of")
-    assert prompt_tokens(load_config([*AGRPO]))[1].startswith("assumed")
+class Mine(Sudoku):
+    """A user's task whose problems are generated."""
+
+    name = "mine"
+
+
+@pytest.mark.parametrize("task", ["sudoku", "countdown", "countdown_in_order", f"{__name__}:Mine"])
+def test_prompts_of_generated_problems_are_counted(task: str) -> None:
+    tokens, source = prompt_tokens(load_config(["recipe=sudoku", f"task.name={task}"]))
+    assert 10 < tokens < 120 and source.startswith("the longest of")
+
+
+def test_prompts_that_would_be_downloaded_are_assumed() -> None:
+    assert prompt_tokens(load_config([*AGRPO]))[1].startswith("assumed")  # the tokenizer
+    assert prompt_tokens(load_config(["recipe=sudoku", "task.name=gsm8k"])) == (256, "assumed; --prompt says better")
 
 
 # ---- the command and the refusal

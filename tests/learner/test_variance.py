@@ -364,6 +364,13 @@ def test_wrong_arguments_are_refused(run, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_of_another_method_is_refused(run):
+    snapshot = read_snapshot(run)
+    objective = snapshot.config.objective.model_copy(update={"type": "another"})
+    with pytest.raises(ConfigError, match=r"objective.type=another.*give a run with objective.type=agrpo"):
+        dataclasses.replace(snapshot, config=snapshot.config.model_copy(update={"objective": objective}))
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
         read_snapshot(tmp_path)

@@ -25,7 +25,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     """Three finished runs, one of them with hostile texts and a NaN, and a store that is none."""
     runs = tmp_path_factory.mktemp("runs")
     realistic_runs.finished(runs, "alpha", 60)
-    other = {**realistic_runs.CONFIG, "learner": {"lr": 5e-4, "ranks": 1, "dtype": "float32"}}
+    other = {**realistic_runs.CONFIG, "learner": {**realistic_runs.CONFIG["learner"], "lr": 5e-4}}
     realistic_runs.finished(runs, "beta", 40, seed=1, config=other)
     with realistic_runs.open_store(runs, HOSTILE, task=SCRIPT, config={SCRIPT: SCRIPT}) as store:
         realistic_runs.fill(store, 20, nan_at=12)

@@ -6,15 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from learner.settings.run import load_config
 from services.store.writer import StoreWriter
 
-CONFIG: dict[str, Any] = {
-    "run": {"seed": 0, "iterations": 200},
-    "task": {"name": "sudoku", "train_size": 2000},
-    "rollout": {"actors": 2, "group_size": 8, "sampler": {"steps": 8, "position_rule": "entropy", "top_p": 1.0}},
-    "objective": {"name": "agrpo", "k": 4, "clip_low": 0.2, "clip_high": 0.2},
-    "learner": {"lr": 1e-3, "ranks": 1, "dtype": "float32"},
-}
+CONFIG: dict[str, Any] = load_config(["recipe=sudoku", "run.iterations=200"]).model_dump(mode="json")
 
 
 def figures(iteration: int, *, seed: int = 0, total: int = 200) -> dict[str, float]:
