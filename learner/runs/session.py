@@ -6,11 +6,14 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import grpc
 import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub names a few things only
 from ray.util import get_node_ip_address
 
 from learner.runs.local_ray import local_ray, loopback_only
@@ -18,6 +21,7 @@ from learner.settings.run import RunConfig, check_resources, in_ray_job, require
 from rewards.errors import ConfigError
 
 _KNOCK_LIMIT_S = 10.0
+_NO_CLUSTER = "set resources.ray_address=local"
 
 
 @contextlib.contextmanager
@@ -49,14 +53,11 @@ def joined_ray(
     """
     with contextlib.ExitStack() as stack:
         if joins(wanted):
-            address = stack.enter_context(_cluster(wanted or os.environ.get("RAY_ADDRESS") or "auto"))
+            check_cluster(wanted, insecure=insecure)
+            address = stack.enter_context(_cluster(_named(wanted)))
             told = f"joined the Ray cluster at {address}"
             if lets_everybody_in(address) and not _is_loopback(address):
-                if not insecure:
-                    raise ConfigError(
-                        f"the Ray cluster at {address} has no authentication: whoever reaches that address can run "
-                        "commands as you; start it with RAY_AUTH_MODE=token, or set resources.ray_insecure=true"
-                    )
+                _refuse_unless(insecure, address)
                 told += "; it lets everybody in (resources.ray_insecure=true)"
         else:
             count = max(1, math.ceil(cpus))
@@ -67,6 +68,43 @@ def joined_ray(
         yield told
 
 
+def check_cluster(wanted: str | None, *, insecure: bool) -> None:
+    """Refuses at once what can't or mustn't be joined, as far as it is named by host and port; Ray would take half a
+    minute and say less. Nothing is asked where a local Ray will do, or Ray is to find the cluster (auto).
+
+    Raises:
+        ConfigError: when nobody listens there, this shell has not the right token, or everybody is let in.
+    """
+    address = _named(wanted)
+    if not joins(wanted) or address == "auto":
+        return
+    host, port = _host_and_port(address)
+    if not port:
+        raise ConfigError(f"the Ray address {address} must be auto, local or host:port")
+    if _is_loopback(address) and not _only_on_loopback(address):
+        host = get_node_ip_address()  # Ray's own word for it
+    reached = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        socket.create_connection((host, port), timeout=_KNOCK_LIMIT_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray answers at {address} ({error}); start one, or {_NO_CLUSTER}") from error
+    if lets_everybody_in(reached):
+        if not _is_loopback(reached):
+            _refuse_unless(insecure, reached)
+    elif _wants_a_token(reached):
+        mine = _own_token()
+        if not mine:
+            raise ConfigError(
+                f"no Ray answers at {address} without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
+                f"the file that holds it, or {_NO_CLUSTER}"
+            )
+        if _wants_a_token(reached, mine):
+            raise ConfigError(
+                f"no Ray answers at {address} to this shell's token; set RAY_AUTH_TOKEN_PATH to the file that holds "
+                f"the right one, or {_NO_CLUSTER}"
+            )
+
+
 def joins(wanted: str | None) -> bool:
     """Whether ``wanted`` (``resources.ray_address``) means a Ray that is there, rather than a local one to start."""
     return wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
@@ -75,13 +113,43 @@ def joins(wanted: str | None) -> bool:
 def lets_everybody_in(address: str) -> bool:
     """Whether the Ray at ``host:port`` answers a question that comes without a token. One that wants a certificate
     (RAY_USE_TLS) doesn't."""
+    return _status(address) == grpc.StatusCode.OK
+
+
+def _wants_a_token(address: str, header: Mapping[str, str] = MappingProxyType({})) -> bool:
+    """Whether the Ray there refuses a question that comes with this header."""
+    return _status(address, header) == grpc.StatusCode.UNAUTHENTICATED
+
+
+def _own_token() -> dict[str, str]:
+    """The header that Ray would send from this shell; empty without a token."""
+    try:
+        return AuthenticationTokenLoader.instance().get_token_for_http_header() if is_token_auth_enabled() else {}
+    except ray.exceptions.AuthenticationError:  # no file, or an empty one
+        return {}
+
+
+def _status(address: str, header: Mapping[str, str] = MappingProxyType({})) -> grpc.StatusCode:
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            ask(b"", timeout=_KNOCK_LIMIT_S)
-        except grpc.RpcError:
-            return False
-    return True
+            ask(b"", timeout=_KNOCK_LIMIT_S, metadata=[(name.lower(), value) for name, value in header.items()])
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+def _refuse_unless(insecure: bool, address: str) -> None:
+    if not insecure:
+        raise ConfigError(
+            f"the Ray cluster at {address} has no authentication: whoever reaches that address can run commands as "
+            "you; start it with RAY_AUTH_MODE=token, or set resources.ray_insecure=true"
+        )
+
+
+def _named(wanted: str | None) -> str:
+    """What is to be joined: auto, or host:port."""
+    return wanted or os.environ.get("RAY_ADDRESS") or "auto"
 
 
 @contextlib.contextmanager
@@ -89,25 +157,14 @@ def _cluster(wanted: str) -> Iterator[str]:
     """Be a driver of the Ray at ``wanted`` (auto or host:port); yields its own word for where it listens."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        _knock(wanted)
         with loopback_only() if _only_on_loopback(wanted) else contextlib.nullcontext():
             ray.init(address=wanted, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ConfigError(
-            f"no Ray answers at {wanted} ({error}); start one, give this shell its token (RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH) if it has one, or set resources.ray_address=local"
-        ) from error
+        raise ConfigError(f"no Ray answers at {wanted} ({error}); start one, or {_NO_CLUSTER}") from error
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raises OSError when nobody listens at ``host:port``, which Ray would find out after many minutes."""
-    host, port = _host_and_port(address)
-    if port:
-        socket.create_connection((host, port), timeout=_KNOCK_LIMIT_S).close()
 
 
 def _only_on_loopback(address: str) -> bool:

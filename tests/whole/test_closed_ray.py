@@ -23,7 +23,7 @@ import torch
 
 from learner.bench import control
 from learner.ranks.rendezvous import meeting_host, open_meeting_place
-from learner.runs.session import joined_ray, joins
+from learner.runs.session import check_cluster, joined_ray, joins
 from rewards.errors import ConfigError
 from tests.support.listening import Listener, listeners
 from tests.support.real_runs import Runs, clean_environment, wait_until
@@ -140,6 +140,31 @@ def test_nobody_gets_into_a_local_ray(closed: dict[str, Any], tmp_path: Path) ->
     assert (
         second_driver(closed["address"], tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=closed["token"]) == "in 2.0"
     ), "the control: the token opens it"
+
+
+CHECK = """
+from learner.runs.session import check_cluster
+try:
+    check_cluster(None, insecure=False)
+except Exception as error:
+    print(type(error).__name__, error)
+else:
+    print("joins")
+"""
+
+
+@pytest.mark.slow
+def test_who_has_not_the_right_token_is_told_at_once(closed: dict[str, Any], tmp_path: Path) -> None:
+    def told(**environment: str) -> str:
+        stranger = clean_environment() | {"HOME": str(tmp_path), "RAY_ADDRESS": closed["address"]} | environment
+        done = subprocess.run([sys.executable, "-c", CHECK], env=stranger, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr
+
+    begin = f"ConfigError no Ray answers at {closed['address']} "
+    for absent in ({}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nonexistent"}):
+        assert told(**absent).startswith(begin + "without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH")
+    assert told(**variables("0" * 64)).startswith(begin + "to this shell's token; set RAY_AUTH_TOKEN_PATH")
+    assert told(**variables(closed["token"])) == "joins\n", "the control"
 
 
 @pytest.mark.slow
@@ -267,15 +292,16 @@ def test_the_same_attacks_open_a_plain_ray(
     assert "; it lets everybody in (resources.ray_insecure=true)" in done.stdout, done.stderr
 
 
-def test_a_token_that_is_missing_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_nobody_answers_at_are_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nothing:
         address = f"127.0.0.1:{nothing.getsockname()[1]}"
-    with (
-        pytest.raises(ConfigError, match=f"no Ray answers at {address}.*RAY_AUTH_TOKEN_PATH.*ray_address=local"),
-        joined_ray(address, 1, lambda cpus, gpus: None),
-    ):
-        pass
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=f"no Ray answers at {address}.*ray_address=local"):
+        check_cluster(address, insecure=False)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    with pytest.raises(ConfigError, match="the Ray address ray://127.0.0.1:10001 must be auto, local or host:port"):
+        check_cluster(None, insecure=False)
+    monkeypatch.delenv("RAY_ADDRESS")
+    check_cluster(None, insecure=False)
     assert joins(address) and not joins("local") and not joins(None)
 
 
