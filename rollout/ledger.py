@@ -1,4 +1,4 @@
-"""The prompt-group ledger: which groups are wanted, being drawn, drawn, or used (DESIGN.md, section 2).
+"""The prompt-group ledger: which groups are wanted, being drawn, drawn, or used.
 
 Each group is in exactly one state, and ``issued = pending + leased + ready + consumed + dropped`` holds after every
 transition:
@@ -7,7 +7,7 @@ transition:
     leased -> pending    its lease timed out or failed, and no other live lease holds it
     ready -> pending     its object was lost, or it is too stale to be used
 
-What is computed together must be a function of the plan and never of timing (DESIGN.md, invariant 7). Groups are
+What is computed together must be a function of the plan and never of timing. Groups are
 therefore cut into *chunks* when they are issued, in plan order; a lease hands out one whole chunk, a repeated lease the
 same chunk again, and a chunk may hold several live leases. A group counts as leased exactly while its chunk has a live
 lease that will deliver it. When only some groups of a chunk must be drawn again, the whole chunk is drawn again and

@@ -1,4 +1,4 @@
-"""Private randomness: every random choice comes from a stream named by what it is for (DESIGN.md, invariant 7).
+"""Private randomness: every random choice comes from a stream named by what it is for.
 
 A stream's name is (run seed, group id, ..., purpose). Two runs that ask for the same names get the same numbers, in any
 order, in any process; the global generators of Python, numpy and torch are never touched.

@@ -1,4 +1,4 @@
-"""The trajectory contract: what a rollout leaves behind for the learner (DESIGN.md, section 2).
+"""The trajectory contract: what a rollout leaves behind for the learner.
 
 Shapes: G completions of one prompt, C completion positions, P prompt tokens, R reward components, m denoising steps.
 Everything is numpy, so a group comes out of Ray's object store without a copy.

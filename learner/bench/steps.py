@@ -40,7 +40,7 @@ from rollout.malloc import keep_freed_memory
 from rollout.models.family import PolicyAdapter
 from rollout.trajectory import TrajectoryGroup
 
-# CPU seconds on 2 cores of another machine of the same kind, from shared/algorithms/agrpo_reference.md.
+# CPU seconds of the reference implementation, on 2 cores of another machine of the same kind.
 REFERENCE = {
     (200, 0): 4.5, (200, 4): 1.1, (200, 24): 7.0,
     (32000, 0): 36.6, (32000, 4): 6.1, (32000, 24): 36.8,

@@ -1,4 +1,4 @@
-"""Replay parity: the learner finds the log-probs of a fresh rollout again (DESIGN.md, invariant 1).
+"""Replay parity: the learner finds the log-probs of a fresh rollout again.
 
 Shapes: D width of the model.
 """

@@ -1,5 +1,4 @@
-"""The scorer: its law against a dense one, and replay parity, that is the rollout's log-probs found again (DESIGN.md,
-invariant 1).
+"""The scorer: its law against a dense one, and replay parity, that is the rollout's log-probs found again.
 
 Shapes: N scored positions, V vocabulary.
 """

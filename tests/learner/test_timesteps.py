@@ -20,7 +20,7 @@ EOS = 9
 
 @pytest.fixture
 def published() -> StepTable:
-    """official.md T2: entropies .3 .6 0 .1 .9 at steps 0..4, the last token at step 3."""
+    """An example worked by hand: entropies .3 .6 0 .1 .9 at steps 0..4, the last token at step 3."""
     group = make_group(
         [[1, 1, 1, 1, EOS]], [[0, 1, 2, 3, 4]], steps=5, entropy=[[0.3, 0.6, 0.0, 0.1, 0.9]], rewards=[[0.0]]
     )

@@ -1,4 +1,4 @@
-"""No wait without an end (DESIGN.md, invariant 8): a lint over our packages, and its control."""
+"""No wait without an end: a lint over our packages, and its control."""
 
 import ast
 from pathlib import Path
