@@ -30,6 +30,7 @@ that it sees, the interpreter's own site-packages among them; slowing others dow
 tests against a program that knows their answers: prompts of MBPP contain the tests.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -137,13 +138,18 @@ class LocalRunner:
         deadline = time.monotonic() + limits.seconds + GRACE_S
         fields = {name: getattr(job, name) for name in ("program", "setup", "preamble")}
         # Files, not the socket: the server must not hold what they say.
-        with _memory_file("job") as question, _memory_file("report") as report:
-            question.write(json.dumps(fields | {"tests": list(job.tests), "names": dict(job.names)}).encode())
-            question.seek(0)
-            socket.send_fds(self._control, [json.dumps(asdict(limits)).encode()], [question.fileno(), report.fileno()])
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(_memory_file(name)) for name in ("job", "report", "stdout", "stderr")]
+            files[0].write(json.dumps(fields | {"tests": list(job.tests), "names": dict(job.names)}).encode())
+            files[0].seek(0)
+            socket.send_fds(self._control, [json.dumps(asdict(limits)).encode()], [file.fileno() for file in files])
             reply = self._receive(deadline)
-            report.seek(0)
-            return reply | {"report": _records(os.read(report.fileno(), MAX_REPORT_BYTES))}
+            report, out, err = (os.pread(file.fileno(), MAX_REPORT_BYTES, 0) for file in files[1:])
+        return reply | {
+            "report": _records(report),
+            "stdout": out.decode(errors="replace"),
+            "stderr": err.decode(errors="replace"),
+        }
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         """Raises OSError (TimeoutError among them)."""

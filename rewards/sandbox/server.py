@@ -4,16 +4,18 @@ Forking instead of starting an interpreter makes a job some milliseconds, not a 
 the parent of the next:
 
 - *outer*: what ``LocalRunner`` started. Enters the namespaces, forks the server, waits.
-- *server*: process 1 of a process namespace, in the jail. Reads the jobs' limits, never a job's text nor a verdict's
-  words, so neither is in the memory that later programs inherit. Keeps the time and the output's size.
+- *server*: process 1 of a process namespace, in the jail. Reads the jobs' limits, and no byte of what a job says: later
+  programs inherit its memory. A job's text and a verdict's words pass it by, in files of the owner's; what is written
+  to the outputs it has the kernel move there (splice). Keeps the time and the output's size.
 - *judge*: process 1 of the job's own process namespace, with a mount and IPC namespace of its own. Gives its privileges
   up, then reads the job and decides (``harness.Judge``): the tests and what they import are code of strangers, too. At
   the end it kills what is left of the program and counts its CPU time. When it ends, or is killed, the kernel kills
   everything in that namespace.
 - *program*: without privileges, a user of its own. Runs the program (``harness.serve``).
 
-Requests: a JSON object with the limits, and two file descriptors, to read the job from and for the judge to write what
-it finds to, one JSON object a line. Replies, when the job is over: length, then JSON.
+Requests: a JSON object with the limits, and four file descriptors: to read the job from, for the judge to write what
+it finds to, one JSON object a line, and for the beginnings of standard output and standard error. Replies, when the job
+is over: length, then JSON.
 """
 
 import contextlib
@@ -83,7 +85,7 @@ def _serve_jobs(control: socket.socket, own_namespace: int, own_users: bool) -> 
     gc.freeze()  # keeps the collector from touching, and so copying, the pages that jobs share
     _reply(control, {"ready": True})
     while True:
-        data, fds, _, _ = socket.recv_fds(control, REQUEST_BYTES, 2)
+        data, fds, _, _ = socket.recv_fds(control, REQUEST_BYTES, 4)
         if not data:
             return
         reply = _one_job(json.loads(data), fds, control, own_namespace, own_users)
@@ -103,37 +105,30 @@ def _one_job(
     if judge == 0:
         try:
             control.detach()  # closed with all else that the judge isn't given
-            _judge(limits, fds, [write for _, write in pipes], own_users)
+            _judge(limits, fds[:2], [write for _, write in pipes], own_users)
         finally:
             traceback.print_exc()
             os._exit(1)
     isolation.enter_pid_namespace(own_namespace)
-    for fd in (*fds, *(write for _, write in pipes)):
+    for fd in (*fds[:2], *(write for _, write in pipes)):
         os.close(fd)
-    watch = _Watch([read for read, _ in pipes], limits["output_bytes"])
+    watch = _Watch([read for read, _ in pipes], fds[2:], limits["output_bytes"])
     stopped = watch.until(begin + limits["seconds"], control)
     os.kill(judge, signal.SIGKILL)
     os.waitpid(judge, 0)  # returns when the namespace is empty: nothing of the job runs any more
     watch.drain()
-    if stopped == "gone":
-        return None
-    _, out, err = (piece[:_KEPT_OUTPUT_BYTES].decode(errors="replace") for piece in watch.kept)
-    return {
-        "stopped": stopped,
-        "stdout": out,
-        "stderr": err,
-        "seconds": time.monotonic() - begin,
-    }
+    return None if stopped == "gone" else {"stopped": stopped, "seconds": time.monotonic() - begin}
 
 
 class _Watch:
-    """Reads a job's pipes: keeps the first bytes of each, counts the rest. The first has none, and closes with the
-    judge, which alone holds its other end."""
+    """Empties a job's pipes without reading them: the first bytes of each output go to its file, the rest nowhere, and
+    all are counted. The first pipe has none, and closes with the judge, which alone holds its other end."""
 
-    def __init__(self, fds: list[int], most: int) -> None:
+    def __init__(self, fds: list[int], files: list[int], most: int) -> None:
         self._fds, self._most = fds, most
         self._counts = [0] * len(fds)
-        self.kept = [bytearray() for _ in fds]
+        self._nowhere = _null()
+        self._files = [self._nowhere, *files]
 
     def until(self, deadline: float, control: socket.socket) -> str | None:
         """Waits for the judge's end. Returns timeout, output or gone (the owner) where that came first, else None."""
@@ -150,7 +145,7 @@ class _Watch:
                 if fd == control.fileno():
                     return "gone"
                 index = self._fds.index(fd)
-                if not self._read(index):
+                if not self._move(index):
                     if index == 0:
                         return None
                     poller.unregister(fd)
@@ -158,22 +153,23 @@ class _Watch:
                     return "output"
 
     def drain(self) -> None:
-        """Reads what is left in the pipes, and closes them. Nobody writes any more."""
-        for index, fd in enumerate(self._fds):
-            while self._counts[index] <= self._most and self._read(index):
+        """Empties what is left in the pipes, and closes all. Nobody writes any more."""
+        for index in range(len(self._fds)):
+            while self._counts[index] <= self._most and self._move(index):
                 pass
+        for fd in (*self._fds, *self._files):
             os.close(fd)
 
-    def _read(self, index: int) -> bool:
+    def _move(self, index: int) -> bool:
         """False at the end."""
+        kept = _KEPT_OUTPUT_BYTES - self._counts[index]
+        target, most = (self._files[index], kept) if kept > 0 else (self._nowhere, 1 << 16)
         try:
-            data = os.read(self._fds[index], 1 << 16)
+            moved = os.splice(self._fds[index], target, most)
         except BlockingIOError:
             return False
-        self._counts[index] += len(data)
-        if len(self.kept[index]) < _KEPT_OUTPUT_BYTES:
-            self.kept[index] += data
-        return bool(data)
+        self._counts[index] += moved
+        return moved > 0
 
 
 def _judge(limits: dict[str, Any], fds: list[int], outputs: list[int], own_users: bool) -> None:
