@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
     out = _out_folder(config, run_dir, settings)
     overlap = trained_on(config, problems, on_event=_say)
     _tell_subject(config, run_dir, model_path, adapter, problems, overlap)
-    with ResultsFile(out / RESULTS, settings, code=code) as results:
+    with ResultsFile(out / RESULTS, settings, code=code, shared=config.run.shared) as results:
         work = _Work(config, problems, grid(config), _policies(config, adapter), results)
         work.tell_start()
         status = 0

@@ -4,7 +4,7 @@ The first line holds the settings that decide what every completion looks like, 
 them, as every chunk names its cell. Only whole lines count: the last one may be torn by a kill.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import math
@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from learner.runs.atomic import disk_errors
+from learner.runs.directory import make_folder
+from learner.runs.lock import FileLock, Held
 from rewards.errors import ConfigError
 from rollout.messages import EvalReport
 
@@ -70,28 +72,26 @@ class ResultsFile:
     Args:
         settings: JSON-able; what all completions depend on.
         code: identity of the source; completions of other code are kept, and ``other_code`` says that there are some.
+        shared: a folder that is made is not the owner's alone (``run.shared``).
 
     Raises:
         ConfigError: the file is of other settings, or another process writes it.
         UnmaskError: the disk refuses.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, code: str) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, code: str, shared: bool = False) -> None:
         self.path = path
         self.chunks: dict[ChunkId, Chunk] = {}
         self.dropped_lines = 0
         self.other_code = False
         self._code = code
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held until close
-        try:
-            self._lock()
-            with disk_errors(path):
-                self._read(settings)
-        except BaseException:
-            self._file.close()
-            raise
+            make_folder(path.parent, shared=shared)
+        with contextlib.ExitStack() as opened, disk_errors(path):
+            opened.enter_context(self._lock())
+            self._file = opened.enter_context(open(path, "a+b", buffering=0))
+            self._read(settings)
+            self._opened = opened.pop_all()
 
     def append(self, at: ChunkId, chunk: Chunk) -> None:
         """Add a chunk and bring it to disk."""
@@ -99,7 +99,7 @@ class ResultsFile:
         self.chunks[at] = chunk
 
     def close(self) -> None:
-        self._file.close()
+        self._opened.close()
 
     def __enter__(self) -> "ResultsFile":
         return self
@@ -107,12 +107,12 @@ class ResultsFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.close()
 
-    def _lock(self) -> None:
+    def _lock(self) -> FileLock:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            return FileLock(self.path.with_suffix(".lock"))
+        except Held as holder:
             raise ConfigError(
-                f"{self.path} is being written by another evaluation; wait for it, or give out="
+                f"{self.path} is being written by another evaluation ({holder}); wait for it, or give out="
             ) from None
 
     def _read(self, settings: Mapping[str, Any]) -> None:

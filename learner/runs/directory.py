@@ -8,12 +8,9 @@ runs/<id>/
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import secrets
-import socket
 import time
 import uuid
 from pathlib import Path
@@ -21,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from learner.runs.atomic import atomic_write_text, disk_errors, recover_replaced, remove_leftovers
+from learner.runs.lock import FileLock, Held
 from learner.settings.run import name_problems
 from rewards.errors import ConfigError
 from services.store.schema import sqlite_url
@@ -45,7 +43,7 @@ class RunDirectory:
         self.samples_dir = self.path / "samples"
         self.samples_path = self.samples_dir / "completions.jsonl"
         self._uuid_path = self.path / "run.uuid"
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     @classmethod
     def create(
@@ -66,8 +64,7 @@ class RunDirectory:
         with disk_errors(run.path):
             if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
                 raise ConfigError(f"run directory {run.path} exists already: choose another name, or resume that run")
-            run.path.parent.mkdir(parents=True, exist_ok=True)
-            run.path.mkdir(mode=0o777 if shared else 0o700, exist_ok=True)
+            make_folder(run.path, shared=shared)
             if not shared:
                 run.path.chmod(0o700)  # an empty folder that was there
             run.samples_dir.mkdir(exist_ok=True)
@@ -113,8 +110,7 @@ class RunDirectory:
     def close(self) -> None:
         """Give the lock back. A second call does nothing."""
         if self._lock is not None:
-            os.ftruncate(self._lock, 0)
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def __enter__(self) -> "RunDirectory":
@@ -124,32 +120,16 @@ class RunDirectory:
         self.close()
 
     def _acquire(self) -> None:
-        """Take ``run.lock``. The kernel holds the lock and drops it with the process, however that ends, so a dead
-        owner never has to be guessed from its pid (which may be a zombie's, or another process's by now); the pid in
-        the file is there for the message.
-        """
-        path = self.path / "run.lock"
-        with disk_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-            except BlockingIOError:
-                owner = _owner(descriptor)
-                os.close(descriptor)
-                raise ConfigError(
-                    f"run directory {self.path} is being written by {owner}: stop that process or choose "
-                    f"another run directory"
-                ) from None
-            except OSError:
-                os.close(descriptor)
-                raise
-        self._lock = descriptor
+        try:
+            self._lock = FileLock(self.path / "run.lock")
+        except Held as owner:
+            raise ConfigError(
+                f"run directory {self.path} is being written by {owner}: stop that process or choose "
+                f"another run directory"
+            ) from None
 
 
-def _owner(descriptor: int) -> str:
-    with contextlib.suppress(ValueError, KeyError):  # caught between its lock and its line
-        record = json.loads(os.pread(descriptor, 1000, 0))
-        return f"process {record['pid']} on {record['host']}"
-    return "another process"
+def make_folder(path: Path, *, shared: bool) -> None:
+    """Make a folder for completions, settings and logs unless it is there: its owner's alone, or ``shared`` as the
+    umask says."""
+    path.mkdir(mode=0o777 if shared else 0o700, parents=True, exist_ok=True)

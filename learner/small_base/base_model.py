@@ -8,11 +8,9 @@ vocabulary.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from learner.runs.atomic import atomic_dir, disk_errors
+from learner.runs.lock import FileLock, Held
 from learner.runs.stopping import exit_status
 from learner.settings.command import SettingsParser
 from learner.settings.run import RunConfig, help_text, load_config
@@ -279,29 +278,15 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exclusive(path: Path, *, timeout_s: float) -> Iterator[None]:
-    """Hold the lock file. The kernel frees it when its holder dies; the pid in it is for the message."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(descriptor, 100, 0).decode() or "unknown"
-                    raise WaitTimeout(
-                        f"waited {timeout_s:g} s for process {holder}, which is building {path.stem} in {path.parent}; "
-                        "stop it, or give another model.cache_dir"
-                    ) from None
-                time.sleep(0.1)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        lock = FileLock(path, wait_s=timeout_s)
+    except Held as holder:
+        raise WaitTimeout(
+            f"waited {timeout_s:g} s for {holder}, which is building {path.stem} in {path.parent}; "
+            "stop it, or give another model.cache_dir"
+        ) from None
+    with lock:
         yield
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

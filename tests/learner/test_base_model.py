@@ -230,4 +230,4 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait(timeout=10)
     with base_model._exclusive(lock, timeout_s=0.3):
-        assert lock.read_text() == str(os.getpid())
+        assert json.loads(lock.read_text())["pid"] == os.getpid()

@@ -1,6 +1,7 @@
 """Settings, grid, results file and report of learner.evaluate, without Ray."""
 
 import json
+import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,6 +203,17 @@ def test_results_come_back_and_torn_or_damaged_lines_do_not_count(tmp_path: Path
             assert results.other_code
 
 
+def test_completions_are_the_owners_alone_unless_shared(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        (tmp_path / "there").mkdir()
+        for name, shared, mode in (("own", False, 0o700), ("shared", True, 0o755), ("there", False, 0o755)):
+            ResultsFile(tmp_path / name / "results.jsonl", ABOUT, code="c", shared=shared).close()
+            assert (tmp_path / name).stat().st_mode & 0o777 == mode, name
+    finally:
+        os.umask(before)
+
+
 def test_a_full_disk_is_a_sentence_and_what_was_there_stays(tmp_path: Path) -> None:
     path, first = tmp_path / "results.jsonl", ChunkId("cell", "base", 0)
     with ResultsFile(path, ABOUT, code="c") as results:
@@ -223,7 +235,10 @@ def test_results_of_other_settings_or_of_something_else_are_refused(tmp_path: Pa
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=r"other settings \(data\.problems 4 -> 5\).*give another out="):
         ResultsFile(path, ABOUT | {"data": {"problems": 5}}, code="c")
-    with ResultsFile(path, ABOUT, code="c"), pytest.raises(ConfigError, match="being written by another"):
+    with (
+        ResultsFile(path, ABOUT, code="c"),
+        pytest.raises(ConfigError, match=rf"by another evaluation \(process {os.getpid()} on "),
+    ):
         ResultsFile(path, ABOUT, code="c")
     assert path.read_bytes() == before
     path.write_text('{"iteration": 1}\n')
