@@ -74,10 +74,23 @@ def help_text(model: type[BaseModel], kind: Literal["run", "sft"]) -> str:
     lines = ["recipes (recipe=NAME, or the path of a .yaml file):"]
     lines += [f"  {name:<18}{recipe_summary(name)}" for name in recipe_names(kind)]
     lines += ["", "keys (key.sub=value; what is shown is the default before the recipe):"]
-    for key, field in leaf_fields(model):
-        default = json.dumps(field.get_default())
-        lines.append(f"  {key + '=' + default:<44}{field.description}")
+    lines += _help_lines(model, "")
     return "\n".join(lines) + "\n"
+
+
+def _help_lines(model: type[BaseModel], prefix: str) -> list[str]:
+    """A heading for each variant of a section that has some."""
+    lines = []
+    for name, field in model.model_fields.items():
+        key, sections = prefix + name, section_models(field)
+        if not sections:
+            lines.append(f"  {key + '=' + json.dumps(field.get_default()):<44}{field.description}")
+        for section in sections:
+            if field.discriminator:
+                about = (section.__doc__ or "").partition("\n")[0]
+                lines.append(f"  with {key}.{field.discriminator}={variant_name(section, field)}: {about}")
+            lines += _help_lines(section, f"{key}.")
+    return lines
 
 
 def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) -> None:
@@ -102,6 +115,8 @@ def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) 
 
 def validated(data: Mapping[str, Any], model: type[Model], source: str) -> Model:
     """``data`` as a ``model``. Raises ConfigError, one sentence per problem; ``source`` says where ``data`` is from."""
+    if isinstance(data, Mapping):  # else it is refused below
+        data = _with_variants_named(data, model)
     # Through JSON because pydantic's strict mode then takes lists for tuples, and still refuses "3" or True for 3.
     text = json.dumps(data, default=repr)
     try:
@@ -111,25 +126,49 @@ def validated(data: Mapping[str, Any], model: type[Model], source: str) -> Model
     raise ConfigError("\n".join(f"{source}: {problem}" if source else problem for problem in problems))
 
 
-def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as (dotted key, field), in the order of the models."""
+def _with_variants_named(data: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """``data`` in which a section with variants that doesn't say which one is of the default's."""
+    named = dict(data)
     for name, field in model.model_fields.items():
-        section = section_model(field)
-        if section is None:
+        sections, given = section_models(field), named.get(name)
+        if not isinstance(given, Mapping):
+            continue
+        if isinstance(field.discriminator, str):
+            named[name] = {field.discriminator: getattr(field.get_default(), field.discriminator)} | dict(given)
+        elif sections:
+            named[name] = _with_variants_named(given, sections[0])
+    return named
+
+
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting as (dotted key, field), in the order of the models; those of all variants where there are some, so
+    that a key which several share comes several times."""
+    for name, field in model.model_fields.items():
+        sections = section_models(field)
+        if not sections:
             yield prefix + name, field
-        else:
+        for section in sections:
             yield from leaf_fields(section, f"{prefix}{name}.")
 
 
-def section_model(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a field that is a section of further settings, otherwise None."""
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def section_models(field: FieldInfo) -> tuple[type[BaseModel], ...]:
+    """The models of a field that is a section of further settings: several where it has variants, of which the
+    setting named by ``field.discriminator`` picks one; none for a plain setting."""
+    members = typing.get_args(field.annotation) if field.discriminator else (field.annotation,)
+    found = tuple(each for each in members if isinstance(each, type) and issubclass(each, BaseModel))
+    assert len(found) in (0, len(members)), "a section whose variants aren't all models"
+    return found
+
+
+def variant_name(section: type[BaseModel], field: FieldInfo) -> str:
+    """What the discriminator is set to for this variant."""
+    assert isinstance(field.discriminator, str)
+    return str(section.model_fields[field.discriminator].default)
 
 
 def unknown_key(key: str, model: type[BaseModel]) -> str:
     """The sentence for a key that does not exist, with the nearest one that does."""
-    known = [name for name, _ in leaf_fields(model)]
+    known = list(dict.fromkeys(name for name, _ in leaf_fields(model)))
     known += sorted({name[:end] for name in known for end in _dots(name)})
     same_last_part = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     nearest = same_last_part or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -226,6 +265,7 @@ _WANTED = {
     "too_short": "a list of at least {min_length} entries",
     "too_long": "a list of at most {max_length} entries",
     "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
     "literal_error": "{expected}",
     "greater_than": "a number above {gt:g}",
     "greater_than_equal": "a number of at least {ge:g}",
@@ -235,10 +275,13 @@ _WANTED = {
 
 
 def _sentence(detail: Any, model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+    key, variant = _key_of(detail["loc"], model)
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(key, model)
+        return unknown_key(key, model) if variant is None else _unknown_in_variant(key, variant, model)
+    if kind == "union_tag_invalid":
+        name = context["discriminator"].strip("'")
+        return f"{key}.{name}={_shown(context['tag'])} must be {context['expected_tags'].replace(', ', ' or ')}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":  # our own cross-field checks are sentences already
@@ -246,6 +289,32 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     if kind in _WANTED:
         return f"{key}={_shown(detail['input'])} must be {_WANTED[kind].format(**context)}"
     return f"{key}={_shown(detail['input'])}: {detail['msg']}"
+
+
+def _key_of(location: Sequence[int | str], model: type[BaseModel]) -> tuple[str, str | None]:
+    """A place of pydantic's as a dotted key, without the name of the variant that it puts in; and the setting that picks
+    that variant."""
+    parts: list[str] = []
+    variant, place = None, list(location)
+    current: type[BaseModel] | None = model
+    while place:
+        part = place.pop(0)
+        parts.append(str(part))
+        field = current.model_fields.get(str(part)) if current is not None else None
+        sections = section_models(field) if field is not None else ()
+        current = sections[0] if sections else None
+        if field is not None and field.discriminator and place:
+            name = str(place.pop(0))
+            current = next(each for each in sections if variant_name(each, field) == name)
+            variant = f"{'.'.join(parts)}.{field.discriminator}={name}"
+    return ".".join(parts), variant
+
+
+def _unknown_in_variant(key: str, variant: str, model: type[BaseModel]) -> str:
+    """The sentence for a key of a section with variants: it may belong to another one."""
+    if key in dict(leaf_fields(model)):
+        return f"{key} is no setting of {variant}; see --help for those that are"
+    return unknown_key(key, model)
 
 
 def _shown(value: Any) -> str:

@@ -4,10 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from learner.settings import arguments as overrides
 from learner.settings.run import (
@@ -21,6 +21,7 @@ from learner.settings.run import (
     load_dumped,
     required_resources,
 )
+from learner.settings.sections import RunPlace, Section
 from rewards.errors import ConfigError
 
 
@@ -298,7 +299,7 @@ def test_resources_that_ray_lacks_are_refused() -> None:
 
 def test_every_section_refuses_unknown_keys() -> None:
     def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
-        below = [overrides.section_model(field) for field in model.model_fields.values()]
+        below = [each for field in model.model_fields.values() for each in overrides.section_models(field)]
         return [model, *(inner for section in below if section for inner in sections(section))]
 
     assert len(sections(RunConfig)) > 10
@@ -309,3 +310,68 @@ def test_reading_a_configuration_loads_no_torch_and_no_ray() -> None:
     code = "import sys, learner.settings.run as c; c.load_config([]); print({'torch', 'ray'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.strip() == "set()"
+
+
+class First(Section):
+    """The first method."""
+
+    type: Literal["first"] = "first"
+    """The method."""
+    k: int = 4
+    """Shared."""
+    only_first: float = 0.5
+    """Of the first."""
+
+
+class Second(Section):
+    """The second method.
+
+    With more to say.
+    """
+
+    type: Literal["second"] = "second"
+    """The method."""
+    k: int = 8
+    """Shared, with another default."""
+    masks: int = 2
+    """Of the second."""
+
+
+class WithVariants(Section):
+    run: RunPlace = RunPlace()
+    objective: Annotated[First | Second, Field(discriminator="type")] = First()
+
+
+def of(*arguments: str) -> WithVariants:
+    return overrides.settings_from_arguments(arguments, WithVariants, kind="run", default=None)
+
+
+def test_a_section_with_variants_is_of_the_default_one_unless_it_says_so() -> None:
+    assert of() == WithVariants()
+    assert of("objective.k=3").objective == First(k=3)
+    assert of("objective.masks=3", "objective.type=second").objective == Second(masks=3)
+
+
+def test_the_help_has_a_heading_for_each_variant() -> None:
+    lines = overrides.help_text(WithVariants, "run").splitlines()
+    first, second = (lines.index(f"  with objective.type={name}: The {name} method.") for name in ("first", "second"))
+    assert first < second
+    assert any(line.startswith("  objective.only_first=0.5 ") for line in lines[first:second])
+    assert any(line.startswith("  objective.k=8 ") for line in lines[second:])
+    assert "with objective" not in help_text(), "the control: a section without variants has no heading"
+
+
+VARIANT_MISTAKES = [
+    (["objective.mask=3", "objective.type=second"], "unknown key 'objective.mask'; did you mean 'objective.masks'?"),
+    (["objective.masks=3"], "objective.masks is no setting of objective.type=first; see --help for those that are"),
+    (["objective.type=third"], "objective.type=\"third\" must be 'first' or 'second'"),
+    (["objective.k=x", "objective.type=second"], 'objective.k="x" must be a whole number'),
+    (["objective=3"], "objective=3 must be a section of settings"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), VARIANT_MISTAKES, ids=[row[0][0] for row in VARIANT_MISTAKES])
+def test_mistakes_in_a_section_with_variants_are_sentences(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        of(*arguments)
+    assert str(raised.value) == sentence
