@@ -265,7 +265,7 @@ _WANTED = {
     "too_short": "a list of at least {min_length} entries",
     "too_long": "a list of at most {max_length} entries",
     "model_type": "a section of settings",
-    "model_attributes_type": "a section of settings",
+    "dict_type": "a section of settings",
     "literal_error": "{expected}",
     "greater_than": "a number above {gt:g}",
     "greater_than_equal": "a number of at least {ge:g}",
@@ -292,8 +292,8 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
 
 
 def _key_of(location: Sequence[int | str], model: type[BaseModel]) -> tuple[str, str | None]:
-    """A place of pydantic's as a dotted key, without the name of the variant that it puts in; and the setting that picks
-    that variant."""
+    """A place of pydantic's as a dotted key, without the name of the variant that it puts in; and the setting that
+    picks that variant."""
     parts: list[str] = []
     variant, place = None, list(location)
     current: type[BaseModel] | None = model
