@@ -7,11 +7,11 @@ from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from rewards.errors import ConfigError, DataError
+from rewards.errors import ConfigError, DataError, first_line
 from rewards.parsing import shorten
 from rewards.sandbox.runner import Job
 from rewards.task import Problem, Split
-from rewards.tasks.code import Code, CodeTask, text_field
+from rewards.tasks.code import UNPARSABLE, Code, CodeTask, text_field
 from rewards.tasks.hub import problems_from_source
 
 
@@ -104,11 +104,11 @@ def _tests(test: str) -> tuple[str, ...]:
         raise DataError(f"test must be Python that defines check(candidate), not {shorten(test)}")
     parameter = checks[0].args.args[0].arg
     pieces: list[str] = []
-    waiting = [ast.unparse(node) for node in module.body if node is not checks[0]]
+    waiting = [_written(node) for node in module.body if node is not checks[0]]
     if parameter != "candidate":
         waiting.append(f"{parameter} = candidate")
     for node in checks[0].body:
-        waiting.append(ast.unparse(node))
+        waiting.append(_written(node))
         if any(isinstance(inner, ast.Assert) for inner in ast.walk(node)):
             pieces.append("\n".join(waiting))
             waiting = []
@@ -120,5 +120,14 @@ def _tests(test: str) -> tuple[str, ...]:
 def _parsed(text: str) -> ast.Module | None:
     try:
         return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except UNPARSABLE:
         return None
+
+
+def _written(node: ast.stmt) -> str:
+    """The node's text again. Raises DataError: what can be read can be nested too deeply for this."""
+    try:
+        return ast.unparse(node)
+    except UNPARSABLE as error:
+        reason = first_line(error)[:200]
+        raise DataError(f"test can't be taken apart, line {node.lineno} of it is not plain enough: {reason}") from None

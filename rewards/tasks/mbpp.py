@@ -14,7 +14,7 @@ from rewards.errors import DataError
 from rewards.parsing import shorten
 from rewards.sandbox.runner import Job
 from rewards.task import Problem, Split
-from rewards.tasks.code import Code, CodeTask, text_field, texts_field
+from rewards.tasks.code import UNPARSABLE, Code, CodeTask, require_bounded, text_field, texts_field
 from rewards.tasks.hub import problems_from_source
 
 TASK_IDS: Mapping[Split, range] = {"train": range(601, 975), "test": range(11, 511)}
@@ -84,6 +84,7 @@ def _setup(fields: dict[str, Any]) -> str:
     setup = fields.get("setup", fields.get("test_setup_code", ""))
     if not isinstance(setup, str):
         raise DataError(f"setup must be text, not {shorten(setup)}")
+    require_bounded("setup", setup)
     return setup
 
 
@@ -92,7 +93,7 @@ def _names(tests: tuple[str, ...], imports: str) -> tuple[str, ...]:
     """The names in the tests that the program has to define. Raises DataError when the tests are not Python."""
     try:
         nodes = [node for text in (*tests, imports) for node in ast.walk(ast.parse(text))]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except UNPARSABLE as error:
         raise DataError(f"a test or an import is not Python ({error}): {shorten(tests)}") from None
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     bound |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}

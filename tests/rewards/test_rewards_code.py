@@ -1,5 +1,6 @@
 """MBPP and HumanEval: the program in a completion, problems and splits, verdicts on references and on mutants."""
 
+import ast
 import gzip
 import json
 import os
@@ -16,7 +17,7 @@ from learner.settings.run import load_config
 from rewards.errors import ConfigError, DataError
 from rewards.sandbox.runner import run_program
 from rewards.task import get_task
-from rewards.tasks.code import LIMITS, MAX_CHARACTERS, code_in
+from rewards.tasks.code import LIMITS, MAX_CHARACTERS, MAX_FIELD, code_in
 from rewards.tasks.humaneval import HumanEval
 from rewards.tasks.mbpp import Mbpp
 from rollout.grading import GraderPool
@@ -155,6 +156,71 @@ BAD_FIELDS = [
     (HUMANEVAL, DOUBLE, {"test": "assert True"}, r"defines check\(candidate\)"),
     (HUMANEVAL, DOUBLE, {"test": "def check(candidate):\n    pass"}, "holds no assertion"),
 ]
+
+DEEP = "1" + "+1" * 330
+"""Python's parser takes it, what writes it down again doesn't."""
+HUGE = "0x" + "f" * 5000
+"""As a number it has more digits than Python writes."""
+HOSTILE_FIELDS: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
+    (HUMANEVAL, DOUBLE, {"test": f"def check(candidate):\n    assert {DEEP}"}, "line 2 of it .* recursion"),
+    (HUMANEVAL, DOUBLE, {"test": f"x = {DEEP}\ndef check(candidate):\n    assert 1"}, "line 1 of it .* recursion"),
+    (HUMANEVAL, DOUBLE, {"test": f"def check(candidate):\n    assert {HUGE}"}, "line 2 of it .* integer string"),
+]
+NO_PYTHON = [
+    "x = '\0'",
+    "x = '\ud800'",
+    "(" * 250 + "1" + ")" * 250,
+    "9" * 5000,
+    "-" * 100_000 + "1",
+    "a." * 99_999 + "a",
+]
+for text in NO_PYTHON:
+    HOSTILE_FIELDS += [
+        (MBPP, ADD, {"tests": [f"assert add({text})"]}, "is not Python"),
+        (MBPP, ADD, {"imports": [text]}, "is not Python"),
+        (HUMANEVAL, DOUBLE, {"test": f"def check(candidate):\n    assert {text}"}, "test "),
+        (HUMANEVAL, DOUBLE, {"prompt": f"def double(x):\n    y = {text}\n"}, "prompt must be the beginning"),
+    ]
+
+
+@pytest.mark.parametrize(("task", "fields", "change", "message"), HOSTILE_FIELDS)
+def test_fields_that_break_the_parser(task: Any, fields: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        task.validate_fields({**fields, **change})
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_what_breaks_them() -> None:
+    """The control: why those are caught."""
+    for text, error in ((DEEP, RecursionError), (HUGE, ValueError)):
+        with pytest.raises(error):
+            ast.unparse(ast.parse(text))
+    for text in NO_PYTHON:
+        with pytest.raises((SyntaxError, ValueError, RecursionError, MemoryError)):
+            ast.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "name"),
+    [(MBPP, ADD, name) for name in ("text", "tests", "setup", "imports")]
+    + [(HUMANEVAL, DOUBLE, name) for name in ("prompt", "entry_point", "test")],
+)
+def test_a_field_is_only_so_long(task: Any, fields: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr(ast, "parse", lambda text: parsed.append(text))
+    long = "x" * (MAX_FIELD // 2 + 1)
+    value = [long, long] if name in ("tests", "imports") else long * 2
+    with pytest.raises(DataError, match=f"{name} has [0-9]+ characters, the most is {MAX_FIELD}"):
+        task.validate_fields({**fields, name: value})
+    assert not any(long in text for text in parsed), "it is not even looked at"
+    monkeypatch.undo()
+    fits = "#" * MAX_FIELD
+    if name in ("prompt", "test", "setup"):
+        task.validate_fields({**fields, name: f"{fields.get(name, '')}{fits}"[:MAX_FIELD]})
+    if name in ("tests", "imports"):
+        task.validate_fields({**fields, name: [*fields.get(name, ()), "#" * (MAX_FIELD // 2)]})
+        with pytest.raises(DataError, match="characters, the most is"):
+            task.validate_fields({**fields, name: [""] * (MAX_FIELD + 2)})
 
 
 @pytest.mark.parametrize(("task", "fields", "change", "message"), BAD_FIELDS)
