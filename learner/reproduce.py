@@ -9,7 +9,6 @@ current folder, and only where they are there already.
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from learner.planning.hardware import processor_name
 from learner.runs.atomic import atomic_write_text
 from learner.runs.stopping import exit_status
 from learner.settings.command import SettingsParser
@@ -92,7 +92,8 @@ def results_table(summaries: Mapping[int, Mapping[str, Any]], *, steps: int, com
     lines += [
         "",
         f"Greedy exact-solve rate on {problems} held-out problems; mean gain at m steps over {runs}: "
-        f"**{mean(gains):+.3f}** (smallest {min(gains):+.3f}). `{command}` on {_machine()}.",
+        f"**{mean(gains):+.3f}** (smallest {min(gains):+.3f}). `{command}` on {os.cpu_count()} cores of "
+        f"{processor_name()}, no GPU.",
         "",
     ]
     return "\n".join(lines)
@@ -105,14 +106,6 @@ def results_row(recipe: str, summaries: Mapping[int, Mapping[str, Any]]) -> str:
     rates = " / ".join(f"{mean(rate[key] for rate in trained):.3f}" for key in trained[0])
     base = mean(rate["m"] for rate in bases)
     return f"| `{recipe}` | {len(gains)} | {base:.3f} | {rates} | **{mean(gains):+.3f}** ({min(gains):+.3f}) |\n"
-
-
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        model = found[1].strip()
-    return f"{os.cpu_count()} cores of {model}, no GPU"
 
 
 def _replace(page: Path, pattern: str, text: str) -> None:

@@ -29,8 +29,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,6 +43,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from learner.planning.hardware import processor_name
 from learner.runs.stopping import exit_status
 from learner.verification.cases import SamplerSettings, case_names, read_case
 from learner.verification.exactness import check_controls, check_enumeration
@@ -141,10 +140,7 @@ def hardware(device: str) -> str:
     """The processor or GPU, in words."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        model = found[1].strip()
-    return f"{os.cpu_count()} cores of {model}, {torch.get_num_threads()} threads"
+    return f"{os.cpu_count()} cores of {processor_name()}, {torch.get_num_threads()} threads"
 
 
 def _parser() -> Parser:

@@ -11,6 +11,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _KEPT_BYTES = 2**28
 _LARGEST_THRESHOLD = 2**25  # what older versions of glibc accept
 
+FIXED_THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Environment of a process whose memory is measured. Left alone, glibc learns to keep large blocks, and hands them out
+again unseen."""
+
 
 def keep_freed_memory() -> None:
     """From now on this process keeps up to 256 MiB of freed memory for its next allocation. Other C libraries than

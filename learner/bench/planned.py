@@ -26,6 +26,7 @@ from learner.bench.model_free import prebuilt_group
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.planning import activations
 from learner.planning.activations import Trunk
+from rollout.malloc import FIXED_THRESHOLD
 
 BAR = 0.15
 LIMIT_S = 600.0
@@ -167,8 +168,7 @@ def predicted(case: Case, *, cpu: bool = True) -> dict[str, int]:
 
 def measure_in_fresh_process(case: Case) -> int:
     """Bytes above the model's own."""
-    # A fixed threshold: glibc would otherwise learn to keep large blocks, and hand them out again unseen.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | FIXED_THRESHOLD | {"OMP_NUM_THREADS": "1"}
     request = json.dumps(dataclasses.asdict(case))
     command = [sys.executable, "-m", "learner.bench.planned", "--one", request]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)

@@ -85,7 +85,7 @@ def read_snapshot(path: Path, base: str | None = None) -> Snapshot:
         if newest is None:
             raise ConfigError(f"{path} is neither a checkpoint nor a run with a good one; give RUN/checkpoints/NAME")
         found = newest
-        path = path / "checkpoints" / f"iteration-{found.progress.iteration:06d}"
+        path = checkpoints.place(path / "checkpoints", found.progress.iteration)
     base = base or found.peft_config.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"the adapter in {path} doesn't name its base; give it with --base")

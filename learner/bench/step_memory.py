@@ -19,6 +19,7 @@ from learner.bench.plain import plain_generate, plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.objectives.advantages import group_advantages
 from learner.settings.objectives import AgrpoConfig
+from rollout.malloc import FIXED_THRESHOLD
 
 LIMIT_S = 300.0
 
@@ -26,8 +27,7 @@ LIMIT_S = 300.0
 def memory_in_fresh_process(shape: Shape, way: str, k: int) -> int:
     """Bytes above the model's own. ``way``: ours or plain. k 0: the engine."""
     request = json.dumps({"shape": dataclasses.asdict(shape), "way": way, "k": k})
-    # A fixed threshold: glibc would otherwise learn to keep large blocks, and hand them out again unseen.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | FIXED_THRESHOLD | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "learner.bench.step_memory", request]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, f"measuring memory failed: {done.stderr[-2000:]}"

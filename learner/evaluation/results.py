@@ -18,6 +18,7 @@ from typing import Any
 from learner.runs.atomic import disk_errors
 from learner.runs.directory import make_folder
 from learner.runs.lock import FileLock, Held
+from learner.settings.arguments import flat
 from rewards.errors import ConfigError
 from rollout.messages import EvalReport
 
@@ -145,7 +146,7 @@ class ResultsFile:
             raise ConfigError(f"{self.path} is not the results of an evaluation; give another out=") from None
         if found != FORMAT:
             raise ConfigError(f"{self.path} has results format {found}, this version reads {FORMAT}; give another out=")
-        old, new = _flat(before), _flat(settings)
+        old, new = flat(before), flat(settings)
         changes = [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
         if changes:
             raise ConfigError(
@@ -159,10 +160,3 @@ class ResultsFile:
             while left:  # a full disk takes a part, then raises
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -58,8 +58,8 @@ def read_adapter(config: EvaluateConfig, run_dir: Path | None) -> Adapter | None
     damaged: list[Exception] = []
     newest = checkpoints.newest_good(RunDirectory(folder).checkpoints_dir, on_damaged=damaged.append)
     if newest is not None:
-        place = RunDirectory(folder).checkpoints_dir / f"iteration-{newest.progress.iteration:06d}" / "adapter"
-        return Adapter(place, newest.adapter, newest.peft_config, newest.progress.adapter_digest)
+        place = checkpoints.place(RunDirectory(folder).checkpoints_dir, newest.progress.iteration)
+        return Adapter(place / "adapter", newest.adapter, newest.peft_config, newest.progress.adapter_digest)
     why = f" ({damaged[0]})" if damaged else ""
     raise ConfigError(
         f"no adapter in {folder}{why}: give the folder of a run, a checkpoint or a PEFT adapter, or adapter=none"

@@ -1,6 +1,7 @@
 """The memory and the speed that are there: what the command line says, the GPUs of a cluster, or this machine."""
 
 import os
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,13 @@ class Hardware:
     """A key of ``GPUS``, when known."""
     source: str
     """Where this comes from, as a sentence's part."""
+
+
+def processor_name() -> str:
+    """Of this machine, in words."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def parse_memory(text: str) -> int:

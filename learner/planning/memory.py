@@ -12,12 +12,10 @@ from learner.planning import activations
 from learner.planning.activations import Trunk
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
+from rollout.models.few_bits import BYTES_PER_PARAMETER
 from rollout.sampling.schedule import tokens_per_step
 
 GIB = 1 << 30
-BYTES_PER_QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-"""Of a quantized weight, as rollout.models.quantization stores it; that module loads torch."""
-
 GATHERED_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at once, at most (its stage3_max_live_parameters)."""
 CUDA_ALLOWANCE = int(0.75 * GIB)
@@ -206,7 +204,7 @@ def weight_bytes(config: RunConfig, model: ModelShape) -> int:
     e = itemsize(config)
     kind = config.model.quantization
     quantized = model.layers * sum(one.parameters for one in model.maps if one.name != "router") if kind else 0
-    return int(quantized * BYTES_PER_QUANTIZED.get(kind or "", 0.0)) + (model.parameters - quantized) * e
+    return int(quantized * (BYTES_PER_PARAMETER[kind] if kind else 0.0)) + (model.parameters - quantized) * e
 
 
 def adapter_bytes(config: RunConfig, model: ModelShape) -> int:

@@ -132,9 +132,9 @@ def newest_good(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) 
 def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
     """Delete all but the ``keep`` newest checkpoints and the best one."""
     paths = saved(folder)
-    spared = {f"{_PREFIX}{best_iteration:06d}"} if best_iteration is not None else set()
+    best = place(folder, best_iteration) if best_iteration is not None else None
     for path in paths[: max(0, len(paths) - keep)]:
-        if path.name not in spared:
+        if path != best:
             shutil.rmtree(path)
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from learner.runs import checkpoint as checkpoints
 from learner.runs.directory import RunDirectory
+from learner.settings.arguments import flat
 from learner.settings.run import RunConfig
 from learner.settings.sections import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, Section
 from rewards.errors import CheckpointError, ConfigError
@@ -73,7 +74,7 @@ def changed_settings(run_dir: RunDirectory, config: Section) -> list[str]:
         before = json.loads(run_dir.config_path.read_text())
     except (OSError, ValueError) as error:
         return [f"the earlier settings can't be read ({error})"]
-    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    old, new = flat(before), flat(config.model_dump(mode="json"))
     keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key) and key not in _OF_A_START)
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
@@ -169,10 +170,3 @@ def _require_kind(path: Path, kind: str) -> None:
     if _kind(path) not in (None, kind):
         right = "main" if kind == "sft" else "sft"
         raise ConfigError(f"{path} is a run of python -m learner.{right} and can only be resumed with that")
-
-
-def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

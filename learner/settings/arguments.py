@@ -166,6 +166,14 @@ def variant_name(section: type[BaseModel], field: FieldInfo) -> str:
     return str(section.model_fields[field.discriminator].default)
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def unknown_key(key: str, model: type[BaseModel]) -> str:
     """The sentence for a key that does not exist, with the nearest one that does."""
     known = list(dict.fromkeys(name for name, _ in leaf_fields(model)))

@@ -16,9 +16,9 @@ from rollout.adapters import AdapterState, adapter_parameters, digest, load_stat
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
+from rollout.models.few_bits import Quantization
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
-from rollout.models.quantization import Quantization
 from rollout.sampling.denoise import Completion, Request, Tokens, denoise
 from rollout.seeds import derive_seed
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup

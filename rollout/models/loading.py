@@ -11,7 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 from rewards.errors import ConfigError, first_line
 from rollout.models import masked_lm
 from rollout.models.family import PolicyAdapter, policy_adapter
-from rollout.models.quantization import Quantization, exact_products, quantization_config, require_bitsandbytes
+from rollout.models.few_bits import Quantization
+from rollout.models.quantization import exact_products, quantization_config, require_bitsandbytes
 
 disable_progress_bar()  # a bar per load and process would tear the run's own output apart
 

@@ -7,12 +7,12 @@ batch: a token's log-prob would depend on which other rows share its forward, an
 about un-updated weights. Its fast 4-bit product for CPUs with AVX512-BF16, which it takes only outside of training,
 would do the same and is off.
 
-Memory of a quantized weight matrix: ``BYTES_PER_PARAMETER``; a quarter or half of bfloat16. The expanded matrix of one
-linear map lives as long as its product runs, in the run's dtype.
+Memory of a quantized weight matrix: ``few_bits.BYTES_PER_PARAMETER``; a quarter or half of bfloat16. The expanded matrix
+of one linear map lives as long as its product runs, in the run's dtype.
 """
 
 import importlib
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from rewards.errors import ConfigError
-
-Quantization = Literal["nf4", "int8"]
-
-# nf4: 4 bits, an 8-bit scale per 64 weights and a float32 scale per 256 of those. int8: a float32 scale per output row
-# comes on top.
-BYTES_PER_PARAMETER: dict[Quantization, float] = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+from rollout.models.few_bits import Quantization
 
 
 def require_bitsandbytes(kind: Quantization, device_type: str) -> Any:

@@ -17,7 +17,7 @@ from learner.planning.activations import Trunk
 from learner.planning.check import check_memory
 from learner.planning.fit import plan_run
 from learner.planning.hardware import Hardware
-from learner.planning.memory import BYTES_PER_QUANTIZED, GIB, actor_memory, rank_memory, trajectory_bytes
+from learner.planning.memory import GIB, actor_memory, rank_memory, trajectory_bytes
 from learner.planning.prompts import prompt_tokens
 from learner.settings.arguments import recipe_names
 from learner.settings.run import load_config
@@ -25,10 +25,10 @@ from rewards.errors import ConfigError
 from rewards.tasks.sudoku import Sudoku
 from rollout.models import masked_lm
 from rollout.models.dream import DreamConfig, DreamModel
+from rollout.models.few_bits import BYTES_PER_PARAMETER
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from rollout.models.lora import LoraSpec, attach_lora
-from rollout.models.quantization import BYTES_PER_PARAMETER
 
 LLADA = {"d_model": 64, "n_layers": 3, "n_heads": 4, "mlp_hidden_size": 96, "vocab_size": 97}
 DECODER = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
@@ -199,16 +199,12 @@ def test_items_of_a_rank_at_llada_8b() -> None:
     assert items(planned_run("learner.zero_stage=3").rank)["base weights"] == 2 * 8_015_581_184 // 8
     quantized = items(planned_run("model.quantization=nf4").rank)["base weights"]
     maps = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
-    assert quantized == int(maps * BYTES_PER_QUANTIZED["nf4"]) + 2 * (8_015_581_184 - maps)
+    assert quantized == int(maps * BYTES_PER_PARAMETER["nf4"]) + 2 * (8_015_581_184 - maps)
 
 
 def test_named_target_modules_are_counted() -> None:
     queries = planned_run('lora.target_modules=["q_proj"]').model.adapter_parameters(64)
     assert queries == 32 * 64 * 2 * 4096
-
-
-def test_quantized_bytes_are_those_of_the_loading_code() -> None:
-    assert BYTES_PER_QUANTIZED == BYTES_PER_PARAMETER
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from rewards.errors import ConfigError
 from rollout.adapters import adapter_parameters, digest, load_state, pack, write_peft_folder
 from rollout.engines.torch import TorchEngine
 from rollout.models.family import policy_adapter
+from rollout.models.few_bits import BYTES_PER_PARAMETER
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
-from rollout.models.quantization import BYTES_PER_PARAMETER, exact_products, require_bitsandbytes
+from rollout.models.quantization import exact_products, require_bitsandbytes
 from tests.learner.test_scorer import rollout, worst_difference
 from tests.support.hand_made import acting_adapter
 from tests.support.learner_ranks import importing_ray, put, settings
