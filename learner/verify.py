@@ -6,8 +6,9 @@
    must find every log-prob again.
 2. Exactness: on samplers small enough to enumerate, the expected AGRPO gradient must be (G-1)/(G m) times the gradient
    of expected reward; and estimators that are known to be biased must be found so (the negative controls).
-3. With --golden DIR, every recorded case NN_*.npz/.json in DIR: log-probs, step probabilities, importance weights,
-   losses, gradients, tokens; the reader takes the reference's conventions upon itself.
+3. With --golden DIR (a checkout has tests/golden), every recorded case NN_*.npz/.json in DIR: log-probs, step
+   probabilities, importance weights, losses, gradients, tokens; the reader takes the reference's conventions upon
+   itself.
 
 --json prints one document:
 
@@ -151,7 +152,12 @@ def _parser() -> Parser:
         epilog=EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--golden", type=Path, metavar="DIR", help="folder of recorded cases, NN_name.npz and .json")
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        metavar="DIR",
+        help="folder of recorded cases, NN_name.npz and .json; a checkout has tests/golden",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): cuda where there is one"

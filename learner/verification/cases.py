@@ -1,4 +1,4 @@
-"""Reader of recorded cases of the reference AGRPO code (`golden/README.md` beside the cases defines the format).
+"""Reader of recorded cases of the reference AGRPO code (tests/golden/README.md defines the format).
 
 A case is ``NN_name.npz`` and ``NN_name.json``: a training case (rollout, draws, losses, gradients) or a sampler case
 (rollout with its noise). The reader turns the recorded rollout into this code base's trajectory groups, one per row
@@ -281,7 +281,7 @@ def case_names(folder: Path) -> list[str]:
         ConfigError: when it is no folder or holds none.
     """
     if not folder.is_dir():
-        raise ConfigError(f"--golden {folder} is not a folder")
+        raise ConfigError(f"--golden {folder} is not a folder; a checkout has recorded cases in tests/golden")
     names = {p.stem for p in folder.iterdir() if p.suffix in (".npz", ".json") and re.match(r"\d\d_", p.name)}
     if not names:
         raise ConfigError(f"--golden {folder} holds no recorded case; cases are called NN_name.npz and NN_name.json")
