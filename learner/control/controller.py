@@ -190,7 +190,7 @@ class Controller(Training):
         }
         self._advance(reports, total)
         self.reporter.iteration(version, metrics)
-        self.recorder.iteration(version, groups, [report.scored for report in reports])
+        self.recorder.iteration(version, groups, reports[0].credit, [report.scored for report in reports])
         self.workers.tell(version)
         self._check_agreement(version, items, reports)
         self._check_finite(reports)
@@ -243,11 +243,8 @@ class Controller(Training):
 
     def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
         rates, kept = greedy_solve_rates(self.config, self.feed, self.held_out, weights, on_tick=self._tick)
-        evaluations = {**self.progress.evaluations, name: rates}
-        best = self.progress.best
-        if rates["m"] > best.get("solve_rate", -1.0):
-            best = {"iteration": iteration, "solve_rate": rates["m"]}
-        self.progress = dataclasses.replace(self.progress, evaluations=evaluations, evaluated_at=iteration, best=best)
+        better = rates["m"] > self.progress.best.get("solve_rate", -1.0)
+        self._evaluated(name, iteration, rates, best={"solve_rate": rates["m"]} if better else None)
         self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
         self.recorder.evaluation(iteration, name, kept)
 

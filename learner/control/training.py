@@ -2,11 +2,11 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from learner.control.commands import Commands
-from learner.objectives import Statistics
+from learner.objectives.statistics import Statistics
 from learner.ranks.group import LearnerGroup
 from learner.ranks.optim import learning_rate
 from learner.ranks.rank import GroupConfig, PublishedAdapter, UpdateReport
@@ -108,6 +108,17 @@ class Training(ABC):
     @abstractmethod
     def _evaluate_trained(self, iteration: int) -> None:
         """Measure the weights after so many iterations."""
+
+    def _evaluated(
+        self, name: str, iteration: int, figures: Mapping[str, float], *, best: Mapping[str, float] | None
+    ) -> None:
+        """Note what an evaluation found. ``best``: what makes it the best so far and its value; None when it isn't."""
+        progress = dataclasses.replace(
+            self.progress, evaluations={**self.progress.evaluations, name: figures}, evaluated_at=iteration
+        )
+        if best is not None:
+            progress = dataclasses.replace(progress, best={"iteration": iteration, **best})
+        self.progress = progress
 
     def _state_to_save(self) -> checkpoints.Progress:
         """The state of a checkpoint; ``adapter`` is then what the ranks hold."""

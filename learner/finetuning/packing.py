@@ -38,6 +38,8 @@ class PackedPlan:
     normaliser: float
     statistics: dict[str, float]
     """Figures of the whole update, the same on every rank."""
+    credit: tuple[np.ndarray, ...] = ()
+    """Of completions; demonstrations have none."""
 
 
 @dataclass(frozen=True)

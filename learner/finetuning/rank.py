@@ -12,7 +12,7 @@ from learner.finetuning.noising import Sequence, held_out_draws, noised
 from learner.finetuning.packing import Forward, PackedPlan, build_tokens, plan_rows
 from learner.finetuning.settings import SftConfig
 from learner.likelihood.scorer import restricted_logp
-from learner.objectives import Statistics
+from learner.objectives.statistics import Statistics
 from learner.ranks.group import LearnerGroup
 from learner.ranks.rank import Rank
 from rollout.waits import bounded_get

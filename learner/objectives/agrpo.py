@@ -28,14 +28,16 @@ import torch
 
 from learner.likelihood.timesteps import draw_timesteps, draw_uniforms, step_table
 from learner.likelihood.views import View, ViewBatch
-from learner.objectives import Statistics
-from learner.settings.sections import AgrpoConfig
+from learner.objectives.advantages import group_advantages
+from learner.objectives.base import Wanted
+from learner.objectives.statistics import Statistics
+from learner.settings.objectives import AgrpoConfig
 from rollout.seeds import numpy_generator
 from rollout.trajectory import TrajectoryGroup
 
 
 class Agrpo:
-    """The method as ``learner.objectives.Objective`` wants it."""
+    """The method as ``learner.objectives.base.Objective`` wants it."""
 
     def __init__(self, config: AgrpoConfig) -> None:
         self.config = config
@@ -44,20 +46,19 @@ class Agrpo:
     def needs_reference(self) -> bool:
         return self.config.beta > 0
 
-    @property
-    def draws_per_completion(self) -> int:
-        return self.config.k
+    def credit(self, group: TrajectoryGroup) -> np.ndarray:
+        return group_advantages(group.rewards)
 
-    def views(
+    def wanted(
         self,
         index: int,
         group: TrajectoryGroup,
-        advantages_G: np.ndarray,
+        credit_G: np.ndarray,
         *,
         run_seed: int,
         update_index: int,
         eos_ids: tuple[int, ...],
-    ) -> tuple[list[View], Statistics]:
+    ) -> Wanted:
         """Drawn steps of the rows that have a gradient: those with an advantage, all of them when there is a KL term.
 
         The draws are made for every row first, so they don't depend on which rows are left out.
@@ -67,17 +68,18 @@ class Agrpo:
         stream = numpy_generator(run_seed, int(group.group_id), int(group.policy_version), update_index, "timesteps")
         u_Gk = draw_uniforms(stream, group.size, config.k, low_discrepancy=config.low_discrepancy)
         drawn = draw_timesteps(table, u_Gk, config.timestep_sampling, config.weight_floor)
-        live = [row for row in range(group.size) if advantages_G[row] != 0 or self.needs_reference]
+        live = [row for row in range(group.size) if credit_G[row] != 0 or self.needs_reference]
         views = [
-            View(index, row, int(step), float(advantages_G[row]), float(weight), int(count))
+            View(index, row, int(step), float(credit_G[row]), float(weight), int(count))
             for row in live
             for step, count, weight in zip(*drawn[row], strict=True)
         ]
         largest = [float((drawn[row].weights / drawn[row].counts).max()) for row in live]
-        return views, Statistics(
+        statistics = Statistics(
             maxima={"importance_weight/max": max(largest)} if live else {},
             totals={"draws_merged": float(len(live) * config.k - len(views)), "live_completions": float(len(live))},
         )
+        return Wanted(views, divisor=float(group.size * config.k), statistics=statistics)
 
     def loss(
         self,

@@ -61,7 +61,8 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     rounds = math.ceil(leases / rollout.actors)
     rows_of_lease = rollout.groups_per_lease * rollout.group_size
     busiest = min(completions, rounds * rows_of_lease)
-    views = completions * config.objective.k * learner.updates_per_batch
+    cost = config.objective.cost
+    views = completions * cost.views * learner.updates_per_batch
     rows, candidates = scored_rows(config, views)
     training = training_flops(
         model,
@@ -72,7 +73,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         checkpointing=learner.activation_checkpointing,
     )
     plain = forward_flops(model, lora_r=0, rows=views, length=length, head_rows=max(rows, candidates))
-    per_rank = math.ceil(completions * config.objective.k / learner.ranks)
+    per_rank = math.ceil(completions * cost.views / learner.ranks)
     in_forward = min(per_rank, learner.views_per_forward)
     scored, _ = scored_rows(config, in_forward)
     return Work(
@@ -82,7 +83,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         views=views,
         learner_forwards=math.ceil(per_rank / learner.views_per_forward) * learner.updates_per_batch,
         learner=training,
-        reference=plain if config.objective.beta > 0 else Flops(0.0),
+        reference=plain if cost.reference else Flops(0.0),
         published=adapter_bytes(config, model),
         published_by_all=adapter_bytes(config, model) * rollout.actors,
         trajectories=trajectory_bytes(config, prompt) * rollout.prompts_per_iteration,

@@ -217,7 +217,8 @@ class _Needs:
 
     def largest_views(self) -> int | None:
         bytes_ = self.budgets()[0].bytes
-        upper = self.config.rollout.prompts_per_iteration * self.config.rollout.group_size * self.config.objective.k
+        completions = self.config.rollout.prompts_per_iteration * self.config.rollout.group_size
+        upper = completions * self.config.objective.cost.views
         return None if bytes_ is None else _largest(lambda n: self.rank(n).peak <= bytes_, upper)
 
     def largest_rows(self) -> int | None:

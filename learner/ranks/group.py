@@ -8,9 +8,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from learner.objectives import Statistics
-from learner.ranks.rank import GroupConfig, LearnerRank, PublishedAdapter, Rank, UpdateReport
+from learner.objectives.statistics import Statistics
+from learner.ranks.rank import GroupConfig, PublishedAdapter, Rank, UpdateReport
 from learner.ranks.rendezvous import meeting_host
+from learner.ranks.trajectories import LearnerRank
 from learner.runs.stopping import StopRequested
 from rewards.errors import WaitTimeout, WorkerLost
 from rollout.adapters import AdapterState
@@ -113,6 +114,7 @@ class LearnerGroup:
             learning_rate=first.learning_rate,
             forwards=sum(report.forwards for report in reports),
             seconds=max(report.seconds for report in reports),
+            credit=first.credit,
             scored=tuple(view for report in reports for view in report.scored),
         )
 

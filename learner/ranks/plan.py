@@ -12,8 +12,8 @@ import numpy as np
 
 from learner.likelihood.timesteps import last_token_step
 from learner.likelihood.views import View
-from learner.objectives import Objective, Statistics
-from learner.objectives.advantages import group_advantages
+from learner.objectives.base import Objective
+from learner.objectives.statistics import Statistics
 from rollout.trajectory import TrajectoryGroup
 
 Forward = tuple[View, ...]
@@ -25,10 +25,12 @@ class UpdatePlan:
 
     forwards: tuple[tuple[Forward, ...], ...]
     """[rank][forward], views scored together; every rank has the same number of forwards, at least one, none empty."""
-    normaliser: int
-    """Completions of the iteration, those without signal included, times draws per completion."""
+    normaliser: float
+    """The objective's divisors of all groups, those without signal included."""
     statistics: dict[str, float]
     """Figures of the whole update (the same on every rank, so not to be added up over ranks)."""
+    credit: tuple[np.ndarray, ...]
+    """[group], what the objective credits each completion with, [G] float64."""
 
 
 def plan_update(
@@ -54,20 +56,20 @@ def plan_update(
     """
     ids = [group.group_id for group in groups]
     assert ids and all(a < b for a, b in zip(ids, ids[1:], strict=False)), f"group ids are not ascending: {ids}"
+    credit = tuple(objective.credit(group) for group in groups)
     views: list[View] = []
-    parts: list[Statistics] = []
-    for index, group in enumerate(groups):
-        advantages_G = group_advantages(group.rewards)
-        wanted, figures = objective.views(
-            index, group, advantages_G, run_seed=run_seed, update_index=update_index, eos_ids=eos_ids
-        )
-        views += wanted
-        parts += [figures, _group_statistics(group, advantages_G, eos_ids)]
+    divisor, parts = 0.0, []
+    for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
+        wanted = objective.wanted(index, group, credit_G, run_seed=run_seed, update_index=update_index, eos_ids=eos_ids)
+        views += wanted.views
+        divisor += wanted.divisor
+        parts += [wanted.statistics, _group_statistics(group, credit_G, eos_ids)]
     statistics = Statistics.merged([*parts, Statistics(totals={"views": float(len(views))})])
     return UpdatePlan(
         forwards=_deal(views, ranks, views_per_forward, pad=_pad_view(groups[0])),
-        normaliser=sum(group.size for group in groups) * objective.draws_per_completion,
+        normaliser=divisor,
         statistics=statistics.values(),
+        credit=credit,
     )
 
 
@@ -88,13 +90,13 @@ def _pad_view(group: TrajectoryGroup) -> View:
     return View(0, 0, int(group.unmask_step[0][group.drawn[0]].min()), advantage=0.0, weight=0.0)
 
 
-def _group_statistics(group: TrajectoryGroup, advantages_G: np.ndarray, eos_ids: tuple[int, ...]) -> Statistics:
+def _group_statistics(group: TrajectoryGroup, credit_G: np.ndarray, eos_ids: tuple[int, ...]) -> Statistics:
     G = float(group.size)
     is_eos_GC = np.isin(group.completion_ids, eos_ids)
     means = {
         "reward/mean": (float(group.rewards.sum(dtype=np.float64)), G),
         "solve_rate": (float(group.correct.sum()), G),
-        "groups/no_signal_share": (float(not advantages_G.any()), 1.0),
+        "groups/no_signal_share": (float(not credit_G.any()), 1.0),
         "eos_rate": (float(is_eos_GC.any(axis=1).sum()), G),
         "completion_length": (float((~is_eos_GC).sum()), G),
         "entropy": (float(group.entropy[group.drawn].sum(dtype=np.float64)), float(group.drawn.sum())),

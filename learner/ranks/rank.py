@@ -1,7 +1,7 @@
 """One DeepSpeed rank of the learner group; ``learner.ranks.group`` runs it as a Ray actor.
 
 ``Rank`` is what all methods share: the model with its adapter, the group, exactly one optimizer step per update.
-``LearnerRank`` learns from groups of trajectories; ``learner.finetuning.rank`` from demonstrations.
+``learner.ranks.trajectories`` learns from groups of trajectories; ``learner.finetuning.rank`` from demonstrations.
 """
 
 import math
@@ -14,13 +14,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import ray
 import torch
 from safetensors.torch import save as save_safetensors
 
-from learner.likelihood.scorer import score
-from learner.likelihood.views import build_batch
-from learner.objectives import Statistics, make_objective
+from learner.objectives.statistics import Statistics
 from learner.ranks.build_ops import prepare_environment
 from learner.ranks.optim import (
     FiniteAdamW,
@@ -30,10 +29,8 @@ from learner.ranks.optim import (
     inner_optimizer,
     updates_applied,
 )
-from learner.ranks.plan import Forward, plan_update
 from learner.ranks.rendezvous import meet, open_meeting_place
-from learner.ranks.scored import ScoredView, recorded_groups, scored_views
-from learner.settings.run import RunConfig
+from learner.ranks.scored import ScoredView
 from learner.settings.sections import (
     GroupSection,
     LoraSection,
@@ -42,16 +39,13 @@ from learner.settings.sections import (
     RunPlace,
     TimeoutsSection,
 )
-from rewards.errors import TrajectoryError
 from rollout.adapters import AdapterState, PackedTensor, adapter_parameters, digest, load_state, pack
 from rollout.malloc import keep_freed_memory
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.seeds import derive_seed
-from rollout.trajectory import TrajectoryGroup
 from rollout.usage import process_usage
-from rollout.waits import bounded_get
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,8 @@ class UpdateReport:
     learning_rate: float
     forwards: int
     seconds: float
+    credit: tuple[np.ndarray, ...] = ()
+    """[group], what each completion was credited with, [G] float64, the same on every rank; empty where nothing is."""
     scored: tuple[ScoredView, ...] = ()
     """What this rank scored of the groups that are kept for playback, in the order of the plan."""
     usage: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +113,10 @@ class Plan(Protocol):
     @property
     def statistics(self) -> dict[str, float]:
         """Figures of the whole update."""
+
+    @property
+    def credit(self) -> tuple[np.ndarray, ...]:
+        """[group], what each completion is credited with, [G] float64; empty where nothing is."""
 
 
 def lora_spec(config: GroupConfig) -> LoraSpec:
@@ -242,6 +242,7 @@ class Rank(ABC):
             learning_rate=lr,
             forwards=len(plan.forwards[self.rank]),
             seconds=time.perf_counter() - started,
+            credit=plan.credit,
             scored=self._scored(),
             usage=process_usage(),
         )
@@ -309,69 +310,6 @@ class Rank(ABC):
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(adapter_parameters(self.engine.module).values()))
-
-
-class LearnerRank(Rank):
-    """Learns from groups of trajectories. An update's ``refs`` are its groups by ascending group id, its
-    ``update_index`` the number among the updates on the same groups."""
-
-    config: RunConfig
-
-    def __init__(self, config: RunConfig, model_path: str, rank: int, world: int) -> None:
-        super().__init__(config, model_path, rank, world)
-        self.objective = make_objective(config.objective)
-        self._kept: tuple[int, ...] = ()
-        self._seen: list[ScoredView] = []
-
-    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[Plan, list[TrajectoryGroup]]:
-        groups = self._groups(refs)
-        self._kept, self._seen = recorded_groups(groups, self.config.samples_per_iteration), []
-        plan = plan_update(
-            groups,
-            objective=self.objective,
-            run_seed=self.config.run.seed,
-            update_index=update_index,
-            eos_ids=(self.family.eos_token_id,),
-            ranks=self.world,
-            views_per_forward=self.config.learner.views_per_forward,
-        )
-        return plan, groups
-
-    def _scored(self) -> tuple[ScoredView, ...]:
-        return tuple(self._seen)
-
-    def _loss(self, forward: Forward, data: list[TrajectoryGroup]) -> tuple[torch.Tensor, Statistics]:
-        temperature = data[0].sampler.temperature
-        batch = build_batch(forward, data, mask_id=self.family.mask_token_id, pad_id=self.family.pad_token_id)
-        ref_logp_N = ref_position_logp_Z = None
-        if self.objective.needs_reference:
-            with torch.no_grad(), self.engine.module.disable_adapter():
-                reference = score(self.engine, batch, family=self.family, temperature=temperature)
-            ref_logp_N, ref_position_logp_Z = reference.logp_N, reference.position_logp_Z
-        scores = score(self.engine, batch, family=self.family, temperature=temperature)
-        loss, statistics = self.objective.loss(
-            scores.logp_N,
-            ref_logp_N,
-            batch,
-            position_logp_Z=scores.position_logp_Z,
-            ref_position_logp_Z=ref_position_logp_Z,
-        )
-        self._seen += scored_views(batch, scores, data, self._kept)
-        real_N = torch.from_numpy(batch.weight > 0).to(scores.mass_N.device)
-        inside = Statistics(means={"support_mass": (float(scores.mass_N[real_N].sum()), float(real_N.sum()))})
-        return loss, Statistics.merged([statistics, inside])
-
-    def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
-        who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
-        groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
-        if any(group.sampler.temperature <= 0 for group in groups):
-            raise TrajectoryError("a group was decoded greedily (temperature 0): it has no law to learn from")
-        if any(group.sampler.threshold is not None for group in groups):
-            raise TrajectoryError(
-                "a group was decoded with a confidence threshold: how many positions a step reveals "
-                "then depends on the policy and isn't scored"
-            )
-        return groups
 
 
 def _plain_grad(parameter: torch.nn.Parameter) -> torch.Tensor:

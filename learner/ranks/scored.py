@@ -10,7 +10,6 @@ import numpy as np
 
 from learner.likelihood.scorer import Scores
 from learner.likelihood.views import ViewBatch
-from learner.objectives.advantages import group_advantages
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -33,15 +32,18 @@ class ScoredView(NamedTuple):
     """log-prob of the choice of these positions; NaN where that is no action of the policy"""
 
 
-def recorded_groups(groups: Sequence[TrajectoryGroup], completions: int) -> tuple[int, ...]:
+def recorded_groups(credit: Sequence[np.ndarray], completions: int) -> tuple[int, ...]:
     """Indices of the groups that are kept for playback: whole ones, until ``completions`` completions are reached.
 
     Groups with a signal come first, since the others aren't scored; among equals the first by group id.
+
+    Args:
+        credit: [group], each completion's (``UpdatePlan.credit``).
     """
-    silent = [not group_advantages(group.rewards).any() for group in groups]
+    silent = [not credit_G.any() for credit_G in credit]
     chosen: list[int] = []
-    for index in sorted(range(len(groups)), key=lambda index: silent[index]):
-        if sum(groups[i].size for i in chosen) >= completions:
+    for index in sorted(range(len(credit)), key=lambda index: silent[index]):
+        if sum(credit[i].size for i in chosen) >= completions:
             break
         chosen.append(index)
     return tuple(sorted(chosen))

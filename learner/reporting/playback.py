@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from learner.objectives.advantages import group_advantages
 from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.reporter import Reporter
 from rollout.trajectory import TrajectoryGroup
@@ -46,22 +45,26 @@ class PlaybackRecorder:
         self._texts: dict[int, str] = {}  # of single tokens
 
     def iteration(
-        self, iteration: int, groups: Sequence[TrajectoryGroup], updates: Sequence[Sequence[ScoredView]]
+        self,
+        iteration: int,
+        groups: Sequence[TrajectoryGroup],
+        credit: Sequence[np.ndarray],
+        updates: Sequence[Sequence[ScoredView]],
     ) -> None:
         """Keep whole groups of an iteration.
 
         Args:
             groups: all of the iteration's, as its updates saw them.
+            credit: [group], what each completion was credited with, [G] float64.
             updates: what each update on them scored of the recorded groups.
         """
         order: dict[str, Any] = {}
         order_arrays: dict[str, np.ndarray] = {}
-        kept = recorded_groups(groups, self._completions)
+        kept = recorded_groups(credit, self._completions)
         if kept:
             order, order_arrays = order_map(groups)
         for index in kept:
             group = groups[index]
-            advantages_G = group_advantages(group.rewards)
             for row in range(group.size):
                 views = [
                     (update, view)
@@ -70,7 +73,7 @@ class PlaybackRecorder:
                     if (view.group, view.row) == (index, row)
                 ]
                 about = {
-                    "advantage": float(advantages_G[row]),
+                    "advantage": float(credit[index][row]),
                     "group_size": group.size,
                     "updates": len(updates),
                     "learner_version": iteration - 1,

@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, model_validator
 
 from learner.settings import arguments as overrides
+from learner.settings.objectives import AgrpoConfig, ObjectiveConfig
 from learner.settings.sections import (
     CheckpointSection,
     EvaluationSection,
@@ -21,7 +22,6 @@ from learner.settings.sections import (
     LearnerSection,
     LoraSection,
     ModelSection,
-    ObjectiveConfig,
     ResourcesSection,
     RolloutSection,
     RunSection,
@@ -33,6 +33,7 @@ from learner.settings.sections import (
 from rewards.errors import ConfigError
 from rewards.task import BUILT_IN, get_task, grade_timeout_problem
 from rewards.tasks.hub import PREFIX
+from rollout.trajectory import SamplerSpec
 
 DEFAULT_RECIPE = "sudoku"
 
@@ -46,7 +47,7 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     rollout: RolloutSection = RolloutSection()
     learner: LearnerSection = LearnerSection()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = AgrpoConfig()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     resources: ResourcesSection = ResourcesSection()
@@ -64,7 +65,7 @@ class RunConfig(Section):
             *name_problems(self.run.name),
             *store_problems(self.store),
             *_sampler_problems(self),
-            *_objective_problems(self),
+            *self.objective.refuses(SamplerSpec(**self.rollout.sampler.model_dump())),
             *_rollout_problems(self),
             *group_problems(self.learner, self.resources),
             *model_problems(self.model, self.learner),
@@ -225,11 +226,6 @@ def _sampler_problems(config: RunConfig) -> list[str]:
     sampler, prefix = config.rollout.sampler, "rollout.sampler"
     length, block, steps = sampler.completion_length, sampler.block_length, sampler.steps
     problems = []
-    if sampler.temperature == 0:
-        problems.append(
-            f"{prefix}.temperature=0 leaves nothing to learn from, every completion of a group being the same; "
-            "set it above 0 (evaluation is greedy anyway)"
-        )
     if length % block:
         problems.append(
             f"{prefix}.completion_length={length} is not a multiple of {prefix}.block_length={block}; "
@@ -254,18 +250,6 @@ def _sampler_problems(config: RunConfig) -> list[str]:
     if 1 not in config.evaluation.step_divisors:
         problems.append("evaluation.step_divisors lacks 1, the full number of steps, which picks the best checkpoint")
     return problems
-
-
-def _objective_problems(config: RunConfig) -> list[str]:
-    sampler, objective = config.rollout.sampler, config.objective
-    chooses = sampler.position_rule == "decoupled_confidence" and sampler.position_temperature > 0
-    if chooses and objective.timestep_sampling == "entropy" and objective.weight_floor == 0:
-        return [
-            "objective.timestep_sampling=entropy with rollout.sampler.position_rule=decoupled_confidence needs "
-            "objective.weight_floor above 0, or steps whose choice of positions is all but certain get unbounded "
-            "weights; take 0.2, for example"
-        ]
-    return []
 
 
 def _rollout_problems(config: RunConfig) -> list[str]:

@@ -237,39 +237,6 @@ class LearnerSection(GroupSection):
     """Largest |log ratio| on un-updated weights that passes without an alarm event, nats."""
 
 
-class AgrpoConfig(Section):
-    """AGRPO (arXiv 2510.04019)."""
-
-    type: Literal["agrpo"] = "agrpo"
-    """The method."""
-    k: PositiveInt = 4
-    """Denoising steps sampled per completion and update."""
-    timestep_sampling: Literal["uniform", "entropy"] = "entropy"
-    """Law of the sampled steps; entropy draws by the entropy that the rollout recorded (docs/variance.md: the noise of
-    uniform draws for little more than half of the work)."""
-    low_discrepancy: bool = True
-    """Stratify the draws over a group."""
-    step_range: Literal["all", "until_last_token"] = "all"
-    """Steps that can be sampled; until_last_token is the published range, all is the unbiased one."""
-    weight_floor: Fraction = 0.1
-    """Share a of the uniform law mixed into the entropy law; bounds the importance weight by 1/a. Published: 0."""
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
-    position_clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The same as clip_low for the choice of positions, where the position rule scores it; null: clip_low."""
-    position_clip_high: PositiveFloat | None = None
-    """The same as clip_high for the choice of positions; null: clip_high."""
-    beta: NonNegative = 0.0
-    """Weight of the KL against the policy without adapter, of tokens and of scored choices of positions; 0 saves the
-    reference forwards."""
-
-
-# The second method makes this a union: Annotated[AgrpoConfig | ..., Field(discriminator="type")].
-ObjectiveConfig = AgrpoConfig
-
-
 class EvaluationSection(Section):
     """Greedy solve rate on held-out problems."""
 

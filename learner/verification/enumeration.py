@@ -23,7 +23,7 @@ from learner.likelihood.timesteps import StepTable, draw_timesteps, step_probabi
 from learner.likelihood.views import View, build_batch
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
-from learner.settings.sections import AgrpoConfig
+from learner.settings.objectives import AgrpoConfig
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
 EOS = 0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from learner.settings.sections import AgrpoConfig
+from learner.settings.objectives import AgrpoConfig
 from learner.verification.enumeration import (
     RANDOM_ORDER,
     RETIRING,

@@ -8,10 +8,11 @@ import torch
 
 from learner.likelihood.timesteps import draw_timesteps, step_table
 from learner.likelihood.views import View, ViewBatch, build_batch
-from learner.objectives import Statistics, make_objective
+from learner.objectives import make_objective
 from learner.objectives.agrpo import Agrpo
+from learner.objectives.statistics import Statistics
 from learner.ranks.plan import plan_update
-from learner.settings.sections import AgrpoConfig
+from learner.settings.objectives import AgrpoConfig
 from tests.support.hand_made import make_group, random_group, recorded_case
 
 EOS = 1

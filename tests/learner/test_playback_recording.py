@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from safetensors.numpy import load
 from learner.likelihood.scorer import score
 from learner.likelihood.views import View, build_batch
 from learner.objectives import make_objective
+from learner.objectives.advantages import group_advantages
 from learner.ranks.plan import plan_update
 from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.playback import ORDER_BINS, PlaybackRecorder, order_map, view_arrays
@@ -168,14 +169,18 @@ def test_choices_of_positions_are_recorded_where_they_are_actions(ranks, tiny_mo
 # ---- which groups, in which form
 
 
+def credits(groups: Sequence[TrajectoryGroup]) -> list[np.ndarray]:
+    return [group_advantages(group.rewards) for group in groups]
+
+
 def test_whole_groups_with_a_signal_come_first() -> None:
     silent = make_group([[1, 2]] * 4, [[0, 1]] * 4, steps=2, rewards=np.ones((4, 1)), group_id=0)
     groups = [silent, random_group(1), random_group(2), random_group(3)]
-    assert recorded_groups(groups, 0) == ()
-    assert recorded_groups(groups, 1) == recorded_groups(groups, 4) == (1,)
-    assert recorded_groups(groups, 5) == (1, 2)
-    assert recorded_groups(groups, 13) == (0, 1, 2, 3) == recorded_groups(groups, 10**9)
-    assert recorded_groups([silent], 2) == (0,), "better a group without signal than none"
+    assert recorded_groups(credits(groups), 0) == ()
+    assert recorded_groups(credits(groups), 1) == recorded_groups(credits(groups), 4) == (1,)
+    assert recorded_groups(credits(groups), 5) == (1, 2)
+    assert recorded_groups(credits(groups), 13) == (0, 1, 2, 3) == recorded_groups(credits(groups), 10**9)
+    assert recorded_groups(credits([silent]), 2) == (0,), "better a group without signal than none"
 
 
 def views_of(*steps: tuple[int, int]) -> list[tuple[int, ScoredView]]:
@@ -253,7 +258,7 @@ def test_a_whole_group_is_kept_with_its_tokens_and_the_order_of_the_batch(report
     recorder = PlaybackRecorder(reporter, tokenizer, completions=2)
     groups = [random_group(i) for i in range(3)]
     views = [ScoredView(0, 1, 2, 3, 1.5, np.array([4, 6], np.int32), np.float32([-0.5, -0.25]), math.nan)]
-    recorder.iteration(7, groups, [views])
+    recorder.iteration(7, groups, credits(groups), [views])
     found = stored(reporter, tmp_path)
     assert [row["row"] for row, *_ in found] == [0, 1, 2, 3]
     assert {row["group_id"] for row, *_ in found} == {0} and {row["kind"] for row, *_ in found} == {"train"}
@@ -271,7 +276,8 @@ def test_a_whole_group_is_kept_with_its_tokens_and_the_order_of_the_batch(report
 
 
 def test_nothing_is_kept_where_nothing_is_wanted(reporter, tiny_model, tmp_path) -> None:
-    PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=0).iteration(1, [random_group(1)], [[]])
+    group, recorder = random_group(1), PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=0)
+    recorder.iteration(1, [group], credits([group]), [[]])
     assert stored(reporter, tmp_path) == []
 
 
@@ -291,7 +297,7 @@ def test_the_bytes_of_an_iteration_are_bounded(reporter, tiny_model, tmp_path) -
         for row in range(8)
         for step in range(24)
     ]
-    PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=2).iteration(1, groups, [views])
+    PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=2).iteration(1, groups, credits(groups), [views])
     sizes = [size for *_, size in stored(reporter, tmp_path)]
     print(f"{len(sizes)} samples, {sum(sizes)} bytes, the first {sizes[0]}, the others {sizes[1]}")
     assert len(sizes) == 8

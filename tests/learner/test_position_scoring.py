@@ -15,10 +15,10 @@ import torch
 from learner.likelihood.scorer import score
 from learner.likelihood.timesteps import step_table
 from learner.likelihood.views import View, ViewBatch, build_batch
-from learner.objectives import Statistics
 from learner.objectives.agrpo import Agrpo
+from learner.objectives.statistics import Statistics
+from learner.settings.objectives import AgrpoConfig
 from learner.settings.run import bias_warnings, load_config
-from learner.settings.sections import AgrpoConfig
 from rewards.errors import ConfigError, TrajectoryError
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack

@@ -10,7 +10,7 @@ from learner.likelihood.timesteps import step_probabilities, step_table
 from learner.likelihood.views import View
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import UpdatePlan, plan_update
-from learner.settings.sections import AgrpoConfig
+from learner.settings.objectives import AgrpoConfig
 from tests.support.hand_made import make_group, random_group
 
 EOS = 1

@@ -22,7 +22,7 @@ from learner.likelihood.scorer import score
 from learner.likelihood.timesteps import step_table
 from learner.likelihood.views import View, build_batch
 from learner.objectives.agrpo import Agrpo
-from learner.settings.sections import AgrpoConfig
+from learner.settings.objectives import AgrpoConfig
 from learner.verification.enumeration import (
     BLOCKS,
     EOS,

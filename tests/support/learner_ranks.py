@@ -15,12 +15,14 @@ from safetensors.torch import load as load_safetensors
 
 from learner.likelihood.scorer import score
 from learner.likelihood.views import ViewBatch, build_batch
-from learner.objectives import Objective, Statistics, make_objective
-from learner.objectives.advantages import group_advantages
+from learner.objectives import make_objective
+from learner.objectives.base import Objective, Wanted
+from learner.objectives.statistics import Statistics
 from learner.ranks import group as learner_group
 from learner.ranks.group import LearnerGroup
 from learner.ranks.optim import inner_optimizer
-from learner.ranks.rank import LearnerRank, lora_spec
+from learner.ranks.rank import lora_spec
+from learner.ranks.trajectories import LearnerRank
 from learner.runs.local_ray import local_ray
 from learner.settings.run import RunConfig, load_config
 from rewards.task import Problem
@@ -118,15 +120,15 @@ def plain_gradient(
     model = _policy(model_path, config).train()
     load_state(model, adapter)
     for index, group in enumerate(groups):
-        views, _ = objective.views(
+        wanted = objective.wanted(
             index,
             group,
-            group_advantages(group.rewards),
+            objective.credit(group),
             run_seed=config.run.seed,
             update_index=update_index,
             eos_ids=(family.eos_token_id,),
         )
-        for view in views:
+        for view in wanted.views:
             batch = build_batch([view], groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
             temperature = group.sampler.temperature
             reference_N = reference_Z = None
@@ -210,12 +212,12 @@ class _DividedPerMicroBatch:
 
     def __init__(self, inner: Objective, micro_batches: int) -> None:
         self.inner, self.micro_batches = inner, micro_batches
-        self.needs_reference, self.draws_per_completion = inner.needs_reference, inner.draws_per_completion
+        self.config, self.needs_reference, self.credit = inner.config, inner.needs_reference, inner.credit
         self.completions = 0
 
-    def views(self, index: int, group: TrajectoryGroup, *args: Any, **kwargs: Any) -> tuple[list[Any], Statistics]:
+    def wanted(self, index: int, group: TrajectoryGroup, *args: Any, **kwargs: Any) -> Wanted:
         self.completions += group.size
-        return self.inner.views(index, group, *args, **kwargs)
+        return self.inner.wanted(index, group, *args, **kwargs)
 
     def loss(
         self, logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, batch: ViewBatch, **positions: Any

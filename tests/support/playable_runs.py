@@ -150,7 +150,7 @@ def written(
 def scored_of(groups: Sequence[TrajectoryGroup], *, k: int, update: int, shift: float) -> list[ScoredView]:
     """k draws of steps for each recorded completion with an advantage; log-probs have moved by ``shift`` or so."""
     views = []
-    for index in recorded_groups(groups, groups[0].size):
+    for index in recorded_groups([group_advantages(group.rewards) for group in groups], groups[0].size):
         group = groups[index]
         draw = np.random.default_rng([group.group_id, update])
         for row in np.flatnonzero(group_advantages(group.rewards)):
@@ -212,7 +212,7 @@ def playable(
             k = 24 if long else 4
             updates = [scored_of(groups, k=k, update=u, shift=(1e-7, 0.05)[u]) if scored else [] for u in range(2)]
             reporter.iteration(iteration, {"reward/mean": 1.0 + 0.1 * iteration, "loss": 0.1, "solve_rate": 0.4})
-            recorder.iteration(iteration, groups, updates)
+            recorder.iteration(iteration, groups, [group_advantages(group.rewards) for group in groups], updates)
 
         evaluation(0, "base")
         yield iterate
