@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.dashboard.problems import problem_response
+from services.dashboard.rate import Rate
 from services.dashboard.security import Security
 
 MAX_BODY_BYTES = 1 << 20
@@ -21,6 +22,8 @@ _LINGER_BYTES = 32 << 20
 _LINGER_S = 5.0
 
 log = logging.getLogger("services.dashboard")
+
+_faults = Rate(burst=10, every_s=30.0)  # each is a page of log, and anybody may ask again; ``answers`` has their number
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -101,7 +104,8 @@ class _Guards:
             except Exception as error:
                 if answered:
                     raise
-                log.exception("%s %r", scope["method"], scope["path"])
+                if not _faults.wait_s():
+                    log.exception("%s %r", scope["method"], scope["path"])
                 await refuse(500, f"{type(error).__name__} in the dashboard; its log has the rest")
 
 

@@ -85,8 +85,9 @@ class RunIndex:
             now = time.monotonic()
             return _unreadable(known, str(error), again=now + pause_s(now - began))
         except Exception as error:  # of one run, which may be anybody's: the others are shown all the same
-            log.exception("run %r", row["id"])
             reason = f"{type(error).__name__} in the dashboard; its log has the rest"
+            if reason != known.summary.unreadable:
+                log.exception("run %r", row["id"])
             return _unreadable(known, reason, again=time.monotonic() + _AFTER_FAULT_S)
 
     def _read(self, row: dict[str, Any], known: Known) -> Known:

@@ -169,8 +169,10 @@ class Feed:
             except StoreError as error:
                 self._set_trouble(str(error))
             except Exception as error:
-                log.exception("the poller of an event stream")
-                self._set_trouble(f"{type(error).__name__} in the dashboard; its log has the rest")
+                reason = f"{type(error).__name__} in the dashboard; its log has the rest"
+                if reason != self._trouble:
+                    log.exception("the poller of an event stream")
+                self._set_trouble(reason)
             await asyncio.sleep(POLL_S)
 
     def _append(self, frames: list[Frame]) -> None:

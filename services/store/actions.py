@@ -21,6 +21,7 @@ import sqlalchemy as sa
 
 from rewards.errors import StoreError
 from services.store import schema
+from services.store.rows import dicts
 
 STOP, PAUSE, RESUME, CHECKPOINT, SET_ACTORS = "stop", "pause", "resume", "checkpoint", "set_actors"
 COMMANDS = (STOP, PAUSE, RESUME, CHECKPOINT, SET_ACTORS)
@@ -178,7 +179,7 @@ class Inbox:
                 self._expire(self._engine)
                 for action in self._take(self._engine):
                     self._on_action(action)
-        except (StoreError, sa.exc.SQLAlchemyError) as error:
+        except (StoreError, *schema.UNANSWERED) as error:
             told = schema.short_reason(error)
             if told != self._told:
                 self._told = told
@@ -232,7 +233,7 @@ def _refusal(engine: sa.Engine, run_id: str, now: float) -> str | None:
     table = schema.runs
     query = sa.select(table.c.status, table.c.heartbeat).where(table.c.id == run_id)
     with engine.connect() as connection:
-        run = connection.execute(query).mappings().first()
+        run = next(iter(dicts(connection, query)), None)
     if run is None:
         return f"there is no run {run_id} in this store"
     if run["status"] not in LIVE_STATUSES:

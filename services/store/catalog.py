@@ -183,7 +183,7 @@ class Catalog:
                 if store is not None and store.signature.inode != signature.inode:  # another file by the same name
                     self._drop_engine(path)
                 began = time.monotonic()
-                rows, reason = _read(path)
+                rows, reason = _read(path, None if store is None else store.unreadable)
                 self._enter(path, signature, rows, reason, max(_RETRY_S, pause_s(time.monotonic() - began)))
             with self._scanned:
                 self._looks += 1
@@ -257,8 +257,8 @@ def _open(url: str) -> sa.Engine:
     return schema.open_engine(url, create=False, read_only=True, transaction_s=READ_LIMIT_S)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The runs of a store, or why they can't be read."""
+def _read(path: Path, told: str | None) -> tuple[list[dict[str, Any]], str | None]:
+    """The runs of a store, or why they can't be read. ``told``: the reason known, which is not logged again."""
     try:
         engine = _open(schema.sqlite_url(path))
         try:
@@ -268,8 +268,10 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     except StoreError as error:
         return [], str(error)
     except Exception as error:  # of one store, which may be anybody's: the others are listed all the same
-        log.exception("the run store %s", path)
-        return [], f"the run store {path} can't be read: {type(error).__name__}; the dashboard's log has the rest"
+        reason = f"the run store {path} can't be read: {type(error).__name__}; the dashboard's log has the rest"
+        if reason != told:
+            log.exception("the run store %s", path)
+        return [], reason
     if any(len(row["id"]) > _LONGEST_NAME or _longest(row) > _LONGEST_WORD for row in rows):
         return [], f"the run store {path} holds a run whose name, task or host is longer than any of Unmask's"
     return rows, None if rows else f"the run store {path} is empty: no run has been written into it"

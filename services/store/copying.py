@@ -39,7 +39,7 @@ def copy_runs(source: sa.Engine, target: sa.Engine) -> tuple[list[str], list[str
                         continue
                     _copy_run(reading, writing, run_id)
                 copied.append(run_id)
-    except sa.exc.SQLAlchemyError as error:
+    except schema.UNANSWERED as error:
         reason = schema.short_reason(error)
         raise StoreError(f"cannot copy {source.url} to {target.url}: {reason}") from error
     return copied, skipped

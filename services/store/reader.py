@@ -3,7 +3,6 @@ the columns in ``schema``, and metric values that are no finite number come as f
 """
 
 import contextlib
-import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -122,6 +121,8 @@ class Reader:
         series: dict[str, Series] = {name: Series(iteration=[], value=[], low=[], high=[], count=[]) for name in names}
         stored_as = {plain(name): name for name in names}
         for name, _, iteration, count, bad, nonfinite, low, high, mean, _ in rows:
+            if name not in stored_as:
+                raise StoreError(_NOT_ASKED_FOR)
             one = series[stored_as[name]]
             one["iteration"].append(iteration)
             one["value"].append(number(mean, nonfinite) if mean is None or nonfinite is not None else mean)
@@ -244,7 +245,7 @@ class Reader:
         try:
             with self._engine.connect() as connection:
                 yield connection
-        except (sa.exc.SQLAlchemyError, sqlite3.Error, OverflowError) as error:  # OverflowError: figures beyond a float
+        except schema.UNANSWERED as error:
             reason = schema.short_reason(error)
             raise StoreError(f"cannot read the run store {self._engine.url}: {reason}") from error
 
@@ -258,6 +259,7 @@ class _Part(NamedTuple):
     width: int
 
 
+_NOT_ASKED_FOR = "the run store is damaged: it answers with what it was not asked for"
 _LISTED = [column for column in runs.c if column.name not in ("config", "summary")]
 _WITHOUT_TRAJECTORY = [column for column in samples.c if column is not samples.c.trajectory]
 _TRAJECTORY = sa.type_coerce(
@@ -320,6 +322,8 @@ def _latest(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, dict
     found: dict[str, dict[str, dict[str, Any]]] = {run_id: {} for run_id in run_ids}
     for row in dicts(connection, sa.select(latest_metrics).where(latest_metrics.c.run_id.in_(run_ids))):
         run_id, name = row.pop("run_id"), row.pop("name")
+        if run_id not in found:
+            raise StoreError(_NOT_ASKED_FOR)
         found[run_id][name] = _value(row)
     return found
 

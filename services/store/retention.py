@@ -42,7 +42,7 @@ def prune(engine: sa.Engine, run_id: str, retention: Retention) -> tuple[int, in
             samples = _prune_samples(engine, run_id, retention.samples)
         if retention.metric_days is not None:
             metrics = _prune_metrics(engine, run_id, time.time() - 86400.0 * retention.metric_days)
-    except sa.exc.SQLAlchemyError as error:
+    except schema.UNANSWERED as error:
         raise StoreError(f"cannot prune the run store {engine.url}: {schema.short_reason(error)}") from error
     return samples, metrics
 

@@ -33,6 +33,15 @@ MAX_BLOB_BYTES = 64 * 2**20
 MAX_JSON_BYTES = 2**22
 """Of one JSON value that is read."""
 
+UNANSWERED = (
+    *(sa.exc.SQLAlchemyError, sqlite3.Error, sqlite3.Warning),
+    UnicodeError,  # SQLite's own words about a damaged file hold bytes of it
+    OverflowError,  # figures beyond a float
+    MemoryError,  # SQLite's, for sizes that are none
+    OSError,  # a folder that may not be looked into
+)
+"""What comes instead of an answer from a store that is locked, damaged or gone."""
+
 metadata = sa.MetaData()
 
 _LIMITS = ("54000", "54001", "54011", "54023")
@@ -251,7 +260,7 @@ def open_engine(url: str, *, create: bool, read_only: bool = False, transaction_
             connection.rollback()
             if create and (found is None or found < SCHEMA_VERSION):
                 found = upgrade(connection, SCHEMA_VERSION)
-    except (sa.exc.SQLAlchemyError, sqlite3.Error, ImportError) as error:
+    except (*UNANSWERED, ImportError) as error:
         raise StoreError(f"cannot open the run store {parsed}: {short_reason(error)}") from error
     if found is None:
         raise StoreError(f"the run store {parsed} is empty: no run has been written into it")
@@ -278,6 +287,8 @@ def short_reason(error: Exception) -> str:
     cause = getattr(error, "orig", None) or error
     if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
         return "reading it takes too long, it was given up"
+    if isinstance(cause, UnicodeError):
+        return "its file is damaged"
     return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no message'}"
 
 

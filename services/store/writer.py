@@ -98,7 +98,7 @@ class StoreWriter:
                 if mine is not None:  # who worked for an earlier process of the run went with it
                     theirs = schema.workers.update().where(schema.workers.c.run_id == run_id)
                     connection.execute(theirs.values(status="retired", revision=mine.revision))
-        except sa.exc.SQLAlchemyError as error:
+        except schema.UNANSWERED as error:
             reason = schema.short_reason(error)
             raise StoreError(f"cannot enter the run in the run store {self._engine.url}: {reason}") from error
         if mine is None:
@@ -239,7 +239,7 @@ class StoreWriter:
                 buckets.truncate(connection, self.run_id, iteration)
                 told = {"run_id": self.run_id, "revision": revision, "after": iteration}
                 connection.execute(schema.truncations.insert().values(told))
-        except sa.exc.SQLAlchemyError as error:
+        except schema.UNANSWERED as error:
             reason = schema.short_reason(error)
             raise StoreError(f"cannot truncate the run store {self._engine.url}: {reason}") from error
         finally:

@@ -55,9 +55,10 @@ def request_action(request: Request, response: Response, run: RunOfPath, wanted:
         if actions.open_requests(Reader(engine).select, run.id) >= MAX_OPEN:
             raise ProblemError(429, f"{MAX_OPEN} actions of this run are waiting already", headers={"Retry-After": "5"})
         asked = actions.request(engine, run.id, wanted.action, arguments, by)
-    except (sa.exc.SQLAlchemyError, StoreError) as error:
-        record(by, wanted.action, f"not asked for: {schema.short_reason(error)}", run=run.id, **arguments)
-        raise
+    except (StoreError, *schema.UNANSWERED) as error:
+        reason = schema.short_reason(error)
+        record(by, wanted.action, f"not asked for: {reason}", run=run.id, **arguments)
+        raise StoreError(f"cannot ask in the run store {engine.url}: {reason}") from error
     finally:
         engine.dispose()
     record(by, wanted.action, asked.result or f"{asked.status} as {asked.id}", run=run.id, **arguments)
