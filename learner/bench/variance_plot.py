@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#22262b", "#D55E00", "#E69F00", "#009E73", "#0072B2")  # Okabe and Ito, which colour-blind eyes tell apart
+from learner.reporting.figures import BLUE, FAINT, GREEN, INK, ORANGE, RED, new_figure, save_figure
+
+COLOURS = (INK, RED, ORANGE, GREEN, BLUE)
 PANELS = (
     ("timestep_over_rollout", "Timestep variance", "share of the rollout variance"),
     ("timestep_x_views_ratio", "Timestep variance x views", "relative to this run's setting"),
@@ -13,7 +15,6 @@ PANELS = (
 
 def plot_variance(found: dict[str, Any], path: Path) -> None:
     """Draw ``variance.json``'s content into a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     rows = found["estimators"]
@@ -21,7 +22,7 @@ def plot_variance(found: dict[str, Any], path: Path) -> None:
     laws = list(dict.fromkeys(row["law"] for row in rows if row["k"] is not None))
     ks = sorted({row["k"] for row in rows if row["k"] is not None})
     lines = [(law, on) for law in laws for on in (False, True)]
-    figure = Figure(figsize=(15, 7), layout="constrained")
+    figure = new_figure(figsize=(15, 7), layout="constrained")
     for axis, (name, title, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for i, (law, on) in enumerate(lines):
             mine = sorted((r for r in rows if (r["law"], r["low_discrepancy"]) == (law, on)), key=lambda r: r["k"])
@@ -51,7 +52,7 @@ def plot_variance(found: dict[str, Any], path: Path) -> None:
             figures = every[name]
             error = [[figures["value"] - figures["low"]], [figures["high"] - figures["value"]]]
             axis.errorbar(
-                len(ks), figures["value"], yerr=error, fmt="D", color="#6b7280", capsize=2, label="every step once"
+                len(ks), figures["value"], yerr=error, fmt="D", color=FAINT, capsize=2, label="every step once"
             )
             ticks.append("all")
         axis.axhline(1.0, color="#9aa1ab", linewidth=1.0, zorder=0)
@@ -78,4 +79,4 @@ def plot_variance(found: dict[str, Any], path: Path) -> None:
         ha="left",
         fontsize=11,
     )
-    figure.savefig(path, dpi=120, facecolor="white")
+    save_figure(figure, path)

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learner.reporting.plots import STYLE
+from learner.reporting.figures import BLUE, ORANGE, STYLE, new_figure, save_figure
 from learner.runs.atomic import disk_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes too.
-_COLOURS = {"base": "#E69F00", "adapter": "#0072B2"}
+_COLOURS = {"base": ORANGE, "adapter": BLUE}
 _LINES = ("-", "--", ":", "-.", (0, (1, 3)))
 _MARKERS = ("o", "s", "^", "v", "P")
 
@@ -19,7 +18,6 @@ _MARKERS = ("o", "s", "^", "v", "P")
 def plot_report(report: Mapping[str, Any], path: Path) -> None:
     """Draw what results.json holds. Raises ``UnmaskError`` when the disk refuses."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     by_forwards = [cell for cell in report["cells"] if cell["decoding"] != "sampled"]
     sampled = [cell for cell in report["cells"] if cell["decoding"] == "sampled"]
@@ -27,14 +25,12 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
     if not panels:
         return
     with disk_errors(path), rc_context(STYLE):
-        figure = Figure(figsize=(7.4 * len(panels), 5.0), layout="constrained")
+        figure = new_figure(figsize=(7.4 * len(panels), 5.0), layout="constrained")
         for axis, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             draw(axis, by_forwards if draw is _draw_rates else sampled)
             axis.set_ylim(-0.03, 1.03)
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
-        temporary = path.with_name(f".{path.name}.part")
-        figure.savefig(temporary, dpi=130, facecolor="white", format="png")
-        temporary.replace(path)
+        save_figure(figure, path)
 
 
 def _draw_rates(axis: "Axes", cells: Sequence[Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from learner.reporting.figures import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, STYLE, new_figure, save_figure
 from learner.reporting.metrics_file import read_rows
 from learner.runs.atomic import disk_errors
 from learner.runs.directory import RunDirectory
@@ -21,33 +22,7 @@ from rewards.errors import UnmaskError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes too.
-_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-_COLOURS = (_ORANGE, _GREEN, _PURPLE, _SKY, _RED)
-_INK, _FAINT = "#22262b", "#6b7280"
-STYLE: Any = {
-    "font.size": 10.5,
-    "text.color": _INK,
-    "text.parse_math": False,  # names may hold any character
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": "#9aa1ab",
-    "axes.titlesize": 12.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e8eb",
-    "grid.linewidth": 0.8,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "legend.fontsize": 9.5,
-    "lines.solid_capstyle": "round",
-}
+_COLOURS = (ORANGE, GREEN, PURPLE, SKY, RED)
 
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Metric name -> (iterations [n], values [n]), finite values only, rising iterations."""
@@ -59,7 +34,6 @@ def plot_run(run_dir: Path | str) -> list[Path]:
     Returns the files written. Raises ``UnmaskError`` when there is no metrics.jsonl or the disk refuses.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     run = RunDirectory(run_dir)
@@ -71,20 +45,20 @@ def plot_run(run_dir: Path | str) -> list[Path]:
     with disk_errors(run.plots_dir), rc_context(STYLE):
         run.plots_dir.mkdir(exist_ok=True)
         for name, panel in panels.items():
-            figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+            figure = new_figure(figsize=(7.2, 4.2), layout="constrained")
             panel.draw(figure.subplots(), series)
-            written.append(_save(figure, run.plots_dir / f"{name}.png"))
+            written.append(save_figure(figure, run.plots_dir / f"{name}.png"))
         if panels:
             rows = -(-len(panels) // 3)
             layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-            figure = Figure(figsize=(15.5, 4.1 * rows + 0.5), layout=layout)
-            figure.suptitle(run.id, x=0.008, ha="left", fontsize=11.5, color=_FAINT)
+            figure = new_figure(figsize=(15.5, 4.1 * rows + 0.5), layout=layout)
+            figure.suptitle(run.id, x=0.008, ha="left", fontsize=11.5, color=FAINT)
             axes = figure.subplots(rows, min(3, len(panels)), squeeze=False).flatten()
             for axis, panel in zip(axes, panels.values(), strict=False):
                 panel.draw(axis, series)
             for axis in axes[len(panels) :]:
                 axis.set_axis_off()
-            written.append(_save(figure, run.plots_dir / "overview.png"))
+            written.append(save_figure(figure, run.plots_dir / "overview.png"))
     return written
 
 
@@ -122,7 +96,7 @@ class _Panel:
 
 def _draw_reward(axis: "Axes", series: Series) -> None:
     components = sorted(name for name in series if name.startswith("reward/") and name != "reward/mean")
-    _line(axis, series, "reward/mean", "total", _BLUE)
+    _line(axis, series, "reward/mean", "total", BLUE)
     for index, name in enumerate(components):
         _line(axis, series, name, name.removeprefix("reward/"), _COLOURS[index % len(_COLOURS)], width=1.6)
     _finish(axis, series, "Reward", "mean per completion")
@@ -133,20 +107,20 @@ def _draw_solve_rate(axis: "Axes", series: Series) -> None:
     evaluated = sorted((name for name in series if _is_evaluation(name)), key=_divisor)
     for index, name in enumerate(evaluated):
         x, y = series[name]
-        colour, marker = ((_BLUE, "o"), (_ORANGE, "s"), (_GREEN, "^"))[index % 3]
+        colour, marker = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))[index % 3]
         label = f"held out, greedy, {name.removeprefix('eval/').removesuffix('/solve_rate')} steps"
         axis.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=2, label=label, clip_on=False, zorder=4)
     _finish(axis, series, "Exact-solve rate", "share of completions", bottom=0.0, top=1.0)
 
 
 def _draw_entropy(axis: "Axes", series: Series) -> None:
-    _line(axis, series, "entropy", "", _BLUE)
+    _line(axis, series, "entropy", "", BLUE)
     _finish(axis, series, "Entropy when sampling", "nats per drawn token", bottom=0.0)
 
 
 def _draw_clip_fraction(axis: "Axes", series: Series) -> None:
-    _line(axis, series, "clip_fraction/high", "ratio too high", _BLUE, scale=100)
-    _line(axis, series, "clip_fraction/low", "ratio too low", _ORANGE, scale=100)
+    _line(axis, series, "clip_fraction/high", "ratio too high", BLUE, scale=100)
+    _line(axis, series, "clip_fraction/low", "ratio too low", ORANGE, scale=100)
     _finish(axis, series, "Clipped terms", "% of scored tokens", bottom=0.0)
 
 
@@ -160,18 +134,18 @@ def _draw_staleness(axis: "Axes", series: Series) -> None:
             linestyle="none",
             marker="o",
             markersize=size,
-            color=_ORANGE,
+            color=ORANGE,
             alpha=0.7,
             label="stalest group",
             clip_on=False,
         )
-    _line(axis, series, "staleness/mean", "mean of the groups", _BLUE)
+    _line(axis, series, "staleness/mean", "mean of the groups", BLUE)
     highest = max(float(series[name][1].max()) for name in ("staleness/max", "staleness/mean") if name in series)
     _finish(axis, series, "Staleness", "versions behind the learner", bottom=-0.05, top=max(1.0, highest) * 1.3)
 
 
 def _draw_speed(axis: "Axes", series: Series) -> None:
-    _line(axis, series, "machine/tokens_per_s", "", _GREEN)
+    _line(axis, series, "machine/tokens_per_s", "", GREEN)
     axis.yaxis.set_major_formatter("{x:,.6g}")
     _finish(axis, series, "Rollout speed", "completion tokens / s", bottom=0.0)
 
@@ -196,7 +170,7 @@ def _line(
     window = len(x) // 20 * 2 + 1  # odd; 1 (no smoothing) below 20 values
     if window > 1:
         axis.plot(x, y, color=colour, linewidth=0.9, alpha=0.3)
-        axis.set_title(f"bold: mean of {window} iterations", loc="right", fontsize=9, weight="normal", color=_FAINT)
+        axis.set_title(f"bold: mean of {window} iterations", loc="right", fontsize=9, weight="normal", color=FAINT)
     axis.plot(x, _running_mean(y, window), color=colour, linewidth=width, label=label, **_dots(x))
 
 
@@ -243,11 +217,6 @@ def _divisor(name: str) -> int:
     """Order of ``eval/m/solve_rate``, ``eval/m/2/solve_rate``, ...: by the step count's divisor."""
     digits = name.split("/")[-2]
     return int(digits) if digits.isdigit() else 1
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130, facecolor="white")
-    return path
 
 
 if __name__ == "__main__":
