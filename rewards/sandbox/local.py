@@ -181,19 +181,27 @@ _REMEDY = (
 
 def _records(report: bytes) -> list[dict[str, Any]]:
     """What the judge told, up to what is no record of it: tests are foreign code in its process, and the last line of
-    one that was killed may be cut."""
+    one that was killed may be cut. Texts are short, and can be stored: no lone surrogates, no NUL."""
     records: list[dict[str, Any]] = []
     for line in report.split(b"\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(record, dict) or not all(isinstance(record[name], _FIELDS.get(name, ())) for name in record):
+        if not isinstance(record, dict) or not all(_may_be(name, value) for name, value in record.items()):
             break
-        records.append(
-            {name: value[:_TEXT_CHARACTERS] if isinstance(value, str) else value for name, value in record.items()}
-        )
+        records.append({name: _clean(value) if isinstance(value, str) else value for name, value in record.items()})
     return records
+
+
+def _may_be(name: str, value: Any) -> bool:
+    if name == "ended" and value is not None:
+        return type(value) is int and -64 <= value <= 255  # a signal, an exit code
+    return isinstance(value, _FIELDS.get(name, ()))
+
+
+def _clean(text: str) -> str:
+    return text[:_TEXT_CHARACTERS].encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 _FIELDS: dict[str, Any] = {

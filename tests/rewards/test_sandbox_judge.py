@@ -114,6 +114,10 @@ REPORTS = {
     "another field": """b'{"results": null}\\n'""",
     "nested": """b'{"result":' + b'[' * 100_000 + b'\\n'""",
     "a huge number": """b'{"ended": ' + b'9' * 100_000 + b'}\\n'""",
+    "no exit code": """b'{"ended": ' + b'9' * 4000 + b'}\\n'""",
+    "no signal": """b'{"ended": -65}\\n'""",
+    "true": """b'{"ended": true}\\n'""",
+    "half a character": """b'{"result": "x\\\\ud800\\\\u0000y"}\\n'""",
     "a huge text": """b'{"result": "' + b'x' * 1_000_000 + b'"}\\n'""",
     "not UTF-8": """b'{"result": "\\xff"}\\n'""",
     "too many": """b'{"result": null}\\n' * 100_000""",
@@ -134,9 +138,13 @@ def test_a_test_that_writes_into_the_report(sandbox: LocalRunner, name: str) -> 
     write = f"import os, stat\nfor fd in range(3, 16):\n    try: regular = stat.S_ISREG(os.fstat(fd).st_mode)\n" \
             f"    except OSError: continue\n    if regular: os.write(fd, {REPORTS[name]})"  # fmt: skip
     outcome = run(sandbox, "def f(): return 1", write)
-    expected = {"too many": "passed", "a huge text": "failed"}.get(name, "crashed")
+    expected = {"too many": "passed", "a huge text": "failed", "half a character": "failed"}.get(name, "crashed")
     assert outcome.status == expected and len(outcome.tests) == 1, outcome
     assert len(outcome.error or "") < 5000
+    assert outcome.error is None or outcome.error.encode() and "\0" not in outcome.error
+    assert outcome.exit_code is None and outcome.signal is None
+    if name == "half a character":
+        assert outcome.error == "x?\ufffdy"
     assert run(sandbox, "def f(): return 1", "assert f() == 1").status == "passed"
 
 
