@@ -24,6 +24,8 @@ STORE_NAME = "store.sqlite"
 UNREADABLE = "unreadable"
 """Status of a run whose store could not be read yet."""
 MAX_ENGINES = 32
+MAX_RUNS = 10
+"""Of one store in a folder, whose own run is one: others shall not fill the list."""
 READ_LIMIT_S = 5.0
 """What reading a store in a folder may take. Others wait meanwhile; a run's own takes milliseconds."""
 _SCAN_S = 1.0
@@ -262,7 +264,7 @@ def _read(path: Path, told: str | None) -> tuple[list[dict[str, Any]], str | Non
     try:
         engine = _open(schema.sqlite_url(path))
         try:
-            rows = Reader(engine).list_runs(limit=1000).rows
+            rows = Reader(engine).list_runs(limit=MAX_RUNS + 1).rows
         finally:
             engine.dispose()
     except StoreError as error:
@@ -272,6 +274,8 @@ def _read(path: Path, told: str | None) -> tuple[list[dict[str, Any]], str | Non
         if reason != told:
             log.exception("the run store %s", path)
         return [], reason
+    if len(rows) > MAX_RUNS:
+        return [], f"the run store {path} holds more than {MAX_RUNS} runs, where a run's folder has one"
     if any(len(row["id"]) > _LONGEST_NAME or _longest(row) > _LONGEST_WORD for row in rows):
         return [], f"the run store {path} holds a run whose name, task or host is longer than any of Unmask's"
     return rows, None if rows else f"the run store {path} is empty: no run has been written into it"

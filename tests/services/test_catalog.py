@@ -13,7 +13,7 @@ import pytest
 
 from rewards.errors import StoreError
 from services.store import schema
-from services.store.catalog import UNREADABLE, Catalog
+from services.store.catalog import MAX_RUNS, UNREADABLE, Catalog
 from services.store.schema import sqlite_url
 from services.store.writer import StoreWriter
 from tests.support.dashboards import writer
@@ -137,6 +137,21 @@ def test_a_locked_store_is_listed_with_its_reason_and_recovers(folder, catalog):
         connection.execute("COMMIT")
     wait_until(lambda: reason(catalog, "a") is None)
     assert catalog.reader("a").events("a")
+
+
+def test_a_folders_store_does_not_fill_the_list(folder, catalog):
+    make_run(folder, "good")
+    for name, number in (("few", MAX_RUNS - 1), ("many", MAX_RUNS)):
+        with closing(sqlite3.connect(make_run(folder, name))) as connection:
+            connection.execute("CREATE TEMP TABLE other AS SELECT * FROM runs")
+            for index in range(number):
+                connection.execute("UPDATE other SET id = ?", [f"{name}-{index}"])
+                connection.execute("INSERT INTO runs SELECT * FROM other")
+            connection.commit()
+    wait_until(lambda: f"more than {MAX_RUNS} runs" in (reason(catalog, "many") or ""))
+    wait_until(lambda: reason(catalog, "few") is None)
+    assert "many-0" not in catalog.run_ids() and "few-0" in catalog.run_ids(), "with the control"
+    assert reason(catalog, "good") is None
 
 
 def test_stores_of_other_versions_say_what_to_do(folder, catalog):
