@@ -31,7 +31,7 @@ class Task:
 
 
 @dataclass(eq=False)
-class Worker:
+class Place:
     """A place in the pool; the actor in it may change."""
 
     name: str

@@ -24,7 +24,7 @@ from rewards.errors import (
 from rewards.task import Problem
 from rollout.actor import ActorSettings, RolloutActor
 from rollout.messages import EvalReport, EvalResult, LeaseReport, Weights
-from rollout.places import STATES, Evaluation, Task, Worker
+from rollout.places import STATES, Evaluation, Place, Task
 from rollout.trajectory import Lease, SamplerSpec
 from rollout.waits import bounded_get, bounded_wait
 
@@ -90,7 +90,7 @@ class RolloutPool:
         self._threads = threads
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
-        self._workers: list[Worker] = []
+        self._places: list[Place] = []
         self._started = 0
         self._failures = 0
         self._events: list[Delivery | ActorLost] = []
@@ -107,7 +107,7 @@ class RolloutPool:
             WorkerLost: they die time and again while starting.
         """
         deadline = time.monotonic() + self._start_timeout_s
-        while starting := [worker for worker in self._workers if worker.info is None]:
+        while starting := [place for place in self._places if place.info is None]:
             if time.monotonic() >= deadline:
                 raise WaitTimeout(self._not_ready(starting))
             on_tick()
@@ -115,13 +115,13 @@ class RolloutPool:
 
     def idle(self) -> int:
         """Number of actors that could take a lease now."""
-        return len(self._idle_workers())
+        return len(self._idle_places())
 
     def submit(self, lease: Lease, sampler: SamplerSpec, weights: Weights) -> None:
         """Give the lease to an idle actor."""
-        worker = self._idle_workers()[0]
-        method = worker.handle.run_lease.options(num_returns=1 + len(lease.groups))
-        worker.take(Task(method.remote(lease, sampler, weights), weights, lease_id=lease.lease_id))
+        place = self._idle_places()[0]
+        method = place.handle.run_lease.options(num_returns=1 + len(lease.groups))
+        place.take(Task(method.remote(lease, sampler, weights), weights, lease_id=lease.lease_id))
 
     def poll(self, timeout_s: float) -> list[Delivery | ActorLost]:
         """What has happened; waits up to ``timeout_s`` seconds for something to happen.
@@ -136,9 +136,9 @@ class RolloutPool:
 
     def kill_lease(self, lease_id: int) -> None:
         """The lease timed out: take its actor for stuck, and replace it. Nothing happens if the lease isn't running."""
-        for worker in self._workers:
-            if worker.task is not None and worker.task.lease_id == lease_id:
-                self._replace(worker, f"{worker.name} did not deliver lease {lease_id} in time")
+        for place in self._places:
+            if place.task is not None and place.task.lease_id == lease_id:
+                self._replace(place, f"{place.name} did not deliver lease {lease_id} in time")
                 return
 
     def evaluate(
@@ -171,11 +171,11 @@ class RolloutPool:
         chunks = [problems[start : start + chunk_size] for start in range(0, len(problems), chunk_size)]
         self._evaluation = Evaluation(deque(range(len(chunks))), on_chunk=on_chunk)
         while len(self._evaluation.results) < len(chunks):
-            for worker in self._idle_workers()[: len(self._evaluation.waiting)]:
+            for place in self._idle_places()[: len(self._evaluation.waiting)]:
                 chunk = self._evaluation.waiting.popleft()
                 kept = max(0, keep - chunk * chunk_size)
-                ref = worker.handle.evaluate.remote(chunks[chunk], sampler, weights, samples, kept)
-                worker.take(Task([ref], weights, chunk=chunk), deadline=time.monotonic() + timeout_s)
+                ref = place.handle.evaluate.remote(chunks[chunk], sampler, weights, samples, kept)
+                place.take(Task([ref], weights, chunk=chunk), deadline=time.monotonic() + timeout_s)
             self._pump(_TICK_S)
             for lease_id in expire():
                 self.kill_lease(lease_id)
@@ -184,9 +184,9 @@ class RolloutPool:
     def set_size(self, size: int) -> None:
         """Start or retire actors; one with a lease finishes it first, and idle ones go before busy ones."""
         staying = self._staying()
-        dispensable = sorted(reversed(staying), key=lambda worker: STATES.index(worker.state))  # newest first
-        for worker in dispensable[: max(0, len(staying) - size)]:
-            self._retire(worker)
+        dispensable = sorted(reversed(staying), key=lambda place: STATES.index(place.state))  # newest first
+        for place in dispensable[: max(0, len(staying) - size)]:
+            self._retire(place)
         for _ in range(len(staying), size):
             self._start(self._add())
 
@@ -199,9 +199,9 @@ class RolloutPool:
         before = len(self._staying())
         self._resize = Resize(size, before)
         for _ in range(before, size):
-            worker = self._add()
-            worker.on_trial = True
-            self._start(worker, timeout_s)
+            place = self._add()
+            place.on_trial = True
+            self._start(place, timeout_s)
         self.set_size(size)
         self._see_resize()
         return self._resize or Resize(size, before, over=True)
@@ -216,109 +216,109 @@ class RolloutPool:
         answered last, where they run, version held, restarts, last error. Times in Unix seconds."""
         return [
             {
-                "actor_id": worker.name,
-                "state": worker.state,
-                "lease_id": worker.task.lease_id if worker.task else None,
-                "doing": worker.doing,
-                "began": worker.began,
-                "heard": worker.heard,
-                "policy_version": worker.version,
-                "restarts": worker.restarts,
-                "last_error": worker.last_error,
-                **{key: (worker.info or {}).get(key) for key in ("pid", "host", "node_id", "code", "engine", "usage")},
+                "actor_id": place.name,
+                "state": place.state,
+                "lease_id": place.task.lease_id if place.task else None,
+                "doing": place.doing,
+                "began": place.began,
+                "heard": place.heard,
+                "policy_version": place.version,
+                "restarts": place.restarts,
+                "last_error": place.last_error,
+                **{key: (place.info or {}).get(key) for key in ("pid", "host", "node_id", "code", "engine", "usage")},
             }
-            for worker in self._workers
+            for place in self._places
         ]
 
     def close(self) -> None:
         """Kill all actors; their graders die with them."""
-        for worker in list(self._workers):
-            self._remove(worker)
+        for place in list(self._places):
+            self._remove(place)
 
     def _pump(self, timeout_s: float) -> None:
         """Wait for an answer, then settle all that are there and replace the actors that are overdue."""
-        awaited = [worker.awaited for worker in self._workers if worker.awaited is not None]
+        awaited = [place.awaited for place in self._places if place.awaited is not None]
         assert awaited or timeout_s == 0, "waiting for actors that have nothing to do: it would never end"
         done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=timeout_s)
         if done:
             done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=0.0, num_returns=len(awaited))
-        for worker in list(self._workers):
-            if worker not in self._workers:  # it went with another one, just now
+        for place in list(self._places):
+            if place not in self._places:  # it went with another one, just now
                 continue
-            if worker.awaited is not None and worker.awaited in done:
-                self._settle(worker, worker.awaited)
-            elif time.monotonic() >= worker.deadline:
-                late = self._not_ready([worker]) if worker.info is None else f"{worker.name} did not evaluate in time"
-                self._replace(worker, late)
+            if place.awaited is not None and place.awaited in done:
+                self._settle(place, place.awaited)
+            elif time.monotonic() >= place.deadline:
+                late = self._not_ready([place]) if place.info is None else f"{place.name} did not evaluate in time"
+                self._replace(place, late)
         self._see_resize()
 
-    def _settle(self, worker: Worker, answered: ray.ObjectRef) -> None:
+    def _settle(self, place: Place, answered: ray.ObjectRef) -> None:
         try:
-            answer = bounded_get(answered, who=worker.name, timeout_s=_REPORT_LIMIT_S)
+            answer = bounded_get(answered, who=place.name, timeout_s=_REPORT_LIMIT_S)
         except (UnmaskError, ray.exceptions.RayError) as error:
-            if isinstance(error, FATAL) and not worker.on_trial:
+            if isinstance(error, FATAL) and not place.on_trial:
                 raise
-            self._replace(worker, f"{worker.name} was lost: {_sentence(error)}")
+            self._replace(place, f"{place.name} was lost: {_sentence(error)}")
             return
-        task = worker.finish()
+        task = place.finish()
         if task is None:
-            worker.info, worker.on_trial = answer, False
+            place.info, place.on_trial = answer, False
             return
         self._failures = 0
-        worker.version = task.weights.version
+        place.version = task.weights.version
         if task.chunk is not None:
             self._evaluation.take(task.chunk, answer)
         else:
             _check_weights(answer, task.weights)
-            worker.info = {**(worker.info or {}), "usage": answer.usage}
+            place.info = {**(place.info or {}), "usage": answer.usage}
             self._events.append(Delivery(answer, task.refs[1:]))
-        if worker.retiring:
-            self._remove(worker)
+        if place.retiring:
+            self._remove(place)
 
-    def _replace(self, worker: Worker, error: str) -> None:
-        if worker.on_trial:
+    def _replace(self, place: Place, error: str) -> None:
+        if place.on_trial:
             self._give_growth_up(error)
             return
-        task = worker.task
+        task = place.task
         if task is not None and task.chunk is not None:
             self._evaluation.waiting.appendleft(task.chunk)
-        self._events.append(ActorLost(worker.name, task.lease_id if task else None, error))
+        self._events.append(ActorLost(place.name, task.lease_id if task else None, error))
         self._failures += 1
-        if self._failures > self._max_restarts * len(self._workers):
+        if self._failures > self._max_restarts * len(self._places):
             raise WorkerLost(f"{self._failures} rollout actors in a row were lost without any work done; last: {error}")
-        if worker.retiring:
-            self._remove(worker)
+        if place.retiring:
+            self._remove(place)
             return
-        _kill(worker)
-        worker.restarts += 1
-        worker.last_error = error
-        self._start(worker)
+        _kill(place)
+        place.restarts += 1
+        place.last_error = error
+        self._start(place)
 
     def _give_growth_up(self, error: str) -> None:
         assert self._resize is not None, "an actor is on trial while the size changes"
         self._resize.error = error
-        for worker in self._workers[self._resize.before :]:  # new ones come last
-            worker.on_trial = False
-            self._retire(worker)
+        for place in self._places[self._resize.before :]:  # new ones come last
+            place.on_trial = False
+            self._retire(place)
 
     def _see_resize(self) -> None:
         """The change is over when the new actors are ready and the old ones gone."""
-        if self._resize is not None and not any(worker.retiring or worker.on_trial for worker in self._workers):
+        if self._resize is not None and not any(place.retiring or place.on_trial for place in self._places):
             self._resize.over = True
             self._resize = None
 
-    def _add(self) -> Worker:
-        worker = Worker(f"rollout-{self._started}")
+    def _add(self) -> Place:
+        place = Place(f"rollout-{self._started}")
         self._started += 1
-        self._workers.append(worker)
-        return worker
+        self._places.append(place)
+        return place
 
-    def _retire(self, worker: Worker) -> None:
-        worker.retiring = True
-        if worker.task is None:
-            self._remove(worker)
+    def _retire(self, place: Place) -> None:
+        place.retiring = True
+        if place.task is None:
+            self._remove(place)
 
-    def _start(self, worker: Worker, limit_s: float | None = None) -> None:
+    def _start(self, place: Place, limit_s: float | None = None) -> None:
         custom = {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")}
         # Ray neither restarts the actor nor repeats its tasks: that is decided, and counted, here and in the ledger.
         actor_class = ray.remote(RolloutActor).options(
@@ -330,19 +330,19 @@ class RolloutPool:
             max_task_retries=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
         )
-        worker.begin(actor_class.remote(worker.name, self._settings), limit_s or self._start_timeout_s)
+        place.begin(actor_class.remote(place.name, self._settings), limit_s or self._start_timeout_s)
 
-    def _remove(self, worker: Worker) -> None:
-        _kill(worker)
-        self._workers.remove(worker)
+    def _remove(self, place: Place) -> None:
+        _kill(place)
+        self._places.remove(place)
 
-    def _idle_workers(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker.state == "idle"]
+    def _idle_places(self) -> list[Place]:
+        return [place for place in self._places if place.state == "idle"]
 
-    def _staying(self) -> list[Worker]:
-        return [worker for worker in self._workers if not worker.retiring]
+    def _staying(self) -> list[Place]:
+        return [place for place in self._places if not place.retiring]
 
-    def _not_ready(self, workers: Sequence[Worker]) -> str:
+    def _not_ready(self, places: Sequence[Place]) -> str:
         free, total = ray.available_resources(), ray.cluster_resources()
         short = [
             f"{name} ({amount:g} asked for by each, {free.get(name, 0):g} of {total.get(name, 0):g} free)"
@@ -353,8 +353,8 @@ class RolloutPool:
             why = f"the cluster is short of {', '.join(short)}; start fewer actors or learner ranks, or add nodes"
         else:
             why = "loading takes longer, or no single node has all that an actor asks for; raise the time limit"
-        names = ", ".join(worker.name for worker in workers)
-        return f"{names} did not start within {workers[0].limit_s:g} s: {why}"
+        names = ", ".join(place.name for place in places)
+        return f"{names} did not start within {places[0].limit_s:g} s: {why}"
 
 
 def _check_weights(report: LeaseReport, weights: Weights) -> None:
@@ -365,8 +365,8 @@ def _check_weights(report: LeaseReport, weights: Weights) -> None:
         )
 
 
-def _kill(worker: Worker) -> None:
-    ray.kill(worker.handle, no_restart=True)
+def _kill(place: Place) -> None:
+    ray.kill(place.handle, no_restart=True)
 
 
 def _sentence(error: Exception) -> str:

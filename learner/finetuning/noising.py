@@ -36,7 +36,7 @@ SMALLEST_RATE = 1e-3
 
 
 @dataclass(frozen=True)
-class Sequence:
+class NoisedExample:
     """An example with its EOS, noised; what a model is asked to restore."""
 
     prompt_ids: np.ndarray
@@ -55,13 +55,17 @@ class Sequence:
         return self.prompt_ids.size + self.completion_ids.size
 
 
-def noised(example: Example, sft: SftSection, *, seed: int, epoch: int, eos_token_id: int, longest: int) -> Sequence:
+def noised(
+    example: Example, sft: SftSection, *, seed: int, epoch: int, eos_token_id: int, longest: int
+) -> NoisedExample:
     """The example as epoch ``epoch`` of the run with this seed shows it, of ``longest`` tokens at most."""
     rng = numpy_generator(seed, "sft", "train", epoch, example.id)
     return _noised(example, sft, rng, eos_token_id, longest, stratum=0, strata=1)
 
 
-def held_out_draws(example: Example, sft: SftSection, *, seed: int, eos_token_id: int, longest: int) -> list[Sequence]:
+def held_out_draws(
+    example: Example, sft: SftSection, *, seed: int, eos_token_id: int, longest: int
+) -> list[NoisedExample]:
     """``sft.held_out_draws`` fixed noisings of the example, whose rates are spread evenly (one from each stratum)."""
     strata = sft.held_out_draws
     return [
@@ -87,7 +91,7 @@ def _noised(
     *,
     stratum: int,
     strata: int,
-) -> Sequence:
+) -> NoisedExample:
     room = longest - example.length
     wanted = room if sft.eos_tokens is None else int(rng.integers(1, sft.eos_tokens + 1))
     eos = min(wanted, room) if example.ended else 0
@@ -102,4 +106,4 @@ def _noised(
         rate = SMALLEST_RATE + (1 - SMALLEST_RATE) * u
         masked_C = rng.random(C) < rate
         weight = 1 / rate
-    return Sequence(example.prompt_ids, completion_C, masked_C, weight, eos)
+    return NoisedExample(example.prompt_ids, completion_C, masked_C, weight, eos)

@@ -9,19 +9,19 @@ Shapes: Z rows of a forward, L tokens of its longest row, N masked tokens in all
 """
 
 import math
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from learner.finetuning.noising import Sequence
+from learner.finetuning.noising import NoisedExample
 
 Row = tuple[int, ...]
 """Indices of the sequences in a row, in order of place."""
 
 
 @dataclass(frozen=True)
-class Forward:
+class PackedForward:
     """Rows computed together."""
 
     rows: tuple[Row, ...]
@@ -33,7 +33,7 @@ class Forward:
 class PackedPlan:
     """One optimizer step's work."""
 
-    forwards: tuple[tuple[Forward, ...], ...]
+    forwards: tuple[tuple[PackedForward, ...], ...]
     """[rank][forward]; every rank has the same number of forwards, at least one."""
     normaliser: float
     statistics: dict[str, float]
@@ -59,7 +59,7 @@ class TokenBatch:
 
 
 def plan_rows(
-    sequences: SequenceOf[Sequence],
+    sequences: Sequence[NoisedExample],
     *,
     capacity: int,
     packing: bool,
@@ -80,10 +80,10 @@ def plan_rows(
     rows.sort(key=lambda row: (-sum(lengths[i] for i in row), row))
     shares = [rows[rank::ranks] for rank in range(ranks)]
     count = max(1, math.ceil(len(shares[0]) / rows_per_forward))
-    idle = Forward(((int(np.argmin(lengths)),),), live=False)
+    idle = PackedForward(((int(np.argmin(lengths)),),), live=False)
     forwards = tuple(
         tuple(
-            Forward(tuple(share[start : start + rows_per_forward])) if share[start:] else idle
+            PackedForward(tuple(share[start : start + rows_per_forward])) if share[start:] else idle
             for start in range(0, count * rows_per_forward, rows_per_forward)
         )
         for share in shares
@@ -104,7 +104,7 @@ def plan_rows(
     )
 
 
-def first_fit_decreasing(lengths: SequenceOf[int], capacity: int) -> list[Row]:
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[Row]:
     """Indices by row; of equal lengths the first comes first. A sequence above ``capacity`` has a row of its own."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -120,7 +120,7 @@ def first_fit_decreasing(lengths: SequenceOf[int], capacity: int) -> list[Row]:
 
 
 def build_tokens(
-    forward: Forward, sequences: SequenceOf[Sequence], *, by_example: bool, mask_id: int, pad_id: int
+    forward: PackedForward, sequences: Sequence[NoisedExample], *, by_example: bool, mask_id: int, pad_id: int
 ) -> TokenBatch:
     """Materialise a forward. A forward in which nothing is masked scores one token with weight 0."""
     Z, L = len(forward.rows), _width(forward, [sequence.length for sequence in sequences])
@@ -154,5 +154,5 @@ def build_tokens(
     )
 
 
-def _width(forward: Forward, lengths: SequenceOf[int]) -> int:
+def _width(forward: PackedForward, lengths: Sequence[int]) -> int:
     return max(sum(lengths[i] for i in row) for row in forward.rows)

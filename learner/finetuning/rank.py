@@ -1,6 +1,6 @@
 """The learner group on demonstrations: the same ranks, adapter and optimizer step as for trajectories."""
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ import ray
 import torch
 
 from learner.finetuning.data import Example
-from learner.finetuning.noising import Sequence, held_out_draws, noised
-from learner.finetuning.packing import Forward, PackedPlan, build_tokens, plan_rows
+from learner.finetuning.noising import NoisedExample, held_out_draws, noised
+from learner.finetuning.packing import PackedForward, PackedPlan, build_tokens, plan_rows
 from learner.finetuning.settings import SftConfig
 from learner.likelihood.scorer import restricted_logp
 from learner.objectives.statistics import Statistics
@@ -33,7 +33,7 @@ class SftRank(Rank):
 
     config: SftConfig
 
-    def held_out(self, refs: SequenceOf[ray.ObjectRef]) -> Statistics:
+    def held_out(self, refs: Sequence[ray.ObjectRef]) -> Statistics:
         """This rank's share of the held-out loss, ``held_out/loss``; ``refs`` hold one tuple of examples."""
         examples: tuple[Example, ...] = self._fetched(refs)
         sequences = [draw for example in examples for draw in held_out_draws(example, **self._noise())]
@@ -50,13 +50,13 @@ class SftRank(Rank):
             self.engine.train()
         return Statistics.merged(parts)
 
-    def _work(self, refs: SequenceOf[ray.ObjectRef], update_index: int) -> tuple[PackedPlan, list[Sequence]]:
+    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[PackedPlan, list[NoisedExample]]:
         batch: UpdateBatch = self._fetched(refs)
         pairs = zip(batch.examples, batch.epochs, strict=True)
         sequences = [noised(example, epoch=epoch, **self._noise()) for example, epoch in pairs]
         return self._plan(sequences), sequences
 
-    def _loss(self, forward: Forward, data: list[Sequence]) -> tuple[torch.Tensor, Statistics]:
+    def _loss(self, forward: PackedForward, data: list[NoisedExample]) -> tuple[torch.Tensor, Statistics]:
         batch = build_tokens(
             forward,
             data,
@@ -79,7 +79,7 @@ class SftRank(Rank):
         nll, scored = -float(law.logp_N.detach().sum(dtype=torch.float64)), float(batch.targets.size)
         return loss, Statistics(means={"nll_masked": (nll, scored)}, totals={"scored_tokens": scored})
 
-    def _plan(self, sequences: list[Sequence]) -> PackedPlan:
+    def _plan(self, sequences: list[NoisedExample]) -> PackedPlan:
         return plan_rows(
             sequences,
             capacity=self.config.data.max_tokens,
@@ -93,7 +93,7 @@ class SftRank(Rank):
     def _by_example(self) -> bool:
         return self.config.sft.normaliser == "example"
 
-    def _size(self, sequence: Sequence) -> float:
+    def _size(self, sequence: NoisedExample) -> float:
         return 1.0 if self._by_example else float(sequence.completion_ids.size)
 
     def _noise(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class SftRank(Rank):
             "longest": config.data.max_tokens,
         }
 
-    def _fetched(self, refs: SequenceOf[ray.ObjectRef]) -> Any:
+    def _fetched(self, refs: Sequence[ray.ObjectRef]) -> Any:
         (ref,) = refs
         who = f"the object store for learner rank {self.rank}'s demonstrations"
         return bounded_get(ref, who=who, timeout_s=self.config.timeouts.update)
@@ -117,7 +117,7 @@ class SftGroup(LearnerGroup):
     def __init__(self, config: SftConfig, model_path: str, **started: Any) -> None:
         super().__init__(config, model_path, rank_type=SftRank, **started)
 
-    def held_out(self, refs: SequenceOf[ray.ObjectRef]) -> dict[str, float]:
+    def held_out(self, refs: Sequence[ray.ObjectRef]) -> dict[str, float]:
         """The held-out loss, divided as in training, and its unweighted negative log-likelihood per masked token."""
         parts: list[Statistics] = self._all("held_out", list(refs), limit=self.config.timeouts.evaluate)
         return Statistics.merged(parts).values()

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from learner.reporting.metrics_file import LineFile, json_line, read_rows
-from learner.reporting.samples import trajectory_bytes
+from learner.reporting.samples import pack_trajectory
 from learner.reporting.trackers import Tracker
 from learner.runs.atomic import atomic_write_text
 from learner.runs.directory import RunDirectory
@@ -128,7 +128,7 @@ class Reporter:
             completion=completion,
             correct=correct,
             rewards=rewards,
-            trajectory=trajectory_bytes(group, row, arrays, metadata),
+            trajectory=pack_trajectory(group, row, arrays, metadata),
             data=about,
         )
         text = {

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from rollout.trajectory import TrajectoryGroup
 
 
-def trajectory_bytes(
+def pack_trajectory(
     group: TrajectoryGroup,
     row: int,
     arrays: Mapping[str, np.ndarray] | None = None,

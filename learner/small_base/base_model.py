@@ -49,11 +49,11 @@ INIT_STD = 0.1
 WARMUP_FRACTION = 0.05
 LOCK_TIMEOUT_S = 900.0
 
-Progress = Callable[[int, int, float], None]
+BuildProgress = Callable[[int, int, float], None]
 """Called as (steps done, steps, mean loss of late in nats per token)."""
 
 
-def ensure_base(config: RunConfig, cache_dir: Path, *, on_progress: Progress | None = None) -> Path:
+def ensure_base(config: RunConfig, cache_dir: Path, *, on_progress: BuildProgress | None = None) -> Path:
     """Folder of the base that this configuration asks for, built when ``cache_dir`` doesn't have it yet.
 
     The folder's name holds a hash of task, training problems, ``model.base`` and completion length. Several processes
@@ -83,7 +83,7 @@ def train_base(
     completion_length: int,
     out_dir: Path,
     *,
-    on_progress: Progress | None = None,
+    on_progress: BuildProgress | None = None,
 ) -> dict[str, float]:
     """Train a base from nothing and write it to ``out_dir``: model and tokenizer in HF layout, ``sft.json``.
 
@@ -156,7 +156,7 @@ def print_progress(done: int, steps: int, loss: float) -> None:
 
 
 @dataclass(frozen=True)
-class _Demonstrations:
+class _EncodedAnswers:
     """Encoded training set: n problems, answers[:, 0] wrong and answers[:, 1] right."""
 
     prompt_nP: np.ndarray
@@ -182,7 +182,7 @@ def _key(task: Task, spec: BaseSpec, problems: Sequence[Problem], completion_len
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _encode(task: Task, problems: Sequence[Problem], tokenizer, completion_length: int) -> _Demonstrations:
+def _encode(task: Task, problems: Sequence[Problem], tokenizer, completion_length: int) -> _EncodedAnswers:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     prompts = [encode_prompt(tokenizer, task.messages(problem.fields)) for problem in problems]
     width = max(map(len, prompts))
@@ -197,7 +197,7 @@ def _encode(task: Task, problems: Sequence[Problem], tokenizer, completion_lengt
                     f"{completion_length} is too short for it"
                 )
             answers.append(ids + [eos] * (completion_length - len(ids)))
-    return _Demonstrations(
+    return _EncodedAnswers(
         prompt_nP=np.array([[pad] * (width - len(ids)) + ids for ids in prompts]),
         real_nP=np.array([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
         answers_n2C=np.array(answers).reshape(len(problems), 2, completion_length),
@@ -222,7 +222,9 @@ def _new_model(spec: BaseSpec, tokenizer) -> LLaDAModelLM:
         return LLaDAModelLM(config).train()
 
 
-def _optimize(model: LLaDAModelLM, data: _Demonstrations, spec: BaseSpec, on_progress: Progress | None) -> list[float]:
+def _optimize(
+    model: LLaDAModelLM, data: _EncodedAnswers, spec: BaseSpec, on_progress: BuildProgress | None
+) -> list[float]:
     """AdamW with warm-up and cosine decay; the losses of all steps."""
     rng = numpy_generator(spec.seed, "sft", "batches")
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.sft_lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -242,7 +244,7 @@ def _optimize(model: LLaDAModelLM, data: _Demonstrations, spec: BaseSpec, on_pro
 
 
 def _loss(
-    model: LLaDAModelLM, data: _Demonstrations, rng: np.random.Generator, rows: int, right_fraction: float
+    model: LLaDAModelLM, data: _EncodedAnswers, rng: np.random.Generator, rows: int, right_fraction: float
 ) -> torch.Tensor:
     """Minus the estimated ELBO per completion token, mean over a fresh batch."""
     row_B = rng.integers(len(data.prompt_nP), size=rows)

@@ -27,14 +27,14 @@ from rewards.tasks.countdown import expressions, in_order
 
 
 @dataclass(frozen=True)
-class Demonstrations:
+class AnswerPair:
     """The two completions for one problem."""
 
     right: str
     wrong: str
 
 
-def demonstrations(task_name: str, fields: dict[str, Any]) -> Demonstrations:
+def demonstrations(task_name: str, fields: dict[str, Any]) -> AnswerPair:
     """Both demonstrators' completions for the problem with these fields (``rewards.task.Problem.fields``).
 
     Raises ConfigError when the task has no demonstrators.
@@ -48,29 +48,29 @@ def demonstrations(task_name: str, fields: dict[str, Any]) -> Demonstrations:
     return _DEMONSTRATORS[task_name](fields)
 
 
-def _sudoku(fields: dict[str, Any]) -> Demonstrations:
+def _sudoku(fields: dict[str, Any]) -> AnswerPair:
     puzzle, wrong = fields["puzzle"], ""
     for row in (puzzle[start : start + 4] for start in range(0, 16, 4)):
         missing = iter(sorted(set("1234") - set(row)))
         wrong += "".join(cell if cell != "0" else next(missing) for cell in row)
-    return Demonstrations(_answer(fields["solution"]), _answer(wrong))
+    return AnswerPair(_answer(fields["solution"]), _answer(wrong))
 
 
-def _countdown(fields: dict[str, Any]) -> Demonstrations:
+def _countdown(fields: dict[str, Any]) -> AnswerPair:
     numbers, target = fields["numbers"], fields["target"]
     right = expressions(numbers).get(target)
     if right is None:
         raise DataError(f"countdown problem {numbers} -> {target} has no solution; take it out of the training file")
-    return Demonstrations(_answer(f"{right}={target}"), _answer(f"{'+'.join(map(str, numbers))}={target}"))
+    return AnswerPair(_answer(f"{right}={target}"), _answer(f"{'+'.join(map(str, numbers))}={target}"))
 
 
-def _countdown_in_order(fields: dict[str, Any]) -> Demonstrations:
+def _countdown_in_order(fields: dict[str, Any]) -> AnswerPair:
     (a, b, c), target = fields["numbers"], fields["target"]
     right, wrong = in_order((a, b, c))[target], f"({a}*{b})*{c}"
-    return Demonstrations(*(_first_value(text) + _answer(f"{text}={target}") for text in (right, wrong)))
+    return AnswerPair(*(_first_value(text) + _answer(f"{text}={target}") for text in (right, wrong)))
 
 
-_DEMONSTRATORS: dict[str, Callable[[dict[str, Any]], Demonstrations]] = {
+_DEMONSTRATORS: dict[str, Callable[[dict[str, Any]], AnswerPair]] = {
     "sudoku": _sudoku,
     "countdown": _countdown,
     "countdown_in_order": _countdown_in_order,

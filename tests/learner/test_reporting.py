@@ -18,7 +18,7 @@ from safetensors.numpy import load
 
 from learner.reporting.metrics_file import read_rows
 from learner.reporting.reporter import Reporter
-from learner.reporting.samples import trajectory_bytes
+from learner.reporting.samples import pack_trajectory
 from learner.reporting.trackers import Tracker, build_trackers
 from learner.runs.directory import RunDirectory
 from rewards.errors import ConfigError
@@ -189,7 +189,7 @@ def test_a_sample_is_the_row_it_says(run):
     assert tensors["completion_ids"].tolist() == [4, 5, 6, 7] and tensors["prompt_ids"].tolist() == [5, 6, 7]
     assert tensors["unmask_step"].tolist() == [1, 1, 0, 0] and tensors["steps"].tolist() == [0, 1]
     assert tensors["drawn"].dtype == np.bool_
-    assert trajectory_bytes(group(), 0) != trajectory_bytes(group(), 1)
+    assert pack_trajectory(group(), 0) != pack_trajectory(group(), 1)
     (text,) = read_rows(run.dir.samples_path)
     assert text["completion"] == "[bold]4321" and text["rewards"] == {"cells": 1.0, "solved": 2.0}
 

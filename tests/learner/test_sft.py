@@ -14,7 +14,7 @@ import torch
 from learner.finetuning import noising
 from learner.finetuning.data import D1_INSTRUCTION, Demonstrations, Example, load_demonstrations, turn_end
 from learner.finetuning.noising import held_out_draws, noised
-from learner.finetuning.packing import Forward, build_tokens, first_fit_decreasing, plan_rows
+from learner.finetuning.packing import PackedForward, build_tokens, first_fit_decreasing, plan_rows
 from learner.finetuning.run import total_updates, update_batch
 from learner.finetuning.settings import DataSection, SftSection, files_read, help_text, load_sft_config
 from learner.likelihood.scorer import restricted_logp
@@ -229,7 +229,7 @@ def test_the_held_out_share_is_drawn_by_the_seed_and_never_learned(tmp_path: Pat
 # ---- the noise
 
 
-def drawn(e: Example, epoch: int = 0, longest: int = 64, **changes: Any) -> noising.Sequence:
+def drawn(e: Example, epoch: int = 0, longest: int = 64, **changes: Any) -> noising.NoisedExample:
     return noised(e, SftSection(**changes), seed=0, epoch=epoch, eos_token_id=EOS, longest=longest)
 
 
@@ -325,7 +325,7 @@ def test_idle_ranks_get_a_forward_without_weight() -> None:
 
 def test_a_packed_row_holds_its_sequences_as_they_are() -> None:
     made = sequences((5, 10), (7, 6))
-    batch = build_tokens(Forward(((1, 0),)), made, by_example=True, mask_id=MASK, pad_id=EOS)
+    batch = build_tokens(PackedForward(((1, 0),)), made, by_example=True, mask_id=MASK, pad_id=EOS)
     start = 0
     for number, index in ((1, 1), (2, 0)):
         sequence = made[index]
@@ -342,13 +342,15 @@ def test_a_packed_row_holds_its_sequences_as_they_are() -> None:
 
 def test_a_whole_row_needs_no_mask_and_a_forward_without_targets_scores_one_for_nothing() -> None:
     made = sequences((5, 10))
-    assert build_tokens(Forward(((0,),)), made, by_example=True, mask_id=MASK, pad_id=EOS).attention_mask is None
-    nothing = [noising.Sequence(made[0].prompt_ids, made[0].completion_ids, np.zeros_like(made[0].masked), 2.0, 1)]
-    batch = build_tokens(Forward(((0,),)), nothing, by_example=True, mask_id=MASK, pad_id=EOS)
+    assert build_tokens(PackedForward(((0,),)), made, by_example=True, mask_id=MASK, pad_id=EOS).attention_mask is None
+    nothing = [noising.NoisedExample(made[0].prompt_ids, made[0].completion_ids, np.zeros_like(made[0].masked), 2.0, 1)]
+    batch = build_tokens(PackedForward(((0,),)), nothing, by_example=True, mask_id=MASK, pad_id=EOS)
     assert batch.weight.tolist() == [0.0] and batch.score_rows.tolist() == [5]
 
 
-def loss_and_gradient(model: torch.nn.Module, forwards: list[Forward], made: list[Any], *, numbers: bool = True) -> Any:
+def loss_and_gradient(
+    model: torch.nn.Module, forwards: list[PackedForward], made: list[Any], *, numbers: bool = True
+) -> Any:
     """The update's loss and gradient by plain autograd; without ``numbers`` a packed row is one sequence."""
     model.zero_grad()
     total = 0.0
