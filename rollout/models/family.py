@@ -27,15 +27,7 @@ for _config, _model in ((LLaDAConfig, LLaDAModelLM), (LLaDAMoEConfig, LLaDAMoEMo
 
 @dataclass(frozen=True)
 class PolicyAdapter:
-    """What differs between model families.
-
-    logit_shift: 0 when the logits at a position predict that position's own token, 1 when the next one's (Dream).
-    attention: the kind of attention the model was trained with. lora_regex: full match on module names, the linear
-    maps inside the blocks; an exact pattern, because in LLaDA the LM head shares its last name part, ``ff_out``, with
-    the MLP's output map. head_name: module name of the LM head. max_length: tokens that a sequence may have, prompt and
-    completion together; None when config.json doesn't say. block_regex: full match on every linear map inside the
-    blocks, which are those that may be stored in few bits; None when LoRA adapts them all.
-    """
+    """What differs between model families."""
 
     family: str
     model_class: type[PreTrainedModel]
@@ -43,11 +35,17 @@ class PolicyAdapter:
     eos_token_id: int
     pad_token_id: int
     logit_shift: int
-    attention: str
+    """0 when the logits at a position predict that position's own token, 1 when the next one's (Dream)."""
     lora_regex: str
+    """Full match on module names, the linear maps inside the blocks; an exact pattern, because in LLaDA the LM head
+    shares its last name part, ``ff_out``, with the MLP's output map."""
     head_name: str
+    """Module name of the LM head."""
     max_length: int | None = None
+    """Tokens that a sequence may have, prompt and completion together; None when config.json doesn't say."""
     block_regex: str | None = None
+    """Full match on every linear map inside the blocks, which are those that may be stored in few bits; None when LoRA
+    adapts them all."""
 
 
 def policy_adapter(model_path: str | Path) -> PolicyAdapter:
@@ -99,7 +97,6 @@ def _llada(raw: dict[str, Any]) -> PolicyAdapter:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         logit_shift=0,
-        attention="bidirectional",
         lora_regex=r"model\.transformer\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
         head_name="model.transformer.ff_out",
         max_length=config.max_sequence_length,
@@ -115,7 +112,6 @@ def _llada_moe(config: LLaDAMoEConfig) -> PolicyAdapter:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         logit_shift=0,
-        attention="bidirectional",
         # The attention only: at r = 64 the 3,072 maps of the experts would take 604 M parameters of adapter.
         lora_regex=attention,
         head_name="lm_head",
@@ -133,7 +129,6 @@ def _dream(raw: dict[str, Any]) -> PolicyAdapter:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
         logit_shift=1,
-        attention="bidirectional",
         lora_regex=r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
         head_name="lm_head",
         max_length=config.max_position_embeddings,
@@ -153,7 +148,6 @@ def _masked_lm(model_path: str | Path, raw: dict[str, Any]) -> PolicyAdapter:
         eos_token_id=eos,
         pad_token_id=pad,
         logit_shift=0,
-        attention="bidirectional",
         lora_regex=architecture.lora_regex,
         head_name=architecture.head_name,
         max_length=masked_lm.longest_sequence(model_type, raw),

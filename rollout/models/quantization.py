@@ -7,8 +7,8 @@ batch: a token's log-prob would depend on which other rows share its forward, an
 about un-updated weights. Its fast 4-bit product for CPUs with AVX512-BF16, which it takes only outside of training,
 would do the same and is off.
 
-Memory of a quantized weight matrix: ``few_bits.BYTES_PER_PARAMETER``; a quarter or half of bfloat16. The expanded matrix
-of one linear map lives as long as its product runs, in the run's dtype.
+Memory of a quantized weight matrix: ``few_bits.BYTES_PER_PARAMETER``; a quarter or half of bfloat16. The expanded
+matrix of one linear map lives as long as its product runs, in the run's dtype.
 """
 
 import importlib

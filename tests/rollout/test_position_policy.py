@@ -161,7 +161,7 @@ class TableModel(torch.nn.Module):
         return SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 1), value=5.0))
 
     def family(self) -> PolicyAdapter:
-        return PolicyAdapter("table", LLaDAModelLM, self.toy.tokens, EOS, self.toy.tokens + 2, 0, "", "", "")
+        return PolicyAdapter("table", LLaDAModelLM, self.toy.tokens, EOS, self.toy.tokens + 2, 0, "", "")
 
 
 def recorded(toy: Toy, paths: Paths, rule: Rule) -> TrajectoryGroup:
