@@ -114,7 +114,7 @@ def group_gradients(snapshot: Snapshot, count: int, *, seed: int, device: str = 
     ]
     together = max(1, config.rollout.max_rows // config.rollout.group_size)
     for start in range(0, count, together):
-        for group in draw_graded(engine, specs[start : start + together], task, sampler_spec(config)):
+        for group in draw_graded(engine, specs[start : start + together], task, config.rollout.sampler.spec()):
             yield differentiate(engine, group, objective)
 
 
@@ -130,11 +130,6 @@ def load_engine(snapshot: Snapshot, *, device: str) -> TorchEngine:
     )
     engine.load_adapter(progress.policy_version, snapshot.checkpoint.adapter, progress.adapter_digest)
     return engine
-
-
-def sampler_spec(config: RunConfig) -> SamplerSpec:
-    """How the run's training completions are drawn."""
-    return SamplerSpec(**config.rollout.sampler.model_dump())
 
 
 def draw_graded(engine: TorchEngine, specs: list[GroupSpec], task: Task, sampler: SamplerSpec) -> list[TrajectoryGroup]:

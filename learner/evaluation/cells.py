@@ -71,4 +71,4 @@ def _sampler(config: EvaluateConfig) -> SamplerSpec:
             changes[name] = getattr(decode, name)
     if changes.get("top_k") == 0:
         changes["top_k"] = None
-    return dataclasses.replace(SamplerSpec(**config.rollout.sampler.model_dump()), **changes)
+    return dataclasses.replace(config.rollout.sampler.spec(), **changes)

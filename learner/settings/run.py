@@ -33,7 +33,6 @@ from learner.settings.sections import (
 from rewards.errors import ConfigError
 from rewards.task import BUILT_IN, get_task, grade_timeout_problem
 from rewards.tasks.hub import PREFIX
-from rollout.trajectory import SamplerSpec
 
 DEFAULT_RECIPE = "sudoku"
 
@@ -65,7 +64,7 @@ class RunConfig(Section):
             *name_problems(self.run.name),
             *store_problems(self.store),
             *_sampler_problems(self),
-            *self.objective.refuses(SamplerSpec(**self.rollout.sampler.model_dump())),
+            *self.objective.refuses(self.rollout.sampler.spec()),
             *_rollout_problems(self),
             *group_problems(self.learner, self.resources),
             *model_problems(self.model, self.learner),

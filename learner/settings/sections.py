@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rollout.trajectory import PositionRule
+from rollout.trajectory import PositionRule, SamplerSpec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -154,6 +154,10 @@ class SamplerConfig(Section):
     """Tokens kept before drawing; null: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass kept after top_k; 1: all."""
+
+    def spec(self) -> SamplerSpec:
+        """What the engine takes."""
+        return SamplerSpec(**self.model_dump())
 
 
 class RolloutSection(Section):

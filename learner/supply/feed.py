@@ -12,7 +12,7 @@ from rollout.messages import Weights
 from rollout.pool import ActorLost, RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.seeds import derive_seed, numpy_generator
-from rollout.trajectory import GroupSpec, SamplerSpec
+from rollout.trajectory import GroupSpec
 
 
 class Feed:
@@ -38,7 +38,7 @@ class Feed:
         on_pump: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.problems, self.pool, self.replay = config, problems, pool, replay
-        self.sampler = SamplerSpec(**config.rollout.sampler.model_dump())
+        self.sampler = config.rollout.sampler.spec()
         self.grader_failures = 0
         self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
 

@@ -360,7 +360,7 @@ ON = ["rollout.sampler.position_rule=decoupled_confidence", "rollout.sampler.pos
 
 def test_settings_turn_it_on():
     config = load_config(["recipe=smoke", *ON])
-    assert SamplerSpec(**config.rollout.sampler.model_dump()).scores_positions
+    assert config.rollout.sampler.spec().scores_positions
     assert bias_warnings(config) == []
 
 
