@@ -2,20 +2,15 @@
 
 import contextlib
 import tempfile
-import time
 from functools import partial
 
 from learner.control.commands import Commands
 from learner.control.controller import Controller
-from learner.control.lifecycle import reporting, see_through, told_failures
+from learner.control.lifecycle import OpenedRun, opened_run, see_through, told_failures
 from learner.planning.check import check_memory
 from learner.planning.hardware import ray_cluster, this_machine
-from learner.reporting.dashboard import dashboard
-from learner.reporting.reporter import Reporter
-from learner.runs import checkpoint as checkpoints
-from learner.runs.directory import RunDirectory
 from learner.runs.session import joins, ray_session
-from learner.runs.start import check_quantization, open_run
+from learner.runs.start import check_quantization
 from learner.runs.stopping import StopFlag, StopRequested
 from learner.settings.run import RunConfig, bias_warnings
 from learner.small_base.base_model import ensure_base, print_progress
@@ -38,39 +33,27 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
     with contextlib.ExitStack() as stack:
         if dry_run:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-dry-run-"))
-            changes = {"dir": place, "name": "dry-run", "resume": "never"}
+            changes = {"dir": place, "name": "dry-run", "resume": "never", "dashboard": False}
             of_its_own = config.store.model_copy(update={"url": None})
             config = config.model_copy(update={"run": config.run.model_copy(update=changes), "store": of_its_own})
-        run_dir, resumed = open_run(config.run, kind="run", label=config.task.name)
-        stack.enter_context(run_dir)
-        since = time.time()
-        reporter = stack.enter_context(
-            reporting(
-                config,
-                run_dir,
-                resumed,
-                task=config.task.name,
-                objective=config.objective.type,
-                iterations=config.run.iterations,
-                trackers=config.trackers,
-                place=config.store,
-            )
+        opening = opened_run(
+            config,
+            config.run,
+            kind="run",
+            task=config.task.name,
+            objective=config.objective.type,
+            iterations=config.run.iterations,
+            trackers=config.trackers,
+            place=config.store,
         )
+        opened = stack.enter_context(opening)
         if unchecked is not None:
-            reporter.event("warning", "memory", unchecked)
-        if config.run.dashboard and not dry_run:
-            stack.enter_context(dashboard(run_dir, reporter))
-        return _train(config, run_dir, reporter, resumed, dry_run, since)
+            opened.reporter.event("warning", "memory", unchecked)
+        return _train(config, opened, dry_run)
 
 
-def _train(
-    config: RunConfig,
-    run_dir: RunDirectory,
-    reporter: Reporter,
-    resumed: checkpoints.Checkpoint | None,
-    dry_run: bool,
-    since: float,
-) -> int:
+def _train(config: RunConfig, opened: OpenedRun, dry_run: bool) -> int:
+    run_dir, resumed, reporter, since = opened
     with told_failures(reporter):
         model_path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
         with (

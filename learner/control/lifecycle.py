@@ -1,21 +1,77 @@
 """From its start to its exit status: what every kind of run does alike."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from learner.control.commands import Commands
 from learner.control.training import Training
+from learner.reporting.dashboard import dashboard
 from learner.reporting.reporter import Reporter
 from learner.reporting.trackers import build_trackers
 from learner.runs import checkpoint as checkpoints
 from learner.runs.directory import RunDirectory
-from learner.runs.start import changed_settings
+from learner.runs.start import changed_settings, open_run
 from learner.runs.stopping import Interrupted, StopFlag, StopRequested
 from learner.settings.run import dump_config
-from learner.settings.sections import Section, StoreSection
+from learner.settings.sections import RunPlace, Section, StoreSection
 from services.store.retention import Retention
 from services.store.writer import StoreWriter
+
+
+class OpenedRun(NamedTuple):
+    """A run that may begin."""
+
+    run_dir: RunDirectory
+    """Locked."""
+    resumed: checkpoints.Checkpoint | None
+    """What it goes on from; None for a new run."""
+    reporter: Reporter
+    since: float
+    """When it was opened, Unix seconds: what people ask of it from then on is meant for it."""
+
+
+@contextlib.contextmanager
+def opened_run(
+    config: Section,
+    run: RunPlace,
+    *,
+    kind: Literal["run", "sft"],
+    task: str,
+    objective: str,
+    iterations: int,
+    trackers: tuple[str, ...],
+    place: StoreSection,
+    check: Callable[[RunDirectory, checkpoints.Checkpoint | None], None] | None = None,
+) -> Iterator[OpenedRun]:
+    """The run's directory, store, trackers and, where ``run.dashboard`` says so, dashboard; all are closed at the end.
+
+    ``check`` may refuse to go on with the run before anything of it is changed.
+
+    Raises:
+        UnmaskError: see ``open_run`` and ``check``.
+    """
+    with contextlib.ExitStack() as stack:
+        run_dir, resumed = open_run(run, kind=kind, label=task)
+        stack.enter_context(run_dir)
+        since = time.time()
+        if check is not None:
+            check(run_dir, resumed)
+        told = reporting(
+            config,
+            run_dir,
+            resumed,
+            task=task,
+            objective=objective,
+            iterations=iterations,
+            trackers=trackers,
+            place=place,
+        )
+        reporter = stack.enter_context(told)
+        if run.dashboard:
+            stack.enter_context(dashboard(run_dir, reporter))
+        yield OpenedRun(run_dir, resumed, reporter, since)
 
 
 def see_through(

@@ -6,7 +6,6 @@ at a checkpoint goes on with the same bits.
 """
 
 import contextlib
-import dataclasses
 import json
 import time
 from functools import partial
@@ -15,19 +14,18 @@ from typing import Any
 import ray
 
 from learner.control.commands import Commands
-from learner.control.lifecycle import reporting, see_through, told_failures
+from learner.control.lifecycle import OpenedRun, opened_run, see_through, told_failures
 from learner.control.training import Training, update_metrics
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources
 from learner.ranks.rank import UpdateReport
-from learner.reporting.dashboard import dashboard
 from learner.reporting.reporter import Reporter
 from learner.runs import checkpoint as checkpoints
 from learner.runs.atomic import atomic_write_text
 from learner.runs.directory import RunDirectory
 from learner.runs.session import joined_ray
-from learner.runs.start import check_quantization, open_run, starting_adapter
+from learner.runs.start import check_quantization, starting_adapter
 from learner.runs.stopping import StopFlag
 from rewards.errors import CheckpointError, ConfigError
 from rollout.code import code_identity
@@ -46,26 +44,19 @@ def run(config: SftConfig) -> int:
     code_identity()
     assert config.model.path is not None
     data = _data(config, config.model.path)
-    updates = total_updates(config, data)
-    with contextlib.ExitStack() as stack:
-        run_dir, resumed = open_run(config.run, kind="sft", label="sft")
-        stack.enter_context(run_dir)
-        since = time.time()
-        _same_data(run_dir, data, resumed)
-        told = reporting(
-            config,
-            run_dir,
-            resumed,
-            task="sft",
-            objective="sft",
-            iterations=updates,
-            trackers=config.trackers,
-            place=config.store,
-        )
-        reporter = stack.enter_context(told)
-        if config.run.dashboard:
-            stack.enter_context(dashboard(run_dir, reporter))
-        return _train(config, run_dir, reporter, resumed, data, since)
+    opening = opened_run(
+        config,
+        config.run,
+        kind="sft",
+        task="sft",
+        objective="sft",
+        iterations=total_updates(config, data),
+        trackers=config.trackers,
+        place=config.store,
+        check=partial(_same_data, data),
+    )
+    with opening as opened:
+        return _train(config, opened, data)
 
 
 def total_updates(config: SftConfig, data: Demonstrations) -> int:
@@ -176,22 +167,14 @@ class Finetuning(Training):
         if not self._held_out:
             return
         figures = self.learner.held_out(self._held_out)
-        best = self.progress.best
-        if iteration and figures["held_out/loss"] < best.get("loss", float("inf")):
-            best = {"iteration": iteration, "loss": figures["held_out/loss"]}
-        evaluations = {**self.progress.evaluations, name: figures}
-        self.progress = dataclasses.replace(self.progress, evaluations=evaluations, evaluated_at=iteration, best=best)
+        loss = figures["held_out/loss"]
+        better = iteration > 0 and loss < self.progress.best.get("loss", float("inf"))
+        self._evaluated(name, iteration, figures, best={"loss": loss} if better else None)
         self.reporter.evaluation(iteration, figures)
 
 
-def _train(
-    config: SftConfig,
-    run_dir: RunDirectory,
-    reporter: Reporter,
-    resumed: checkpoints.Checkpoint | None,
-    data: Demonstrations,
-    since: float,
-) -> int:
+def _train(config: SftConfig, opened: OpenedRun, data: Demonstrations) -> int:
+    run_dir, resumed, reporter, since = opened
     with told_failures(reporter), contextlib.ExitStack() as closing:
         cpus = config.learner.ranks * config.resources.cpus_per_rank
         wanted, check = config.resources.ray_address, partial(check_resources, config)
@@ -232,7 +215,7 @@ def _data(config: SftConfig, model_path: str) -> Demonstrations:
     )
 
 
-def _same_data(run_dir: RunDirectory, data: Demonstrations, resumed: checkpoints.Checkpoint | None) -> None:
+def _same_data(data: Demonstrations, run_dir: RunDirectory, resumed: checkpoints.Checkpoint | None) -> None:
     """Note what the run learns from, or refuse to go on with something else."""
     path = run_dir.path / "data.json"
     if resumed is None:
