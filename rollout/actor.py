@@ -215,15 +215,10 @@ class RolloutActor:
 
 
 def _report(group: TrajectoryGroup, grades: Sequence[GradeResult]) -> GroupReport:
-    means = group.rewards.mean(axis=0, dtype=np.float64)
     return GroupReport(
         group_id=group.group_id,
         problem_id=group.problem_id,
-        size=group.size,
-        components={name: float(mean) for name, mean in zip(group.reward_names, means, strict=True)},
-        solved=int(group.correct.sum()),
         tokens=int(group.drawn.sum()),
-        nfe=int(group.nfe.sum()),
         grader_timeouts=group.counters["grader_timeouts"],
         grader_crashes=group.counters["grader_crashes"],
         invalid=next((grade.invalid for grade in grades if grade.invalid is not None), None),

@@ -28,23 +28,15 @@ BASE_WEIGHTS = Weights(-1, "", [])
 
 @dataclass(frozen=True)
 class GroupReport:
-    """A drawn group in a few numbers. components: group mean by reward component. tokens: drawn ones. nfe: forward
-    passes, summed over the completions. invalid: why the group can't be trained on, or None."""
+    """What the controller must know of a drawn group without fetching it. tokens: drawn ones. invalid: why the group
+    can't be trained on, or None."""
 
     group_id: int
     problem_id: str
-    size: int
-    components: Mapping[str, float]
-    solved: int
     tokens: int
-    nfe: int
     grader_timeouts: int
     grader_crashes: int
     invalid: str | None
-
-    @property
-    def mean_reward(self) -> float:
-        return sum(self.components.values())
 
 
 @dataclass(frozen=True)
@@ -57,8 +49,10 @@ class LeaseReport:
     adapter_digest: str
     groups: tuple[GroupReport, ...]
     load_s: float
+    """For fetching and loading the weights."""
     generate_s: float
     grade_wait_s: float
+    """For the verdicts that were still out when all completions were drawn."""
     usage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the actor's process uses, see ``rollout.usage``."""
 

@@ -113,8 +113,6 @@ class TrajectoryGroup:
     seed: int
     nfe: np.ndarray
     """[G] int32, forward passes that each completion took part in."""
-    timings: Mapping[str, float] = field(default_factory=dict)
-    """seconds by stage"""
     actor_id: str = ""
     counters: Mapping[str, int] = field(default_factory=dict)
     """recoveries of the actor's that must stay visible, e.g. grader timeouts"""
@@ -221,6 +219,7 @@ class TrajectoryGroup:
             if found != SCHEMA_VERSION:
                 raise DataError(f"{path} has trajectory schema {found}, this version reads {SCHEMA_VERSION}")
             meta["sampler"] = SamplerSpec(**meta["sampler"])
+            meta.pop("timings", None)  # older files have seconds that nothing reads
             meta["reward_names"] = tuple(meta["reward_names"])
             absent: dict[str, Any] = {
                 name: None

@@ -83,9 +83,6 @@ class ModelShape:
         of_block = sum(one.copies * (one.inputs + one.outputs) for one in self.maps if one.adapted)
         return r * (of_block * self.layers + (self.width + self.vocabulary) * include_head)
 
-    def resized(self, **changes: Any) -> "ModelShape":
-        return replace(self, **changes)
-
 
 def model_shape(config: RunConfig) -> ModelShape:
     """The run's model: the folder or hub name of ``model.path``, or the small base that null stands for.

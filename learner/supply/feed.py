@@ -40,6 +40,7 @@ class Feed:
         self.config, self.problems, self.pool, self.replay = config, problems, pool, replay
         self.sampler = config.rollout.sampler.spec()
         self.grader_failures = 0
+        self._lease_seconds: list[dict[str, float]] = []
         self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
 
     def issue_through(self, iteration: int) -> None:
@@ -107,11 +108,20 @@ class Feed:
                     self.replay.ledger.fail_lease(event.lease_id)
                 continue
             self.replay.deliver(event.report, event.refs)
+            report = event.report
+            self._lease_seconds.append(
+                {"load": report.load_s, "generate": report.generate_s, "grade_wait": report.grade_wait_s}
+            )
             for group in event.report.groups:
                 self.grader_failures += group.grader_timeouts + group.grader_crashes
                 if group.invalid is not None:
                     text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {group.invalid}"
                     self._on_event("warning", "dropped", text)
+
+    def lease_seconds(self) -> dict[str, float]:
+        """Mean seconds of a lease by stage, over those taken in since the last call; empty when there were none."""
+        leases, self._lease_seconds = self._lease_seconds, []
+        return {stage: sum(lease[stage] for lease in leases) / len(leases) for stage in (leases[0] if leases else ())}
 
     def _lease(self, weights: Weights) -> None:
         ledger, rollout, timeout_s = self.replay.ledger, self.config.rollout, self.config.timeouts.lease

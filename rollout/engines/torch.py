@@ -3,7 +3,6 @@
 Shapes: G completions of a group, C completion positions, V vocabulary.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,7 +81,6 @@ class TorchEngine:
         Returns:
             Groups in request order, without rewards (R = 0) and with verdicts false: grading is the caller's.
         """
-        started = time.perf_counter()
         # With shifted logits a sequence's first token would be read off the row before it.
         assert all(len(prompt) >= self.family.logit_shift for prompt in prompts), "a completion without a prompt"
         place = [(g, row) for g, group in enumerate(groups) for row in range(group.size)]
@@ -102,10 +100,9 @@ class TorchEngine:
                 device=self.device,
                 on_completion=finished,
             )
-        timings = {"lease_generate_s": time.perf_counter() - started}
         drawn = iter(completions)
         return [
-            self._group(group, prompt, [next(drawn) for _ in range(group.size)], sampler, timings)
+            self._group(group, prompt, [next(drawn) for _ in range(group.size)], sampler)
             for group, prompt in zip(groups, prompts, strict=True)
         ]
 
@@ -162,7 +159,6 @@ class TorchEngine:
         prompt: Sequence[int],
         completions: list[Completion],
         sampler: SamplerSpec,
-        timings: dict[str, float],
     ) -> TrajectoryGroup:
         indptr = ids = None
         if sampler.truncates:
@@ -189,5 +185,4 @@ class TorchEngine:
             sampler=sampler,
             seed=spec.seed,
             nfe=np.array([c.nfe for c in completions], np.int32),
-            timings=timings,
         )

@@ -109,24 +109,6 @@ def refresh(connection: sa.Connection, run_id: str, names: Collection[str] | Non
             _refresh_level(connection, run_id, names, level, first, last)
 
 
-def rebuild(connection: sa.Connection, run_id: str) -> None:
-    """All buckets and newest values of a run whose ``metrics`` were put there in bulk."""
-    table = metrics
-    newest = sa.select(table.c.name, sa.func.max(table.c.iteration).label("iteration"))
-    newest_of = newest.where(table.c.run_id == run_id).group_by(table.c.name).subquery()
-    same = (table.c.name == newest_of.c.name) & (table.c.iteration == newest_of.c.iteration)
-    columns = [column.name for column in latest_metrics.c]
-    rows = sa.select(*(table.c[name] for name in columns)).join(newest_of, same).where(table.c.run_id == run_id)
-    connection.execute(latest_metrics.delete().where(latest_metrics.c.run_id == run_id))
-    connection.execute(latest_metrics.insert().from_select(columns, rows))
-    ends = sa.select(sa.func.min(table.c.iteration), sa.func.max(table.c.iteration)).where(table.c.run_id == run_id)
-    first, last = connection.execute(ends).one()
-    if first is not None:
-        for level in range(1, LEVELS + 1):
-            width = FACTOR**level
-            _refresh_level(connection, run_id, None, level, first // width, last // width)
-
-
 def truncate(connection: sa.Connection, run_id: str, after: int) -> None:
     """Follow ``metrics``, from which the rows beyond ``after`` have just been removed.
 

@@ -71,17 +71,17 @@ class Catalog:
         with self._lock:
             return sorted(self._owners)
 
-    def list_runs(self, **options: Any) -> Page:
+    def list_runs(self, *, limit: int = 100, cursor: str | None = None) -> Page:
         """As ``Reader.list_runs``; each row also has ``unreadable``: why its store can't be read now, or None.
 
         With a URL it raises ``StoreError`` when the store can't be read, having no list then.
         """
         if self._folder is None:
-            page = Reader(self._engine(self._url)).list_runs(**options)
+            page = Reader(self._engine(self._url)).list_runs(limit=limit, cursor=cursor)
             return Page([row | {"unreadable": None} for row in page.rows], page.next)
         self._wait()
         with self._lock:
-            page = Reader(self._index).list_runs(**options)
+            page = Reader(self._index).list_runs(limit=limit, cursor=cursor)
             return Page([row | {"unreadable": self._reason(row["id"])} for row in page.rows], page.next)
 
     def run(self, run_id: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from rewards.errors import StoreError
 from services.store import buckets, schema
-from services.store.pages import Page, RunOrder, read_cursor, write_cursor
+from services.store.pages import Page, read_cursor, write_cursor
 from services.store.rows import OF_SERIES, dicts, fetched, number, whole
 from services.store.schema import checkpoints, events, latest_metrics, metric_buckets, metrics, runs, samples, workers
 from services.store.values import plain
@@ -64,34 +64,23 @@ class Reader:
         """engine: opened with ``read_only``, so that each answer is of one moment."""
         self._engine = engine
 
-    def list_runs(
-        self,
-        *,
-        status: str | None = None,
-        task: str | None = None,
-        objective: str | None = None,
-        text: str | None = None,
-        sort: str = "-created",
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> Page:
-        """Runs without config and summary, each with ``latest`` (see ``latest_metrics``). ``text``: part of the id.
+    def list_runs(self, *, limit: int = 100, cursor: str | None = None) -> Page:
+        """Runs, the newest first, without config and summary, each with ``latest`` (see ``latest_metrics``).
 
-        Raises ``ValueError`` for a ``sort`` (see ``pages.RunOrder``) or cursor that is none.
+        Raises ``ValueError`` for a cursor that is none.
         """
-        order = RunOrder(sort)
         query = sa.select(*_LISTED)
-        for column, wanted in ((runs.c.status, status), (runs.c.task, task), (runs.c.objective, objective)):
-            if wanted is not None:
-                query = query.where(column == plain(wanted))
-        if text is not None:
-            query = query.where(runs.c.id.icontains(plain(text), autoescape=True))
+        if cursor is not None:
+            created, run_id = read_cursor(cursor, (int, float), str)
+            query = query.where(
+                sa.tuple_(runs.c.created, runs.c.id) < sa.tuple_(sa.literal(created), sa.literal(run_id))
+            )
+        query = query.order_by(runs.c.created.desc(), runs.c.id.desc()).limit(limit + 1)
         with self._reading() as connection:
-            rows = dicts(connection, order.apply(query, cursor).limit(limit + 1))
+            rows = dicts(connection, query)
             latest = _latest(connection, [row["id"] for row in rows[:limit]])
-        following = order.cursor(rows[limit - 1]) if len(rows) > limit else None
-        for row in rows:
-            del row["sort_key"]
+        last = rows[limit - 1] if len(rows) > limit else None
+        following = None if last is None else write_cursor(last["created"], last["id"])
         return Page([row | {"latest": latest[row["id"]]} for row in rows[:limit]], following)
 
     def run_ids(self) -> list[str]:

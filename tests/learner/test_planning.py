@@ -75,7 +75,7 @@ def test_parameter_counts_are_exact(family: str) -> None:
     raw, model = published(family)
     counted = shapes.shape_from(raw)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
-    assert counted.resized(layers=counted.layers + 1).parameters != counted.parameters
+    assert dataclasses.replace(counted, layers=counted.layers + 1).parameters != counted.parameters
 
 
 @pytest.mark.parametrize("family", ["llada", "llada, grouped", "dream", "moe"])
@@ -149,7 +149,7 @@ def test_kept_activations_are_what_autograd_saves(dtype: torch.dtype, changes: d
 
 def test_a_forgotten_tensor_would_be_seen() -> None:
     model, _ = build_policy(TRUNK)
-    wider = Trunk(TRUNK.model.resized(mlp=TRUNK.mlp + 1), 3, TRUNK.length, TRUNK.lora_r, 4)
+    wider = Trunk(dataclasses.replace(TRUNK.model, mlp=TRUNK.mlp + 1), 3, TRUNK.length, TRUNK.lora_r, 4)
     assert saved_bytes(model.train(), 3, TRUNK.length) != activations.kept(
         wider, checkpointing=False
     ) + head_and_tables(TRUNK)

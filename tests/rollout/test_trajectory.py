@@ -36,7 +36,6 @@ def group() -> TrajectoryGroup:
         policy_version=5,
         adapter_digest="abc",
         seed=2**62 + 1,
-        timings={"lease_generate_s": 0.25},
         counters={"grader_timeouts": 1},
         correct=np.array([True, False]),
         position_logp=np.full((G, STEPS), -0.5, np.float32),
@@ -215,6 +214,11 @@ def test_another_schema_version_is_refused_by_number(group, tmp_path):
     path = rewritten(tmp_path / "group", group, lambda meta, _: meta.update(schema_version=SCHEMA_VERSION + 1))
     with pytest.raises(DataError, match=f"schema {SCHEMA_VERSION + 1}, this version reads {SCHEMA_VERSION}"):
         TrajectoryGroup.load(path)
+
+
+def test_a_file_of_an_older_version_with_timings_is_read(group, tmp_path):
+    path = rewritten(tmp_path / "group", group, lambda meta, _: meta.update(timings={"lease_generate_s": 0.25}))
+    assert_same(group, TrajectoryGroup.load(path))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def fill_run(url: str, run_id: str, rows: int, *, names: Sequence[str] = NAMES, 
     engine = schema.open_engine(url, create=True)
     with engine.begin() as connection:
         _put_metrics(connection, run_id, iterations, names, seconds)
-        buckets.rebuild(connection, run_id)
+        rebuild(connection, run_id)
     engine.dispose()
 
 
@@ -46,6 +46,20 @@ def fill_folder(folder: Path, runs: int, rows: int) -> None:
         path = folder / f"load-{number:03d}"
         path.mkdir(parents=True)
         fill_run(schema.sqlite_url(path / "store.sqlite"), path.name, rows)
+
+
+def rebuild(connection: sa.Connection, run_id: str) -> None:
+    """All buckets and newest values of a run whose ``metrics`` were put there in bulk."""
+    table, latest = schema.metrics, schema.latest_metrics
+    newest = sa.select(table.c.name, sa.func.max(table.c.iteration).label("iteration"))
+    newest_of = newest.where(table.c.run_id == run_id).group_by(table.c.name).subquery()
+    same = (table.c.name == newest_of.c.name) & (table.c.iteration == newest_of.c.iteration)
+    columns = [column.name for column in latest.c]
+    rows = sa.select(*(table.c[name] for name in columns)).join(newest_of, same).where(table.c.run_id == run_id)
+    connection.execute(latest.delete().where(latest.c.run_id == run_id))
+    connection.execute(latest.insert().from_select(columns, rows))
+    iterations = sa.select(table.c.iteration).where(table.c.run_id == run_id).distinct()
+    buckets.refresh(connection, run_id, None, connection.execute(iterations).scalars().all())
 
 
 def _put_metrics(connection: sa.Connection, run_id: str, iterations: int, names: Sequence[str], seconds: float) -> None:

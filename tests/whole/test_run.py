@@ -64,6 +64,7 @@ def test_metrics_hold_every_iteration_once_and_the_evaluations(undisturbed: RunD
         assert row["updates/applied"] == 1
         assert row["staleness/max"] == 0
         assert row["log_ratio/unupdated_abs_max"] < 1e-4, "learner and actors disagree"
+        assert 0 <= row["time/lease/load_s"] < row["time/lease/generate_s"] and row["time/lease/grade_wait_s"] >= 0
         components = sum(row[f"reward/{name}"] for name in ("length", "permutation", "clues", "cells"))
         assert row["reward/mean"] == pytest.approx(components)
     assert any(row["grad_norm"] > 0 for row in training_rows(undisturbed)), "nothing to learn from in this run"
