@@ -7,7 +7,6 @@ Times are Unix seconds. A metric that is not a finite number has ``value`` NULL 
 "inf", "-inf"): SQLite would turn NaN into NULL and PostgreSQL's JSON refuses it, so no column holds one.
 """
 
-import json
 import math
 import os
 import sqlite3
@@ -21,6 +20,7 @@ from sqlalchemy.engine import make_url
 from rewards.errors import StoreError
 from services.store.files import NotAFile, require_sqlite_files
 from services.store.upgrade import found_version, upgrade
+from services.store.values import from_json, to_json
 
 SCHEMA_VERSION = 2
 """The newest revision in ``migrations/versions``; a change of a table here needs a new one there."""
@@ -30,8 +30,6 @@ STATEMENT_TIMEOUT_S = 30.0
 """How long PostgreSQL works on one statement."""
 MAX_BLOB_BYTES = 64 * 2**20
 """Of a trajectory that is read."""
-MAX_JSON_BYTES = 2**22
-"""Of one JSON value that is read."""
 
 UNANSWERED = (
     *(sa.exc.SQLAlchemyError, sqlite3.Error, sqlite3.Warning),
@@ -307,8 +305,8 @@ def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool, transaction_s:
         raise StoreError(f"no run store at {path}")
     engine = sa.create_engine(
         url,
-        json_serializer=_to_json,
-        json_deserializer=_from_json,
+        json_serializer=to_json,
+        json_deserializer=from_json,
         pool_size=2,
         max_overflow=8,
         pool_timeout=10,
@@ -382,27 +380,9 @@ def _server_engine(url: sa.URL, *, read_only: bool) -> sa.Engine:
         url,
         connect_args={name: value for name, value in arguments.items() if name not in url.query},
         isolation_level=isolation,
-        json_serializer=_to_json,
+        json_serializer=to_json,
         pool_pre_ping=read_only,  # a restarted server must not cost a reader an error; the writer tries again anyway
         pool_size=2,
         max_overflow=8,
         pool_timeout=10,
     )
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, allow_nan=False)
-
-
-def _from_json(text: str) -> Any:
-    """Raises StoreError for what no run writes."""
-    try:
-        if len(text) > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
-        return json.loads(text, parse_constant=_refuse)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise StoreError(f"the run store holds JSON that no run writes: {str(error)[:200]}") from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")

@@ -1,9 +1,14 @@
-"""What any database takes of what a run reports."""
+"""What any database takes of what a run reports, and what is taken of it again."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from rewards.errors import StoreError
+
+MAX_JSON_BYTES = 2**22
+"""Of one JSON value that is read."""
 ROW_BYTES = 200
 """A row without its texts and blobs, roughly."""
 
@@ -40,3 +45,21 @@ def size(value: Any) -> int:
     if isinstance(value, list):
         return sum(size(item) for item in value)
     return 8
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def from_json(text: str) -> Any:
+    """Raises StoreError for what no run writes."""
+    try:
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(f"the run store holds JSON that no run writes: {str(error)[:200]}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
