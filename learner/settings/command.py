@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rewards.command import Parser
 
@@ -24,6 +25,9 @@ class SettingsParser(Parser):
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The options and ``settings``. Raises ConfigError."""
         return self.parse_intermixed_args(argv)
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse would swallow that its reader has gone
 
     def format_help(self) -> str:
         return f"{super().format_help()}\n{self._keys()}"
