@@ -9,7 +9,7 @@ from learner.control.controller import Controller
 from learner.control.lifecycle import OpenedRun, opened_run, see_through, told_failures
 from learner.planning.check import check_memory
 from learner.planning.hardware import ray_cluster, this_machine
-from learner.runs.session import joins, ray_session
+from learner.runs.session import check_cluster, joins, ray_session
 from learner.runs.start import check_quantization
 from learner.runs.stopping import StopFlag, StopRequested
 from learner.settings.run import RunConfig, bias_warnings
@@ -28,6 +28,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
     """
     check_quantization(config.model, config.learner, config.resources)
     code_identity()
+    check_cluster(config.resources.ray_address, insecure=config.resources.ray_insecure)
     local = not joins(config.resources.ray_address)
     unchecked = check_memory(config, this_machine(config)) if local else None
     with contextlib.ExitStack() as stack:
