@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from learner.verification.cases import case_names
+from learner.verification.checks import Check, check_case, golden_checks
 from learner.verification.measurement import Measurement, Meter
-from learner.verify import Check, check_case, golden_checks, main, status_of
+from learner.verification.report import status_of
+from learner.verify import main
 from tests.support.hand_made import GOLDEN
 from tests.support.miniature_reference import write_base, write_sampler_case, write_training_case
 
