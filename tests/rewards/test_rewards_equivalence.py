@@ -157,8 +157,8 @@ def test_the_helper_is_started_again_when_it_was_killed() -> None:
 
 def test_the_helper_ends_with_its_owner() -> None:
     code = (
-        "import os; from rewards.maths import symbolic; symbolic.start(); print(symbolic._helper._popen.pid, flush=True); "
-        "os._exit(1)"
+        "import os; from rewards.maths import symbolic; symbolic.start(); "
+        "print(symbolic._helper._popen.pid, flush=True); os._exit(1)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     helper = Path(f"/proc/{int(done.stdout)}")
