@@ -74,8 +74,10 @@ class LearnerRank(Rank):
     def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
         who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
         groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
-        # One law is read off the first group; the plan's samplers are one (``Feed``).
-        assert len({group.sampler for group in groups}) == 1, "groups of different samplers in one update"
-        if problems := self.config.objective.refuses(groups[0].sampler):
-            raise TrajectoryError("; ".join(problems))
+        samplers = {group.sampler for group in groups}
+        for sampler in samplers:
+            if problems := self.config.objective.refuses(sampler):
+                raise TrajectoryError(f"a group sampled at temperature {sampler.temperature:g}: {'; '.join(problems)}")
+        # The law is read off the first group; a run samples all groups in one way (``Feed``).
+        assert len(samplers) == 1, f"groups of different samplers in one update: {samplers}"
         return groups

@@ -128,8 +128,9 @@ def test_recording_changes_no_bit_of_training(ranks, adapter, batch, number) -> 
         group = ranks[number].restart(config, adapter)
         reports = [group.update(put(batch), update, LR) for update in range(3)]
         counts = group.ask("counted")
-        figures = [dataclasses.replace(report, seconds=0.0, scored=()) for report in reports]
-        found[completions] = (digest(group.publish().state), figures, counts)
+        figures = [dataclasses.replace(report, seconds=0.0, scored=(), credit=()) for report in reports]
+        credit = [credit_G.tolist() for report in reports for credit_G in report.credit]
+        found[completions] = (digest(group.publish().state), figures, credit, counts)
         recorded = {view.group for view in reports[0].scored}
         assert recorded == {0: set(), 4: {0}, 1000: {0, 2, 3}}[completions], "group 1 has no signal"
     assert found[0] == found[4] == found[1000], "weights, figures and numbers of forwards"
