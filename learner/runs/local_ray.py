@@ -3,8 +3,8 @@
 Ray leaves all three open by default: every port listens on all interfaces, its job agent runs a shell command for
 whoever posts one, and its session folders are writable by all. Authentication is a setting of the environment that Ray
 reads while it is imported, and it turns 127.0.0.1 into the node's network address unless it believes that there are no
-clusters on this platform. So this module reaches into Ray in three places, all named ``ray._private`` or
-``ray._raylet``; ``tests/whole/test_closed_ray.py`` attacks what comes of it.
+clusters on this platform. So this module reaches into Ray, under the names ``ray._private`` and ``ray._raylet``, and no
+other one does; ``tests/whole/test_closed_ray.py`` attacks what comes of it.
 """
 
 import contextlib
@@ -83,6 +83,16 @@ def loopback_only() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def token_header() -> dict[str, str]:
+    """The header with which Ray would ask from this shell; empty without a token."""
+    if get_authentication_mode() != AuthenticationMode.TOKEN:
+        return {}
+    try:
+        return AuthenticationTokenLoader.instance().get_token_for_http_header()
+    except ray.exceptions.AuthenticationError:  # no file, or an empty one
+        return {}
 
 
 @contextlib.contextmanager

@@ -8,15 +8,12 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
 
 import grpc
 import ray
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub names a few things only
 from ray.util import get_node_ip_address
 
-from learner.runs.local_ray import local_ray, loopback_only
+from learner.runs.local_ray import local_ray, loopback_only, token_header
 from learner.settings.run import RunConfig, check_resources, in_ray_job, required_resources
 from rewards.errors import ConfigError
 
@@ -56,7 +53,7 @@ def joined_ray(
             check_cluster(wanted, insecure=insecure)
             address = stack.enter_context(_cluster(_named(wanted)))
             told = f"joined the Ray cluster at {address}"
-            if lets_everybody_in(address) and not _is_loopback(address):
+            if _is_open(address, _answer(address)):
                 _refuse_unless(insecure, address)
                 told += "; it lets everybody in (resources.ray_insecure=true)"
         else:
@@ -88,17 +85,17 @@ def check_cluster(wanted: str | None, *, insecure: bool) -> None:
         socket.create_connection((host, port), timeout=_KNOCK_LIMIT_S).close()
     except OSError as error:
         raise ConfigError(f"no Ray answers at {address} ({error}); start one, or {_NO_CLUSTER}") from error
-    if lets_everybody_in(reached):
-        if not _is_loopback(reached):
-            _refuse_unless(insecure, reached)
-    elif _wants_a_token(reached):
-        mine = _own_token()
+    answer = _answer(reached)
+    if _is_open(reached, answer):
+        _refuse_unless(insecure, reached)
+    if answer == grpc.StatusCode.UNAUTHENTICATED:
+        mine = token_header()
         if not mine:
             raise ConfigError(
                 f"no Ray answers at {address} without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
                 f"the file that holds it, or {_NO_CLUSTER}"
             )
-        if _wants_a_token(reached, mine):
+        if _answer(reached, mine) == grpc.StatusCode.UNAUTHENTICATED:
             raise ConfigError(
                 f"no Ray answers at {address} to this shell's token; set RAY_AUTH_TOKEN_PATH to the file that holds "
                 f"the right one, or {_NO_CLUSTER}"
@@ -110,33 +107,22 @@ def joins(wanted: str | None) -> bool:
     return wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
 
 
-def lets_everybody_in(address: str) -> bool:
-    """Whether the Ray at ``host:port`` answers a question that comes without a token. One that wants a certificate
-    (RAY_USE_TLS) doesn't."""
-    return _status(address) == grpc.StatusCode.OK
-
-
-def _wants_a_token(address: str, header: Mapping[str, str] = MappingProxyType({})) -> bool:
-    """Whether the Ray there refuses a question that comes with this header."""
-    return _status(address, header) == grpc.StatusCode.UNAUTHENTICATED
-
-
-def _own_token() -> dict[str, str]:
-    """The header that Ray would send from this shell; empty without a token."""
-    try:
-        return AuthenticationTokenLoader.instance().get_token_for_http_header() if is_token_auth_enabled() else {}
-    except ray.exceptions.AuthenticationError:  # no file, or an empty one
-        return {}
-
-
-def _status(address: str, header: Mapping[str, str] = MappingProxyType({})) -> grpc.StatusCode:
+def _answer(address: str, header: Mapping[str, str] | None = None) -> grpc.StatusCode:
+    """What the Ray at ``host:port`` says to a question that comes with this header, by default without a token."""
+    metadata = [(name.lower(), value) for name, value in (header or {}).items()]
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            ask(b"", timeout=_KNOCK_LIMIT_S, metadata=[(name.lower(), value) for name, value in header.items()])
+            ask(b"", timeout=_KNOCK_LIMIT_S, metadata=metadata)
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
+
+
+def _is_open(address: str, answer: grpc.StatusCode) -> bool:
+    """Whether a Ray that gave this answer without a token lets everybody in over the network. One that wants a
+    certificate (RAY_USE_TLS) doesn't answer."""
+    return answer == grpc.StatusCode.OK and not _is_loopback(address)
 
 
 def _refuse_unless(insecure: bool, address: str) -> None:
