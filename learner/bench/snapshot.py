@@ -16,7 +16,6 @@ from learner.bench.estimators import mean_weights
 from learner.likelihood.scorer import score
 from learner.likelihood.timesteps import StepTable, step_table
 from learner.likelihood.views import View, build_batch
-from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.rank import lora_spec
 from learner.runs import checkpoint as checkpoints
@@ -152,13 +151,13 @@ def differentiate(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo)
 
     The loss and the views are the learner's own. Completions without a signal are left out, as the learner does.
     """
-    advantages_G = group_advantages(group.rewards)
+    credit_G = objective.credit(group)
     table = step_table(group, objective.config.step_range, (engine.family.eos_token_id,))
-    live_G = (advantages_G != 0) | objective.needs_reference
+    live_G = (credit_G != 0) | objective.needs_reference
     rows_N, steps_N = np.nonzero(table.eligible_Gm & live_G[:, None])
     parameters = list(adapter_parameters(engine.model).values())
     views = [
-        View(0, int(row), int(step), advantage=float(advantages_G[row]), weight=1.0)
+        View(0, int(row), int(step), advantage=float(credit_G[row]), weight=1.0)
         for row, step in zip(rows_N, steps_N, strict=True)
     ]
     gradients_NP = torch.zeros(len(views), sum(p.numel() for p in parameters))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from learner.settings.run import RunConfig
-from rewards.errors import UnmaskError
+from rewards.errors import UnmaskError, first_line
 from rewards.task import Problem, Task, get_task
 
 ASSUMED = 256
@@ -23,7 +23,7 @@ def prompt_tokens(config: RunConfig) -> tuple[int, str]:
             return ASSUMED, "assumed; --prompt says better"
         lengths = _lengths(path, task, problems)
     except (UnmaskError, OSError) as error:
-        return ASSUMED, f"assumed, since prompts can't be counted here ({str(error).splitlines()[0]})"
+        return ASSUMED, f"assumed, since prompts can't be counted here ({first_line(error)})"
     return max(lengths), f"the longest of {len(lengths)} of the task's"
 
 

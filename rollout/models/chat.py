@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rewards.errors import ConfigError
+from rewards.errors import ConfigError, first_line
 from rewards.helper import Helper
 from rollout.models.tokenizer import CHAT_TEMPLATE
 
@@ -36,7 +36,7 @@ def render_chat(
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # several by name, and no default
-        raise ConfigError(f"{model} has no chat template to take: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{model} has no chat template to take: {first_line(error)}") from error
     if template == CHAT_TEMPLATE:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
