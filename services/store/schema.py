@@ -298,6 +298,20 @@ def may_pass(error: Exception) -> bool:
     return isinstance(error, passing) or getattr(error, "connection_invalidated", False)
 
 
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log. Connections that switch a new file at the same moment wait for each other's locks:
+    SQLite calls one of them busy at once, whatever its busy timeout, and trying again is all that it takes."""
+    until = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.005)
+
+
 def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool, transaction_s: float) -> sa.Engine:
     """The file may be anybody's: a database can hold more than tables of values, and need not even be one."""
     path = Path(url.database or "")
@@ -329,7 +343,7 @@ def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool, transaction_s:
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("PRAGMA foreign_keys = ON")
         if create:
-            connection.execute("PRAGMA journal_mode = WAL")  # readers and the writer don't wait for each other
+            _write_ahead(connection)  # readers and the writer don't wait for each other
         else:
             connection.execute("PRAGMA cell_size_check = ON")
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LENGTH_LIMIT)

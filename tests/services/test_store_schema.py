@@ -3,6 +3,8 @@
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -223,6 +225,24 @@ def test_writers_that_open_one_store_at_the_same_moment(store_url, old):
     assert differences(store_url) == []
     found = Reader(schema.open_engine(store_url, create=False))
     assert found.run_ids() == (["old"] if old else []) + [f"run-{number}" for number in range(4)]
+
+
+def test_a_new_file_that_another_connection_writes_is_waited_for(tmp_path):
+    """SQLite says at once that it can't switch such a file to a write-ahead log, whatever its busy timeout."""
+    path = tmp_path / "store.sqlite"
+    writing = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    writing.execute("BEGIN IMMEDIATE")
+    impatient = sqlite3.connect(path, isolation_level=None)
+    impatient.execute("PRAGMA busy_timeout = 10000")
+    started = time.monotonic()
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        impatient.execute("PRAGMA journal_mode = WAL")
+    assert time.monotonic() - started < 5, "control: this is what waiting in SQLite comes to"
+    impatient.close()
+    letting_go = threading.Timer(0.3, writing.close)
+    letting_go.start()
+    schema.open_engine(f"sqlite:///{path}", create=True).dispose()
+    letting_go.join()
 
 
 def test_urls_that_name_no_store(tmp_path):
