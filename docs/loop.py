@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.views import build_batch
 from learner.objectives import make_objective
-from learner.objectives.base import Objective
+from learner.objectives.base import Objective, UpdateContext
 from learner.settings.objectives import AgrpoConfig
 from learner.verification.replay import write_small_model
 from rewards.task import Grade, Problem, Split, Task
@@ -127,21 +127,20 @@ def learn(
     """3. One optimizer step on the groups; returns the loss."""
     # Credit: what a completion is worth next to the others of its group (AGRPO: reward minus the group's mean).
     # Views: inputs with masks, and the tokens to score in each (AGRPO: states before a few sampled denoising steps).
+    context = UpdateContext(run_seed=SEED, update_index=0, groups=len(groups), eos_ids=(family.eos_token_id,))
     wanted = [
-        objective.wanted(
-            index, group, objective.credit(group), run_seed=SEED, update_index=0, eos_ids=(family.eos_token_id,)
-        )
-        for index, group in enumerate(groups)
+        objective.wanted(index, group, credit_G, context)
+        for index, (group, credit_G) in enumerate(zip(groups, objective.credit(groups), strict=True))
     ]
     divisor = sum(part.divisor for part in wanted)  # of the whole update, however its views are cut into forwards
     total = 0.0
     for part in wanted:
-        if not part.views:
+        if not part.units:
             continue  # all completions of the group have the same reward: nothing to learn from it
-        batch = build_batch(part.views, groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
+        views = [view for unit in part.units for view in unit]
+        batch = build_batch(views, groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
         # Scores: log-probs of the recorded tokens under the current weights, on the law that they were sampled from.
-        scores = score(policy, batch, family=family, temperature=SAMPLER.temperature)
-        loss, _ = objective.loss(scores.logp_N, None, batch)
+        loss, _ = objective.loss(PolicyScores(score(policy, batch, family=family)), batch)
         (loss / divisor).backward()
         total += float(loss.detach()) / divisor
     optimizer.step()

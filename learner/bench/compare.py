@@ -8,7 +8,7 @@ import torch
 
 from learner.bench.plain import PlainRollout, plain_generate
 from learner.bench.policy import RUN_SEED, Shape
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import UpdatePlan, plan_update
@@ -49,10 +49,10 @@ def our_update(
         views_per_forward=shape.views_per_forward,
     )
     total, scored = 0.0, []
-    for views in plan.forwards[0]:
-        batch = build_batch(views, [group], mask_id=family.mask_token_id, pad_id=family.pad_token_id)
-        scores = score(model, batch, family=family, temperature=shape.temperature)
-        loss, _ = objective.loss(scores.logp_N, None, batch, position_logp_Z=scores.position_logp_Z)
+    for forward in plan.forwards[0]:
+        batch = build_batch(forward.views, [group], mask_id=family.mask_token_id, pad_id=family.pad_token_id)
+        scores = score(model, batch, family=family)
+        loss, _ = objective.loss(PolicyScores(scores), batch)
         loss = loss / plan.normaliser
         loss.backward()
         total += float(loss.detach())
@@ -64,7 +64,8 @@ def draws_of(plan: UpdatePlan, rows: int) -> list[list[int]]:
     """[B][k] drawn steps with their repeats. Uniform draws over all steps have weight 1 each, so a merged view's weight
     is its count."""
     draws: list[list[int]] = [[] for _ in range(rows)]
-    for view in (view for forward in plan.forwards[0] for view in forward):
+    for view in (view for forward in plan.forwards[0] for view in forward.views):
+        assert view.step is not None
         draws[view.row] += [view.step] * round(view.weight)
     return draws
 

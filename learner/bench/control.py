@@ -131,8 +131,8 @@ def pass_groups(actors: list[Any], size: Size) -> dict[str, Any]:
             views_per_forward=16,
         )
         marks.append(time.perf_counter())
-        for views in plan.forwards[0]:
-            build_batch(views, groups, mask_id=0, pad_id=1)
+        for forward in plan.forwards[0]:
+            build_batch(forward.views, groups, mask_id=0, pad_id=1)
         marks.append(time.perf_counter())
         replay.commit(items, iteration)
         for name, start, end in zip(spent, marks[:-1], marks[1:], strict=True):

@@ -140,7 +140,7 @@ def _learner_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, ce
     begin = _now(device)
     plan, _, _ = our_update(model, family, group, shape, K)
     seconds = _now(device) - begin
-    views = sum(map(len, plan.forwards[0]))
+    views = sum(len(forward.views) for forward in plan.forwards[0])
     head_rows = views * shape.completion // shape.steps
     flops = training_flops(shape.model, **shape.sizes, rows=views, head_rows=head_rows, checkpointing=True)
     return {

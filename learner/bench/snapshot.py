@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from learner.bench.estimators import mean_weights
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.timesteps import StepTable, step_table
-from learner.likelihood.views import View, build_batch
+from learner.likelihood.views import View, build_batch, step_view
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.rank import lora_spec
 from learner.runs import checkpoint as checkpoints
 from learner.runs.start import task_problems
+from learner.settings.objectives import AgrpoConfig
 from learner.settings.run import RunConfig, load_dumped
 from rewards.errors import ConfigError
 from rewards.task import Task, get_task
@@ -41,12 +42,17 @@ class Snapshot:
     checkpoint: checkpoints.Checkpoint
 
     def __post_init__(self) -> None:
+        assert self.objective  # refuses other methods before anything is loaded
+
+    @property
+    def objective(self) -> AgrpoConfig:
         """Raises ConfigError for a run of another method: only AGRPO samples the timesteps that are compared here."""
-        if self.config.objective.type != "agrpo":
+        if not isinstance(self.config.objective, AgrpoConfig):
             raise ConfigError(
                 f"{self.path} was trained with objective.type={self.config.objective.type}, and the estimators "
                 "compared here are AGRPO's; give a run with objective.type=agrpo"
             )
+        return self.config.objective
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def group_gradients(snapshot: Snapshot, count: int, *, seed: int, device: str = 
     if count > len(problems):
         raise ConfigError(f"{count} groups are more than the run's {len(problems)} training problems; lower --groups")
     engine = load_engine(snapshot, device=device)
-    objective = Agrpo(config.objective)
+    objective = Agrpo(snapshot.objective)
     order = numpy_generator(seed, "variance problems").permutation(len(problems))
     specs = [
         GroupSpec(i, problems[int(order[i])], config.rollout.group_size, derive_seed(seed, "variance rollout", i))
@@ -151,13 +157,13 @@ def differentiate(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo)
 
     The loss and the views are the learner's own. Completions without a signal are left out, as the learner does.
     """
-    credit_G = objective.credit(group)
+    (credit_G,) = objective.credit([group])
     table = step_table(group, objective.config.step_range, (engine.family.eos_token_id,))
-    live_G = (credit_G != 0) | objective.needs_reference
+    live_G = (credit_G != 0) | objective.needs.reference
     rows_N, steps_N = np.nonzero(table.eligible_Gm & live_G[:, None])
     parameters = list(adapter_parameters(engine.model).values())
     views = [
-        View(0, int(row), int(step), advantage=float(credit_G[row]), weight=1.0)
+        step_view(group, 0, int(row), int(step), credit=float(credit_G[row]), weight=1.0)
         for row, step in zip(rows_N, steps_N, strict=True)
     ]
     gradients_NP = torch.zeros(len(views), sum(p.numel() for p in parameters))
@@ -178,18 +184,11 @@ def differentiate(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo)
 
 
 def _loss(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo, view: View) -> torch.Tensor:
-    family, temperature = engine.family, group.sampler.temperature
+    family, reference = engine.family, None
     batch = build_batch([view], [group], mask_id=family.mask_token_id, pad_id=family.pad_token_id)
-    reference = None
-    if objective.needs_reference:
+    if objective.needs.reference:
         with torch.no_grad(), engine.model.disable_adapter():  # type: ignore[operator]
-            reference = score(engine.model, batch, family=family, temperature=temperature)
-    scores = score(engine.model, batch, family=family, temperature=temperature)
-    loss, _ = objective.loss(
-        scores.logp_N,
-        None if reference is None else reference.logp_N,
-        batch,
-        position_logp_Z=scores.position_logp_Z,
-        ref_position_logp_Z=None if reference is None else reference.position_logp_Z,
-    )
+            reference = score(engine.model, batch, family=family)
+    policy = score(engine.model, batch, family=family)
+    loss, _ = objective.loss(PolicyScores(policy, reference=reference), batch)
     return loss

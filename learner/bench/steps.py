@@ -186,7 +186,7 @@ def _learner_row(
     )
     errors = compare_updates(mine, plain[0], whole=keep == k)
     revealed = shape.completion // shape.steps
-    views = sum(map(len, plan.forwards[0]))
+    views = sum(len(forward.views) for forward in plan.forwards[0])
     flops = training_flops(shape.model, **shape.sizes, rows=views, head_rows=views * revealed)
     plain_flops = training_flops(
         shape.model, **shape.sizes, rows=shape.rows * k, head_rows=shape.rows * k * shape.length

@@ -184,7 +184,7 @@ def rollout_variance(gram_NN: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
 def report(snapshot: Snapshot, groups: int, ks: Sequence[int], *, seed: int, device: str, view_cost: float) -> dict:
     """Draw, measure and analyse; the content of variance.json."""
     started = time.perf_counter()
-    own = Estimator.of(snapshot.config.objective)
+    own = Estimator.of(snapshot.objective)
     drawn = group_gradients(snapshot, groups, seed=seed, device=device)
     measured = measure(track(drawn, "groups", total=groups, console=Console(stderr=True)), grid(ks, own))
     progress = snapshot.checkpoint.progress
@@ -197,7 +197,7 @@ def report(snapshot: Snapshot, groups: int, ks: Sequence[int], *, seed: int, dev
             "adapter_digest": progress.adapter_digest,
         },
         "settings": {
-            "objective": snapshot.config.objective.model_dump(mode="json"),
+            "objective": snapshot.objective.model_dump(mode="json"),
             "sampler": snapshot.config.rollout.sampler.model_dump(mode="json"),
             "group_size": snapshot.config.rollout.group_size,
             "groups_per_update": snapshot.config.rollout.prompts_per_iteration,

@@ -1,6 +1,6 @@
 """The learner group on demonstrations: the same ranks, adapter and optimizer step as for trajectories."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from learner.finetuning.settings import SftConfig
 from learner.likelihood.scorer import restricted_logp
 from learner.objectives.statistics import Statistics
 from learner.ranks.group import LearnerGroup
-from learner.ranks.rank import Rank
+from learner.ranks.rank import LossPart, Rank
 from rollout.waits import bounded_get
 
 
@@ -55,6 +55,10 @@ class SftRank(Rank):
         pairs = zip(batch.examples, batch.epochs, strict=True)
         sequences = [noised(example, epoch=epoch, **self._noise()) for example, epoch in pairs]
         return self._plan(sequences), sequences
+
+    def _losses(self, forward: PackedForward, data: list[NoisedExample]) -> Iterator[LossPart]:
+        loss, statistics = self._loss(forward, data)
+        yield LossPart(loss, float(loss.detach()), statistics)
 
     def _loss(self, forward: PackedForward, data: list[NoisedExample]) -> tuple[torch.Tensor, Statistics]:
         batch = build_tokens(

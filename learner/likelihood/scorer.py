@@ -9,7 +9,9 @@ support among them, or the most candidates of a view.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +27,43 @@ class Scores:
     """What one forward says about the scored tokens."""
 
     logp_N: torch.Tensor
-    """[N] float32, log-prob under the tempered law restricted to the recorded support; carries the gradient."""
+    """[N] float32, log-prob under the batch's law, on the recorded support where it has one; carries the gradient."""
     mass_N: torch.Tensor
-    """[N] float32, no gradient: mass of the tempered, untruncated law on the recorded support (1 without one)."""
+    """[N] float32, no gradient: mass of the untruncated law on the recorded support (1 without one)."""
     position_logp_Z: torch.Tensor | None = None
     """[Z] float32, log-prob of each view's choice of positions, 0 where there was none; carries the gradient. None
     where the choice is no action of the policy."""
 
+    def detached(self) -> "Scores":
+        """The same numbers without gradient."""
+        choices = self.position_logp_Z
+        return Scores(self.logp_N.detach(), self.mass_N, None if choices is None else choices.detach())
 
-def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, temperature: float) -> Scores:
+
+class PolicyScores(NamedTuple):
+    """The same views under each set of weights that a method compares."""
+
+    policy: Scores
+    """Of the current weights; carries the gradient."""
+    old: Scores | None = None
+    """Of the weights that the batch's first update began with."""
+    reference: Scores | None = None
+    """Of the base without adapter."""
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several passes as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    choices = [part.position_logp_Z for part in parts if part.position_logp_Z is not None]
+    return Scores(
+        torch.cat([part.logp_N for part in parts]),
+        torch.cat([part.mass_N for part in parts]),
+        torch.cat(choices) if choices else None,
+    )
+
+
+def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter) -> Scores:
     """Score one forward's views with ``model``, whose device the tensors are moved to."""
     device = next(model.parameters()).device
     mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
@@ -49,13 +79,13 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, te
     targets_N = torch.from_numpy(batch.targets).to(device)
     if choices is None:
         return restricted_logp(
-            logits_MV, targets_N, batch.support, temperature=temperature, mask_token_id=family.mask_token_id
+            logits_MV, targets_N, batch.support, temperature=batch.temperature, mask_token_id=family.mask_token_id
         )
     scores = restricted_logp(
         logits_MV[torch.from_numpy(choices.candidate_of_score).to(device)],
         targets_N,
         batch.support,
-        temperature=temperature,
+        temperature=batch.temperature,
         mask_token_id=family.mask_token_id,
     )
     position_logp_Z = position_choice_logp(logits_MV, choices, batch.view_of_score, mask_token_id=family.mask_token_id)
@@ -120,7 +150,7 @@ def restricted_logp(
 def _padded(indptr: np.ndarray, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """CSR rows as a rectangle: ids [N, K] int64 (0 in the padding) and which cells are real [N, K] bool."""
     counts_N = np.diff(indptr)
-    kept_NK = np.arange(counts_N.max()) < counts_N[:, None]
+    kept_NK = np.arange(counts_N.max(initial=1)) < counts_N[:, None]
     ids_NK = np.zeros(kept_NK.shape, np.int64)
     ids_NK[kept_NK] = ids
     return torch.from_numpy(ids_NK), torch.from_numpy(kept_NK)

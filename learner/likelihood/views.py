@@ -1,15 +1,18 @@
 """Views: the model inputs that a likelihood is made of, and what is scored in each.
 
 Every likelihood of a completion under a denoiser is a list of views (an input with some positions masked, the positions
-that are scored in it, a weight) and a rule that adds them up. AGRPO's views are states that the rollout went through. A
-``View`` is a few numbers; inputs exist for one forward at a time.
+that are scored in it, a weight) and a rule that adds them up. AGRPO's views are states that the rollout went through,
+others mask at random. A ``View`` is small; inputs exist for one forward at a time.
 
-Shapes: Z views of a forward, L tokens of its longest view, N scored positions in all, M candidate positions in all,
-C completion positions.
+Views whose scores meet in one term that isn't a sum (a ratio of sequences, say) form a ``Unit``.
+
+Shapes: Z views and U units of a forward, L tokens of its longest view, N scored positions in all, M candidate positions
+in all, P prompt tokens, C completion positions, n scored positions of one view.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
@@ -17,18 +20,59 @@ import numpy as np
 from rollout.trajectory import TrajectoryGroup
 
 
+class Law(Enum):
+    """The distribution whose log-probs are wanted."""
+
+    DRAWN = "drawn"
+    """What drew the token in the rollout: tempered, on the recorded support. Of recorded states only."""
+    RAW = "raw"
+    """Temperature 1, the whole vocabulary but the mask token. Of any state."""
+
+
 class View(NamedTuple):
-    """One trajectory state to score: what a completion looked like just before ``step``."""
+    """One input to score: a completion with some of its positions, and perhaps of its prompt's, masked."""
 
     group: int
     """index into the update's list of groups"""
     row: int
-    step: int
-    advantage: float
+    hidden_C: np.ndarray
+    """[C] bool, the positions that are shown as masks."""
+    scored_n: np.ndarray
+    """[n] int64, ascending: the positions whose tokens' log-probs are wanted, all of them hidden. A view without any is
+    a pad: it keeps ranks in step, and counts nowhere."""
+    credit: float
+    """What the completion is credited with (``Objective.credit``)."""
     weight: float
-    """Factor of every score in the view. 0 marks a pad, which keeps ranks in step and is left out of statistics."""
+    """Factor of every score in the view, of any sign."""
+    hidden_P: np.ndarray | None = None
+    """[P] bool, the prompt tokens that are shown as masks; None for none."""
+    step: int | None = None
+    """The denoising step whose state before it this is, where it is one of the rollout's."""
     draws: int = 1
-    """How many draws of the step the weight stands for."""
+    """How many draws of the view the weight stands for."""
+
+
+Unit = tuple[View, ...]
+"""Views whose scores meet in one term: scored together, whatever the ranks and forwards."""
+
+
+def step_view(
+    group: TrajectoryGroup, index: int, row: int, step: int, credit: float, weight: float, draws: int = 1
+) -> View:
+    """The state just before ``step``, which scores what was drawn at it.
+
+    A position filled with EOS counts as revealed at its recorded step, as the policy saw it; fillers are never scored.
+    """
+    steps_C = group.unmask_step[row]
+    scored = np.flatnonzero((steps_C == step) & group.drawn[row])
+    assert scored.size, f"group {group.group_id} row {row} drew nothing at step {step}"
+    return View(index, row, steps_C >= step, scored, credit, weight, step=step, draws=draws)
+
+
+def pad_view(group: TrajectoryGroup) -> View:
+    """Nothing to score: its forward and backward keep ranks in step and add zeros to the gradient."""
+    hidden_C = np.zeros(group.completion_ids.shape[1], dtype=bool)
+    return View(0, 0, hidden_C, np.zeros(0, np.int64), credit=0.0, weight=0.0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +95,7 @@ class PositionChoices:
     """[Z] bool, false where the step revealed all that was left, which is no choice."""
     logp: np.ndarray
     """[Z] float32, the rollout's log-prob of the choice; 0 where not free."""
-    advantage: np.ndarray
+    credit: np.ndarray
     """[Z] float64."""
     weight: np.ndarray
     """[Z] float64."""
@@ -70,76 +114,99 @@ class ViewBatch:
     """[Z, L] int64, 1 real and 0 pad; None when nothing is padded."""
     score_rows: np.ndarray
     """[N] int64, flat indices z*L + l of the scored positions; a model with shifted logits reads them one lower."""
+    position: np.ndarray
+    """[N] int64, which position of the completion each score is of."""
     targets: np.ndarray
     """[N] int64, the token whose log-prob is wanted."""
     view_of_score: np.ndarray
     """[N] int64, the view z of each score."""
+    unit_of_view: np.ndarray
+    """[Z] int64, ascending from 0 without gaps."""
+    temperature: float
+    """Of the law."""
     support: tuple[np.ndarray, np.ndarray] | None
-    """CSR ([N+1] int64, [nnz] int64): the token ids that the law was restricted to; None when nothing was truncated."""
-    logp: np.ndarray
-    """[N] float32, the rollout's log-prob of the target under the law that drew it."""
-    logp_raw: np.ndarray
-    """[N] float32, the same at temperature 1, untruncated."""
-    entropy: np.ndarray
-    """[N] float32, entropy of the law that drew it, nats."""
-    advantage: np.ndarray
+    """CSR ([N+1] int64, [nnz] int64): the token ids that the law is restricted to; None for the whole vocabulary."""
+    logp: np.ndarray | None
+    """[N] float32, the rollout's log-prob of the target under the same law; None where a view is no recorded state."""
+    credit: np.ndarray
     """[N] float64."""
     weight: np.ndarray
     """[N] float64."""
     views: tuple[View, ...]
-    """[Z], where each view comes from."""
+    """[Z], where each row comes from."""
     positions: PositionChoices | None = None
     """None where the choice of positions is no action of the policy."""
 
+    @property
+    def unit_of_score(self) -> np.ndarray:
+        """[N] int64."""
+        return self.unit_of_view[self.view_of_score]
 
-def build_batch(views: Sequence[View], groups: Sequence[TrajectoryGroup], *, mask_id: int, pad_id: int) -> ViewBatch:
-    """Materialise views: prompt and completion, with every position revealed at or after the view's step masked.
+    @property
+    def first_views(self) -> list[View]:
+        """[U], the first view of each unit."""
+        return [self.views[z] for z in np.unique(self.unit_of_view, return_index=True)[1]]
 
-    A position filled with EOS counts as revealed at its recorded step, as the policy saw it. Scored are the positions
-    that were drawn at the step; fillers never are.
+
+def build_batch(
+    views: Sequence[View],
+    groups: Sequence[TrajectoryGroup],
+    *,
+    mask_id: int,
+    pad_id: int,
+    law: Law = Law.DRAWN,
+    unit_sizes: Sequence[int] | None = None,
+) -> ViewBatch:
+    """Materialise views: prompt and completion, with what is hidden masked.
+
+    Args:
+        groups: the update's; all of one sampler.
+        unit_sizes: how many views, in their order, each unit has; None when each is a unit of its own.
     """
+    sampler = groups[views[0].group].sampler
+    assert all(groups[view.group].sampler == sampler for view in views), "views of different samplers in one forward"
     lengths_Z = np.array([groups[v.group].prompt_ids.size + groups[v.group].completion_ids.shape[1] for v in views])
     Z, L = len(views), int(lengths_Z.max())
     input_ids_ZL = np.full((Z, L), pad_id, dtype=np.int64)
     score_rows: list[np.ndarray] = []
     cells: list[np.ndarray] = []
-    in_completion: list[np.ndarray] = []
     for z, view in enumerate(views):
         group = groups[view.group]
-        steps_C, C = group.unmask_step[view.row], group.completion_ids.shape[1]
-        scored = np.flatnonzero((steps_C == view.step) & group.drawn[view.row])
-        assert scored.size, f"group {group.group_id} row {view.row} drew nothing at step {view.step}"
-        input_ids_ZL[z, L - lengths_Z[z] : L - C] = group.prompt_ids
-        input_ids_ZL[z, L - C :] = np.where(steps_C >= view.step, mask_id, group.completion_ids[view.row])
-        score_rows.append(z * L + L - C + scored)
-        cells.append(view.row * C + scored)
-        in_completion.append(scored)
+        C = group.completion_ids.shape[1]
+        assert view.hidden_C[view.scored_n].all(), f"a view of group {group.group_id} scores what it shows"
+        prompt = group.prompt_ids if view.hidden_P is None else np.where(view.hidden_P, mask_id, group.prompt_ids)
+        input_ids_ZL[z, L - lengths_Z[z] : L - C] = prompt
+        input_ids_ZL[z, L - C :] = np.where(view.hidden_C, mask_id, group.completion_ids[view.row])
+        score_rows.append(z * L + L - C + view.scored_n)
+        cells.append(view.row * C + view.scored_n)
     counts_Z = np.array([cell.size for cell in cells])
+    recorded = all(view.step is not None or not view.scored_n.size for view in views)
+    assert recorded or law is Law.RAW, "the law that drew a token is known at recorded states only"
 
     def gather(name: str) -> np.ndarray:
         per_view = [getattr(groups[v.group], name).ravel()[cell] for v, cell in zip(views, cells, strict=True)]
         return np.concatenate(per_view)
 
+    drawn = law is Law.DRAWN
     return ViewBatch(
         input_ids=input_ids_ZL,
         attention_mask=_attention_mask(lengths_Z, L),
         score_rows=np.concatenate(score_rows),
+        position=np.concatenate([view.scored_n for view in views]),
         targets=gather("completion_ids").astype(np.int64),
         view_of_score=np.repeat(np.arange(Z), counts_Z),
-        support=_support([groups[v.group] for v in views], cells),
-        logp=gather("logp"),
-        logp_raw=gather("logp_raw"),
-        entropy=gather("entropy"),
-        advantage=np.repeat(np.array([v.advantage for v in views], dtype=np.float64), counts_Z),
+        unit_of_view=np.arange(Z) if unit_sizes is None else np.repeat(np.arange(len(unit_sizes)), unit_sizes),
+        temperature=sampler.temperature if drawn else 1.0,
+        support=_support([groups[v.group] for v in views], cells) if drawn else None,
+        logp=gather("logp" if drawn else "logp_raw") if recorded else None,
+        credit=np.repeat(np.array([v.credit for v in views], dtype=np.float64), counts_Z),
         weight=np.repeat(np.array([v.weight for v in views], dtype=np.float64), counts_Z),
         views=tuple(views),
-        positions=_position_choices(views, groups, in_completion, L),
+        positions=_position_choices(views, groups, L) if drawn else None,
     )
 
 
-def _position_choices(
-    views: Sequence[View], groups: Sequence[TrajectoryGroup], scored: list[np.ndarray], L: int
-) -> PositionChoices | None:
+def _position_choices(views: Sequence[View], groups: Sequence[TrajectoryGroup], L: int) -> PositionChoices | None:
     laws = {_position_law(groups[view.group]) for view in views}
     assert len(laws) == 1, f"views with different laws of position choice: {laws}"
     law = laws.pop()
@@ -148,8 +215,13 @@ def _position_choices(
     rows, of_score, ranks = [], [], []
     logp_Z = np.zeros(len(views), np.float32)
     offset = 0
-    for z, (view, scored_n) in enumerate(zip(views, scored, strict=True)):
-        group = groups[view.group]
+    for z, view in enumerate(views):
+        group, scored_n = groups[view.group], view.scored_n
+        if view.step is None:  # a pad
+            rows.append(scored_n)
+            of_score.append(scored_n)
+            ranks.append(scored_n)
+            continue
         C, block = group.completion_ids.shape[1], group.sampler.block_length
         start = int(scored_n[0]) // block * block
         candidates = start + np.flatnonzero(group.unmask_step[view.row, start : start + block] >= view.step)
@@ -165,9 +237,9 @@ def _position_choices(
         view_of_candidate=np.repeat(np.arange(len(views)), counts_Z),
         candidate_of_score=np.concatenate(of_score),
         rank=np.concatenate(ranks),
-        free=np.array([n.size for n in scored]) < counts_Z,
+        free=np.array([view.scored_n.size for view in views]) < counts_Z,
         logp=logp_Z,
-        advantage=np.array([view.advantage for view in views], dtype=np.float64),
+        credit=np.array([view.credit for view in views], dtype=np.float64),
         weight=np.array([view.weight for view in views], dtype=np.float64),
         temperature=law[0],
         confidence_temperature=law[1],
@@ -189,10 +261,10 @@ def _support(groups: list[TrajectoryGroup], cells: list[np.ndarray]) -> tuple[np
     if groups[0].support_ids is None:
         assert all(group.support_ids is None for group in groups), "groups with and without a recorded support"
         return None
-    kept: list[np.ndarray] = []
+    kept: list[np.ndarray] = [np.zeros(0, np.int32)]
     for group, cell in zip(groups, cells, strict=True):
         assert group.support_ids is not None and group.support_indptr is not None
         starts, ends = group.support_indptr[cell], group.support_indptr[cell + 1]
         kept += [group.support_ids[start:end] for start, end in zip(starts, ends, strict=True)]
-    indptr = np.concatenate([[0], np.cumsum([ids.size for ids in kept])]).astype(np.int64)
+    indptr = np.cumsum([ids.size for ids in kept]).astype(np.int64)
     return indptr, np.concatenate(kept).astype(np.int64)

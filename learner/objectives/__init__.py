@@ -1,16 +1,17 @@
 """Objectives: one file per method, each a pure function of scores, weights and credit. No Ray, DeepSpeed or I/O.
 
-To add one: a config variant in ``learner.settings.objectives``, a class with the members of ``base.Objective`` in a
-file of its own, and its line in ``OBJECTIVES``.
+To add one: a config variant in ``learner.settings.objectives``, which names the class, and the class, with the members
+of ``base.Objective``, in a file of its own.
 """
 
-from learner.objectives.agrpo import Agrpo
+import importlib
+
 from learner.objectives.base import Objective
-from learner.settings.objectives import ObjectiveConfig
-
-OBJECTIVES = {"agrpo": Agrpo}
+from learner.settings.objectives import ObjectiveSection
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
+def make_objective(config: ObjectiveSection) -> Objective:
     """The objective that a config variant names."""
-    return OBJECTIVES[config.type](config)
+    module, _, name = config.method.partition(":")
+    objective: Objective = getattr(importlib.import_module(module), name)(config)
+    return objective

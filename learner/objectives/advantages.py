@@ -23,6 +23,31 @@ def group_advantages(rewards_GR: np.ndarray) -> np.ndarray:
     Raises:
         DataError: when a reward is not a finite number.
     """
+    totals_G = total_rewards(rewards_GR)
+    if (totals_G == totals_G[0]).all():
+        return np.zeros(totals_G.size, dtype=np.float64)
+    return totals_G - totals_G.mean()
+
+
+def leave_one_out_advantages(rewards_GR: np.ndarray, *, scale: bool = False) -> np.ndarray:
+    """Total reward minus the mean of the others' of the group, G/(G-1) times ``group_advantages``: [G] float64.
+
+    Args:
+        rewards_GR: [G, R] float, the reward components; G at least 2.
+        scale: divide by the deviation of the group's rewards (of a sample, G-1) plus 1e-4, as TRL does.
+
+    Raises:
+        DataError: when a reward is not a finite number.
+    """
+    advantages_G = group_advantages(rewards_GR)
+    G = advantages_G.size
+    assert G > 1, "nothing is left when one is left out"
+    advantages_G = advantages_G * (G / (G - 1))
+    return advantages_G / (total_rewards(rewards_GR).std(ddof=1) + 1e-4) if scale else advantages_G
+
+
+def total_rewards(rewards_GR: np.ndarray) -> np.ndarray:
+    """[G] float64, the sum of each completion's reward components. Raises DataError when one isn't a finite number."""
     G, R = rewards_GR.shape
     if not np.isfinite(rewards_GR).all():
         row, part = np.argwhere(~np.isfinite(rewards_GR))[0]
@@ -32,6 +57,4 @@ def group_advantages(rewards_GR: np.ndarray) -> np.ndarray:
     # Component by component, so that rows with the same rewards have the same total whatever the memory layout.
     for component in range(R):
         totals_G += rewards_GR[:, component].astype(np.float64)
-    if (totals_G == totals_G[0]).all():
-        return np.zeros(G, dtype=np.float64)
-    return totals_G - totals_G.mean()
+    return totals_G

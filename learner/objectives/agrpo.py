@@ -21,18 +21,20 @@ stale rollouts, rho_j corrects an action's probability but not that of the state
 Shapes: G completions of a group, N scored tokens and Z views of a batch.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.timesteps import draw_timesteps, draw_uniforms, step_table
-from learner.likelihood.views import View, ViewBatch
+from learner.likelihood.views import ViewBatch, step_view
 from learner.objectives.advantages import group_advantages
-from learner.objectives.base import Wanted
+from learner.objectives.base import Needs, UpdateContext, Wanted
+from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.objectives import AgrpoConfig
-from rollout.seeds import numpy_generator
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -43,143 +45,92 @@ class Agrpo:
         self.config = config
 
     @property
-    def needs_reference(self) -> bool:
-        return self.config.beta > 0
+    def needs(self) -> Needs:
+        return Needs(reference=self.config.beta > 0)
 
-    def credit(self, group: TrajectoryGroup) -> np.ndarray:
-        return group_advantages(group.rewards)
+    def credit(self, groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:
+        return tuple(group_advantages(group.rewards) for group in groups)
 
-    def wanted(
-        self,
-        index: int,
-        group: TrajectoryGroup,
-        credit_G: np.ndarray,
-        *,
-        run_seed: int,
-        update_index: int,
-        eos_ids: tuple[int, ...],
-    ) -> Wanted:
+    def wanted(self, index: int, group: TrajectoryGroup, credit_G: np.ndarray, context: UpdateContext) -> Wanted:
         """Drawn steps of the rows that have a gradient: those with an advantage, all of them when there is a KL term.
 
         The draws are made for every row first, so they don't depend on which rows are left out.
         """
         config = self.config
-        table = step_table(group, config.step_range, eos_ids)
-        stream = numpy_generator(run_seed, int(group.group_id), int(group.policy_version), update_index, "timesteps")
+        table = step_table(group, config.step_range, context.eos_ids)
+        stream = context.stream(group, "timesteps")
         u_Gk = draw_uniforms(stream, group.size, config.k, low_discrepancy=config.low_discrepancy)
         drawn = draw_timesteps(table, u_Gk, config.timestep_sampling, config.weight_floor)
-        live = [row for row in range(group.size) if credit_G[row] != 0 or self.needs_reference]
-        views = [
-            View(index, row, int(step), float(credit_G[row]), float(weight), int(count))
+        live = [row for row in range(group.size) if credit_G[row] != 0 or self.needs.reference]
+        units = [
+            (step_view(group, index, row, int(step), float(credit_G[row]), float(weight), int(count)),)
             for row in live
             for step, count, weight in zip(*drawn[row], strict=True)
         ]
         largest = [float((drawn[row].weights / drawn[row].counts).max()) for row in live]
         statistics = Statistics(
             maxima={"importance_weight/max": max(largest)} if live else {},
-            totals={"draws_merged": float(len(live) * config.k - len(views)), "live_completions": float(len(live))},
+            totals={"draws_merged": float(len(live) * config.k - len(units)), "live_completions": float(len(live))},
         )
-        return Wanted(views, divisor=float(group.size * config.k), statistics=statistics)
+        return Wanted(units, divisor=float(group.size * config.k), statistics=statistics)
 
-    def loss(
-        self,
-        logp_N: torch.Tensor,
-        ref_logp_N: torch.Tensor | None,
-        batch: ViewBatch,
-        *,
-        position_logp_Z: torch.Tensor | None = None,
-        ref_position_logp_Z: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Statistics]:
-        """The sum over scores of w * l_j, and the figures of the scores that aren't pads.
-
-        Args:
-            logp_N: [N] log-probs of the targets under the current policy, on the recorded support, with gradient.
-            ref_logp_N: [N] the same without adapter; needed when beta > 0.
-            batch: the views that were scored.
-            position_logp_Z: [Z] log-probs of the choices of positions, with gradient; needed when the batch has them.
-            ref_position_logp_Z: [Z] the same without adapter; needed when beta > 0.
-        """
-        config = self.config
-        loss, figures = self._clipped(
-            logp_N,
-            ref_logp_N,
-            rollout_logp=batch.logp,
-            advantage=batch.advantage,
-            weight=batch.weight,
+    def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
+        """The sum over scores, of tokens and of choices of positions, of w * l_j; and their figures."""
+        config, reference = self.config, scores.reference
+        assert batch.logp is not None, "every view is a recorded state"
+        loss, figures = self._terms(
+            scores.policy.logp_N,
+            None if reference is None else reference.logp_N,
+            Actions(batch.logp, batch.credit, batch.weight),
             clip=(config.clip_low, config.clip_high),
+            names=("", "scored_tokens"),
         )
         choices = batch.positions
         if choices is None:
-            return loss, figures.statistics("", "scored_tokens")
+            return loss, figures
+        position_logp_Z = scores.policy.position_logp_Z
         assert position_logp_Z is not None, "the choices of positions are part of the policy, and weren't scored"
         free = torch.from_numpy(choices.free).to(position_logp_Z.device)
-        position_loss, position_figures = self._clipped(
+        reference_Z = None if reference is None else reference.position_logp_Z
+        position_loss, position_figures = self._terms(
             position_logp_Z[free],
-            None if ref_position_logp_Z is None else ref_position_logp_Z[free],
-            rollout_logp=choices.logp[choices.free],
-            advantage=choices.advantage[choices.free],
-            weight=choices.weight[choices.free],
+            None if reference_Z is None else reference_Z[free],
+            Actions(choices.logp[choices.free], choices.credit[choices.free], choices.weight[choices.free]),
             clip=(
                 config.clip_low if config.position_clip_low is None else config.position_clip_low,
                 config.clip_high if config.position_clip_high is None else config.position_clip_high,
             ),
+            names=("position_", "scored_choices"),
         )
-        parts = [figures.statistics("", "scored_tokens"), position_figures.statistics("position_", "scored_choices")]
-        return loss + position_loss, Statistics.merged(parts)
+        return loss + position_loss, Statistics.merged([figures, position_figures])
 
-    def _clipped(
+    def _terms(
         self,
         logp_N: torch.Tensor,
-        ref_logp_N: torch.Tensor | None,
+        reference_logp_N: torch.Tensor | None,
+        actions: "Actions",
         *,
-        rollout_logp: np.ndarray,
-        advantage: np.ndarray,
-        weight: np.ndarray,
         clip: tuple[float, float],
-    ) -> tuple[torch.Tensor, "_Figures"]:
-        """The sum of w * l_j over actions of one kind."""
+        names: tuple[str, str],
+    ) -> tuple[torch.Tensor, Statistics]:
+        """The sum of w * l_j over actions of one kind, and its figures; ``names``: their prefix, and the count's."""
         rollout_logp_N, advantage_N, weight_N = (
-            torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device)
-            for array in (rollout_logp, advantage, weight)
+            torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in actions
         )
-        low, high = 1.0 - clip[0], 1.0 + clip[1]
-        log_ratio_N = logp_N - rollout_logp_N
-        ratio_N = log_ratio_N.exp()
-        loss_N = -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(low, high) * advantage_N)
-        kl_N = None
-        if self.needs_reference:
-            assert ref_logp_N is not None, "beta > 0 needs the reference's log-probs"
-            d_N = ref_logp_N.detach() - logp_N
-            kl_N = ratio_N * (torch.expm1(d_N) - d_N)
+        terms = clipped_terms(logp_N - rollout_logp_N, advantage_N, clip=clip)
+        loss_N, averages = terms.loss_N, terms.averages
+        if self.needs.reference:
+            assert reference_logp_N is not None, "beta > 0 needs the reference's log-probs"
+            kl_N = terms.ratio_N * k3(logp_N, reference_logp_N)
             loss_N = loss_N + self.config.beta * kl_N
-        averages = {
-            "ratio/mean": ratio_N,
-            "clip_fraction/low": (ratio_N < low) & (advantage_N < 0),
-            "clip_fraction/high": (ratio_N > high) & (advantage_N > 0),
-        }
-        if kl_N is not None:
-            averages["kl"] = kl_N
-        return (weight_N * loss_N).sum(), _Figures(averages, log_ratio_N, weight_N > 0)
+            averages = {**averages, "kl": kl_N}
+        prefix, count = names
+        return (weight_N * loss_N).sum(), ratio_statistics(terms.log_ratio_N, averages, prefix=prefix, count=count)
 
 
-class _Figures(NamedTuple):
-    averages: dict[str, torch.Tensor]
-    log_ratio_N: torch.Tensor
-    real_N: torch.Tensor
+class Actions(NamedTuple):
+    """What is known of N actions of one kind, each [N] float."""
 
-    def statistics(self, prefix: str, count: str) -> Statistics:
-        """``log_ratio/abs_max`` has no prefix: whatever the kind of action, it tells how far learner and rollout are
-        apart."""
-        scores = int(self.real_N.sum())
-        if not scores:
-            return Statistics()
-        log_ratio = self.log_ratio_N.detach()[self.real_N]
-        figures = [value.detach()[self.real_N].to(log_ratio.dtype).sum() for value in self.averages.values()]
-        figures += [log_ratio.square().sum(), log_ratio.abs().max(), log_ratio.max().exp()]
-        *sums, squares, largest, ratio_max = torch.stack(figures).tolist()
-        return Statistics(
-            means={prefix + name: (total, float(scores)) for name, total in zip(self.averages, sums, strict=True)},
-            rms={f"{prefix}log_ratio/rms": (squares, float(scores))},
-            maxima={"log_ratio/abs_max": largest, f"{prefix}ratio/max": ratio_max},
-            totals={count: float(scores)},
-        )
+    rollout_logp: np.ndarray
+    advantage: np.ndarray
+    weight: np.ndarray

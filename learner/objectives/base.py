@@ -1,32 +1,65 @@
 """What a method is, for the ranks, the plan and playback: ``Objective``.
 
-Shapes: G completions of a group, N scored tokens and Z views of a batch.
+Shapes: G completions of a group, N scored tokens of a batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from learner.likelihood.views import View, ViewBatch
+from learner.likelihood.views import Law, Unit, ViewBatch
 from learner.objectives.statistics import Statistics
+from rollout.seeds import numpy_generator
 from rollout.trajectory import TrajectoryGroup
 
 if TYPE_CHECKING:
     import torch
 
+    from learner.likelihood.scorer import PolicyScores
     from learner.settings.objectives import ObjectiveSection
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What ``loss`` wants to be scored, beside the current policy."""
+
+    law: Law = Law.DRAWN
+    old: bool = False
+    """The same views under the weights that the batch's first update began with. (A stale rollout's own weights are
+    gone; its log-probs are recorded at its own states only.)"""
+    reference: bool = False
+    """The same views without adapter."""
+
+
+@dataclass(frozen=True)
+class UpdateContext:
+    """Which update it is: what names its draws, and what is known of all its groups."""
+
+    run_seed: int
+    update_index: int
+    """number among the updates on the same groups"""
+    groups: int
+    """of the update"""
+    eos_ids: tuple[int, ...]
+
+    def stream(self, group: TrajectoryGroup, purpose: str) -> np.random.Generator:
+        """The random numbers of this update on this group for this purpose, the same whoever asks and whenever."""
+        return numpy_generator(
+            self.run_seed, int(group.group_id), int(group.policy_version), self.update_index, purpose
+        )
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What one update scores of a group."""
 
-    views: list[View]
+    units: Sequence[Unit]
     """In row order."""
     divisor: float
     """The group's part of what the update's loss is divided by: the loss is the sum of all losses over the sum of all
-    divisors, however the views are dealt out."""
+    divisors, however the units are dealt out."""
     statistics: Statistics
 
 
@@ -38,39 +71,22 @@ class Objective(Protocol):
         """The variant of the settings; it says which samplers the method refuses, and what an update costs."""
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether ``loss`` wants the log-probs of the policy without adapter."""
+    def needs(self) -> Needs:
+        """What ``loss`` wants to be scored."""
 
-    def credit(self, group: TrajectoryGroup) -> np.ndarray:
-        """[G] float64, what each completion is credited with. The only place where a method turns rewards into that:
-        the plan keeps it, and playback shows what was kept.
+    def credit(self, groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:
+        """For each of the update's groups [G] float64, what each completion is credited with. The only place where a
+        method turns rewards into that: the plan keeps it, and playback shows what was kept.
 
         Raises:
             DataError: when a reward isn't finite.
         """
 
-    def wanted(
-        self,
-        index: int,
-        group: TrajectoryGroup,
-        credit_G: np.ndarray,
-        *,
-        run_seed: int,
-        update_index: int,
-        eos_ids: tuple[int, ...],
-    ) -> Wanted:
-        """The views of the group at ``index`` of the update; a function of its arguments alone."""
+    def wanted(self, index: int, group: TrajectoryGroup, credit_G: np.ndarray, context: UpdateContext) -> Wanted:
+        """The units of the group at ``index`` of the update; a function of its arguments alone."""
 
-    def loss(
-        self,
-        logp_N: "torch.Tensor",
-        ref_logp_N: "torch.Tensor | None",
-        batch: ViewBatch,
-        *,
-        position_logp_Z: "torch.Tensor | None" = None,
-        ref_position_logp_Z: "torch.Tensor | None" = None,
-    ) -> tuple["torch.Tensor", Statistics]:
-        """Loss summed over the batch's scores, not yet divided by the update's divisor, and its figures.
+    def loss(self, scores: "PolicyScores", batch: ViewBatch) -> tuple["torch.Tensor", Statistics]:
+        """Loss summed over the batch's units, not yet divided by the update's divisor, and its figures.
 
-        The log-probs of tokens, and of the choices of positions where ``batch.positions`` has them.
+        The batch holds whole units and no pads; ``scores`` has what ``needs`` names.
         """

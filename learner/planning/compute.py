@@ -25,7 +25,7 @@ class Work:
     learner: Flops
     """Of all ranks, all updates."""
     reference: Flops
-    """Forwards without the adapter, for the KL term; not in ``learner``."""
+    """Forwards without gradient, of the reference and of the old policy; not in ``learner``."""
     published: int
     """Bytes that one actor pulls."""
     published_by_all: int
@@ -61,7 +61,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     rounds = math.ceil(leases / rollout.actors)
     rows_of_lease = rollout.groups_per_lease * rollout.group_size
     busiest = min(completions, rounds * rows_of_lease)
-    cost = config.objective.cost
+    cost = config.objective.cost(sampler.spec())
     views = completions * cost.views * learner.updates_per_batch
     rows, candidates = scored_rows(config, views)
     training = training_flops(
@@ -73,6 +73,8 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         checkpointing=learner.activation_checkpointing,
     )
     plain = forward_flops(model, lora_r=0, rows=views, length=length, head_rows=max(rows, candidates))
+    later_updates = (learner.updates_per_batch - 1) / learner.updates_per_batch
+    without_gradient = float(cost.reference) + (later_updates if cost.old else 0.0)
     per_rank = math.ceil(completions * cost.views / learner.ranks)
     in_forward = min(per_rank, learner.views_per_forward)
     scored, _ = scored_rows(config, in_forward)
@@ -83,7 +85,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         views=views,
         learner_forwards=math.ceil(per_rank / learner.views_per_forward) * learner.updates_per_batch,
         learner=training,
-        reference=plain if cost.reference else Flops(0.0),
+        reference=plain * without_gradient,
         published=adapter_bytes(config, model),
         published_by_all=adapter_bytes(config, model) * rollout.actors,
         trajectories=trajectory_bytes(config, prompt) * rollout.prompts_per_iteration,

@@ -218,7 +218,7 @@ class _Needs:
     def largest_views(self) -> int | None:
         bytes_ = self.budgets()[0].bytes
         completions = self.config.rollout.prompts_per_iteration * self.config.rollout.group_size
-        upper = completions * self.config.objective.cost.views
+        upper = completions * self.config.objective.cost(self.config.rollout.sampler.spec()).views
         return None if bytes_ is None else _largest(lambda n: self.rank(n).peak <= bytes_, upper)
 
     def largest_rows(self) -> int | None:

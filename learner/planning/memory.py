@@ -88,11 +88,11 @@ def truncation(config: RunConfig) -> str:
 
 
 def scored_rows(config: RunConfig, views: int) -> tuple[int, int]:
-    """(positions scored, candidates of scored choices) of so many views: what one step reveals, and a full block."""
-    sampler = config.rollout.sampler
-    revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
-    chooses = sampler.position_rule == "decoupled_confidence" and sampler.position_temperature > 0
-    return views * revealed, views * sampler.block_length if chooses else 0
+    """(positions scored, candidates of scored choices) of so many views: the objective's, and a full block of each."""
+    sampler = config.rollout.sampler.spec()
+    cost = config.objective.cost(sampler)
+    chooses = cost.choices and sampler.scores_positions
+    return math.ceil(views * cost.scored), views * sampler.block_length if chooses else 0
 
 
 def rank_memory(

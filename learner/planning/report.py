@@ -74,7 +74,7 @@ def _head(plan: RunPlan) -> list[str]:
         f"run       {config.learner.ranks} learner ranks (ZeRO-{config.learner.zero_stage}, {config.learner.dtype}), "
         f"{config.rollout.actors} actors; {plan.work.completions} completions an iteration "
         f"({config.rollout.prompts_per_iteration} prompts x {config.rollout.group_size}), {config.objective.type} with "
-        f"{config.objective.cost.views} views of each",
+        f"{config.objective.cost(config.rollout.sampler.spec()).views} views of each",
     ]
 
 

@@ -7,16 +7,35 @@ What is divided by the normaliser and summed over all ranks and forwards is the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from learner.likelihood.timesteps import last_token_step
-from learner.likelihood.views import View
-from learner.objectives.base import Objective
+from learner.likelihood.views import Unit, View, pad_view
+from learner.objectives.base import Objective, UpdateContext
 from learner.objectives.statistics import Statistics
 from rollout.trajectory import TrajectoryGroup
 
-Forward = tuple[View, ...]
+
+class Forward(NamedTuple):
+    """Units whose loss is computed together."""
+
+    number: int
+    """among this rank's forwards of the update"""
+    units: tuple[Unit, ...]
+    """At least one; a lone pad where the rank has nothing to score."""
+    passes: int
+    """In how many passes of the model its views are scored; above 1 only for a unit of more views than one pass may
+    hold. The same on every rank."""
+
+    @property
+    def views(self) -> list[View]:
+        return [view for unit in self.units for view in unit]
+
+    @property
+    def is_pad(self) -> bool:
+        return not any(view.scored_n.size for view in self.views)
 
 
 @dataclass(frozen=True)
@@ -24,7 +43,7 @@ class UpdatePlan:
     """One optimizer step's work."""
 
     forwards: tuple[tuple[Forward, ...], ...]
-    """[rank][forward], views scored together; every rank has the same number of forwards, at least one, none empty."""
+    """[rank][forward]; every rank has the same number of forwards, at least one, none empty."""
     normaliser: float
     """The objective's divisors of all groups, those without signal included."""
     statistics: dict[str, float]
@@ -47,47 +66,54 @@ def plan_update(
 
     Args:
         groups: the iteration's groups by ascending group id, with rewards.
-        update_index: which of the several updates on this batch (or of the run) this is; it names the timestep draws.
+        update_index: which of the several updates on this batch this is; it names the draws.
         eos_ids: tokens that only fill a completion's end.
-        views_per_forward: views scored in one forward at most. Changes nothing but memory and speed.
+        views_per_forward: views scored in one pass of the model at most. Changes nothing but memory and speed.
 
     Raises:
         DataError: when a reward isn't finite.
     """
     ids = [group.group_id for group in groups]
     assert ids and all(a < b for a, b in zip(ids, ids[1:], strict=False)), f"group ids are not ascending: {ids}"
-    credit = tuple(objective.credit(group) for group in groups)
-    views: list[View] = []
+    context = UpdateContext(run_seed, update_index, len(groups), eos_ids)
+    credit = objective.credit(groups)
+    units: list[Unit] = []
     divisor, parts = 0.0, []
     for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
-        wanted = objective.wanted(index, group, credit_G, run_seed=run_seed, update_index=update_index, eos_ids=eos_ids)
-        views += wanted.views
+        wanted = objective.wanted(index, group, credit_G, context)
+        units += wanted.units
         divisor += wanted.divisor
         parts += [wanted.statistics, _group_statistics(group, credit_G, eos_ids)]
-    statistics = Statistics.merged([*parts, Statistics(totals={"views": float(len(views))})])
+    statistics = Statistics.merged([*parts, Statistics(totals={"views": float(sum(map(len, units)))})])
     return UpdatePlan(
-        forwards=_deal(views, ranks, views_per_forward, pad=_pad_view(groups[0])),
+        forwards=_deal(units, ranks, views_per_forward, pad=(pad_view(groups[0]),)),
         normaliser=divisor,
         statistics=statistics.values(),
         credit=credit,
     )
 
 
-def _deal(views: list[View], ranks: int, views_per_forward: int, *, pad: View) -> tuple[tuple[Forward, ...], ...]:
-    """Contiguous, even shares for the ranks, each cut evenly into the same number of forwards."""
-    shares = _split(views, ranks)
-    count = max(1, math.ceil(max(map(len, shares)) / views_per_forward))
-    return tuple(tuple(tuple(forward) or (pad,) for forward in _split(share, count)) for share in shares)
+def _deal(units: list[Unit], ranks: int, views_per_forward: int, *, pad: Unit) -> tuple[tuple[Forward, ...], ...]:
+    """Contiguous, even shares for the ranks, each cut evenly into the same number of forwards; units stay whole."""
+    shares = _split(units, ranks)
+    count = max(1, math.ceil(max(map(_views, shares)) / views_per_forward))
+    while any(len(part) > 1 and _views(part) > views_per_forward for share in shares for part in _split(share, count)):
+        count += 1  # even cuts by unit need not be even by view
+    columns = zip(*(_split(share, count) for share in shares), strict=True)
+    passes = [max(1, math.ceil(max(map(_views, column)) / views_per_forward)) for column in columns]
+    return tuple(
+        tuple(Forward(i, tuple(part) or (pad,), passes[i]) for i, part in enumerate(_split(share, count)))
+        for share in shares
+    )
 
 
-def _split(views: list[View], parts: int) -> list[list[View]]:
-    bounds = [len(views) * part // parts for part in range(parts + 1)]
-    return [views[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+def _views(units: Sequence[Unit]) -> int:
+    return sum(map(len, units))
 
 
-def _pad_view(group: TrajectoryGroup) -> View:
-    """A view of weight 0: its forward and backward keep ranks in step and add zeros to the gradient."""
-    return View(0, 0, int(group.unmask_step[0][group.drawn[0]].min()), advantage=0.0, weight=0.0)
+def _split(units: list[Unit], parts: int) -> list[list[Unit]]:
+    bounds = [len(units) * part // parts for part in range(parts + 1)]
+    return [units[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def _group_statistics(group: TrajectoryGroup, credit_G: np.ndarray, eos_ids: tuple[int, ...]) -> Statistics:

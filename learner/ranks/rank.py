@@ -4,15 +4,16 @@
 ``learner.ranks.trajectories`` learns from groups of trajectories; ``learner.finetuning.rank`` from demonstrations.
 """
 
+import itertools
 import math
 import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
@@ -130,6 +131,16 @@ def lora_spec(config: GroupConfig) -> LoraSpec:
         init_seed=seed,
         target_modules=None if targets is None else tuple(targets),
     )
+
+
+class LossPart(NamedTuple):
+    """What one backward is called on."""
+
+    loss: torch.Tensor
+    """Its gradient is this part of the forward's loss, summed and not yet divided by the plan's normaliser."""
+    value: float
+    """What it adds to the reported loss."""
+    statistics: Statistics
 
 
 class Rank(ABC):
@@ -277,8 +288,11 @@ class Rank(ABC):
         """The update's plan, and the data that its forwards speak of."""
 
     @abstractmethod
-    def _loss(self, forward: Any, data: Any) -> tuple[torch.Tensor, Statistics]:
-        """Loss of one forward, summed and not yet divided by the plan's normaliser, and its figures."""
+    def _losses(self, forward: Any, data: Any) -> Iterator[LossPart]:
+        """The loss of one forward, in as many parts as ``_backwards`` says; each is taken back before the next."""
+
+    def _backwards(self, forward: Any) -> int:
+        return 1
 
     def _scored(self) -> tuple[ScoredView, ...]:
         """What the forwards since the newest ``_work`` scored of trajectories that are kept for playback."""
@@ -287,14 +301,16 @@ class Rank(ABC):
     def _accumulate(self, plan: Plan, data: Any) -> tuple[Statistics, float]:
         """All of this rank's forwards and backwards; the last backward reduces over ranks."""
         forwards = plan.forwards[self.rank]
+        left = sum(map(self._backwards, forwards))
         parts, total = [], 0.0
-        for i, forward in enumerate(forwards):
-            loss, statistics = self._loss(forward, data)
+        for part in itertools.chain.from_iterable(self._losses(forward, data) for forward in forwards):
+            left -= 1
             # DeepSpeed averages over ranks; ours is a sum over ranks with one divisor for the whole update.
-            self.engine.set_gradient_accumulation_boundary(i == len(forwards) - 1)
-            self.engine.backward(loss * (self.world / plan.normaliser), scale_wrt_gas=False)
-            total += float(loss.detach()) / plan.normaliser
-            parts.append(statistics)
+            self.engine.set_gradient_accumulation_boundary(left == 0)
+            self.engine.backward(part.loss * (self.world / plan.normaliser), scale_wrt_gas=False)
+            total += part.value / plan.normaliser
+            parts.append(part.statistics)
+        assert left == 0, f"rank {self.rank} was {left} backwards short of its plan"
         return Statistics.merged(parts), total
 
     def _stage0_grad_norm(self) -> float | None:

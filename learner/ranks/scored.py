@@ -10,24 +10,24 @@ import numpy as np
 
 from learner.likelihood.scorer import Scores
 from learner.likelihood.views import ViewBatch
-from rollout.trajectory import TrajectoryGroup
 
 
 class ScoredView(NamedTuple):
-    """A trajectory state that an update scored, with the log-probs of the weights that the update started from."""
+    """What an update scored of a completion in one view, with the log-probs of the weights that it started from."""
 
     group: int
     """index into the update's list of groups"""
     row: int
     step: int
+    """the denoising step before which this was the completion's state; -1 for a view that the rollout never saw"""
     draws: int
-    """how often this step was drawn for the completion"""
+    """how often this view was drawn for the completion"""
     weight: float
     """draws times the importance weight of one draw"""
     positions: np.ndarray
-    """[n] int32, the completion positions that the step revealed, ascending"""
+    """[n] int32, the completion positions that were scored, ascending"""
     logp: np.ndarray
-    """[n] float32, log-prob of each one's token under the law that the rollout drew it from"""
+    """[n] float32, log-prob of each one's token under the method's law"""
     choice_logp: float
     """log-prob of the choice of these positions; NaN where that is no action of the policy"""
 
@@ -49,31 +49,27 @@ def recorded_groups(credit: Sequence[np.ndarray], completions: int) -> tuple[int
     return tuple(sorted(chosen))
 
 
-def scored_views(
-    batch: ViewBatch, scores: Scores, groups: Sequence[TrajectoryGroup], wanted: Collection[int]
-) -> list[ScoredView]:
-    """The views of one forward that belong to the ``wanted`` groups, pads left out."""
-    kept = [z for z, view in enumerate(batch.views) if view.weight > 0 and view.group in wanted]
+def scored_views(batch: ViewBatch, scores: Scores, wanted: Collection[int]) -> list[ScoredView]:
+    """The views of one forward that belong to the ``wanted`` groups, those that score nothing left out."""
+    kept = [z for z, view in enumerate(batch.views) if view.scored_n.size and view.group in wanted]
     if not kept:
         return []
     logp_N = scores.logp_N.detach().float().cpu().numpy()
     choice_logp_Z = None
     if scores.position_logp_Z is not None:
         choice_logp_Z = scores.position_logp_Z.detach().float().cpu().numpy()
-    L = batch.input_ids.shape[1]
     found = []
     for z in kept:
         view = batch.views[z]
         at = np.flatnonzero(batch.view_of_score == z)
-        first = L - groups[view.group].completion_ids.shape[1]
         found.append(
             ScoredView(
                 group=view.group,
                 row=view.row,
-                step=view.step,
+                step=-1 if view.step is None else view.step,
                 draws=view.draws,
                 weight=view.weight,
-                positions=(batch.score_rows[at] % L - first).astype(np.int32),
+                positions=batch.position[at].astype(np.int32),
                 logp=logp_N[at],
                 choice_logp=float("nan") if choice_logp_Z is None else float(choice_logp_Z[z]),
             )

@@ -3,17 +3,18 @@
 Shapes: N scored positions and Z views of one forward.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import ray
 import torch
 
-from learner.likelihood.scorer import score
-from learner.likelihood.views import build_batch
+from learner.likelihood.scorer import PolicyScores, Scores, joined, score
+from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
 from learner.objectives import make_objective
 from learner.objectives.statistics import Statistics
 from learner.ranks.plan import Forward, UpdatePlan, plan_update
-from learner.ranks.rank import Rank
+from learner.ranks.rank import LossPart, Rank
 from learner.ranks.scored import ScoredView, recorded_groups, scored_views
 from learner.settings.run import RunConfig
 from rewards.errors import TrajectoryError
@@ -30,12 +31,26 @@ class LearnerRank(Rank):
     def __init__(self, config: RunConfig, model_path: str, rank: int, world: int) -> None:
         super().__init__(config, model_path, rank, world)
         self.objective = make_objective(config.objective)
+        self._old: dict[int, list[Scores]] = {}
+        """by update index of this batch: each forward's scores under the weights that the batch began with"""
+        self._update_index = 0
         self._kept: tuple[int, ...] = ()
         self._seen: list[ScoredView] = []
 
     def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[UpdatePlan, list[TrajectoryGroup]]:
         groups = self._groups(refs)
-        plan = plan_update(
+        plan = self._plan(groups, update_index)
+        self._update_index = update_index
+        if update_index == 0 and self.objective.needs.old:
+            self._old = {
+                later: self._scored_now(self._plan(groups, later), groups)
+                for later in range(1, self.config.learner.updates_per_batch)
+            }
+        self._kept, self._seen = recorded_groups(plan.credit, self.config.samples_per_iteration), []
+        return plan, groups
+
+    def _plan(self, groups: Sequence[TrajectoryGroup], update_index: int) -> UpdatePlan:
+        return plan_update(
             groups,
             objective=self.objective,
             run_seed=self.config.run.seed,
@@ -44,32 +59,81 @@ class LearnerRank(Rank):
             ranks=self.world,
             views_per_forward=self.config.learner.views_per_forward,
         )
-        self._kept, self._seen = recorded_groups(plan.credit, self.config.samples_per_iteration), []
-        return plan, groups
+
+    def _scored_now(self, plan: UpdatePlan, groups: list[TrajectoryGroup]) -> list[Scores]:
+        """Each of this rank's forwards of a later update, under the present weights."""
+        with torch.no_grad():
+            return [self._score(self._passes(forward, groups)) for forward in plan.forwards[self.rank]]
 
     def _scored(self) -> tuple[ScoredView, ...]:
         return tuple(self._seen)
 
-    def _loss(self, forward: Forward, data: list[TrajectoryGroup]) -> tuple[torch.Tensor, Statistics]:
-        temperature = data[0].sampler.temperature
-        batch = build_batch(forward, data, mask_id=self.family.mask_token_id, pad_id=self.family.pad_token_id)
-        ref_logp_N = ref_position_logp_Z = None
-        if self.objective.needs_reference:
+    def _backwards(self, forward: Forward) -> int:
+        return forward.passes
+
+    def _losses(self, forward: Forward, data: list[TrajectoryGroup]) -> Iterator[LossPart]:
+        passes, reference = self._passes(forward, data), None
+        if self.objective.needs.reference:
             with torch.no_grad(), self.engine.module.disable_adapter():
-                reference = score(self.engine, batch, family=self.family, temperature=temperature)
-            ref_logp_N, ref_position_logp_Z = reference.logp_N, reference.position_logp_Z
-        scores = score(self.engine, batch, family=self.family, temperature=temperature)
-        loss, statistics = self.objective.loss(
-            scores.logp_N,
-            ref_logp_N,
-            batch,
-            position_logp_Z=scores.position_logp_Z,
-            ref_position_logp_Z=ref_position_logp_Z,
+                reference = self._score(passes)
+        if forward.passes == 1:
+            loss, statistics = self._loss(forward, self._score(passes), reference, passes[0])
+            yield LossPart(loss, float(loss.detach()), statistics)
+            return
+        # A unit of more views than a pass may hold. The loss' slope by each log-prob comes from a pass that keeps no
+        # graph; then each pass is made again and takes its part back (Gao et al., arXiv 2101.06983, section 3.2).
+        with torch.no_grad():
+            found = self._score(passes)
+        assert found.position_logp_Z is None, "choices of positions are scored in units of one view"
+        leaf_N = found.logp_N.requires_grad_()
+        whole = self._batch(forward.views, data, [len(unit) for unit in forward.units])
+        loss, statistics = self._loss(forward, Scores(leaf_N, found.mass_N), reference, whole)
+        (slope_N,) = torch.autograd.grad(loss, leaf_N)
+        value, start = float(loss.detach()), 0
+        for batch in passes:
+            logp_n = self._score([batch]).logp_N
+            end = start + logp_n.numel()
+            yield LossPart((slope_N[start:end] * logp_n).sum(), value, statistics)
+            start, value, statistics = end, 0.0, Statistics()
+
+    def _loss(
+        self, forward: Forward, policy: Scores, reference: Scores | None, batch: ViewBatch
+    ) -> tuple[torch.Tensor, Statistics]:
+        """The objective's loss of a forward's units, and its figures; 0 for a pad."""
+        if forward.is_pad:
+            return policy.logp_N.sum(), Statistics()
+        needs, old = self.objective.needs, None
+        if needs.old:
+            old = self._old[self._update_index][forward.number] if self._update_index else policy.detached()
+        loss, statistics = self.objective.loss(PolicyScores(policy, old, reference), batch)
+        self._seen += scored_views(batch, policy, self._kept)
+        if needs.law is Law.RAW:
+            return loss, statistics
+        mass = {"support_mass": (float(policy.mass_N.sum()), float(policy.mass_N.numel()))}
+        return loss, Statistics.merged([statistics, Statistics(means=mass)])
+
+    def _passes(self, forward: Forward, groups: list[TrajectoryGroup]) -> list[ViewBatch]:
+        """The inputs of each pass of the model."""
+        if forward.passes == 1:
+            return [self._batch(forward.views, groups, [len(unit) for unit in forward.units])]
+        views = forward.views
+        bounds = [len(views) * part // forward.passes for part in range(forward.passes + 1)]
+        parts = [views[start:end] or [pad_view(groups[0])] for start, end in itertools.pairwise(bounds)]
+        return [self._batch(part, groups, None) for part in parts]
+
+    def _batch(self, views: list[View], groups: list[TrajectoryGroup], unit_sizes: list[int] | None) -> ViewBatch:
+        return build_batch(
+            views,
+            groups,
+            mask_id=self.family.mask_token_id,
+            pad_id=self.family.pad_token_id,
+            law=self.objective.needs.law,
+            unit_sizes=unit_sizes,
         )
-        self._seen += scored_views(batch, scores, data, self._kept)
-        real_N = torch.from_numpy(batch.weight > 0).to(scores.mass_N.device)
-        inside = Statistics(means={"support_mass": (float(scores.mass_N[real_N].sum()), float(real_N.sum()))})
-        return loss, Statistics.merged([statistics, inside])
+
+    def _score(self, passes: Sequence[ViewBatch]) -> Scores:
+        """One forward of the model for each pass."""
+        return joined([score(self.engine, batch, family=self.family) for batch in passes])
 
     def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
         who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
@@ -78,6 +142,6 @@ class LearnerRank(Rank):
         for sampler in samplers:
             if problems := self.config.objective.refuses(sampler):
                 raise TrajectoryError(f"a group sampled at temperature {sampler.temperature:g}: {'; '.join(problems)}")
-        # The law is read off the first group; a run samples all groups in one way (``Feed``).
+        # A run samples all groups in one way (``Feed``), so that one law fits an update.
         assert len(samplers) == 1, f"groups of different samplers in one update: {samplers}"
         return groups

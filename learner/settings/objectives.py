@@ -5,12 +5,16 @@ The text under a field is its help; it names the unit.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from learner.settings.sections import Fraction, NonNegative, Section
+from rollout.sampling.schedule import tokens_per_step
 from rollout.trajectory import SamplerSpec
+
+ClipLow = Annotated[float, Field(gt=0, le=1)]
+Average = Literal["sequence", "token"]
 
 
 @dataclass(frozen=True)
@@ -19,25 +23,40 @@ class Cost:
 
     views: int
     """Views scored, each one forward and backward of a row."""
-    reference: bool
+    scored: float
+    """Positions scored in each view; a mean where the views of a unit share a completion's positions out."""
+    old: bool = False
+    """Whether later updates on a batch score each view once more, without gradient, when the batch begins."""
+    reference: bool = False
     """Whether each view is also scored without adapter and gradient."""
+    choices: bool = False
+    """Whether choices of positions are scored where the rollout makes them."""
 
 
 class ObjectiveSection(Section):
     """What all methods share. A variant's ``type`` names it."""
 
-    @property
-    def cost(self) -> Cost:
+    method: ClassVar[str]
+    """Where the class is that does it, as module:Class; nothing that torch needs is loaded with the settings."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        """Of completions that this sampler wrote."""
         raise NotImplementedError
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         """Why the method can't learn from completions of this sampler, one sentence each; empty when it can."""
-        raise NotImplementedError
+        if sampler.temperature > 0:
+            return []
+        return [
+            "rollout.sampler.temperature=0 leaves nothing to learn from, every completion of a group being the same; "
+            "set it above 0 (evaluation is greedy anyway)"
+        ]
 
 
 class AgrpoConfig(ObjectiveSection):
     """AGRPO (arXiv 2510.04019)."""
 
+    method: ClassVar[str] = "learner.objectives.agrpo:Agrpo"
     type: Literal["agrpo"] = "agrpo"
     """The method."""
     k: PositiveInt = 4
@@ -51,11 +70,11 @@ class AgrpoConfig(ObjectiveSection):
     """Steps that can be sampled; until_last_token is the published range, all is the unbiased one."""
     weight_floor: Fraction = 0.1
     """Share a of the uniform law mixed into the entropy law; bounds the importance weight by 1/a. Published: 0."""
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clip_low: ClipLow = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above at 1 + clip_high."""
-    position_clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
+    position_clip_low: ClipLow | None = None
     """The same as clip_low for the choice of positions, where the position rule scores it; null: clip_low."""
     position_clip_high: PositiveFloat | None = None
     """The same as clip_high for the choice of positions; null: clip_high."""
@@ -63,17 +82,12 @@ class AgrpoConfig(ObjectiveSection):
     """Weight of the KL against the policy without adapter, of tokens and of scored choices of positions; 0 saves the
     reference forwards."""
 
-    @property
-    def cost(self) -> Cost:
-        return Cost(views=self.k, reference=self.beta > 0)
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
+        return Cost(views=self.k, scored=revealed, reference=self.beta > 0, choices=True)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        problems = []
-        if sampler.temperature <= 0:
-            problems.append(
-                "rollout.sampler.temperature=0 leaves nothing to learn from, every completion of a group being the "
-                "same; set it above 0 (evaluation is greedy anyway)"
-            )
+        problems = super().refuses(sampler)
         if sampler.threshold is not None:
             problems.append(
                 f"a confidence threshold ({sampler.threshold:g}) makes how many positions a step reveals depend on the "
@@ -89,5 +103,154 @@ class AgrpoConfig(ObjectiveSection):
         return problems
 
 
-# The second method makes this a union: Annotated[AgrpoConfig | ..., Field(discriminator="type")].
-ObjectiveConfig = AgrpoConfig
+class DiffuGrpoConfig(ObjectiveSection):
+    """diffu-GRPO, the method of d1 (arXiv 2504.12216): one forward, all tokens at once from a masked prompt."""
+
+    method: ClassVar[str] = "learner.objectives.diffu_grpo:DiffuGrpo"
+    type: Literal["diffu_grpo"] = "diffu_grpo"
+    """The method."""
+    prompt_mask: Fraction = 0.15
+    """Probability with which each prompt token is masked."""
+    clip_low: ClipLow = 0.5
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.5
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 0.04
+    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+    average: Average = "sequence"
+    """sequence: mean over a completion's tokens, then over completions, as published; token: over all tokens of the
+    update, as the authors' code does."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=1, scored=sampler.completion_length, old=True, reference=self.beta > 0)
+
+
+class Wd1Config(ObjectiveSection):
+    """wd1 (arXiv 2507.08838): no ratio; weighted log-likelihood, with weights from two softmaxes over advantages."""
+
+    method: ClassVar[str] = "learner.objectives.wd1:Wd1"
+    type: Literal["wd1"] = "wd1"
+    """The method."""
+    prompt_mask: Fraction = 0.15
+    """Probability with which each prompt token is masked."""
+    psi: PositiveFloat = 1.0
+    """Factor of the advantages in both softmaxes."""
+    negative_weight: NonNegative = 1.0
+    """Weight of the completions that are made less likely; 0 leaves the positive half alone."""
+    softmax_over: Literal["group", "batch"] = "group"
+    """group: the completions of one prompt, as published; batch: all of the update, as the authors' code does (per
+    device)."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=1, scored=sampler.completion_length)
+
+
+class CoupledGrpoConfig(ObjectiveSection):
+    """coupled-GRPO, the method of DiffuCoder (arXiv 2506.20639): a mask and its complement, beside the full mask."""
+
+    method: ClassVar[str] = "learner.objectives.coupled_grpo:CoupledGrpo"
+    type: Literal["coupled_grpo"] = "coupled_grpo"
+    """The method."""
+    mask_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Smallest rate of the drawn mask."""
+    mask_high: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Largest rate of the drawn mask."""
+    clip_low: ClipLow = 0.5
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.5
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 0.01
+    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+    scale_advantages: bool = False
+    """Divide advantages by the deviation of their group's rewards."""
+    average: Average = "sequence"
+    """sequence: mean over a completion's tokens, then over completions, as published; token: over all tokens of the
+    update, as the authors' code does."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        scored = 2 * sampler.completion_length / 3
+        return Cost(views=3, scored=scored, old=True, reference=self.beta > 0)
+
+
+class EspoConfig(ObjectiveSection):
+    """ESPO (arXiv 2512.03759): one ratio per completion, of its evidence lower bounds."""
+
+    method: ClassVar[str] = "learner.objectives.espo:Espo"
+    type: Literal["espo"] = "espo"
+    """The method."""
+    samples: PositiveInt = 2
+    """Masks drawn per completion and update."""
+    estimator: Literal["coupled", "plain"] = "coupled"
+    """coupled: each mask and its complement, as published; plain: the mask alone, for half of the work."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: NonNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 1e-3
+    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+    scale_advantages: bool = False
+    """Divide advantages by the deviation of their group's rewards."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        views = self.samples * (2 if self.estimator == "coupled" else 1)
+        return Cost(views=views, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+
+
+class GdpoConfig(ObjectiveSection):
+    """GDPO (arXiv 2510.08554): as ESPO, with the bound from few fixed mask rates (Gauss-Legendre)."""
+
+    method: ClassVar[str] = "learner.objectives.gdpo:Gdpo"
+    type: Literal["gdpo"] = "gdpo"
+    """The method."""
+    nodes: Annotated[int, Field(ge=1, le=16)] = 3
+    """Mask rates, one drawn mask each."""
+    normalise_ratio: bool = False
+    """Divide the exponent of the ratio by the completion's length; the paper's isn't."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low. Ours: no value was published."""
+    clip_high: NonNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high. Ours: no value was published."""
+    beta: NonNegative = 0.0
+    """Weight of the KL against the policy without adapter (k2 of the bounds, ours: the estimator wasn't published); 0
+    saves the reference forwards."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.nodes, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+
+
+class SpgConfig(ObjectiveSection):
+    """SPG (arXiv 2510.09541): a lower bound of good completions' likelihood is raised, an upper one of bad ones' is
+    lowered."""
+
+    method: ClassVar[str] = "learner.objectives.spg:Spg"
+    type: Literal["spg"] = "spg"
+    """The method."""
+    samples: PositiveInt = 2
+    """Masks drawn per completion and update."""
+    masking: Literal["block_random", "block_all", "random", "all"] = "block_random"
+    """block_random: some of one block, and all later ones; block_all: all of one block and all later ones; random: some
+    of the completion; all: all of it, which needs samples=1."""
+    negative: Literal["mixture", "eubo", "elbo", "zero"] = "mixture"
+    """What is lowered where the advantage isn't positive: the mixture of both bounds, the upper one, the lower one, or
+    nothing."""
+    eubo_beta: Annotated[float, Field(ge=1)] = 1.5
+    """Order of the upper bound."""
+    mixture_weight: Fraction = 0.5
+    """Share of the upper bound in the mixture."""
+    context_mask: Fraction = 0.15
+    """Probability with which each token of the prompt, and of earlier blocks, is masked."""
+    mask_prompt: bool = True
+    """Whether context_mask holds for the prompt."""
+    min_masked: Fraction = 0.0
+    """Smallest masked share of what is drawn from."""
+    max_masked: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Largest masked share of what is drawn from."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.samples, scored=sampler.completion_length)
+
+
+ObjectiveConfig = Annotated[
+    AgrpoConfig | DiffuGrpoConfig | Wd1Config | CoupledGrpoConfig | EspoConfig | GdpoConfig | SpgConfig,
+    Field(discriminator="type"),
+]

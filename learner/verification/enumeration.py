@@ -19,8 +19,9 @@ from functools import cache, lru_cache
 import numpy as np
 import torch
 
+from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.timesteps import StepTable, draw_timesteps, step_probabilities, step_table, stratify
-from learner.likelihood.views import View, build_batch
+from learner.likelihood.views import build_batch, step_view
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
 from learner.settings.objectives import AgrpoConfig
@@ -235,14 +236,12 @@ def expected_estimate(toy: Toy, law_n: np.ndarray, config: AgrpoConfig, size: in
         for slot, n in enumerate(rows):
             for step in np.flatnonzero(weights[slot][n]):
                 weight = float(law_n[list(rows)].prod() * weights[slot][n, step])
-                views.append(View(index, slot, int(step), float(advantages_G[slot]), weight))
+                views.append(step_view(group, index, slot, int(step), float(advantages_G[slot]), weight))
     batch = build_batch(views, groups, mask_id=toy.tokens, pad_id=toy.tokens + 2)
     theta = torch.tensor(toy.parameters, requires_grad=True)
-    L = batch.input_ids.shape[1]
     states_N = toy.state(batch.input_ids[:, -toy.length :])[batch.view_of_score]
-    positions_N = batch.score_rows % L - (L - toy.length)
-    logp_N = theta.log_softmax(dim=-1)[states_N, positions_N, batch.targets]
-    loss, _ = Agrpo(config).loss(logp_N, None, batch)
+    logp_N = theta.log_softmax(dim=-1)[states_N, batch.position, batch.targets]
+    loss, _ = Agrpo(config).loss(PolicyScores(Scores(logp_N, torch.ones_like(logp_N))), batch)
     (loss / (size * config.k)).backward()
     assert theta.grad is not None
     return -theta.grad.numpy()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from learner.likelihood.scorer import restricted_logp
-from learner.likelihood.views import View, ViewBatch, build_batch
+from learner.likelihood.views import ViewBatch, build_batch, step_view
 from learner.verification.cases import HEAD_WIDTH, Arrays, Case, RecordedRollout, SamplerSettings, read_arrays
 from learner.verification.measurement import Measurement, Meter
 from rewards.errors import DataError
@@ -94,14 +94,15 @@ def check_laws(case: Case, model: torch.nn.Module, family: PolicyAdapter, meter:
     logp_BC, entropy_BC = np.zeros(rollout.drawn.shape), np.zeros(rollout.drawn.shape)
     kept_BCV = np.ones_like(rollout.kept)
     views = [
-        View(row, 0, int(t), 0.0, 1.0)
+        step_view(group, row, 0, int(t), 0.0, 1.0)
         for row, group in enumerate(groups)
         for t in np.unique(group.unmask_step[group.drawn])
     ]
     for start in range(0, len(views), VIEWS_AT_ONCE):
         some = views[start : start + VIEWS_AT_ONCE]
         batch = build_batch(some, groups, mask_id=case.settings.mask, pad_id=case.settings.pad_id)
-        rows_N, positions_N = _cells(batch, rollout.sampler.completion_length)
+        rows_N = np.array([view.group for view in batch.views])[batch.view_of_score]
+        positions_N = batch.position
         logits_NV = batch_logits(model, batch, torch.from_numpy(batch.score_rows))
         targets_N = torch.from_numpy(batch.targets).to(logits_NV.device)
         scores = restricted_logp(
@@ -136,13 +137,6 @@ def _supports(meter: Meter, differing_BC: np.ndarray, rollout: RecordedRollout) 
     worst = np.unravel_index(int(differing_BC.argmax()), differing_BC.shape)
     where = f"sampling_masks_packed[{', '.join(str(int(i)) for i in worst)}]" if differing_BC.any() else ""
     return meter.measured("sampling_masks", where, float(differing_BC.sum()), float(differing_BC.sum() / max(kept, 1)))
-
-
-def _cells(batch: ViewBatch, C: int) -> tuple[np.ndarray, np.ndarray]:
-    """[N] each: row of the case, and completion position, of each score."""
-    L = batch.input_ids.shape[1]
-    rows_N = np.array([view.group for view in batch.views])[batch.view_of_score]
-    return rows_N, batch.score_rows % L - (L - C)
 
 
 def _dense(law: Law, V: int) -> np.ndarray:

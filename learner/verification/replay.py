@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from learner.likelihood.scorer import score
-from learner.likelihood.views import View, build_batch
+from learner.likelihood.views import build_batch, step_view
 from learner.verification.measurement import Measurement, Meter
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
@@ -95,7 +95,7 @@ def _compare(
 ) -> list[Measurement]:
     family = engine.family
     views = [
-        View(g, row, int(step), 1.0, 1.0)
+        step_view(group, g, row, int(step), 1.0, 1.0)
         for g, group in enumerate(groups)
         for row in range(group.size)
         for step in np.unique(group.unmask_step[row][group.drawn[row]])
@@ -107,7 +107,8 @@ def _compare(
         some = [views[i] for i in order[start : start + VIEWS_AT_ONCE]]
         batch = build_batch(some, groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
         with torch.no_grad():
-            scores = score(learner, batch, family=family, temperature=TEMPERATURE)
+            scores = score(learner, batch, family=family)
+        assert batch.logp is not None
         tokens.append((scores.logp_N.cpu().numpy(), batch.logp))
         if batch.positions is not None and scores.position_logp_Z is not None:
             free_Z = batch.positions.free

@@ -9,7 +9,7 @@ Shapes: B rows, R live rows, K positions of a block, C completion positions, V v
 import numpy as np
 import torch
 
-from learner.likelihood.views import View, ViewBatch, build_batch
+from learner.likelihood.views import ViewBatch, build_batch, step_view
 from learner.verification.cases import Case, SamplerSettings
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.policy import batch_logits, check_laws, recorded_model
@@ -53,7 +53,7 @@ class _Replay:
         for step in range(rollout.sampler.steps):
             rows_R = np.flatnonzero((rollout.drawn & (rollout.unmask_steps == step)).any(axis=1))
             if rows_R.size:
-                views = [View(int(row), 0, step, 0.0, 1.0) for row in rows_R]
+                views = [step_view(groups[row], int(row), 0, step, 0.0, 1.0) for row in rows_R]
                 self._step(model, build_batch(views, groups, mask_id=s.mask, pad_id=s.pad_id), step, rows_R)
         if f"rand_{self.taken:03d}" in self.case.arrays.by_name:
             raise DataError(f"array rand_{self.taken:03d} is one more than the steps need")

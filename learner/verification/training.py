@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, Scores, score
 from learner.likelihood.timesteps import draw_timesteps, last_token_step, step_probabilities, step_table
-from learner.likelihood.views import View, ViewBatch, build_batch
+from learner.likelihood.views import View, ViewBatch, build_batch, step_view
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
 from learner.settings.objectives import AgrpoConfig
@@ -78,7 +78,10 @@ class _Draws:
     def views(self, draw: int) -> list[View]:
         """[B], what Monte-Carlo sample ``draw`` scores."""
         columns = zip(self.steps_Bk[:, draw], self.advantages_B, self.weights_Bk[:, draw], strict=True)
-        return [View(row, 0, int(step), float(a), float(w)) for row, (step, a, w) in enumerate(columns)]
+        return [
+            step_view(self.groups[row], row, 0, int(step), float(a), float(w))
+            for row, (step, a, w) in enumerate(columns)
+        ]
 
     def merged_views(self) -> list[View]:
         """The same draws as the product makes them: repeated ones once, with their summed weight."""
@@ -86,7 +89,10 @@ class _Draws:
         for row, table in enumerate(self.tables):
             (drawn,) = draw_timesteps(table, self.u_Bk[row : row + 1], self.settings.importance_sampling)
             a = float(self.advantages_B[row])
-            views += [View(row, 0, int(t), a, float(w)) for t, w in zip(drawn.steps, drawn.weights, strict=True)]
+            views += [
+                step_view(self.groups[row], row, 0, int(t), a, float(w))
+                for t, w in zip(drawn.steps, drawn.weights, strict=True)
+            ]
         return views
 
     def positions(self) -> np.ndarray:
@@ -116,15 +122,15 @@ class _Draws:
 
 def _references(
     case: Case, model: torch.nn.Module, family: PolicyAdapter, batches: Sequence[ViewBatch]
-) -> list[torch.Tensor | None]:
-    """[k] log-probs without adapter, where the case has a KL term. Full-parameter cases hold the base until now."""
+) -> list[Scores | None]:
+    """[k] scores without adapter, where the case has a KL term. Full-parameter cases hold the base until now."""
     s = case.settings
     assert isinstance(s, TrainingSettings)
     if not s.beta:
         return [None] * s.k
     bare = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with torch.no_grad(), bare:
-        return [score(model, batch, family=family, temperature=s.T).logp_N for batch in batches]
+        return [score(model, batch, family=family) for batch in batches]
 
 
 def _check_losses(
@@ -133,7 +139,7 @@ def _check_losses(
     model: torch.nn.Module,
     family: PolicyAdapter,
     batches: Sequence[ViewBatch],
-    references: Sequence[torch.Tensor | None],
+    references: Sequence[Scores | None],
     trained: Mapping[str, torch.nn.Parameter],
     meter: Meter,
 ) -> list[Measurement]:
@@ -146,9 +152,9 @@ def _check_losses(
     new, old, ref = (np.full(shape_kBU, np.nan) for _ in range(3))
     passed_on = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in trained.items()}
     plain = {name: torch.zeros_like(total) for name, total in passed_on.items()}
-    for i, (batch, reference_N) in enumerate(zip(batches, references, strict=True)):
-        logp_N = score(model, batch, family=family, temperature=s.T).logp_N
-        total, statistics = agrpo.loss(logp_N, reference_N, batch)
+    for i, (batch, reference) in enumerate(zip(batches, references, strict=True)):
+        policy = score(model, batch, family=family)
+        total, statistics = agrpo.loss(PolicyScores(policy, reference=reference), batch)
         loss = total / (s.k * s.G)
         gradients = torch.autograd.grad(loss, list(trained.values()))
         quirk = 1.0 if i == s.k - 1 else 1.0 / s.GA
@@ -162,9 +168,10 @@ def _check_losses(
         figures["kl"].append(named.get("kl", 0.0))
         figures["norm"].append(float(torch.stack([g.norm() for g in passed_on.values()]).norm()))
         # A batch's scores run over rows, then positions: [B, U], as recorded.
-        new[i], old[i] = logp_N.detach().cpu().reshape(shape_kBU[1:]), batch.logp.reshape(shape_kBU[1:])
-        if reference_N is not None:
-            ref[i] = reference_N.cpu().reshape(shape_kBU[1:])
+        assert batch.logp is not None
+        new[i], old[i] = policy.logp_N.detach().cpu().reshape(shape_kBU[1:]), batch.logp.reshape(shape_kBU[1:])
+        if reference is not None:
+            ref[i] = reference.logp_N.cpu().reshape(shape_kBU[1:])
     order = np.argsort(take("mc_positions", shape_kBU, "integers"), axis=2)
 
     def ascending(name: str) -> np.ndarray:
@@ -198,7 +205,7 @@ def _check_losses(
     )
     if not s.beta:
         batch = build_batch(draws.merged_views(), draws.groups, mask_id=s.mask, pad_id=s.pad_id)
-        total, _ = agrpo.loss(score(model, batch, family=family, temperature=s.T).logp_N, None, batch)
+        total, _ = agrpo.loss(PolicyScores(score(model, batch, family=family)), batch)
         merged = torch.autograd.grad(total / (s.k * s.G), list(trained.values()))
         merged_by_name = dict(zip(trained, (g.float() for g in merged), strict=True))
         found.append(meter.norms("merged draws", _flat(merged_by_name), _flat(plain), "our own sum over draws"))

@@ -13,10 +13,10 @@ import ray
 import torch
 from safetensors.torch import load as load_safetensors
 
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.views import ViewBatch, build_batch
 from learner.objectives import make_objective
-from learner.objectives.base import Objective, Wanted
+from learner.objectives.base import Objective, UpdateContext, Wanted
 from learner.objectives.statistics import Statistics
 from learner.ranks import group as learner_group
 from learner.ranks.group import LearnerGroup
@@ -115,35 +115,20 @@ def plain_gradient(
     normaliser: int,
     update_index: int = 0,
 ) -> AdapterState:
-    """The gradient of an update by plain autograd: one view at a time, no plan, no DeepSpeed."""
+    """The gradient of a batch's first update by plain autograd: one unit at a time, no plan, no DeepSpeed."""
     family, objective = policy_adapter(model_path), make_objective(config.objective)
     model = _policy(model_path, config).train()
     load_state(model, adapter)
-    for index, group in enumerate(groups):
-        wanted = objective.wanted(
-            index,
-            group,
-            objective.credit(group),
-            run_seed=config.run.seed,
-            update_index=update_index,
-            eos_ids=(family.eos_token_id,),
-        )
-        for view in wanted.views:
-            batch = build_batch([view], groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
-            temperature = group.sampler.temperature
-            reference_N = reference_Z = None
-            if objective.needs_reference:
+    needs, (mask_id, pad_id) = objective.needs, (family.mask_token_id, family.pad_token_id)
+    context = UpdateContext(config.run.seed, update_index, len(groups), (family.eos_token_id,))
+    for index, (group, credit_G) in enumerate(zip(groups, objective.credit(groups), strict=True)):
+        for unit in objective.wanted(index, group, credit_G, context).units:
+            batch = build_batch(unit, groups, mask_id=mask_id, pad_id=pad_id, law=needs.law, unit_sizes=[len(unit)])
+            policy, reference = score(model, batch, family=family), None
+            if needs.reference:
                 with torch.no_grad(), model.disable_adapter():
-                    reference = score(model, batch, family=family, temperature=temperature)
-                reference_N, reference_Z = reference.logp_N, reference.position_logp_Z
-            scores = score(model, batch, family=family, temperature=temperature)
-            loss, _ = objective.loss(
-                scores.logp_N,
-                reference_N,
-                batch,
-                position_logp_Z=scores.position_logp_Z,
-                ref_position_logp_Z=reference_Z,
-            )
+                    reference = score(model, batch, family=family)
+            loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference), batch)
             (loss / normaliser).backward()
     return pack({name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None})
 
@@ -212,17 +197,15 @@ class _DividedPerMicroBatch:
 
     def __init__(self, inner: Objective, micro_batches: int) -> None:
         self.inner, self.micro_batches = inner, micro_batches
-        self.config, self.needs_reference, self.credit = inner.config, inner.needs_reference, inner.credit
+        self.config, self.needs, self.credit = inner.config, inner.needs, inner.credit
         self.completions = 0
 
     def wanted(self, index: int, group: TrajectoryGroup, *args: Any, **kwargs: Any) -> Wanted:
         self.completions += group.size
         return self.inner.wanted(index, group, *args, **kwargs)
 
-    def loss(
-        self, logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, batch: ViewBatch, **positions: Any
-    ) -> tuple[Any, Statistics]:
-        loss, statistics = self.inner.loss(logp_N, ref_logp_N, batch, **positions)
+    def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[Any, Statistics]:
+        loss, statistics = self.inner.loss(scores, batch)
         own = len({(view.group, view.row) for view in batch.views})
         return loss * (self.completions / (own * self.micro_batches)), statistics
 

@@ -1,0 +1,67 @@
+"""Terms that several methods are made of: the clipped ratio, the estimator k3 of a KL, and their figures.
+
+Shapes: N actions, which are tokens, choices or whole completions.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from learner.objectives.statistics import Statistics
+
+
+class ClippedTerms(NamedTuple):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A), each [N]."""
+
+    log_ratio_N: torch.Tensor
+    ratio_N: torch.Tensor
+    loss_N: torch.Tensor
+    averages: dict[str, torch.Tensor]
+    """What is reported as a mean over actions."""
+
+
+def clipped_terms(log_ratio_N: torch.Tensor, advantage_N: torch.Tensor, *, clip: tuple[float, float]) -> ClippedTerms:
+    """The clipped surrogate (PPO, arXiv 1707.06347, eq. 7) of actions whose log-ratio carries the gradient.
+
+    Args:
+        clip: (low, high). With a width of 0 and a ratio of exactly 1, the gradient is the unclipped one.
+    """
+    low, high = 1.0 - clip[0], 1.0 + clip[1]
+    ratio_N = log_ratio_N.exp()
+    loss_N = -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(low, high) * advantage_N)
+    averages = {
+        "ratio/mean": ratio_N,
+        "clip_fraction/low": (ratio_N < low) & (advantage_N < 0),
+        "clip_fraction/high": (ratio_N > high) & (advantage_N > 0),
+    }
+    return ClippedTerms(log_ratio_N, ratio_N, loss_N, averages)
+
+
+def k3(logp_N: torch.Tensor, reference_logp_N: torch.Tensor) -> torch.Tensor:
+    """exp(d) - d - 1 with d = logp_reference - logp: [N], never negative; its mean over actions of the current policy
+    is the KL against the reference (J. Schulman, Approximating KL Divergence, 2020)."""
+    d_N = reference_logp_N.detach() - logp_N
+    return torch.expm1(d_N) - d_N
+
+
+def ratio_statistics(
+    log_ratio_N: torch.Tensor, averages: Mapping[str, torch.Tensor], *, prefix: str = "", count: str
+) -> Statistics:
+    """Means of ``averages``, size of the log-ratios, and how many actions (``count``) there were.
+
+    ``log_ratio/abs_max`` has no prefix: whatever the kind of action, it tells how far old and new policy are apart.
+    """
+    actions = log_ratio_N.numel()
+    if not actions:
+        return Statistics()
+    log_ratio_N = log_ratio_N.detach()
+    figures = [value.detach().to(log_ratio_N.dtype).sum() for value in averages.values()]
+    figures += [log_ratio_N.square().sum(), log_ratio_N.abs().max(), log_ratio_N.max().exp()]
+    *sums, squares, largest, ratio_max = torch.stack(figures).tolist()
+    return Statistics(
+        means={prefix + name: (total, float(actions)) for name, total in zip(averages, sums, strict=True)},
+        rms={f"{prefix}log_ratio/rms": (squares, float(actions))},
+        maxima={"log_ratio/abs_max": largest, f"{prefix}ratio/max": ratio_max},
+        totals={count: float(actions)},
+    )
