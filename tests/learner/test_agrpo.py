@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.timesteps import draw_timesteps, step_table
-from learner.likelihood.views import View, ViewBatch, build_batch
+from learner.likelihood.views import ViewBatch, build_batch, step_view
 from learner.objectives import make_objective
 from learner.objectives.agrpo import Agrpo
 from learner.objectives.statistics import Statistics
@@ -23,11 +24,18 @@ def build(views, groups) -> ViewBatch:
     return build_batch(views, groups, mask_id=99, pad_id=98)
 
 
+def scored(logp_N: torch.Tensor, reference_N: torch.Tensor | None = None) -> PolicyScores:
+    """Scores whose supports hold all of the law."""
+    reference = None if reference_N is None else Scores(reference_N, torch.ones_like(reference_N))
+    return PolicyScores(Scores(logp_N, torch.ones_like(logp_N)), reference=reference)
+
+
 def one_token(advantage: float, ratio: float, weight: float = 1.0, **config) -> tuple[float, float]:
     """Loss of one token and its derivative by the log-prob."""
-    batch = build([View(0, 0, 0, advantage, weight)], [make_group([[5]], [[0]], steps=1, rewards=[[0.0]])])
+    group = make_group([[5]], [[0]], steps=1, rewards=[[0.0]])
+    batch = build([step_view(group, 0, 0, 0, advantage, weight)], [group])
     logp = torch.tensor([-1.0 + np.log(ratio)], dtype=torch.float64, requires_grad=True)
-    loss, _ = Agrpo(AgrpoConfig(**config)).loss(logp, None, batch)
+    loss, _ = Agrpo(AgrpoConfig(**config)).loss(scored(logp), batch)
     loss.backward()
     return loss.item(), logp.grad.item()
 
@@ -45,14 +53,13 @@ def test_recorded_reference_losses(number):
 
     def loss_of(views):
         batch = build(views, [group])
-        positions = batch.score_rows % batch.input_ids.shape[1] - group.prompt_ids.size
         rows = np.array([view.row for view in views])[batch.view_of_score]
-        return agrpo.loss(torch.from_numpy(new_logp_GC[rows, positions]), None, batch)
+        return agrpo.loss(scored(torch.from_numpy(new_logp_GC[rows, batch.position])), batch)
 
     for draw in range(k):
         weights, steps = arrays["importance_weights"][:, draw], arrays["mc_steps"][:, draw]
         views = [
-            View(0, row, int(steps[row]), float(arrays["advantages"][row]), float(weights[row]))
+            step_view(group, 0, row, int(steps[row]), float(arrays["advantages"][row]), float(weights[row]))
             for row in range(group.size)
         ]
         loss, figures = loss_of(views)
@@ -62,7 +69,7 @@ def test_recorded_reference_losses(number):
     table = step_table(group, "until_last_token", (settings["eos"],))
     drawn = draw_timesteps(table, arrays["u"].astype(np.float64), settings["importance_sampling"])
     merged = [
-        View(0, row, int(step), float(arrays["advantages"][row]), float(weight))
+        step_view(group, 0, row, int(step), float(arrays["advantages"][row]), float(weight))
         for row in range(group.size)
         for step, weight in zip(drawn[row].steps, drawn[row].weights, strict=True)
     ]
@@ -94,10 +101,10 @@ def test_kl_is_the_current_policys_in_value_and_gradient():
     theta = torch.tensor(rng.normal(size=3), requires_grad=True)
     old, reference = (torch.tensor(rng.normal(size=3)).log_softmax(0) for _ in range(2))
     group = make_group(np.arange(3)[:, None], np.zeros((3, 1)), steps=1)
-    batch = build([View(0, v, 0, 0.0, float(old[v].exp())) for v in range(3)], [group])
+    batch = build([step_view(group, 0, v, 0, 0.0, float(old[v].exp())) for v in range(3)], [group])
     batch = dataclasses.replace(batch, logp=old.numpy())
     beta = 0.3
-    loss, figures = Agrpo(AgrpoConfig(beta=beta)).loss(theta.log_softmax(0), reference, batch)
+    loss, figures = Agrpo(AgrpoConfig(beta=beta)).loss(scored(theta.log_softmax(0), reference), batch)
     (ours,) = torch.autograd.grad(loss, theta)
     current = theta.log_softmax(0)
     kl = (current.exp() * (current - reference)).sum()
@@ -114,8 +121,8 @@ def test_kl_is_the_current_policys_in_value_and_gradient():
 
 
 def test_the_reference_is_asked_for_only_with_a_kl_term():
-    assert not Agrpo(AgrpoConfig()).needs_reference
-    assert make_objective(AgrpoConfig(beta=0.1)).needs_reference
+    assert not Agrpo(AgrpoConfig()).needs.reference
+    assert make_objective(AgrpoConfig(beta=0.1)).needs.reference
 
 
 def table_gradient(groups, *, ranks: int, views_per_forward: int, per_forward_divisor: bool = False):
@@ -133,12 +140,13 @@ def table_gradient(groups, *, ranks: int, views_per_forward: int, per_forward_di
     theta = torch.tensor(np.random.default_rng(0).normal(size=(8, 10)) * 0.1, requires_grad=True)
     figures = []
     for forward in (forward for rank in plan.forwards for forward in rank):
-        batch = build(forward, groups)
-        L = batch.input_ids.shape[1]
-        logp_NV = theta.log_softmax(1)[batch.score_rows % L - (L - 8)]
+        if forward.is_pad:
+            continue
+        batch = build(forward.views, groups)
+        logp_NV = theta.log_softmax(1)[batch.position]
         logp_N = logp_NV.gather(1, torch.from_numpy(batch.targets)[:, None]).squeeze(1)
-        loss, part = agrpo.loss(logp_N, torch.full_like(logp_N, -2.0), batch)
-        (loss / (len(forward) if per_forward_divisor else plan.normaliser)).backward()
+        loss, part = agrpo.loss(scored(logp_N, torch.full_like(logp_N, -2.0)), batch)
+        (loss / (len(forward.views) if per_forward_divisor else plan.normaliser)).backward()
         figures.append(part)
     return theta.grad.numpy(), Statistics.merged(figures).values()
 
@@ -166,19 +174,6 @@ def test_control_a_divisor_per_forward_depends_on_the_layout():
     whole, _ = table_gradient(groups, ranks=1, views_per_forward=1000, per_forward_divisor=True)
     ours, _ = table_gradient(groups, ranks=2, views_per_forward=5, per_forward_divisor=True)
     assert np.linalg.norm(ours - whole) > 1e-2 * np.linalg.norm(whole)
-
-
-def test_pads_add_zeros_to_the_gradient_and_nothing_to_the_figures():
-    group = random_group(0)
-    batch = build([View(0, 0, 0, 0.0, 0.0)], [group])
-    logp = torch.full((batch.targets.size,), -3.0, requires_grad=True)
-    loss, figures = Agrpo(AgrpoConfig()).loss(logp, None, batch)
-    loss.backward()
-    assert logp.grad is not None and not logp.grad.any()
-    assert figures == Statistics()
-    mixed = build([View(0, 0, 0, 0.0, 0.0), View(0, 1, 0, 1.0, 1.0)], [group])
-    _, mixed_figures = Agrpo(AgrpoConfig()).loss(torch.from_numpy(mixed.logp), None, mixed)
-    assert mixed_figures.values()["scored_tokens"] == 2
 
 
 def test_statistics_of_parts_add_up():

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load
 
 from learner.likelihood.scorer import score
-from learner.likelihood.views import View, build_batch
+from learner.likelihood.views import View, build_batch, step_view
 from learner.objectives import make_objective
 from learner.objectives.advantages import group_advantages
 from learner.ranks.plan import plan_update
@@ -72,7 +72,7 @@ def planned_views(batch, tiny_model, config, update: int) -> list[View]:
         ranks=1,
         views_per_forward=1,
     )
-    return [view for (view,) in plan.forwards[0]]
+    return [view for forward in plan.forwards[0] for view in forward.views]
 
 
 def scorers_word(tiny_model, config, adapter, batch, view: ScoredView) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -81,10 +81,13 @@ def scorers_word(tiny_model, config, adapter, batch, view: ScoredView) -> tuple[
     model = attach_lora(load_model(tiny_model, config.learner.dtype), family, lora_spec(config))
     load_state(model, adapter)
     alone = build_batch(
-        [View(view.group, view.row, view.step, 1.0, 1.0)], batch, mask_id=family.mask_token_id, pad_id=0
+        [step_view(batch[view.group], view.group, view.row, view.step, 1.0, 1.0)],
+        batch,
+        mask_id=family.mask_token_id,
+        pad_id=0,
     )
     with torch.no_grad():
-        scores = score(model, alone, family=family, temperature=SAMPLER.temperature)
+        scores = score(model, alone, family=family)
     return scores.logp_N, scores.position_logp_Z
 
 

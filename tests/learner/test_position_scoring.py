@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, Scores, score
 from learner.likelihood.timesteps import step_table
-from learner.likelihood.views import View, ViewBatch, build_batch
+from learner.likelihood.views import View, ViewBatch, build_batch, pad_view, step_view
 from learner.objectives.agrpo import Agrpo
 from learner.objectives.statistics import Statistics
 from learner.settings.objectives import AgrpoConfig
@@ -126,7 +126,7 @@ def rollout(
 def views_of(groups: list[TrajectoryGroup]) -> list[View]:
     rng = np.random.default_rng(0)
     views = [
-        View(g, row, int(step), float(rng.normal()), float(rng.random() + 0.5))
+        step_view(group, g, row, int(step), float(rng.normal()), float(rng.random() + 0.5))
         for g, group in enumerate(groups)
         for row in range(group.size)
         for step in np.unique(group.unmask_step[row][group.drawn[row]])
@@ -144,7 +144,7 @@ def worst_difference(model, groups, family, change: Callable = lambda batch: bat
     worst = 0.0
     for batch in forwards(groups, family, 7):
         with torch.no_grad():
-            ours = score(model, change(batch), family=family, temperature=0.7).position_logp_Z
+            ours = score(model, change(batch), family=family).position_logp_Z
         worst = max(worst, float(np.abs(ours.numpy() - batch.positions.logp).max()))
     return worst
 
@@ -173,7 +173,7 @@ def test_choices_cost_one_forward_and_the_head_on_candidates(engine, learner_mod
     try:
         batches = list(forwards(groups, engine.family, 7))
         for batch in batches:
-            score(learner_model, batch, family=engine.family, temperature=0.7)
+            score(learner_model, batch, family=engine.family)
     finally:
         hook.remove()
     assert seen == [batch.positions.candidate_rows.size for batch in batches]
@@ -190,11 +190,9 @@ def gradient(model, groups, family, size: int, **config) -> tuple[torch.Tensor, 
     agrpo, parts = Agrpo(AgrpoConfig(**config)), []
     model.zero_grad()
     for batch in forwards(groups, family, size):
-        scores = score(model, batch, family=family, temperature=0.7)
+        scores = score(model, batch, family=family)
         reference, chosen = torch.from_numpy(batch.logp) + 0.2, torch.from_numpy(batch.positions.logp) - 0.1
-        loss, figures = agrpo.loss(
-            scores.logp_N, reference, batch, position_logp_Z=scores.position_logp_Z, ref_position_logp_Z=chosen
-        )
+        loss, figures = agrpo.loss(PolicyScores(scores, reference=Scores(reference, scores.mass_N, chosen)), batch)
         loss.backward()
         parts.append(figures)
     flat = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values()])
@@ -277,10 +275,10 @@ def one_choice(log_ratio: float, advantage: float, **config) -> tuple[float, flo
     """Loss of one choice of positions beside a token of ratio 1, its slope, and the figures."""
     recorded_logp = np.array([[-1.0, 0.0]], np.float32)
     group = make_group([[5, 6]], [[0, 1]], steps=2, rewards=[[0.0]], **decoupled(2, 2, 2, position_logp=recorded_logp))
-    batch = build_batch([View(0, 0, 0, advantage, 2.0)], [group], mask_id=99, pad_id=98)
+    batch = build_batch([step_view(group, 0, 0, 0, advantage, 2.0)], [group], mask_id=99, pad_id=98)
     logp = torch.tensor([-1.0 + log_ratio], dtype=torch.float64, requires_grad=True)
     token = torch.from_numpy(batch.logp).double()
-    loss, figures = Agrpo(AgrpoConfig(**config)).loss(token, None, batch, position_logp_Z=logp)
+    loss, figures = Agrpo(AgrpoConfig(**config)).loss(PolicyScores(Scores(token, token, logp)), batch)
     loss.backward()
     return loss.item() + 2 * advantage, logp.grad.item(), figures.values()
 
@@ -302,9 +300,10 @@ def test_choices_are_clipped_by_their_own_width():
 
 def test_scores_of_choices_may_not_be_forgotten():
     group = make_group([[5, 6]], [[0, 1]], steps=2, rewards=[[0.0]], **decoupled(2, 2, 2))
-    batch = build_batch([View(0, 0, 0, 1.0, 1.0)], [group], mask_id=99, pad_id=98)
+    batch = build_batch([step_view(group, 0, 0, 0, 1.0, 1.0)], [group], mask_id=99, pad_id=98)
     with pytest.raises(AssertionError, match="part of the policy"):
-        Agrpo(AgrpoConfig()).loss(torch.from_numpy(batch.logp), None, batch)
+        logp_N = torch.from_numpy(batch.logp)
+        Agrpo(AgrpoConfig()).loss(PolicyScores(Scores(logp_N, logp_N)), batch)
 
 
 def test_kl_of_choices_is_the_current_policys_in_value_and_gradient():
@@ -318,16 +317,15 @@ def test_kl_of_choices_is_the_current_policys_in_value_and_gradient():
         "position_entropy": np.ones((6, 2), np.float32),
     }
     group = make_group(np.full((6, 4), 5), unmask, steps=2, rewards=np.zeros((6, 1)), **fields)
-    views = [View(0, row, 0, 0.0, float(old[row].exp())) for row in range(6)]
+    views = [step_view(group, 0, row, 0, 0.0, float(old[row].exp())) for row in range(6)]
     batch = build_batch(views, [group], mask_id=99, pad_id=98)
     tokens = torch.from_numpy(batch.logp).double()
 
     def law():
         return choice_logp(theta.expand(6, -1), torch.tensor(sets))
 
-    loss, figures = Agrpo(AgrpoConfig(beta=0.3)).loss(
-        tokens, tokens, batch, position_logp_Z=law(), ref_position_logp_Z=reference
-    )
+    scores = PolicyScores(Scores(tokens, tokens, law()), reference=Scores(tokens, tokens, reference))
+    loss, figures = Agrpo(AgrpoConfig(beta=0.3)).loss(scores, batch)
     (ours,) = torch.autograd.grad(loss, theta)
     kl = (law().exp() * (law() - reference)).sum()
     (exact,) = torch.autograd.grad(kl, theta)
@@ -340,14 +338,14 @@ def test_pads_and_forced_steps_add_nothing(engine, learner_model):
     groups = rollout(engine)
     family = engine.family
     last = max(int(step) for step in groups[0].unmask_step[0])
-    for view in (View(0, 0, 0, 1.0, 0.0), View(0, 0, last, 1.0, 1.0)):
+    for view in (pad_view(groups[0]), step_view(groups[0], 0, 0, last, 1.0, 1.0)):
         batch = build_batch([view], groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
-        scores = score(learner_model, batch, family=family, temperature=0.7)
-        loss, figures = Agrpo(AgrpoConfig()).loss(scores.logp_N, None, batch, position_logp_Z=scores.position_logp_Z)
+        scores = score(learner_model, batch, family=family)
+        loss, figures = Agrpo(AgrpoConfig()).loss(PolicyScores(scores), batch)
         assert "scored_choices" not in figures.values()
         learner_model.zero_grad()
         loss.backward()
-        if view.weight == 0:
+        if view.step is None:
             assert not any(p.grad.any() for p in adapter_parameters(learner_model).values())
         else:
             assert not batch.positions.free.any() and (scores.position_logp_Z == 0).all()

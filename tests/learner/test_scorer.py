@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from learner.likelihood.scorer import restricted_logp, score
-from learner.likelihood.views import View, ViewBatch, build_batch
+from learner.likelihood.views import View, ViewBatch, build_batch, step_view
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine
@@ -160,7 +160,7 @@ def rollout(engine: TorchEngine, rule: str, **truncation) -> list[TrajectoryGrou
 
 def all_views(groups: Sequence[TrajectoryGroup]) -> list[View]:
     return [
-        View(g, row, int(step), 1.0, 1.0)
+        step_view(group, g, row, int(step), 1.0, 1.0)
         for g, group in enumerate(groups)
         for row in range(group.size)
         for step in np.unique(group.unmask_step[row][group.drawn[row]])
@@ -176,13 +176,13 @@ def batches(groups: Sequence[TrajectoryGroup], family, *, views_per_forward: int
         yield build_batch(chosen, groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
 
 
-def worst_difference(model, groups, family, *, temperature: float = 0.7, law_of=None) -> float:
+def worst_difference(model, groups, family, *, law_of=None) -> float:
     """Largest |recomputed - stored| over all drawn tokens; ``law_of`` edits the batch that is scored."""
     worst, scored = 0.0, 0
     for batch in batches(groups, family):
         wanted = batch if law_of is None else law_of(batch)
         with torch.no_grad():
-            logp = score(model, wanted, family=family, temperature=temperature).logp_N.numpy()
+            logp = score(model, wanted, family=family).logp_N.numpy()
         worst, scored = max(worst, float(np.abs(logp - batch.logp).max())), scored + logp.size
     assert scored == sum(int(group.drawn.sum()) for group in groups)
     return worst
@@ -197,7 +197,7 @@ def test_replay_parity(engine, learner_model, rule, truncation):
     parity = worst_difference(learner_model, groups, family)
     print(f"{rule}, {truncation}: largest |difference| {parity:.1e}")
     assert parity <= 1e-5
-    off = worst_difference(learner_model, groups, family, temperature=0.7 * 1.05)
+    off = worst_difference(learner_model, groups, family, law_of=lambda b: dataclasses.replace(b, temperature=0.735))
     assert off > 1e-3, "control: another temperature is another law"
     if truncation != "whole":
         ignored = worst_difference(learner_model, groups, family, law_of=lambda b: dataclasses.replace(b, support=None))
@@ -219,7 +219,7 @@ def test_a_recomputed_support_would_lose_tokens_after_an_update(engine, tiny_mod
     load_state(model, acting_adapter(model, scale=0.06))
     family, outside = engine.family, 0
     for batch in batches(groups, family):
-        scores = score(model, batch, family=family, temperature=0.7)
+        scores = score(model, batch, family=family)
         assert scores.logp_N.isfinite().all() and (scores.mass_N < 1).all()
         rows = torch.from_numpy(batch.score_rows)
         mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask)

@@ -29,7 +29,7 @@ from learner.bench.snapshot import (
     read_snapshot,
 )
 from learner.bench.variance import analyse, grid, least_variance, main, measure, rollout_variance
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.timesteps import draw_timesteps, draw_uniforms, step_probabilities, step_table
 from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
@@ -313,14 +313,16 @@ def test_gram_matrix_gives_the_learners_own_gradient(run, config):
     )
     parameters = list(adapter_parameters(engine.model).values())
     factor_Gm = np.zeros((4, 4))
-    for views in plan.forwards[0]:
-        batch = build_batch(views, [group], mask_id=engine.family.mask_token_id, pad_id=engine.family.pad_token_id)
+    for forward in plan.forwards[0]:
+        batch = build_batch(
+            forward.views, [group], mask_id=engine.family.mask_token_id, pad_id=engine.family.pad_token_id
+        )
         with torch.no_grad(), engine.model.disable_adapter():
-            reference_N = score(engine.model, batch, family=engine.family, temperature=1.0).logp_N
-        scores = score(engine.model, batch, family=engine.family, temperature=1.0)
-        loss, _ = objective.loss(scores.logp_N, reference_N if config.beta else None, batch)
+            reference = score(engine.model, batch, family=engine.family)
+        scores = score(engine.model, batch, family=engine.family)
+        loss, _ = objective.loss(PolicyScores(scores, reference=reference), batch)
         (loss / plan.normaliser).backward()
-        for view in views:
+        for view in forward.views:
             factor_Gm[view.row, view.step] = view.weight / plan.normaliser
     squared = sum(float(p.grad.double().square().sum()) for p in parameters)
     engine.model.zero_grad()

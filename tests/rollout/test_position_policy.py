@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.likelihood.scorer import score
+from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.timesteps import step_table
-from learner.likelihood.views import View, build_batch
+from learner.likelihood.views import build_batch, step_view
 from learner.objectives.agrpo import Agrpo
 from learner.settings.objectives import AgrpoConfig
 from learner.verification.enumeration import (
@@ -197,15 +197,18 @@ def expected_estimate(
     reward_n = paths.tokens.rewards().sum(axis=1)
     advantage_n = (reward_n - law_n @ reward_n) / 2
     weight_nm = law_n[:, None] * expected_weights(step_table(group, config.step_range, (EOS,)), 0, config)
-    views = [View(0, int(n), int(t), float(advantage_n[n]), float(weight_nm[n, t])) for n, t in np.argwhere(weight_nm)]
+    views = [
+        step_view(group, 0, int(n), int(t), float(advantage_n[n]), float(weight_nm[n, t]))
+        for n, t in np.argwhere(weight_nm)
+    ]
     model = TableModel(toy)
     batch = build_batch(views, [group], mask_id=toy.tokens, pad_id=toy.tokens + 2)
     if not positions_scored:
         batch = dataclasses.replace(batch, positions=None)
-    scores = score(model, batch, family=model.family(), temperature=rule.tokens)
+    scores = score(model, batch, family=model.family())
     if positions_scored:
         assert (scores.position_logp_Z - torch.from_numpy(batch.positions.logp)).abs().max() < 1e-5
-    loss, _ = Agrpo(config).loss(scores.logp_N, None, batch, position_logp_Z=scores.position_logp_Z)
+    loss, _ = Agrpo(config).loss(PolicyScores(scores), batch)
     (loss / config.k).backward()
     assert model.theta.grad is not None
     return -model.theta.grad.numpy()
