@@ -171,6 +171,14 @@ class CoupledGrpoConfig(ObjectiveSection):
         scored = 2 * sampler.completion_length / 3
         return Cost(views=3, scored=scored, old=True, reference=self.beta > 0)
 
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        if self.mask_low > self.mask_high:
+            problems.append(
+                f"objective.mask_low={self.mask_low:g} is above objective.mask_high={self.mask_high:g}; swap the two"
+            )
+        return problems
+
 
 class EspoConfig(ObjectiveSection):
     """ESPO (arXiv 2512.03759): one ratio per completion, of its evidence lower bounds."""
