@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from pydantic import (
     field_validator,
 )
 
-from rewards.errors import ConfigError, DataError
+from rewards.errors import DataError
 from rollout.sampling.schedule import tokens_per_step
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
@@ -41,6 +41,8 @@ HEAD_WIDTH = 16  # not in the recorded weights; every recorded model has it
 
 TopP = Annotated[float, Field(gt=0, le=1)]
 Natural = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
 
 class _Settings(BaseModel):
@@ -58,7 +60,7 @@ class _Settings(BaseModel):
     top_p: TopP | None = None
     impl: Literal["hf", "fast"] = "hf"
     """hf: the padding mask was honoured; fast: it was ignored."""
-    base_weights: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "weights_base.npz"
+    base_weights: FileName = "weights_base.npz"
 
 
 class TrainingSettings(_Settings):
@@ -135,8 +137,10 @@ class Arrays:
             raise DataError(f"array {name} has values outside {within[0]}..{within[1]}")
         return array.astype(np.int64 if kind == "integers" else np.float64)
 
-    def tensors(self, prefix: str, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, np.ndarray]:
-        """The arrays called prefix + name, of the parameters' shapes, by name.
+    def tensors(
+        self, prefix: str, parameters: Mapping[str, torch.nn.Parameter], *, leading: tuple[int, ...] = ()
+    ) -> dict[str, np.ndarray]:
+        """The arrays called prefix + name, of the parameters' shapes after the axes ``leading``, by name.
 
         Raises:
             DataError: as ``take`` does, and for an array with this prefix that no parameter has.
@@ -144,7 +148,7 @@ class Arrays:
         unknown = {name for name in self.by_name if name.startswith(prefix)} - {prefix + name for name in parameters}
         if unknown:
             raise DataError(f"array {min(unknown)} belongs to no trained tensor of this model")
-        return {name: self.take(prefix + name, tuple(parameter.shape)) for name, parameter in parameters.items()}
+        return {name: self.take(prefix + name, (*leading, *p.shape)) for name, p in parameters.items()}
 
     def fill(self, prefix: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Copy ``tensors`` into the parameters."""
@@ -275,17 +279,8 @@ class RecordedRollout:
 
 
 def case_names(folder: Path) -> list[str]:
-    """Names of the cases in the folder, sorted; a case is there when one of its two files is.
-
-    Raises:
-        ConfigError: when it is no folder or holds none.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"--golden {folder} is not a folder; a checkout has recorded cases in tests/golden")
-    names = {p.stem for p in folder.iterdir() if p.suffix in (".npz", ".json") and re.match(r"\d\d_", p.name)}
-    if not names:
-        raise ConfigError(f"--golden {folder} holds no recorded case; cases are called NN_name.npz and NN_name.json")
-    return sorted(names)
+    """Names of the cases in the folder itself, sorted; a case is there when one of its two files is."""
+    return sorted({p.stem for p in folder.iterdir() if p.suffix in (".npz", ".json") and re.match(r"\d\d_", p.name)})
 
 
 def read_case(folder: Path, name: str) -> Case:
@@ -294,22 +289,34 @@ def read_case(folder: Path, name: str) -> Case:
     Raises:
         DataError: naming the file, setting or array that can't be read.
     """
-    path = folder / f"{name}.json"
+    raw = read_settings(folder / f"{name}.json")
+    if not raw.keys() & {"k", "sampling_steps"}:
+        raise DataError(f"{name}.json has neither k (a training case) nor sampling_steps (a sampler case)")
+    settings = validated(TrainingSettings, raw) if "k" in raw else validated(SamplerSettings, raw)
+    return Case(settings, read_arrays(folder / f"{name}.npz"), read_arrays(folder / settings.base_weights))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The entries of a case's JSON file. Raises DataError, naming it, when it can't be read."""
     try:
         raw: Any = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path.name} can't be read ({error})") from error
-    if not isinstance(raw, dict) or not raw.keys() & {"k", "sampling_steps"}:
-        raise DataError(f"{path.name} has neither k (a training case) nor sampling_steps (a sampler case)")
-    model: type[TrainingSettings] | type[SamplerSettings] = TrainingSettings if "k" in raw else SamplerSettings
+    if not isinstance(raw, dict):
+        raise DataError(f"{path.name} can't be read (it holds no settings by name)")
+    return raw
+
+
+def validated(model: type[AnySettings], raw: Mapping[str, Any]) -> AnySettings:
+    """The settings as this model. Raises DataError, naming the setting, for one that is missing or not known."""
     try:
-        settings = model.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        setting = str(first["loc"][0])
-        given = f"{setting} = {raw[setting]!r} is not known" if setting in raw else f"{setting} is missing"
+        setting = ".".join(map(str, first["loc"]))
+        missing = first["type"] == "missing"
+        given = f"{setting} is missing" if missing else f"{setting} = {first['input']!r} is not known"
         raise DataError(f"setting {given} ({first['msg']})") from error
-    return Case(settings, read_arrays(folder / f"{name}.npz"), read_arrays(folder / settings.base_weights))
 
 
 def read_arrays(path: Path) -> Arrays:

@@ -1,5 +1,7 @@
 """What ``learner.verify`` checks, section by section."""
 
+import importlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from learner.verification import methods
 from learner.verification.cases import SamplerSettings, read_case
 from learner.verification.exactness import check_controls, check_enumeration
 from learner.verification.measurement import Measurement, Meter
+from learner.verification.methods.case import read_method_case
 from learner.verification.policy import check_probe
+from learner.verification.recorded import MethodFile, Recorded
 from learner.verification.replay import check_replay
 from learner.verification.sampler import check_sampler
 from learner.verification.training import check_training
@@ -36,17 +41,20 @@ def meter_on(device: str, dtype: str) -> Meter:
     return Meter(chosen, dtype)
 
 
-def sections(meter: Meter, golden: Path | None, names: Sequence[str]) -> Iterator[tuple[str, Iterable[Check]]]:
-    """(name, its checks) of each section; a check runs when it is asked for. ``names``: the cases in ``golden``."""
+def sections(meter: Meter, golden: Path | None, recorded: Recorded) -> Iterator[tuple[str, Iterable[Check]]]:
+    """(name, its checks) of each section; a check runs when it is asked for. ``recorded``: the cases in ``golden``."""
     yield "replay", (Check(name, found) for name, found in check_replay(meter))
     yield "enumeration", (Check(name, found) for name, found in check_enumeration(meter))
     yield "controls", (Check(name, found) for name, found in check_controls(meter))
     if golden is not None:
-        yield "golden", golden_checks(golden, names, meter)
+        yield (
+            "golden",
+            itertools.chain(golden_checks(golden, recorded.agrpo, meter), method_checks(recorded.methods, meter)),
+        )
 
 
 def golden_checks(folder: Path, names: Sequence[str], meter: Meter) -> Iterator[Check]:
-    """A check of each named case, and of the probe where the folder has one."""
+    """A check of each named case of AGRPO, and of the probe where the folder has one."""
     if (folder / "probe_logits.npz").exists():
         names = ["probe_logits", *names]
     for name in names:
@@ -69,6 +77,27 @@ def check_case(folder: Path, name: str, meter: Meter) -> list[Measurement]:
         return [broken]
     check = check_sampler if isinstance(case.settings, SamplerSettings) else check_training
     return [broken, *check(case, meter)]
+
+
+def method_checks(cases: Iterable[MethodFile], meter: Meter) -> Iterator[Check]:
+    """A check of each case of another method."""
+    for folder, name in cases:
+        label = f"{folder.name}/{name}"
+        try:
+            yield Check(label, check_method_case(folder, name, meter))
+        except UnmaskError as error:
+            yield Check(label, error=f"case {label} can't be read: {error}")
+
+
+def check_method_case(folder: Path, name: str, meter: Meter) -> list[Measurement]:
+    """All measurements of one recorded case of the method that the folder is called after.
+
+    Raises:
+        UnmaskError: naming the array or setting that can't be read.
+    """
+    module = importlib.import_module(f"{methods.__name__}.{folder.name}")
+    measurements: list[Measurement] = module.check(read_method_case(folder, name), meter)
+    return measurements
 
 
 def timed(checks: Iterable[Check]) -> Iterator[Check]:

@@ -1,6 +1,6 @@
 """Errors measured by ``learner.verify``, and the bounds on them by quantity, device and dtype.
 
-float32: what the recorded cases suggest (1e-5 for log-probs, 2e-6 for losses and gradients, 1e-5 relative for
+float32: what the recorded cases suggest (for AGRPO 1e-5 for log-probs, 2e-6 for losses and gradients, 1e-5 relative for
 importance weights); on CUDA twice that or more, because other kernels add in another order (chosen, not measured).
 bfloat16: two to three times the largest error measured on the recorded cases (CPU). The records come from float32
 weights, and rounding weights and activations to 8 bits moves every log-prob by some hundredths, kept sets at their
@@ -43,6 +43,7 @@ _LOGP = Bound("absolute", 1e-5, 2e-5, 0.3)
 _ENTROPY = Bound("absolute", 1e-5, 2e-5, 0.2)
 _LOSS = Bound("absolute", 2e-6, 4e-6, 0.01)
 _CLIPPED = Bound("absolute", 1e-6, 1e-6, 0.4)
+_SCALED_LOSS = Bound("relative", 2e-6, 4e-6, 0.05)
 
 BOUNDS = {
     "replayed log-probs": Bound("absolute", 1e-5, 2e-5, 0.2),
@@ -76,8 +77,21 @@ BOUNDS = {
     "unmask_steps": Bound("absolute", 1e-5, 4e-5, 0.3),
     "logps": _LOGP,
     "entropies": _ENTROPY,
+    "masks": _everywhere("absolute", 0.0),
+    "token log-probs": Bound("absolute", 1e-4, 2e-4, 0.6),
+    "ratios": Bound("relative", 1e-4, 2e-4, 0.5),
+    "row values": _SCALED_LOSS,
+    "clip fraction": _CLIPPED,
+    "loss": _SCALED_LOSS,
+    "gradient of the loss": Bound("relative", 1e-5, 2e-5, 0.5),
+    "ELBO log-probs": Bound("absolute", 2e-5, 4e-5, 0.6),
+    "ELBO": Bound("absolute", 5e-5, 1e-4, 5.0),
+    "ELBO loss": Bound("relative", 5e-6, 1e-5, 0.05),
+    "gradient of the ELBO loss": Bound("relative", 1e-4, 2e-4, 0.75),
 }
-"""By quantity. Of ``sampling_masks`` the share of kept tokens, of ``schedule`` a count of positions."""
+"""By quantity. Of ``sampling_masks`` the share of kept tokens, of ``schedule`` a count of positions. From ``masks`` on:
+of the recorded cases of other methods; what they suggest for losses and gradients is relative to a scale, see
+``Meter.scaled``. The four of an ELBO are those of cases of ESPO."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,8 @@ class Measurement:
     """Largest |ours - recorded|; inf when one of the two isn't a number."""
     relative: float
     """Of gradients, the L2 norm of the difference over that of the record. Of other arrays, the largest |ours -
-    recorded| / |recorded| over the elements, where an element below a thousandth of the largest counts as that."""
+    recorded| / |recorded| over the elements, where an element below a thousandth of the largest counts as that. Of
+    losses, row values and gradients of other methods than AGRPO, |ours - recorded| over the scale of ``scaled``."""
     metric: Metric
     """Which of the two is judged."""
     bound: float
@@ -154,6 +169,18 @@ class Meter:
         size, length = float(np.linalg.norm(difference)), float(np.linalg.norm(theirs))
         relative = size / length if length else (np.inf if size else 0.0)
         return self.measured(quantity, array, float(np.abs(difference).max(initial=0.0)), relative)
+
+    def scaled(
+        self, quantity: str, ours: ArrayLike, recorded: np.ndarray, array: str, *, scale: ArrayLike | None = None
+    ) -> Measurement:
+        """Compare element by element, relative to ``scale``: that of the whole where it is one number, else of each
+        element; None for the larger of 1 and the recorded size."""
+        scale = np.maximum(1.0, np.abs(recorded)) if scale is None else np.broadcast_to(scale, recorded.shape)
+        found = self.elements(quantity, ours, recorded, array)
+        with np.errstate(invalid="ignore"):
+            relative = np.abs(np.asarray(ours, dtype=np.float64) - recorded) / scale
+        relative = np.where(np.isfinite(relative), relative, np.inf)
+        return self.measured(quantity, found.where, found.absolute, float(relative.max(initial=0.0)))
 
     def schedule(self, breaks: np.ndarray) -> Measurement:
         """How many positions break the reference's schedule, a count and a share."""

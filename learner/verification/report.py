@@ -17,7 +17,7 @@ TITLES = {
     "replay": "Replay parity: the learner's log-probs of a fresh rollout",
     "enumeration": "Exactness: expected AGRPO gradient against the gradient of expected reward",
     "controls": "Negative controls: biased estimators, which must fail the same test",
-    "golden": "Recorded cases of the reference",
+    "golden": "Recorded cases of official code",
 }
 
 
@@ -73,7 +73,9 @@ def verdict(sections: dict[str, list[Check]], status: int, seconds: float) -> st
     return "\n".join([*lines, f"{count} measurements in {seconds:.0f} s: {told} (exit status {status})"])
 
 
-def document(meter: Meter, sections: dict[str, list[Check]], seconds: float, status: int) -> dict[str, Any]:
+def document(
+    meter: Meter, sections: dict[str, list[Check]], unknown: Sequence[str], seconds: float, status: int
+) -> dict[str, Any]:
     """What ``learner.verify --json`` prints; its form is in that module's docstring."""
     return {
         "schema": 1,
@@ -83,6 +85,7 @@ def document(meter: Meter, sections: dict[str, list[Check]], seconds: float, sta
         "hardware": hardware(meter.device),
         "torch": torch.__version__,
         "seconds": round(seconds, 2),
+        "not_known": list(unknown),
         "sections": [
             {
                 "name": name,

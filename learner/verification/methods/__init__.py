@@ -1,0 +1,1 @@
+"""Recorded cases of the methods' official code, one file per folder of recordings, called as the folder is."""
