@@ -5,7 +5,7 @@ Shapes: G completions of a group, N scored tokens of a batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -63,6 +63,15 @@ class Wanted:
     statistics: Statistics
 
 
+class RowSums(NamedTuple):
+    """What a measurement found: for each group [G] float64, each completion's sum of weight times log-prob over the
+    measured views."""
+
+    policy: tuple[np.ndarray, ...]
+    reference: tuple[np.ndarray, ...]
+    """Of the base without adapter."""
+
+
 class Objective(Protocol):
     """A method: which views it wants of a group, what they are credited with, and the loss of their scores."""
 
@@ -90,3 +99,21 @@ class Objective(Protocol):
 
         The batch holds whole units and no pads; ``scores`` has what ``needs`` names.
         """
+
+
+@runtime_checkable
+class Weighed(Objective, Protocol):
+    """A method whose credit needs log-probs of whole groups, or of all groups: they are measured without gradient, on
+    all ranks together, before the credit is final."""
+
+    @property
+    def measures_each_update(self) -> bool:
+        """True when the current policy is measured before every update, false when once before a batch's first."""
+
+    def measured(self, index: int, group: TrajectoryGroup, context: UpdateContext) -> Sequence[Unit]:
+        """The views that are measured of the group at ``index``, by the law of ``needs``."""
+
+    def weigh(
+        self, groups: Sequence[TrajectoryGroup], credit: Sequence[np.ndarray], sums: RowSums
+    ) -> tuple[np.ndarray, ...]:
+        """The final credit, as ``credit`` gives the provisional one; pure."""

@@ -61,6 +61,7 @@ def plan_update(
     eos_ids: tuple[int, ...],
     ranks: int,
     views_per_forward: int,
+    credit: tuple[np.ndarray, ...] | None = None,
 ) -> UpdatePlan:
     """Plan one update.
 
@@ -69,6 +70,7 @@ def plan_update(
         update_index: which of the several updates on this batch this is; it names the draws.
         eos_ids: tokens that only fill a completion's end.
         views_per_forward: views scored in one pass of the model at most. Changes nothing but memory and speed.
+        credit: the final one of a method that measures; None for ``objective.credit``.
 
     Raises:
         DataError: when a reward isn't finite.
@@ -76,7 +78,8 @@ def plan_update(
     ids = [group.group_id for group in groups]
     assert ids and all(a < b for a, b in zip(ids, ids[1:], strict=False)), f"group ids are not ascending: {ids}"
     context = UpdateContext(run_seed, update_index, len(groups), eos_ids)
-    credit = objective.credit(groups)
+    if credit is None:
+        credit = objective.credit(groups)
     units: list[Unit] = []
     divisor, parts = 0.0, []
     for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
@@ -86,14 +89,14 @@ def plan_update(
         parts += [wanted.statistics, _group_statistics(group, credit_G, eos_ids)]
     statistics = Statistics.merged([*parts, Statistics(totals={"views": float(sum(map(len, units)))})])
     return UpdatePlan(
-        forwards=_deal(units, ranks, views_per_forward, pad=(pad_view(groups[0]),)),
+        forwards=deal(units, ranks, views_per_forward, pad=(pad_view(groups[0]),)),
         normaliser=divisor,
         statistics=statistics.values(),
         credit=credit,
     )
 
 
-def _deal(units: list[Unit], ranks: int, views_per_forward: int, *, pad: Unit) -> tuple[tuple[Forward, ...], ...]:
+def deal(units: Sequence[Unit], ranks: int, views_per_forward: int, *, pad: Unit) -> tuple[tuple[Forward, ...], ...]:
     """Contiguous, even shares for the ranks, each cut evenly into the same number of forwards; units stay whole."""
     shares = _split(units, ranks)
     count = max(1, math.ceil(max(map(_views, shares)) / views_per_forward))
@@ -111,7 +114,7 @@ def _views(units: Sequence[Unit]) -> int:
     return sum(map(len, units))
 
 
-def _split(units: list[Unit], parts: int) -> list[list[Unit]]:
+def _split(units: Sequence[Unit], parts: int) -> list[Sequence[Unit]]:
     bounds = [len(units) * part // parts for part in range(parts + 1)]
     return [units[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 

@@ -1,19 +1,21 @@
 """The rank that learns from groups of trajectories.
 
-Shapes: N scored positions and Z views of one forward.
+Shapes: N scored positions and Z views of one forward, R completions of the update.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import ray
 import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores, joined, score
 from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
 from learner.objectives import make_objective
+from learner.objectives.base import RowSums, UpdateContext, Weighed
 from learner.objectives.statistics import Statistics
-from learner.ranks.plan import Forward, UpdatePlan, plan_update
+from learner.ranks.plan import Forward, UpdatePlan, deal, plan_update
 from learner.ranks.rank import LossPart, Rank
 from learner.ranks.scored import ScoredView, recorded_groups, scored_views
 from learner.settings.run import RunConfig
@@ -34,11 +36,14 @@ class LearnerRank(Rank):
         self._old: dict[int, list[Scores]] = {}
         """by update index of this batch: each forward's scores under the weights that the batch began with"""
         self._update_index = 0
+        self._credit: tuple[np.ndarray, ...] = ()
+        self._sums: RowSums | None = None
         self._kept: tuple[int, ...] = ()
         self._seen: list[ScoredView] = []
 
     def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[UpdatePlan, list[TrajectoryGroup]]:
         groups = self._groups(refs)
+        self._credit = self._final_credit(groups, update_index)
         plan = self._plan(groups, update_index)
         self._update_index = update_index
         if update_index == 0 and self.objective.needs.old:
@@ -58,7 +63,40 @@ class LearnerRank(Rank):
             eos_ids=(self.family.eos_token_id,),
             ranks=self.world,
             views_per_forward=self.config.learner.views_per_forward,
+            credit=self._credit,
         )
+
+    def _final_credit(self, groups: list[TrajectoryGroup], update_index: int) -> tuple[np.ndarray, ...]:
+        objective = self.objective
+        credit = objective.credit(groups)
+        if not isinstance(objective, Weighed):
+            return credit
+        assert not (objective.needs.old and objective.measures_each_update), "old scores are of views planned ahead"
+        if update_index == 0 or objective.measures_each_update:
+            self._sums = self._measure(objective, groups, update_index)
+        assert self._sums is not None, "a batch begins with its first update"
+        return objective.weigh(groups, credit, self._sums)
+
+    def _measure(self, objective: Weighed, groups: list[TrajectoryGroup], update_index: int) -> RowSums:
+        """Sums of weighted log-probs of each completion, under the present policy and the base, over all ranks."""
+        context = UpdateContext(self.config.run.seed, update_index, len(groups), (self.family.eos_token_id,))
+        units = [unit for index, group in enumerate(groups) for unit in objective.measured(index, group, context)]
+        per_forward = self.config.learner.views_per_forward
+        starts = np.cumsum([0, *(group.size for group in groups)])
+        sums_2R = np.zeros((2, int(starts[-1])))
+        for forward in deal(units, self.world, per_forward, pad=(pad_view(groups[0]),))[self.rank]:
+            for batch in self._passes(forward, groups):
+                row_Z = np.array([starts[view.group] + view.row for view in batch.views])
+                with torch.no_grad():
+                    policy = self._score([batch]).logp_N
+                    with self.engine.module.disable_adapter():
+                        reference = self._score([batch]).logp_N
+                for sums_R, logp_N in zip(sums_2R, (policy, reference), strict=True):
+                    np.add.at(sums_R, row_Z[batch.view_of_score], batch.weight * logp_N.double().cpu().numpy())
+        shared = torch.from_numpy(sums_2R).to(next(self.engine.module.parameters()).device)
+        torch.distributed.all_reduce(shared)
+        policy_R, reference_R = (np.split(sums_R, starts[1:-1]) for sums_R in shared.cpu().numpy())
+        return RowSums(tuple(policy_R), tuple(reference_R))
 
     def _scored_now(self, plan: UpdatePlan, groups: list[TrajectoryGroup]) -> list[Scores]:
         """Each of this rank's forwards of a later update, under the present weights."""

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from learner.likelihood.timesteps import step_probabilities, step_table
-from learner.likelihood.views import View
+from learner.likelihood.views import View, pad_view
 from learner.objectives.agrpo import Agrpo
-from learner.ranks.plan import UpdatePlan, plan_update
+from learner.ranks.plan import UpdatePlan, deal, plan_update
 from learner.settings.objectives import AgrpoConfig
 from tests.support.hand_made import make_group, random_group
 
@@ -111,6 +111,30 @@ def test_global_random_state_is_left_alone():
     before = np.random.get_state()[1].copy()
     plan([random_group(0)])
     np.testing.assert_array_equal(before, np.random.get_state()[1])
+
+
+def unit(row: int, size: int) -> tuple[View, ...]:
+    hidden_C, scored_n = np.ones(4, dtype=bool), np.arange(4)
+    return tuple(View(0, row, hidden_C, scored_n, 1.0, float(number + 1)) for number in range(size))
+
+
+@pytest.mark.parametrize("views_per_forward", [1, 2, 3, 5, 1000])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [[1] * 9, [3] * 8, [2, 1, 4, 1, 3, 3, 1, 2, 5, 1], [4]], ids=str)
+def test_units_are_dealt_whole(sizes, ranks, views_per_forward):
+    units = [unit(row, size) for row, size in enumerate(sizes)]
+    dealt = deal(units, ranks, views_per_forward, pad=(pad_view(random_group(0)),))
+    live = [unit for rank in dealt for forward in rank for unit in forward.units if not forward.is_pad]
+    assert [[view.row for view in unit] for unit in live] == [[row] * size for row, size in enumerate(sizes)]
+    assert len(dealt) == ranks and len({len(rank) for rank in dealt}) == 1, "ranks do equal numbers of forwards"
+    for column in zip(*dealt, strict=True):
+        assert len({forward.passes for forward in column}) == 1, "and of passes"
+        most = max(len(forward.views) for forward in column)
+        assert most <= views_per_forward * column[0].passes
+        if column[0].passes > 1:
+            assert any(len(forward.units) == 1 and len(forward.views) > views_per_forward for forward in column)
+            assert all(len(forward.units) == 1 or len(forward.views) <= views_per_forward for forward in column)
+    assert all(forward.number == i for rank in dealt for i, forward in enumerate(rank))
 
 
 @pytest.mark.parametrize("low_discrepancy", [True, False])
