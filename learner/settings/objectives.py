@@ -246,16 +246,34 @@ class SpgConfig(ObjectiveSection):
     mixture_weight: Fraction = 0.5
     """Share of the upper bound in the mixture."""
     context_mask: Fraction = 0.15
-    """Probability with which each token of the prompt, and of earlier blocks, is masked."""
-    mask_prompt: bool = True
-    """Whether context_mask holds for the prompt."""
+    """Probability with which each token of the prompt, and of the blocks before the drawn one, is masked."""
     min_masked: Fraction = 0.0
-    """Smallest masked share of what is drawn from."""
+    """Smallest masked share of what is drawn from; one token at least."""
     max_masked: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Largest masked share of what is drawn from."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         return Cost(views=self.samples, scored=sampler.completion_length)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        blocks = sampler.completion_length // sampler.block_length
+        if self.masking in ("block_random", "block_all") and self.samples > blocks:
+            problems.append(
+                f"objective.samples={self.samples} masks each take a block, and "
+                f"rollout.sampler.block_length={sampler.block_length} gives {blocks} to a completion; take shorter "
+                "blocks, fewer samples or objective.masking=random"
+            )
+        if self.masking == "all" and self.samples > 1:
+            problems.append(
+                f"objective.masking=all masks the same tokens each time; set objective.samples={self.samples} to 1"
+            )
+        if self.min_masked > self.max_masked:
+            problems.append(
+                f"objective.min_masked={self.min_masked:g} is above objective.max_masked={self.max_masked:g}; swap the "
+                "two"
+            )
+        return problems
 
 
 ObjectiveConfig = Annotated[
