@@ -1,4 +1,4 @@
-"""coupled-GRPO: its views, its loss and gradient against closed forms, its draws, its recorded cases."""
+"""coupled-GRPO: its recorded cases, its views and draws, its loss and gradient against closed forms."""
 
 import dataclasses
 import itertools
@@ -9,14 +9,21 @@ import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.views import Law, Unit, ViewBatch, build_batch
-from learner.objectives import make_objective
+from learner.objectives import coupled_grpo, make_objective
 from learner.objectives.base import UpdateContext
 from learner.objectives.coupled_grpo import CoupledGrpo, coupled_unit
+from learner.objectives.diffu_grpo import DiffuGrpo
+from learner.objectives.one_step import one_step_unit
+from learner.objectives.ratio import clipped_terms, k3
 from learner.objectives.statistics import Statistics
 from learner.ranks.plan import plan_update
-from learner.settings.objectives import CoupledGrpoConfig
+from learner.settings.objectives import CoupledGrpoConfig, DiffuGrpoConfig
+from learner.verification.cases import Arrays
+from learner.verification.measurement import Meter
+from learner.verification.methods import coupled
+from learner.verification.methods.case import MethodCase, read_method_case, recorded_policy
 from rollout.trajectory import TrajectoryGroup
-from tests.support.hand_made import make_group, random_group
+from tests.support.hand_made import GOLDEN, make_group, random_group
 
 EOS, MASK, V, C = 1, 9, 9, 4
 
@@ -41,6 +48,73 @@ def text_group(*texts: list[int], rewards: list[float] | None = None) -> Traject
     return make_group(
         ids, [list(range(C))] * len(ids), steps=C, rewards=None if rewards is None else [[r] for r in rewards]
     )
+
+
+# ---- recorded cases
+
+
+def failed(name: str, change=lambda case: case) -> set[str]:
+    """Quantities of a recorded case, perhaps changed, that are out of bounds."""
+    case = change(read_method_case(GOLDEN / "methods" / "coupled", name))
+    return {found.quantity for found in coupled.check(case, Meter("cpu", "float32")) if not found.passed}
+
+
+@pytest.mark.parametrize("name", ["01_onpolicy_mu1", "02_ga2_mu2_kl_offpolicy"])
+def test_recorded_cases_come_out_again(name):
+    assert failed(name) == set()
+
+
+def by_share(index, row, mask_C, rate, length, credit):
+    return coupled_unit(index, row, mask_C, float(mask_C.mean()), length, credit)
+
+
+def unclipped(log_ratio_T, advantage_T, *, clip):
+    return clipped_terms(log_ratio_T, advantage_T, clip=(1.0, 1e9))
+
+
+def mean_of_rows(config):
+    return CoupledGrpo(config.model_copy(update={"average": "sequence"}))
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "wrong", "quantities"),
+    [
+        (coupled_grpo, "k3", lambda logp, reference: k3(reference, logp), {"loss", "row values"}),
+        (coupled_grpo, "clipped_terms", unclipped, {"loss", "row values", "clip fraction"}),
+        (coupled, "coupled_unit", by_share, {"token log-probs", "ratios", "loss", "gradient of the loss"}),
+        (coupled, "CoupledGrpo", mean_of_rows, {"loss", "row values", "gradient of the loss"}),
+    ],
+)
+def test_control_a_wrong_rule_does_not_come_out(monkeypatch, where, name, wrong, quantities):
+    monkeypatch.setattr(where, name, wrong)
+    assert quantities <= failed("02_ga2_mu2_kl_offpolicy")
+
+
+def as_raw(case: MethodCase) -> MethodCase:
+    """The case as the official code computes it from unshifted outputs: it reads token j at position j - 1."""
+    arrays, P = dict(case.arrays.by_name), case.settings.P
+    ids, m = torch.from_numpy(case.completion_ids), torch.from_numpy(arrays["mask_m"][0]).bool()
+    text, t = torch.from_numpy(case.completion_mask), float(arrays["mask_ratio"][0])
+    with recorded_policy(case, Meter("cpu", "float32")) as policy:
+        logits = torch.stack([policy.model(input_ids=torch.from_numpy(x)).logits for x in arrays["noised_ids"][0]])
+        law = logits[:, :, P - 1 : -1].log_softmax(-1)
+        full, masked, complement = law.gather(-1, ids.expand(3, -1, -1)[..., None])[..., 0]
+        new = (full + torch.where(m, masked / t, complement / (1 - t))) / 2
+        advantages = torch.from_numpy(arrays["advantages"])[:, None]
+        gradient = policy.gradient(-(advantages * new)[text].sum() / text.sum())
+    arrays |= {f"grad/{name}": value for name, value in gradient.items()}
+    arrays["view_logps"] = torch.stack([full, masked, complement])[None].detach().numpy()
+    arrays["new_logps"] = new[None].detach().numpy()
+    return dataclasses.replace(case, raw={**case.raw, "model_outputs": "raw"}, arrays=Arrays(arrays))
+
+
+def test_a_model_of_raw_outputs_is_read_one_position_lower():
+    assert failed("01_onpolicy_mu1", as_raw) == set()
+
+    def unsaid(case):
+        return dataclasses.replace(as_raw(case), raw=case.raw)
+
+    assert failed("01_onpolicy_mu1", unsaid) == {"token log-probs", "gradient of the loss"}, "control"
 
 
 # ---- views
@@ -213,21 +287,30 @@ def test_the_expected_gradient_over_all_masks_is_that_of_three_mean_log_probs():
         assert np.linalg.norm(wrong - exact.numpy()) > 0.02 * np.linalg.norm(exact), control.__name__
 
 
-def test_a_mask_of_everything_is_the_one_view_of_diffu_grpo():
-    """At rate 1 the pair is the all-masked view again: a token's log-prob is that view's, as diffu-GRPO's is with a
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_a_mask_of_everything_makes_it_diffu_grpo(average):
+    """At rate 1 the pair is the all-masked view again: a token's log-prob is that view's, as it is in diffu-GRPO with a
     clean prompt."""
-    theta, moved, group = table(), table(1).detach(), text_group([2, 3, EOS])
-    config = CoupledGrpoConfig(beta=0.1)
-    batch = build([coupled_unit(0, 0, np.ones(C, bool), 1 - 1e-15, 3, -1.0)], [group])
-    assert len(batch.views) == 2
-    old, reference = table_logp(moved, batch), table_logp(table(2).detach(), batch)
-    ours, _ = CoupledGrpo(config).loss(scored(table_logp(theta, batch), old, reference), batch)
-    one = build([coupled_unit(0, 0, np.ones(C, bool), 1 - 1e-15, 3, -1.0)[:1]], [group])
-    new, before, ref = (table_logp(t, one)[:3] for t in (theta, moved, table(2).detach()))
-    rho, d = (new - before).exp(), ref - new
-    expected = (-torch.min(-rho, -rho.clamp(0.5, 1.5)) + 0.1 * (d.exp() - d - 1)).mean()
-    assert ours.item() == pytest.approx(expected.item(), rel=1e-12)
-    np.testing.assert_allclose(*(torch.autograd.grad(loss, theta)[0] for loss in (ours, expected)), rtol=1e-10)
+    group, settings = text_group([2, 3, EOS], [4]), {"average": average, "beta": 0.1, "clip_low": 0.5, "clip_high": 0.5}
+    clean_P = np.zeros(group.prompt_ids.size, dtype=bool)
+    weights = (1 / 3, 1 / 2) if average == "sequence" else (1.0, 1.0)
+    rows = ((0, 3, -1.0, weights[0]), (1, 2, 1.0, weights[1]))
+    almost = 1 - 1e-15
+    pairs = [coupled_unit(0, row, np.ones(C, bool), almost, length, credit) for row, length, credit, _ in rows]
+    single = [one_step_unit(group, 0, row, clean_P, length, credit, w) for row, length, credit, w in rows]
+    assert [len(unit) for unit in pairs] == [2, 2]
+    found = []
+    for objective, units in (
+        (CoupledGrpo(CoupledGrpoConfig(**settings)), pairs),
+        (DiffuGrpo(DiffuGrpoConfig(**settings)), single),
+    ):
+        batch, theta = build(units, [group]), table()
+        loss, figures = objective.loss(scored(*(table_logp(t, batch) for t in (theta, table(1), table(2)))), batch)
+        found.append((loss.item(), torch.autograd.grad(loss, theta)[0].numpy(), figures.values()))
+    (ours, gradient, figures), (other, other_gradient, other_figures) = found
+    assert ours == pytest.approx(other, rel=1e-12) and figures == pytest.approx(other_figures)
+    np.testing.assert_allclose(gradient, other_gradient, rtol=1e-10)
+    assert figures["clip_fraction/low"] > 0 or figures["clip_fraction/high"] > 0
 
 
 # ---- layout
