@@ -91,7 +91,7 @@ class Spg:
         elbo_U, eubo_U = bounds(logp_N, batch, beta=self.config.eubo_beta)
         credit_U = logp_N.new_tensor([view.credit for view in batch.first_views])
         length_U = logp_N.new_tensor(_lengths(batch))
-        ell_U = torch.where(credit_U > 0, elbo_U, self._lowered(elbo_U, eubo_U))
+        ell_U = self.likelihood(elbo_U, eubo_U, credit_U)
         elbo, eubo = torch.stack([elbo_U.detach().sum(), eubo_U.detach().sum()]).tolist()
         units = float(elbo_U.numel())
         statistics = Statistics(
@@ -99,12 +99,13 @@ class Spg:
         )
         return -(credit_U * ell_U * length_U).sum(), statistics
 
-    def _lowered(self, elbo_U: torch.Tensor, eubo_U: torch.Tensor) -> torch.Tensor:
-        """[U], ell where the advantage isn't positive."""
+    def likelihood(self, elbo_U: torch.Tensor, eubo_U: torch.Tensor, credit_U: torch.Tensor) -> torch.Tensor:
+        """[U], ell: what stands for each unit's log-likelihood per token."""
+        share = {"mixture": self.config.mixture_weight, "eubo": 1.0, "elbo": 0.0, "zero": 0.0}[self.config.negative]
+        lowered_U = share * eubo_U + (1.0 - share) * elbo_U
         if self.config.negative == "zero":
-            return torch.zeros_like(elbo_U)
-        share = {"mixture": self.config.mixture_weight, "eubo": 1.0, "elbo": 0.0}[self.config.negative]
-        return share * eubo_U + (1.0 - share) * elbo_U
+            lowered_U = torch.zeros_like(elbo_U)
+        return torch.where(credit_U > 0, elbo_U, lowered_U)
 
     def _moves(self, credit: float) -> bool:
         return credit > 0 or (credit < 0 and self.config.negative != "zero")
