@@ -110,6 +110,8 @@ def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) 
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
             raise ConfigError(unknown_key(key, model))
+    if _of_another_variant(target, {last: value}):
+        target.clear()
     target[last] = _merged(target[last], value) if isinstance(target.get(last), dict) else value
 
 
@@ -225,9 +227,14 @@ def _read_chain(file: Traversable, seen: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _merged(lower: Any, upper: Any) -> Any:
-    if not (isinstance(lower, dict) and isinstance(upper, dict)):
+    if not (isinstance(lower, dict) and isinstance(upper, dict)) or _of_another_variant(lower, upper):
         return upper
     return lower | {key: _merged(lower.get(key), value) for key, value in upper.items()}
+
+
+def _of_another_variant(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> bool:
+    """Whether both name their variant and not the same one: what was set for the one isn't meant for the other."""
+    return "type" in lower and "type" in upper and lower["type"] != upper["type"]
 
 
 class _Loader(yaml.SafeLoader):
