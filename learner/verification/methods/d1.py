@@ -92,7 +92,13 @@ class OneStepCall:
 
     def of_tokens(self, recorded_BC: np.ndarray) -> np.ndarray:
         """[N], what is recorded of the texts' tokens."""
-        return recorded_BC[self.case.completion_mask[self.call.rows]]
+        return recorded_BC[np.arange(self.case.settings.C) < self.lengths_B[:, None]]
+
+    @property
+    def lengths_B(self) -> np.ndarray:
+        """[B] int64, of the texts, as the product finds them."""
+        lengths = [text_lengths(group, (self.case.settings.eos,)) for group in self.groups]
+        return np.concatenate(lengths)[self.call.rows]
 
     @property
     def hidden(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,24 +109,20 @@ class OneStepCall:
 
     def views(self, credit_B: np.ndarray) -> list[View]:
         """[B], what the product makes of the recorded prompt masks."""
-        G, eos = self.case.settings.G, (self.case.settings.eos,)
-        views: list[View] = []
-        for row, hidden_P, credit in zip(self.call.rows, self.hidden[0], credit_B, strict=True):
+        G, views = self.case.settings.G, list[View]()
+        for row, hidden_P, length, credit in zip(self.call.rows, self.hidden[0], self.lengths_B, credit_B, strict=True):
             group = self.groups[row // G]
-            length = int(text_lengths(group, eos)[row % G])
-            views += one_step_unit(group, row // G, row % G, hidden_P, length, float(credit), 1.0)
+            views += one_step_unit(group, row // G, row % G, hidden_P, int(length), float(credit), 1.0)
         return views
 
     def masks(self) -> list[Measurement]:
         """Of the completions, and the positions that are scored."""
-        views = self.views(np.zeros(len(self.call.rows)))
-        text_BC = np.zeros(self.hidden[1].shape, bool)
-        for b, view in enumerate(views):
-            text_BC[b, view.scored_n] = True
-        recorded = self.case.completion_mask[self.call.rows]
+        rows, (_, hidden_BC) = self.call.rows, self.hidden
+        views = self.views(np.zeros(len(rows)))
+        scored_BC = np.array([np.isin(np.arange(hidden_BC.shape[1]), view.scored_n) for view in views])
         return [
-            self.meter.elements("masks", [view.hidden_C for view in views], self.hidden[1], self.name("noised_ids")),
-            self.meter.elements("masks", text_BC, recorded, "completion_mask"),
+            self.meter.elements("masks", [view.hidden_C for view in views], hidden_BC, self.name("noised_ids")),
+            self.meter.elements("masks", scored_BC, self.case.completion_mask[rows], "completion_mask"),
         ]
 
 
