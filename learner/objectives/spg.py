@@ -90,7 +90,7 @@ class Spg:
         logp_N = scores.policy.logp_N
         elbo_U, eubo_U = bounds(logp_N, batch, beta=self.config.eubo_beta)
         credit_U = logp_N.new_tensor([view.credit for view in batch.first_views])
-        length_U = logp_N.new_tensor(_lengths(batch))
+        length_U = logp_N.new_tensor(lengths(batch))
         ell_U = self.likelihood(elbo_U, eubo_U, credit_U)
         elbo, eubo = torch.stack([elbo_U.detach().sum(), eubo_U.detach().sum()]).tolist()
         units = float(elbo_U.numel())
@@ -173,6 +173,6 @@ def bounds(logp_N: torch.Tensor, batch: ViewBatch, *, beta: float) -> tuple[torc
     return elbo_U, summed(log_a_T, unit_T) / tensor(beta * np.bincount(unit_T))
 
 
-def _lengths(batch: ViewBatch) -> np.ndarray:
+def lengths(batch: ViewBatch) -> np.ndarray:
     """[U], tokens of each unit's text: a view's weights add up to it."""
     return np.rint(np.bincount(batch.unit_of_score, batch.weight) / np.bincount(batch.unit_of_view))
