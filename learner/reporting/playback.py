@@ -4,7 +4,8 @@ A sample is one completion as safetensors. Beside the arrays of ``learner.report
 
     special          [C] bool, the token is a special one
     view_update      [v] int16, view_step [v] int16, view_count [v] int32, view_weight [v] float64:
-                     the steps that each update drew for this completion and scored
+                     the views in which each update scored this completion; step is -1 where a mask was drawn for the
+                     update, which is no state of the rollout; weights have any sign
     view_choice_logp [v] float32, the new log-prob of the choice of positions; NaN where it is no action
     new_view         [q] int32, new_position [q] int32, new_logp [q] float32:
                      the tokens of those views, with their log-probs under the weights that the update started from
@@ -125,9 +126,9 @@ class PlaybackRecorder:
 
 
 def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray]:
-    """(update, view) pairs as the arrays of a sample, by update, then by step; the order that they come in, which is
-    that of ranks and forwards, doesn't matter."""
-    views = sorted(views, key=lambda pair: (pair[0], pair[1].step))
+    """(update, view) pairs as the arrays of a sample, by update, then by step, then by what was scored; the order that
+    they come in, which is that of ranks and forwards, doesn't matter."""
+    views = sorted(views, key=_order)
     sizes = [view.positions.size for _, view in views]
     return {
         "view_update": np.array([update for update, _ in views], dtype=np.int16),
@@ -139,6 +140,11 @@ def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray
         "new_position": np.concatenate([np.zeros(0, np.int32), *(view.positions for _, view in views)]),
         "new_logp": np.concatenate([np.zeros(0, np.float32), *(view.logp for _, view in views)]),
     }
+
+
+def _order(pair: tuple[int, ScoredView]) -> tuple[Any, ...]:
+    update, view = pair
+    return update, view.step, view.positions.tolist(), view.weight, view.logp.tolist()
 
 
 def order_map(groups: Sequence[TrajectoryGroup]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from services.dashboard.models import Number, number
-from services.dashboard.playback_models import Cells, OrderMap, Playback, SampleReference, ScoredStep, ScoredToken
+from services.dashboard.playback_models import Cells, OrderMap, Playback, SampleReference, ScoredToken, ScoredView
 from services.store.schema import MAX_BLOB_BYTES
 
 MAX_HEADER_BYTES = 8 * 2**20
@@ -40,7 +40,7 @@ def playback(row: Mapping[str, Any]) -> Playback:
     position_logp = _array(arrays, "position_logp", "f") if "position_logp" in arrays else None
     scored = _scored(arrays, cells, position_logp)
     if "view_step" not in arrays and row["kind"] == "train":
-        notes.append("an older version recorded this sample: the steps that the update drew are not known")
+        notes.append("an older version recorded this sample: what the update scored is not known")
     sampler = data.get("sampler")
     sampler = _clean(sampler) if isinstance(sampler, dict) else {}
     advantage, updates = data.get("advantage"), data.get("updates")
@@ -145,7 +145,7 @@ def _cells(arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[C
     return cells, int(step[drawn].max() if drawn.any() else step.max()) + 1, notes
 
 
-def _scored(arrays: Mapping[str, np.ndarray], cells: Cells, choices: np.ndarray | None) -> list[ScoredStep]:
+def _scored(arrays: Mapping[str, np.ndarray], cells: Cells, choices: np.ndarray | None) -> list[ScoredView]:
     if "view_step" not in arrays:
         return []
     step = _array(arrays, "view_step", "iu")
@@ -154,34 +154,45 @@ def _scored(arrays: Mapping[str, np.ndarray], cells: Cells, choices: np.ndarray 
     of, position = _array(arrays, "new_view", "iu"), _array(arrays, "new_position", "iu")
     logp = _array(arrays, "new_logp", "f", of.shape)
     fits = position.shape == of.shape and _inside(of, step.size) and _inside(position, len(cells.step))
-    _require(fits and _inside(step, MAX_STEPS), "its scored steps point nowhere")
+    drawn_or_step = bool(((step >= -1) & (step < MAX_STEPS)).all())  # -1: a drawn mask
+    _require(fits and drawn_or_step, "its scored steps point nowhere")
     _require(step.size <= MAX_SCORED and of.size <= MAX_SCORED, f"it has more than {MAX_SCORED} scored tokens")
     by_view = np.argsort(of, kind="stable")
     ends = np.searchsorted(of[by_view], np.arange(step.size + 1))
     found = []
     for view in range(step.size):
-        tokens, total = [], 0.0
-        for at in by_view[ends[view] : ends[view + 1]]:
-            old, new = _float(cells.logp[int(position[at])]), float(logp[at])
-            total += new - old
-            ratio = _exp(new - old)
-            tokens.append(ScoredToken(position=int(position[at]), old_logp=old, new_logp=new, ratio=ratio))
+        at = by_view[ends[view] : ends[view + 1]]
+        was_state = step[view] >= 0
+        tokens = [_token(cells, int(position[i]), float(logp[i]), recorded=was_state) for i in at]
         choice_old, choice_new = None, float(chosen[view])
-        if choices is not None and step[view] < choices.size and not math.isnan(choice_new):
+        if choices is not None and 0 <= step[view] < choices.size and not math.isnan(choice_new):
             choice_old = float(choices[step[view]])
         found.append(
-            ScoredStep(
+            ScoredView(
                 update=int(update[view]),
-                step=int(step[view]),
+                step=int(step[view]) if was_state else None,
                 count=int(count[view]),
                 weight=float(weight[view]),
-                log_ratio=total,
+                new_logp=sum((float(logp[i]) for i in at), 0.0),
+                log_ratio=_log_ratio(tokens) if was_state else None,
                 choice_old_logp=choice_old,
                 choice_new_logp=None if choice_old is None else choice_new,
                 tokens=tokens,
             )
         )
     return found
+
+
+def _token(cells: Cells, position: int, new: float, *, recorded: bool) -> ScoredToken:
+    """``recorded``: in a state of the rollout, so that its own log-prob can be compared with."""
+    if not recorded:
+        return ScoredToken(position=position, old_logp=None, new_logp=new, ratio=None)
+    old = _float(cells.logp[position])
+    return ScoredToken(position=position, old_logp=old, new_logp=new, ratio=_exp(new - old))
+
+
+def _log_ratio(tokens: list[ScoredToken]) -> float:
+    return sum((_float(token.new_logp) - _float(token.old_logp) for token in tokens), 0.0)
 
 
 def _array(arrays: Mapping[str, np.ndarray], name: str, kind: str, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -34,26 +34,29 @@ class ScoredToken(Model):
     """A token that an update scored."""
 
     position: int
-    old_logp: Number
-    """As the rollout recorded it."""
+    old_logp: Number | None
+    """As the rollout recorded it; null in a view that the rollout never saw."""
     new_logp: Number
     """Under the weights that the update started from."""
-    ratio: Number
+    ratio: Number | None
     """exp(new - old)."""
 
 
-class ScoredStep(Model):
-    """A denoising step that an update drew for this completion."""
+class ScoredView(Model):
+    """A view in which an update scored this completion: its state before a denoising step, or a drawn mask."""
 
     update: int
     """Number of the update on this batch, from 0."""
-    step: int
+    step: int | None
+    """Null for a mask that was drawn for the update, under which the rollout never saw the completion."""
     count: int
-    """How often the step was drawn."""
+    """How often the view was drawn."""
     weight: Number
-    """Count times the importance weight of one draw."""
-    log_ratio: Number
-    """New minus old log-prob, summed over the step's tokens."""
+    """Factor of its log-probs, count included; may be negative."""
+    new_logp: Number
+    """New log-prob, summed over the view's tokens."""
+    log_ratio: Number | None
+    """New minus old log-prob, summed over the view's tokens."""
     choice_old_logp: Number | None
     """Log-prob of the choice of positions, where it is an action of the policy."""
     choice_new_logp: Number | None
@@ -100,7 +103,7 @@ class Playback(Model):
     """Log-prob of each step's choice of positions, where it is an action of the policy."""
     updates: int
     """Updates that were made on the batch."""
-    scored: list[ScoredStep]
+    scored: list[ScoredView]
     """By update and step; empty where the completion had no signal."""
     sampler: dict[str, Any]
     provenance: dict[str, str]

@@ -206,6 +206,24 @@ def test_the_arrays_do_not_depend_on_the_order_that_ranks_answer_in() -> None:
     assert all(array.size == 0 for array in view_arrays([]).values())
 
 
+def test_drawn_masks_come_in_an_order_of_their_own() -> None:
+    """They have no step to be sorted by; a recorded step beside them stays as it was."""
+    masks = [([0, 1, 2], 0.5, -1.0), ([0, 2], 1.25, -2.0), ([1], -0.25, -3.0), ([1], -0.25, -4.0), ([1], 0.75, -3.0)]
+    views = [
+        (0, ScoredView(0, 0, -1, 1, w, np.array(at, np.int32), np.full(len(at), logp, np.float32), math.nan))
+        for at, w, logp in masks
+    ]
+    views += views_of((0, 3), (1, 2))
+    expected = view_arrays(views)
+    assert expected["view_step"].tolist() == [-1, -1, -1, -1, -1, 3, 2]
+    assert expected["view_weight"].tolist()[:5] == [0.5, 1.25, -0.25, -0.25, 0.75]
+    assert expected["new_position"].tolist() == [0, 1, 2, 0, 2, 1, 1, 1, 3, 4, 2, 3]
+    for order in ((6, 5, 4, 3, 2, 1, 0), (3, 0, 5, 2, 6, 4, 1)):
+        shuffled = view_arrays([views[i] for i in order])
+        for name in expected:
+            np.testing.assert_array_equal(expected[name], shuffled[name])
+
+
 def test_the_order_map_counts_drawn_tokens_only() -> None:
     drawn = np.array([[True, True, False, False]])
     group = make_group([[1, 2, 3, 4]], [[1, 0, 1, 1]], steps=2, drawn=drawn)

@@ -86,6 +86,28 @@ def test_the_document_says_what_was_recorded() -> None:
     assert found.notes == []
 
 
+def test_a_drawn_mask_is_no_step_and_has_nothing_to_compare_with() -> None:
+    """Step -1, a weight of any sign; a recorded step beside it keeps its ratio and its choice."""
+    changes = {name: np.repeat(value, 2) for name, value in arrays().items() if name.startswith("view_")}
+    changes |= {"view_step": np.array([-1, 0], np.int16), "view_weight": np.array([-0.5, 1.5])}
+    changes |= {"new_view": np.array([0, 1], np.int32), "new_logp": np.array([-0.75, -0.9], np.float32)}
+    changes |= {
+        "view_choice_logp": np.array([-3.0, -1.5], np.float32),
+        "position_logp": np.array([-2.0, 0], np.float32),
+    }
+    changes |= {"new_position": np.array([3, 1], np.int32)}
+    mask, step = playback(row(save(arrays(**changes)))).scored
+    assert (mask.step, mask.weight, mask.new_logp, mask.log_ratio) == (None, -0.5, -0.75, None)
+    assert [(token.position, token.old_logp, token.new_logp, token.ratio) for token in mask.tokens] == [
+        (3, None, -0.75, None)
+    ]
+    assert mask.choice_old_logp is mask.choice_new_logp is None
+    assert (step.step, step.choice_old_logp) == (0, -2.0) and step.tokens[0].ratio == pytest.approx(math.exp(0.1))
+    for wrong in (-2, 2**15 - 1 + 1):
+        with pytest.raises(UnreadableSample, match="point nowhere"):
+            playback(row(save(arrays(view_step=np.array([wrong], np.int32)))))
+
+
 def test_choices_of_positions_have_old_and_new_log_probs() -> None:
     with_choices = arrays(
         position_logp=np.array([-2.0, 0.0], np.float32), view_choice_logp=np.array([-1.5], np.float32)

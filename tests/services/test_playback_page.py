@@ -18,7 +18,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     runs = tmp_path_factory.mktemp("pages")
     write_playable(runs, "sudoku-a")
     write_playable(runs, "gsm8k-a", long=True, iterations=1)
-    write_playable(runs, "whole", iterations=1, scored=False)
+    write_playable(runs, "whole", iterations=1, scored="nothing")
+    write_playable(runs, "masks", iterations=1, scored="masks")
     with writer(runs, "empty") as store:
         assert store.flush(30)
     with writer(runs, "broken") as store:
@@ -112,6 +113,36 @@ def test_the_steps_that_the_update_drew_are_marked(page: Watched, service: Dashb
         assert positions(page, ".scored") == tokens
     page.page.locator(f".play-cell[data-position='{min(tokens)}']").click()
     assert "Ratio new / old" in page.text(".play-each")
+
+
+def test_drawn_masks_are_masks_and_no_steps(page: Watched, service: Dashboard) -> None:
+    document = sample(service, "masks", row=1, kind="train")
+    play(page, "masks", document)
+    page.page.get_by_role("button", name="Update 1").click()
+    assert page.page.locator(".play-drawn, .play-ratio").count() == 0, "they have no place among the steps"
+    assert "The update scored 2 drawn masks." in str(page.page.locator(".play-axis svg").get_attribute("aria-label"))
+    views = [view for view in document["scored"] if view["update"] == 0]
+    rows = [row.split("\t") for row in page.page.locator(".play-scroll tbody tr").all_inner_texts()]
+    assert [row[0] for row in rows] == ["mask 1", "mask 2"]
+    assert [row[2:4] for row in rows] == [["0.5", "24"], ["−0.25", str(len(views[1]["tokens"]))]]
+    assert "ratio" not in page.text(".play-scroll thead").lower(), "there is nothing to compare with"
+    labels = page.page.locator(".play-strip").evaluate_all(
+        "all => all.map((strip) => strip.getAttribute('aria-label'))"
+    )
+    assert labels == ["24 of 24 positions", f"{len(views[1]['tokens'])} of 24 positions"]
+    within, without = (
+        next(p for p in range(24) if (p in {token["position"] for token in views[1]["tokens"]}) == inside)
+        for inside in (True, False)
+    )
+    for position, masks in ((within, ["mask 1", "mask 2"]), (without, ["mask 1"])):
+        page.page.locator(f".play-cell[data-position='{position}']").click()
+        facts = page.text(".play-each")
+        assert [name for name in ("mask 1", "mask 2") if f"Log-prob, {name} (update 1)" in facts] == masks
+        assert "Ratio" not in facts
+    page.page.get_by_role("button", name="Update 2").click()
+    page.wait_until(
+        "the other update's masks", lambda: page.text(".play-scroll tbody") != "\n".join(map("\t".join, rows))
+    )
 
 
 def test_colours_have_legends_and_say_something(page: Watched, service: Dashboard) -> None:
@@ -260,7 +291,7 @@ def test_an_objective_without_terms_by_step_is_played_too(page: Watched, service
     play(page, "whole", document)
     page.page.keyboard.press("ArrowLeft")
     assert counter(page) == "7 / 8"
-    assert "its objective scores the completion as a whole" in page.text(".play-more")
+    assert "the update left it out" in page.text(".play-more")
     assert page.page.locator("circle.play-drawn").count() == 0 and positions(page, ".scored") == set()
     assert "scored by the update" not in page.text(".play-key")
     play(page, "sudoku-a", sample(service, "sudoku-a", kind="train", iteration=1))  # the control

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,6 +21,8 @@ from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from services.store.writer import StoreWriter
 
 EOS = "<|endoftext|>"
+
+Scored = Literal["steps", "masks", "nothing"]
 
 PUZZLE = ["Puzzle: ", *"0321003004002100"]
 GRID = ["<answer>", *"4321123434122143", "</answer>"]
@@ -164,7 +167,21 @@ def scored_of(groups: Sequence[TrajectoryGroup], *, k: int, update: int, shift: 
     return views
 
 
-def write_playable(runs: Path, name: str, *, long: bool = False, iterations: int = 3, scored: bool = True) -> None:
+def masks_of(groups: Sequence[TrajectoryGroup], *, update: int) -> list[ScoredView]:
+    """For each recorded completion with an advantage the whole of it, and a drawn mask that is credited with less."""
+    views = []
+    for index in recorded_groups([group_advantages(group.rewards) for group in groups], groups[0].size):
+        group = groups[index]
+        draw = np.random.default_rng([group.group_id, update])
+        C = group.completion_ids.shape[1]
+        for row in np.flatnonzero(group_advantages(group.rewards)):
+            for at, weight in ((np.arange(C), 0.5), (np.flatnonzero(draw.random(C) < 0.4), -0.25)):
+                logp = -draw.random(at.size).astype(np.float32)
+                views.append(ScoredView(index, int(row), -1, 1, weight, at.astype(np.int32), logp, math.nan))
+    return views
+
+
+def write_playable(runs: Path, name: str, *, long: bool = False, iterations: int = 3, scored: Scored = "steps") -> None:
     """A finished run, see ``playable``."""
     with playable(runs, name, long=long, iterations=iterations, scored=scored) as iterate:
         for iteration in range(1, iterations + 1):
@@ -173,13 +190,13 @@ def write_playable(runs: Path, name: str, *, long: bool = False, iterations: int
 
 @contextlib.contextmanager
 def playable(
-    runs: Path, name: str, *, long: bool = False, iterations: int, scored: bool = True
+    runs: Path, name: str, *, long: bool = False, iterations: int, scored: Scored = "steps"
 ) -> Iterator[Callable[[int], None]]:
     """A run that does the iterations that it is called with, and has finished at the end of the block.
 
     Sudoku in 8 steps, or (``long``) word problems in 128 steps over 384 positions; groups of 8, two updates a batch,
     base and trained on two held-out problems; the last group of iteration ``iterations`` has odd tokens. ``scored``:
-    the updates score single steps.
+    what the updates score of a completion.
     """
     story = [*pieces(STORY)]
     wrong = [*pieces(STORY.replace("14", "16").replace("Check: ", "So "))]
@@ -210,7 +227,12 @@ def playable(
                 written(tokenizer, 10 * iteration + g, words, **shape, prompt=prompt) for g in range(4 if long else 6)
             ]
             k = 24 if long else 4
-            updates = [scored_of(groups, k=k, update=u, shift=(1e-7, 0.05)[u]) if scored else [] for u in range(2)]
+            views = {
+                "steps": lambda u: scored_of(groups, k=k, update=u, shift=(1e-7, 0.05)[u]),
+                "masks": lambda u: masks_of(groups, update=u),
+                "nothing": lambda u: [],
+            }[scored]
+            updates = [views(u) for u in range(2)]
             reporter.iteration(iteration, {"reward/mean": 1.0 + 0.1 * iteration, "loss": 0.1, "solve_rate": 0.4})
             recorder.iteration(iteration, groups, [group_advantages(group.rewards) for group in groups], updates)
 

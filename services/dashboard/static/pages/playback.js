@@ -2,7 +2,7 @@
 
 import { at, get } from "../api.js";
 import { empty, figure, h, loading, put, setText } from "../dom.js";
-import { StepAxis, stepTable } from "../playback/axis.js";
+import { StepAxis, viewTable } from "../playback/axis.js";
 import { Cells, describe, isRevealed } from "../playback/cells.js";
 import { MODES, legend, scale } from "../playback/colours.js";
 import { OrderMap, fifthBars, mapLegend } from "../playback/ordermap.js";
@@ -179,7 +179,7 @@ class Page {
       const scored = panel.play.scored.filter((step) => step.update === update);
       panel.scored(new Set(scored.flatMap((step) => step.tokens.map((token) => token.position))));
     }
-    put(this.table, stepTable(this.play, update));
+    put(this.table, viewTable(this.play, update));
     for (const button of this.updates?.children ?? []) button.setAttribute("aria-pressed", String(Number(button.dataset.update) === update));
   }
 
@@ -312,7 +312,7 @@ class Page {
       h(
         "div.play-more",
         { dataset: { plays: this.plays.length } },
-        card("Steps that the update drew", [this.table]),
+        card("What the update scored", [this.table]),
         card("Where it comes from", [this.#each(provenance)]),
         card("Prompt", [h("pre.play-prompt", { tabIndex: 0, ariaLabel: "Prompt" }, play.prompt)]),
       ),

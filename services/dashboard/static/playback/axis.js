@@ -1,11 +1,12 @@
 // What happened at each denoising step, under the slider: how undecided the policy was, which steps the update drew and
-// with which weights, and how far the log-probs had moved.
+// with which weights, and how far the log-probs had moved. Masks that were drawn for the update are states that the
+// rollout never saw: they have no step, and are in the table only.
 
 import { figure, h, number, put, s } from "../dom.js";
 
 const ROWS = [
   { id: "entropy", title: "entropy", height: 34, about: "Mean entropy of the tokens drawn at the step" },
-  { id: "drawn", title: "weight", height: 30, about: "Steps that the update drew: the dot's area is the importance weight" },
+  { id: "drawn", title: "weight", height: 30, about: "Steps that the update drew: the dot's area is the weight, hollow where that is negative" },
   { id: "ratio", title: "log ratio", height: 40, about: "New minus old log-prob of the step's tokens" },
 ];
 const GAP = 6;
@@ -19,6 +20,14 @@ export function profile(play) {
     steps[step].entropy += number(play.cells.entropy[position]) || 0;
   });
   return steps;
+}
+
+const isMask = (view) => view.step === null;
+
+/** What a scored view is called: by its step, or by its number among the masks of its update. */
+export function viewName(play, view) {
+  if (!isMask(view)) return `step ${view.step + 1}`;
+  return `mask ${play.scored.filter((other) => isMask(other) && other.update === view.update).indexOf(view) + 1}`;
 }
 
 /** `onStep(done)` is called when a step is clicked. */
@@ -63,7 +72,7 @@ export class StepAxis {
     const width = this.element.clientWidth;
     if (!width) return;
     this.width = width;
-    const scored = this.play.scored.filter((step) => step.update === this.update);
+    const scored = this.play.scored.filter((view) => view.update === this.update && !isMask(view));
     const rows = scored.length ? ROWS : ROWS.slice(0, 1);
     const height = rows.reduce((sum, row) => sum + row.height + GAP, 0);
     const slot = width / this.play.steps;
@@ -100,22 +109,24 @@ export class StepAxis {
 
   #summary(scored) {
     const drawn = scored.map((step) => `${step.step + 1} with weight ${figure(step.weight, 3)}`).join(", ");
-    return `${this.play.steps} denoising steps. ` + (drawn ? `The update drew steps ${drawn}.` : "The update scored none of them.");
+    const masks = this.play.scored.filter((view) => view.update === this.update && isMask(view)).length;
+    const other = masks ? `The update scored ${masks} drawn mask${masks > 1 ? "s" : ""}.` : "The update scored none of them.";
+    return `${this.play.steps} denoising steps. ` + (drawn ? `The update drew steps ${drawn}.` : other);
   }
 }
 
 const span = (scored) => Math.max(1e-12, ...scored.map((step) => Math.abs(number(step.log_ratio))).filter(Number.isFinite));
 
 function drawnSteps(scored, middle, top, height, slot) {
-  const most = Math.max(1e-9, ...scored.map((step) => number(step.weight)).filter(Number.isFinite));
+  const most = Math.max(1e-9, ...scored.map((step) => Math.abs(number(step.weight))).filter(Number.isFinite));
   const largest = Math.min(9, Math.max(3.5, slot / 2));
   return scored.map((step) => {
-    const radius = Math.max(1.5, largest * Math.sqrt((number(step.weight) || 0) / most));
+    const radius = Math.max(1.5, largest * Math.sqrt(Math.abs(number(step.weight) || 0) / most));
     const times = step.count > 1 ? `, drawn ${step.count} times` : "";
     const label = `step ${step.step + 1}: weight ${figure(step.weight, 4)}${times}`;
     const x = middle(step.step);
     return [
-      s("circle.play-drawn", { cx: x, cy: top + height - 10, r: radius }, s("title", null, label)),
+      s(`circle.play-drawn${number(step.weight) < 0 ? ".minus" : ""}`, { cx: x, cy: top + height - 10, r: radius }, s("title", null, label)),
       step.count > 1 && slot > 16 && s("text.play-count", { x: x + radius + 1, y: top + height - 13 }, `×${step.count}`),
     ];
   });
@@ -142,32 +153,46 @@ function ratios(scored, middle, top, height) {
 function whyNone(play) {
   if (play.kind !== "train") return "Evaluations aren't learnt from.";
   if (play.advantage === 0) return "The update scored nothing of this completion: it had no signal.";
-  return "No single step of this completion was scored: an older version recorded it, or its objective scores the completion as a whole.";
+  return "Nothing of this completion was scored: an older version recorded it, or the update left it out.";
 }
 
-/** The same as a table, for those who can't see the marks, and for exact figures. */
-export function stepTable(play, update) {
-  const scored = play.scored.filter((step) => step.update === update);
+/** Where in the completion a view scored, as a strip of its positions. */
+function strip(play, view) {
+  const all = play.cells.text.length;
+  const marks = view.tokens.map(({ position }) => `M${position} 0h1v1h-1z`).join("");
+  const label = `${view.tokens.length} of ${all} positions`;
+  const box = { viewBox: `0 0 ${all} 1`, preserveAspectRatio: "none", role: "img", "aria-label": label };
+  return s("svg.play-strip", box, s("title", null, label), s("path", { d: marks }));
+}
+
+/** What the update scored, as a table: for those who can't see the marks, for exact figures, and for drawn masks. */
+export function viewTable(play, update) {
+  const scored = play.scored.filter((view) => view.update === update);
   if (!scored.length) return h("p.note", null, whyNone(play));
-  const choice = scored.some((step) => step.choice_new_logp !== null);
-  const titles = ["Step", "Drawn", "Weight", "Tokens", "Log ratio", "Ratio", ...(choice ? ["Choice of positions"] : [])];
-  const line = (step) => [
-    step.step + 1,
-    `×${step.count}`,
-    figure(step.weight),
-    step.tokens.length,
-    figure(step.log_ratio, 3),
-    figure(Math.exp(number(step.log_ratio)), 6),
-    ...(choice ? [step.choice_new_logp === null ? "–" : figure(number(step.choice_new_logp) - number(step.choice_old_logp), 3)] : []),
-  ];
+  const masks = scored.some(isMask);
+  const steps = scored.some((view) => !isMask(view));
+  const ratio = (view) => (view.log_ratio === null ? null : Math.exp(number(view.log_ratio)));
+  const choice = (view) => (view.choice_new_logp === null ? null : number(view.choice_new_logp) - number(view.choice_old_logp));
+  const columns = [
+    masks ? ["View", (view) => viewName(play, view)] : ["Step", (view) => view.step + 1],
+    ["Drawn", (view) => `×${view.count}`],
+    ["Weight", (view) => figure(view.weight)],
+    ["Tokens", (view) => view.tokens.length],
+    masks && ["Log-prob", (view) => figure(view.new_logp)],
+    steps && ["Log ratio", (view) => figure(view.log_ratio, 3)],
+    steps && ["Ratio", (view) => figure(ratio(view), 6)],
+    scored.some((view) => view.choice_new_logp !== null) && ["Choice of positions", (view) => figure(choice(view), 3)],
+    masks && ["Where", (view) => strip(play, view)],
+  ].filter(Boolean);
+  const cell = (value) => h("td.num", null, value instanceof Element ? value : String(value));
   return h(
     "div.play-scroll",
-    { tabIndex: 0, role: "region", ariaLabel: "Steps that the update drew" },
+    { tabIndex: 0, role: "region", ariaLabel: "What the update scored" },
     h(
       "table.table",
       null,
-      h("thead", null, h("tr", null, titles.map((title) => h("th.num", { scope: "col" }, title)))),
-      h("tbody", null, scored.map((step) => h("tr", null, line(step).map((value) => h("td.num", null, String(value)))))),
+      h("thead", null, h("tr", null, columns.map(([title]) => h("th.num", { scope: "col" }, title)))),
+      h("tbody", null, scored.map((view) => h("tr", null, columns.map(([, value]) => cell(value(view)))))),
     ),
   );
 }

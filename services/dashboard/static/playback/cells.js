@@ -1,6 +1,7 @@
 // The completion as cells, one a position. A cell keeps its place and width while it is masked, so nothing jumps.
 
 import { figure, h, put, setText } from "../dom.js";
+import { viewName } from "./axis.js";
 
 const LONGEST = 60; // characters of a token
 const SHORT = 64; // positions of a completion that is shown larger
@@ -125,7 +126,8 @@ export function describe(host, play, position) {
     const token = scored.tokens.find((candidate) => candidate.position === position);
     if (!token) continue;
     const update = play.updates > 1 ? ` (update ${scored.update + 1})` : "";
-    rows.push([`New log-prob${update}`, figure(token.new_logp)], ["Ratio new / old", figure(token.ratio, 6)]);
+    if (scored.step === null) rows.push([`Log-prob, ${viewName(play, scored)}${update}`, figure(token.new_logp)]);
+    else rows.push([`New log-prob${update}`, figure(token.new_logp)], ["Ratio new / old", figure(token.ratio, 6)]);
   }
   put(host, h("dl.play-facts", null, rows.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value)))));
 }
