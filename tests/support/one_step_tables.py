@@ -1,0 +1,102 @@
+"""A denoiser of free logits for tests of methods that score a completion all masked: one table for each state of the
+prompt, since nothing else differs between their views."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from learner.likelihood.scorer import PolicyScores, Scores
+from learner.likelihood.views import Law, Unit, ViewBatch, build_batch
+from learner.objectives.base import Objective
+from learner.objectives.statistics import Statistics
+from learner.ranks.plan import plan_update
+from rollout.trajectory import TrajectoryGroup
+from tests.support.hand_made import make_group
+
+EOS, MASK, V, C, P = 1, 9, 9, 4, 2
+
+
+def text_group(*texts: list[int], rewards: Sequence[float] | None = None, group_id: int = 0) -> TrajectoryGroup:
+    """Completions of C positions that end in EOS, sampled in one step; the prompt has P tokens."""
+    ids = [text + [EOS] * (C - len(text)) for text in texts]
+    rewards_GR = None if rewards is None else [[r] for r in rewards]
+    return make_group(ids, np.zeros((len(ids), C)), steps=1, rewards=rewards_GR, group_id=group_id)
+
+
+def table(seed: int = 0, *, gradient: bool = True) -> torch.Tensor:
+    """[2^P states of the prompt, C, V] float64."""
+    return torch.tensor(np.random.default_rng(seed).normal(size=(2**P, C, V)), requires_grad=gradient)
+
+
+def build(units: Sequence[Unit], groups: Sequence[TrajectoryGroup]) -> ViewBatch:
+    views = [view for unit in units for view in unit]
+    return build_batch(views, groups, mask_id=MASK, pad_id=0, law=Law.RAW, unit_sizes=[len(unit) for unit in units])
+
+
+def table_logp(theta: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
+    states_Z = (batch.input_ids[:, -C - P : -C] == MASK) @ 2 ** np.arange(P)
+    return theta.log_softmax(-1)[states_Z[batch.view_of_score], batch.position, batch.targets]
+
+
+def scored(
+    theta: torch.Tensor, batch: ViewBatch, *, old: torch.Tensor | None = None, reference: torch.Tensor | None = None
+) -> PolicyScores:
+    """The batch under each table; without ``old`` the policy hasn't moved."""
+
+    def scores(logp_N: torch.Tensor) -> Scores:
+        return Scores(logp_N, torch.ones_like(logp_N))
+
+    policy = scores(table_logp(theta, batch))
+    return PolicyScores(
+        policy,
+        policy.detached() if old is None else scores(table_logp(old, batch)),
+        None if reference is None else scores(table_logp(reference, batch)),
+    )
+
+
+def prompt_masks(rate: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Every mask of the prompt, with its probability."""
+    for bits in itertools.product([False, True], repeat=P):
+        mask_P = np.array(bits)
+        yield float(rate ** mask_P.sum() * (1 - rate) ** (~mask_P).sum()), mask_P
+
+
+def planned_gradient(
+    objective: Objective,
+    groups: Sequence[TrajectoryGroup],
+    *,
+    ranks: int,
+    views_per_forward: int,
+    backwards: bool = False,
+    per_forward: bool = False,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Gradient of an update of a table that is neither the old one nor the reference, summed over all forwards of all
+    ranks, and the merged figures.
+
+    Args:
+        backwards: turn the units of each forward round.
+        per_forward: the mistake of dividing by what is in a forward.
+    """
+    plan = plan_update(
+        groups,
+        objective=objective,
+        run_seed=1,
+        update_index=1,
+        eos_ids=(EOS,),
+        ranks=ranks,
+        views_per_forward=views_per_forward,
+    )
+    theta, old, reference = table(), table(1, gradient=False), table(2, gradient=False)
+    figures = []
+    for forward in (forward for rank in plan.forwards for forward in rank):
+        if forward.is_pad:
+            continue
+        units = list(forward.units)
+        batch = build(units[::-1] if backwards else units, groups)
+        loss, part = objective.loss(scored(theta, batch, old=old, reference=reference), batch)
+        (loss / (len(units) if per_forward else plan.normaliser)).backward()
+        figures.append(part)
+    assert theta.grad is not None
+    return theta.grad.numpy(), Statistics.merged(figures).values()
