@@ -11,8 +11,9 @@ share t_k = n_k / len. With q_ik the probability of token i in view k and I the 
 
 with A the reward minus its group's mean. Both bounds are per token. log a_i is a logsumexp over views, so that a
 token which is all but impossible keeps its gradient. No ratio, no clip, no KL: later updates on a batch are not
-corrected. EUBO is the upper bound (a Renyi bound of order beta) as K grows; the log of a mean of few views is too low
-on average, and with K = 2 it can lie below ELBO.
+corrected. As K grows, EUBO is at least ELBO and grows with beta; from beta = len on it is an upper bound of the
+log-likelihood per token of one-token steps in random order, below that not of every denoiser's. The log of a mean of
+few views is too low on average: with K = 2 EUBO can lie below ELBO.
 
 Masks of a view, by ``masking``; whatever follows the text is masked always:
     block_random  a block b of the text; of its tokens a count drawn uniformly from [max(floor(v min_masked), 1),
