@@ -43,7 +43,7 @@ _LOGP = Bound("absolute", 1e-5, 2e-5, 0.3)
 _ENTROPY = Bound("absolute", 1e-5, 2e-5, 0.2)
 _LOSS = Bound("absolute", 2e-6, 4e-6, 0.01)
 _CLIPPED = Bound("absolute", 1e-6, 1e-6, 0.4)
-_SCALED_LOSS = Bound("relative", 2e-6, 4e-6, 0.05)
+_SCALED_LOSS = Bound("relative", 2e-6, 4e-6, 0.08)
 
 BOUNDS = {
     "replayed log-probs": Bound("absolute", 1e-5, 2e-5, 0.2),
@@ -78,16 +78,16 @@ BOUNDS = {
     "logps": _LOGP,
     "entropies": _ENTROPY,
     "masks": _everywhere("absolute", 0.0),
-    "token log-probs": Bound("absolute", 1e-4, 2e-4, 0.6),
-    "ratios": Bound("relative", 1e-4, 2e-4, 0.5),
+    "token log-probs": Bound("absolute", 1e-4, 2e-4, 0.5),
+    "ratios": Bound("relative", 1e-4, 2e-4, 0.4),
     "row values": _SCALED_LOSS,
-    "clip fraction": _CLIPPED,
+    "clip fraction": Bound("absolute", 1e-6, 1e-6, 0.8),
     "loss": _SCALED_LOSS,
-    "gradient of the loss": Bound("relative", 1e-5, 2e-5, 0.5),
-    "ELBO log-probs": Bound("absolute", 2e-5, 4e-5, 0.6),
-    "ELBO": Bound("absolute", 5e-5, 1e-4, 5.0),
-    "ELBO differences": Bound("absolute", 1e-4, 2e-4, 5.0),
-    "ELBO loss": Bound("relative", 5e-6, 1e-5, 0.05),
+    "gradient of the loss": Bound("relative", 1e-5, 2e-5, 0.4),
+    "ELBO log-probs": Bound("absolute", 2e-5, 4e-5, 1.5),
+    "ELBO": Bound("absolute", 5e-5, 1e-4, 2.0),
+    "ELBO differences": Bound("absolute", 1e-4, 2e-4, 0.7),
+    "ELBO loss": Bound("relative", 5e-6, 1e-5, 0.02),
     "gradient of the ELBO loss": Bound("relative", 1e-4, 2e-4, 4.0),
 }
 """By quantity. Of ``sampling_masks`` the share of kept tokens, of ``schedule`` a count of positions. From ``masks`` on:

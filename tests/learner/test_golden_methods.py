@@ -204,3 +204,10 @@ def test_the_command_takes_one_methods_folder(copy, capsys):
     fine, odd = golden
     assert fine["name"] == "wd1/03_equal_rewards" and all(found["passed"] for found in fine["measurements"])
     assert odd["error"].startswith("case wd1/09_odd can't be read: ") and "is missing" in odd["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_the_recorded_cases_pass_in_bfloat16(case):
+    (check,) = method_checks([case], Meter("cpu", "bfloat16"))
+    assert check.error is None and not failing(check), failing(check)
