@@ -227,8 +227,7 @@ class GdpoConfig(ObjectiveSection):
 
 
 class SpgConfig(ObjectiveSection):
-    """SPG (arXiv 2510.09541): a lower bound of good completions' likelihood is raised, an upper one of bad ones' is
-    lowered."""
+    """SPG (arXiv 2510.09541): a lower bound of good completions' likelihood goes up, an upper one of bad ones' down."""
 
     method: ClassVar[str] = "learner.objectives.spg:Spg"
     type: Literal["spg"] = "spg"
