@@ -1,5 +1,5 @@
-"""coupled-GRPO, the method of DiffuCoder (arXiv 2506.20639, section 5 and appendix A.3, eqs. 12 and 13): every token's
-log-prob comes from three views, so that each token is scored twice.
+"""coupled-GRPO, the method of DiffuCoder (arXiv 2506.20639; the masks and the log-prob are eqs. 12 and 13 of appendix
+A.3): a token's log-prob is put together from three views, of which two score it.
 
 Once per group and update a rate t ~ U(mask_low, mask_high) is drawn, and for each completion a mask m that holds every
 position with probability t. Views: the completion all masked, with m masked, with m's complement masked. With A the
