@@ -272,9 +272,10 @@ def two_units(credits: tuple[float, float]) -> tuple[list[Unit], list]:
     return [Espo(EspoConfig()).unit(0, row, masks[row], credits[row]) for row in range(2)], [group]
 
 
-def test_loss_and_slopes_of_a_batch_by_hand():
+@pytest.mark.parametrize(("credits", "clipped"), [((-2.0, -1.0), 0), ((2.0, -1.0), 1), ((2.0, 1.0), 2)])
+def test_loss_and_slopes_of_a_batch_by_hand(credits, clipped):
     """Bounds, ratios, clip and KL from the formulas of the method, written out for both masks of both rows."""
-    units, groups = two_units((-2.0, -1.0))
+    units, groups = two_units(credits)
     batch = build(units, groups)
     theta, old, reference = state_table(4, 0), state_table(4, 1).detach(), state_table(4, 2).detach()
 
@@ -286,20 +287,20 @@ def test_loss_and_slopes_of_a_batch_by_hand():
                     total = total + 5 / len(hidden) / 2 / 2 * logp[sum(2**i for i in hidden), j, int(ids[j])]
         return total
 
-    config = EspoConfig(clip_low=0.01, clip_high=0.02, beta=0.3)
+    config = EspoConfig(clip_low=0.02, clip_high=0.01, beta=0.3)
     loss, figures = Espo(config).loss(scored(*(table_logp(t, batch) for t in (theta, old, reference))), batch)
     expected, mean, kl, low, high = torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0.0, 0.0
-    for row, (masks, advantage) in enumerateX([[1], [0, 1, 2]], -1.0))):
+    for row, (masks, advantage) in enumerate(zip(([[0, 3], []], [[1], [0, 1, 2]]), credits, strict=True)):
         new, before, ref = (bound(t, row, masks) for t in (theta, old, reference))
         rho, k2 = ((new - before) / 4).exp(), (new - ref) ** 2 / 2
-        expected = expected - torch.min(rho * advantage, rho.clamp(0.99, 1.02) * advantage) + 0.3 * k2 / 4
+        expected = expected - torch.min(rho * advantage, rho.clamp(0.98, 1.01) * advantage) + 0.3 * k2 / 4
         mean, kl = mean + new.item() / 2, kl + k2.item() / 4 / 2
-        low, high = low + float(rho < 0.99 and advantage < 0) / 2, high + float(rho > 1.02 and advantage > 0) / 2
+        low, high = low + float(rho < 0.98 and advantage < 0) / 2, high + float(rho > 1.01 and advantage > 0) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     ours, exact = (torch.autograd.grad(value, theta)[0].numpy() for value in (loss, expected))
     np.testing.assert_allclose(ours, exact, rtol=1e-9, atol=1e-12)
     named = figures.values()
-    assert named["scored_completions"] == 2 and low + high == 0.5, "control: one of the two is clipped"
+    assert named["scored_completions"] == 2 and low + high == clipped / 2
     assert (named["clip_fraction/low"], named["clip_fraction/high"]) == (low, high)
     assert (named["bound/elbo"], named["kl"]) == pytest.approx((mean, kl))
 
