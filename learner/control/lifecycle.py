@@ -13,7 +13,7 @@ from learner.reporting.trackers import build_trackers
 from learner.runs import checkpoint as checkpoints
 from learner.runs.directory import RunDirectory
 from learner.runs.start import changed_settings, open_run
-from learner.runs.stopping import Interrupted, StopFlag, StopRequested
+from learner.runs.stopping import Interrupted, StopFlag, StopRequested, lasting_output
 from learner.settings.run import dump_config
 from learner.settings.sections import RunPlace, Section, StoreSection
 from services.store.retention import Retention
@@ -46,13 +46,22 @@ def opened_run(
     check: Callable[[RunDirectory, checkpoints.Checkpoint | None], None] | None = None,
 ) -> Iterator[OpenedRun]:
     """The run's directory, store, trackers and, where ``run.dashboard`` says so, dashboard; all are closed at the end.
+    Nobody has to read what the run prints: see ``lasting_output``.
 
     ``check`` may refuse to go on with the run before anything of it is changed.
 
     Raises:
         UnmaskError: see ``open_run`` and ``check``.
     """
+    reporter: Reporter | None = None
+
+    def unread(error: OSError) -> None:
+        if reporter is not None:
+            text = f"what the run prints can't be written any more ({error.strerror}); the run goes on without it"
+            reporter.store.event("warning", "terminal", text)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lasting_output(unread))
         run_dir, resumed = open_run(run, kind=kind, label=task)
         stack.enter_context(run_dir)
         since = time.time()
@@ -114,7 +123,7 @@ def _where(training: Training) -> str:
 
 @contextlib.contextmanager
 def told_failures(reporter: Reporter) -> Iterator[None]:
-    """Whatever ends the block early is told, and the store knows the run as stopped or failed."""
+    """Whatever ends the block early is in the store, which knows the run as stopped or failed."""
     try:
         yield
     except Interrupted as error:
@@ -122,7 +131,8 @@ def told_failures(reporter: Reporter) -> Iterator[None]:
         reporter.store.status("stopped")
         raise
     except BaseException as error:
-        reporter.event("error", "failed", f"the run failed: {type(error).__name__}: {error}")
+        # Not printed: whoever called the command prints it.
+        reporter.store.event("error", "failed", f"the run failed: {type(error).__name__}: {error}")
         reporter.store.status("failed")
         raise
 

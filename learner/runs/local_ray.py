@@ -27,6 +27,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few 
     get_authentication_mode,
 )
 
+from learner.runs.stopping import not_for_children
 from rewards.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -54,7 +55,7 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
     failed = False
     try:
-        with _authentication(token), loopback_only():
+        with _authentication(token), loopback_only(), not_for_children():
             place: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(private / "ray")}
             ray.init(address="local", num_cpus=num_cpus, **place, **quiet | options)
         address = ray.get_runtime_context().gcs_address
