@@ -13,7 +13,7 @@ from rich.console import Console
 
 from learner.evaluation.cells import Cell, grid
 from learner.evaluation.plot import plot_report
-from learner.evaluation.report import cell_reports, machine_reports, print_table
+from learner.evaluation.report import cell_reports, machine_reports
 from learner.evaluation.results import POLICIES, Chunk, ChunkId, ResultsFile, settings_key
 from learner.evaluation.settings import EvaluateConfig, check_paths
 from learner.evaluation.subject import (
@@ -26,6 +26,7 @@ from learner.evaluation.subject import (
     read_problems,
     trained_on,
 )
+from learner.evaluation.table import print_table
 from learner.runs.atomic import atomic_write_text
 from learner.runs.session import ray_session
 from learner.runs.stopping import StopFlag, StopRequested
