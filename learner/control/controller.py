@@ -72,8 +72,10 @@ class Controller(Training):
         family = policy_adapter(model_path)
         self.eos_ids = (family.eos_token_id,)
         tokenizer = load_tokenizer(model_path)
-        self.recorder = PlaybackRecorder(reporter, tokenizer, completions=config.samples_per_iteration)
         train, self.held_out = task_problems(config, self.task, on_event=reporter.event)
+        self.recorder = PlaybackRecorder(
+            reporter, tokenizer, completions=config.samples_per_iteration, train=train, held_out=self.held_out
+        )
         rollout = config.rollout
         check_lengths(
             [*train, *self.held_out],

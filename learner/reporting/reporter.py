@@ -98,14 +98,16 @@ class Reporter:
         completion: str,
         *,
         kind: str = "train",
+        fields: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         arrays: Mapping[str, np.ndarray] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Keep one completion of a group for playback, and its text in samples/completions.jsonl.
+        """Keep one completion of a group for playback, and its text in samples/completions.jsonl, from which
+        ``rewards.grade`` grades it anew.
 
-        ``kind``: where it was drawn (train, base, trained, ...); ``data`` is kept beside it, ``arrays`` and
-        ``metadata`` with the trajectory (see ``learner.reporting.playback``).
+        ``kind``: where it was drawn (train, base, trained, ...); ``fields``: its problem's; ``data`` is kept beside it,
+        ``arrays`` and ``metadata`` with the trajectory (see ``learner.reporting.playback``).
         """
         rewards = {name: float(value) for name, value in zip(group.reward_names, group.rewards[row], strict=True)}
         correct = bool(group.correct[row])
@@ -132,10 +134,13 @@ class Reporter:
             data=about,
         )
         text = {
+            "id": f"{kind}-{iteration}-{group.group_id}-{row}",
             "iteration": iteration,
             "kind": kind,
             "group_id": group.group_id,
             "row": row,
+            "problem_id": group.problem_id,
+            "fields": dict(fields or {}),
             "correct": correct,
             "rewards": {name: value if math.isfinite(value) else None for name, value in rewards.items()},
             "prompt": prompt,
