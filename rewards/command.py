@@ -5,9 +5,11 @@
 """
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import IO, NoReturn
 
 from rewards.errors import ConfigError, UnmaskError
 
@@ -29,3 +31,30 @@ def reported(command: Callable[[], int]) -> int:
     except UnmaskError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+@contextlib.contextmanager
+def results_alone() -> Iterator[IO[str]]:
+    """Yields standard output, for the results of the block alone. Whatever else is written to it meanwhile, by a user's
+    code or by a library to file descriptor 1, goes to standard error."""
+    standard = sys.__stdout__
+    if standard is None or sys.stdout is not standard:  # somebody has put another one there
+        results = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            yield results
+        return
+    standard.flush()
+    own = os.dup(standard.fileno())
+    elsewhere = os.open(os.devnull, os.O_WRONLY) if sys.stderr is None else os.dup(sys.stderr.fileno())
+    os.dup2(elsewhere, standard.fileno())
+    os.close(elsewhere)
+    try:
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            open(own, "w", encoding=standard.encoding, closefd=False) as alone,
+        ):
+            yield alone
+    finally:
+        standard.flush()
+        os.dup2(own, standard.fileno())
+        os.close(own)

@@ -5,7 +5,6 @@ serves as a co-process (write a line, wait for a line).
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
-from rewards.command import Parser, reported
+from rewards.command import Parser, reported, results_alone
 from rewards.errors import ConfigError, DataError
 from rewards.parsing import shorten
 from rewards.task import BUILT_IN, Grade, Task, get_task
@@ -72,8 +71,7 @@ def _command(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--task", help=f"{', '.join(sorted(BUILT_IN))}, or your own as module:Class")
     options = parser.parse_args(argv)
-    results = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # what a user's task prints must not end up among the results
+    with results_alone() as results:  # a user's task may print
         if options.task is None:
             raise ConfigError(f"--task is missing; name one of {', '.join(sorted(BUILT_IN))}, or give module:Class")
         task = get_task(options.task)
