@@ -9,10 +9,10 @@ from learner.control.controller import Controller
 from learner.control.lifecycle import OpenedRun, opened_run, see_through, told_failures
 from learner.planning.check import check_memory
 from learner.planning.hardware import ray_cluster, this_machine
-from learner.runs.session import check_cluster, joins, ray_session
+from learner.runs.session import check_cluster, check_local_gpus, joins, ray_session
 from learner.runs.start import check_quantization
 from learner.runs.stopping import StopFlag, StopRequested
-from learner.settings.run import RunConfig, bias_warnings
+from learner.settings.run import RunConfig, bias_warnings, required_resources
 from learner.small_base.base_model import ensure_base, print_progress
 from rollout.code import code_identity
 
@@ -26,6 +26,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
     Raises:
         UnmaskError: whatever ends the run; the run directory then says ``failed``.
     """
+    check_local_gpus(config.resources.ray_address, required_resources(config)[1])
     check_quantization(config.model, config.learner, config.resources)
     code_identity()
     check_cluster(config.resources.ray_address, insecure=config.resources.ray_insecure)

@@ -102,6 +102,24 @@ def check_cluster(wanted: str | None, *, insecure: bool) -> None:
             )
 
 
+def check_local_gpus(wanted: str | None, needed: float) -> None:
+    """Refuses at once a run on a local Ray that needs more GPUs than this machine has.
+
+    Raises:
+        ConfigError: saying how many there are.
+    """
+    if not needed or joins(wanted):
+        return
+    import torch  # takes a second, for which a run on CPUs needn't wait here
+
+    there = torch.cuda.device_count()
+    if needed > there:
+        raise ConfigError(
+            f"the settings ask for more GPUs ({needed:g}, by resources.gpus_per_rank and gpus_per_actor) than this "
+            f"machine has ({there or 'none'}); start it where they are, or join their cluster (resources.ray_address)"
+        )
+
+
 def joins(wanted: str | None) -> bool:
     """Whether ``wanted`` (``resources.ray_address``) means a Ray that is there, rather than a local one to start."""
     return wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
