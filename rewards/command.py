@@ -7,6 +7,8 @@
 import argparse
 import contextlib
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import IO, NoReturn
@@ -31,6 +33,31 @@ def reported(command: Callable[[], int]) -> int:
     except UnmaskError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+@contextlib.contextmanager
+def piped() -> Iterator[None]:
+    """When nobody reads any more what the block prints, it ends as SIGPIPE ends other programs: silently, with 141.
+
+    Python ignores SIGPIPE and raises instead; letting the signal through would also end a run whose sockets break.
+    """
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # here, and not while the interpreter ends, where nobody can catch it
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _reader_is_gone() -> bool:
+    """Of standard output; a pipe or socket that broke may have been another one."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always told
+    return bool(poll.poll(0))
 
 
 @contextlib.contextmanager

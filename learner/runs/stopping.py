@@ -7,7 +7,6 @@ import contextlib
 import errno
 import io
 import os
-import select
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from rewards.command import reported
+from rewards.command import piped, reported
 
 _INSISTING = (signal.SIGINT, signal.SIGTERM)
 """Of these the second one ends a run at once."""
@@ -48,31 +47,6 @@ def exit_status(command: Callable[[], int]) -> int:
         with contextlib.suppress(OSError):  # the terminal may be what has gone
             print(f"stopped by {error}", file=sys.stderr)
         return error.exit_status
-
-
-@contextlib.contextmanager
-def piped() -> Iterator[None]:
-    """When nobody reads any more what the block prints, it ends as SIGPIPE ends other programs: silently, with 141.
-
-    Python ignores SIGPIPE and raises instead; letting the signal through would also end a run whose sockets break.
-    """
-    try:
-        try:
-            yield
-        finally:
-            print(end="", flush=True)  # here, and not while the interpreter ends, where nobody can catch it
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        raise SystemExit(128 + signal.SIGPIPE) from None
-
-
-def _reader_is_gone() -> bool:
-    """Of standard output; a pipe or socket that broke may have been another one."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are always told
-    return bool(poll.poll(0))
 
 
 @contextlib.contextmanager

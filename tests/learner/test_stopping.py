@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.runs.stopping import Interrupted, StopFlag, interrupting, not_for_children, piped
+from learner.runs.stopping import Interrupted, StopFlag, interrupting, not_for_children
+from rewards.command import piped
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
