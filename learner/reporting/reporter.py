@@ -159,7 +159,7 @@ class Reporter:
 
     def flush(self, timeout_s: float = 2.0) -> bool:
         """Bring all reports to disk; False when the store did not take its rows in time (they stay queued)."""
-        self._attempt("metrics.jsonl", self._metrics_file.sync)
+        self.attempt("metrics.jsonl", self._metrics_file.sync)
         return self.store.flush(timeout_s)
 
     def closing_table(self, summary: Mapping[str, Any], *, steps: int | None = None) -> None:
@@ -194,7 +194,7 @@ class Reporter:
         """End the bar, close files and trackers, and give the store ``timeout_s`` seconds to take what is queued."""
         self._stop_progress()
         for tracker in self._trackers:
-            self._attempt(tracker.name, tracker.close)
+            self.attempt(tracker.name, tracker.close)
         for file in (self._metrics_file, self._samples_file):
             file.close()
         self.store.close(timeout_s)
@@ -204,21 +204,7 @@ class Reporter:
                 style="yellow",
             )
 
-    def _record(self, iteration: int, values: dict[str, float]) -> None:
-        line: dict[str, Any] = {"iteration": iteration}
-        line |= {name: values[name] if math.isfinite(values[name]) else None for name in sorted(values)}
-        nonfinite = [name for name in sorted(values) if not math.isfinite(values[name])]
-        if nonfinite:
-            line["nonfinite"] = nonfinite
-        self._append(self._metrics_file, "metrics.jsonl", line)
-        self.store.metrics(iteration, values)
-        for tracker in self._trackers:
-            self._attempt(tracker.name, tracker.log, iteration, values)
-
-    def _append(self, file: LineFile, what: str, row: dict[str, Any]) -> None:
-        self._attempt(what, file.append, json_line(row))
-
-    def _attempt(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
+    def attempt(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
         """Do it; a failure is counted and the first of its kind told. Other people's trackers may raise anything."""
         try:
             action(*arguments)
@@ -232,6 +218,20 @@ class Reporter:
                     f"training goes on, further failures are only counted",
                     target=what,
                 )
+
+    def _record(self, iteration: int, values: dict[str, float]) -> None:
+        line: dict[str, Any] = {"iteration": iteration}
+        line |= {name: values[name] if math.isfinite(values[name]) else None for name in sorted(values)}
+        nonfinite = [name for name in sorted(values) if not math.isfinite(values[name])]
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._append(self._metrics_file, "metrics.jsonl", line)
+        self.store.metrics(iteration, values)
+        for tracker in self._trackers:
+            self.attempt(tracker.name, tracker.log, iteration, values)
+
+    def _append(self, file: LineFile, what: str, row: dict[str, Any]) -> None:
+        self.attempt(what, file.append, json_line(row))
 
     def _show_iteration(self, iteration: int, values: dict[str, float]) -> None:
         if self._quiet:

@@ -72,17 +72,22 @@ def ensure_base(config: RunConfig, cache_dir: Path, *, on_progress: BuildProgres
         DataError: when a training problem shares its solution with a held-out one.
         WaitTimeout: when another process has been building the same base for 15 minutes.
     """
-    task, spec = get_task(config.task.name), config.model.base
+    task, length = get_task(config.task.name), config.rollout.sampler.completion_length
     problems = _training_problems(config, task)
-    pairs = [task.demonstrations(problem.fields) for problem in problems]
-    length = config.rollout.sampler.completion_length
-    path = cache_dir / f"{task.name}-{_key(task, spec, problems, pairs, length)}"
+    path = cache_dir / _name(config, task, problems)
     if not path.is_dir():
         with _exclusive(path.with_name(f"{path.name}.lock"), timeout_s=LOCK_TIMEOUT_S):
             if not path.is_dir():
                 with atomic_dir(path) as folder:
-                    train_base(spec, task, problems, length, folder, on_progress=on_progress)
+                    train_base(config.model.base, task, problems, length, folder, on_progress=on_progress)
     return path
+
+
+def base_name(config: RunConfig) -> str:
+    """Name of the folder that ``ensure_base`` finds or makes; nothing is built. Raises ConfigError and DataError as it
+    does."""
+    task = get_task(config.task.name)
+    return _name(config, task, _training_problems(config, task))
 
 
 def train_base(
@@ -184,6 +189,11 @@ def _training_problems(config: RunConfig, task: Task) -> list[Problem]:
         source = task.source("train", paths.train_path)
         raise DataError(f"no training problem of {source} is left to build the base from")
     return train
+
+
+def _name(config: RunConfig, task: Task, problems: Sequence[Problem]) -> str:
+    pairs = [task.demonstrations(problem.fields) for problem in problems]
+    return f"{task.name}-{_key(task, config.model.base, problems, pairs, config.rollout.sampler.completion_length)}"
 
 
 def _key(
