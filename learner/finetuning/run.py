@@ -27,7 +27,7 @@ from learner.runs import checkpoint as checkpoints
 from learner.runs import identity
 from learner.runs.atomic import atomic_write_text
 from learner.runs.directory import RunDirectory
-from learner.runs.session import check_cluster, joined_ray
+from learner.runs.session import check_cluster, check_local_gpus, joined_ray
 from learner.runs.start import check_quantization, finished, require_adapter_fits, starting_adapter
 from learner.runs.stopping import StopFlag
 from rewards.errors import CheckpointError, ConfigError
@@ -47,6 +47,7 @@ def run(config: SftConfig, argv: Sequence[str] = ()) -> int:
     Raises:
         UnmaskError: whatever ends the run; once it was begun, the run directory then says ``failed``.
     """
+    check_local_gpus(config.resources.ray_address, config.learner.ranks * config.resources.gpus_per_rank)
     check_quantization(config.model, config.learner, config.resources)
     code_identity()
     check_cluster(config.resources.ray_address, insecure=config.resources.ray_insecure)
