@@ -99,6 +99,8 @@ def begun_run(about: About, found: FoundRun) -> Iterator[BegunRun]:
         stack.enter_context(told_failures(reporter))
         if run_dir.is_new:
             run_dir.write_config(dump_config(about.config))
+        if run_dir.undone is not None:
+            reporter.tell_store_again(run_dir.undone)
         after = resumed.progress.iteration if resumed is not None else None
         note_start(
             run_dir, about.argv, kind=about.kind, default_recipe=about.default_recipe, after=after, changes=changes

@@ -23,6 +23,7 @@ from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources
 from learner.ranks.rank import UpdateReport, lora_spec
+from learner.reporting.reporter import best_words
 from learner.runs import checkpoint as checkpoints
 from learner.runs import identity
 from learner.runs.atomic import atomic_write_text
@@ -244,6 +245,7 @@ def _train(config: SftConfig, about: About, found: FoundRun, data: Demonstration
 
 def _closing_words(summary: dict[str, Any], run_dir: RunDirectory) -> str:
     where = f"the adapter after {summary['adapter_of_iteration']} updates is in {run_dir.adapter_dir}"
+    where = f"{where}; {best_words(summary)}"
     if "trained" not in summary:
         return where
     before, after = (summary[name]["held_out"]["held_out/loss"] for name in ("base", "trained"))

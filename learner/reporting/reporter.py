@@ -157,6 +157,13 @@ class Reporter:
             atomic_write_text(file.path, "".join(kept))
         self.store.truncate_after(iteration)
 
+    def tell_store_again(self, after: int) -> None:
+        """Give the store the metrics of the iterations beyond ``after`` as metrics.jsonl has them."""
+        for row in read_rows(self._metrics_file.path):
+            if row["iteration"] > after:
+                values = {name: value for name, value in row.items() if isinstance(value, float)}
+                self.store.metrics(row["iteration"], values)
+
     def flush(self, timeout_s: float = 2.0) -> bool:
         """Bring all reports to disk; False when the store did not take its rows in time (they stay queued)."""
         self.attempt("metrics.jsonl", self._metrics_file.sync)
@@ -180,6 +187,7 @@ class Reporter:
             self._print(f"greedy exact-solve rate, held out: {self._run_dir.id}")
             for row in [("denoising steps", "base", "trained", "gain"), *rows]:
                 self._print(f"  {row[0]:<16}{row[1]:>8}{row[2]:>9}{row[3]:>9}")
+        self._print(best_words(summary))
         if "train_seconds" in summary:
             self._print(f"training took {_duration(float(summary['train_seconds']))}")
         lost = self.failures.total() + self.store.lost_rows
@@ -280,6 +288,19 @@ class _Pace:
             return "-"
         seconds_each = (now_s - self._first[1]) / (iteration - self._first[0])
         return _duration(seconds_each * max(0, self._total - iteration))
+
+
+def best_words(summary: Mapping[str, Any]) -> str:
+    """Where the best checkpoint is and where the last, by a summary."""
+    best, places = summary.get("best", {}), summary.get("checkpoints", {})
+    last = f"the last checkpoint is {places['last']}" if "last" in places else "no checkpoint was saved"
+    if not best:
+        return last
+    measured = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in best.items() if name != "iteration")
+    if best["iteration"] == 0:
+        return f"no evaluation was better than the base's ({measured}); {last}"
+    where = places.get("best", "not kept")
+    return f"the best checkpoint is {where} ({measured} after iteration {best['iteration']}); {last}"
 
 
 def _closing_rows(summary: Mapping[str, Any], steps: int | None) -> list[tuple[str, str, str, str]]:

@@ -8,6 +8,7 @@ as good as none.
 
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def discard(run_dir: RunDirectory) -> None:
     folder = _folder(run_dir)
     if (folder / ABOUT).exists():
         with disk_errors(folder):
-            gone = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")  # a leftover, if we die while we delete it
+            gone = folder.with_name(
+                f".{folder.name}.tmp-{secrets.token_hex(4)}"
+            )  # a leftover, if we die while we delete it
             os.rename(folder, gone)
             shutil.rmtree(gone)
 

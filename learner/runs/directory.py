@@ -55,6 +55,8 @@ class RunDirectory:
         self._uuid_path = self.path / "run.uuid"
         self.is_new = False
         """Made by ``create``: nothing of a run is in it."""
+        self.undone: int | None = None
+        """The iteration after which a resume that ended before its first checkpoint went on, when one was undone."""
         self._lock: FileLock | None = None
 
     @classmethod

@@ -46,9 +46,10 @@ def open_run(
         raise ConfigError(f"{existing} is a run of python -m learner.{right} and can only be resumed with that")
     with contextlib.ExitStack() as failed:
         run_dir = failed.enter_context(RunDirectory.open(existing))
-        undone = put_back(run_dir)
-        if undone is not None:
-            print(f"the resume after iteration {undone} ended before its first checkpoint and is undone", flush=True)
+        run_dir.undone = put_back(run_dir)
+        if run_dir.undone is not None:
+            told = f"the resume after iteration {run_dir.undone} ended before its first checkpoint and is undone"
+            print(told, flush=True)
         named = Path(run.resume).expanduser().absolute()
         found = _newest(run_dir) if run.resume == "auto" or named == existing else _load_named(run_dir, named)
         failed.pop_all()
