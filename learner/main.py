@@ -14,7 +14,7 @@ from learner.settings.run import check_paths, dump_config, help_text, in_ray_job
 
 DESCRIPTION = """Train as a recipe and settings say.
 
-resume=auto (short for run.resume=auto) goes on with the newest run, or the one that run.name names."""
+resume=auto (short for run.resume=auto) goes on with the run that run.name names, or that was started last."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def _command(argv: Sequence[str] | None) -> int:
     with interrupting():
         from learner.control.launch import run  # torch and Ray take seconds to import
 
-        return run(config, dry_run=options.dry_run)
+        return run(config, options.settings, dry_run=options.dry_run)
 
 
 def _parser() -> SettingsParser:

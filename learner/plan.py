@@ -20,7 +20,8 @@ from rewards.errors import ConfigError
 DESCRIPTION = """Memory by item, work, bytes and time of a run, and what to change first when it doesn't fit. Without
 --gpus: on the Ray cluster that RAY_ADDRESS or resources.ray_address names, or on this machine.
 
-Exit status: 0 it fits, 1 it does not (or, with "error: ..." on standard error, can't be planned), 2 wrong settings."""
+The first line says whether it fits. Exit status: 0 it fits or that is unknown, 1 it does not (or, with "error: ..." on
+standard error, can't be planned), 2 wrong settings."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +44,9 @@ def _command(argv: Sequence[str] | None) -> int:
         utilisation=arguments.utilisation,
         tflops=arguments.tflops,
     )
-    print(report.as_json(plan) if arguments.json else f"{spread}{report.render(plan)}")
+    if spread:
+        print(spread, file=sys.stderr)
+    print(report.as_json(plan) if arguments.json else report.render(plan))
     return 0 if plan.fits else 1
 
 
@@ -88,7 +91,7 @@ def _on_gpus(config: RunConfig, found: hardware.Hardware) -> tuple[RunConfig, st
     device = config.learner.model_copy(update={"device": "auto"})
     told = (
         f"note: the settings put nothing on a GPU; planned as if with resources.gpus_per_rank={of_rank:.3g} "
-        f"resources.gpus_per_actor={of_actor:.3g}\n\n"
+        f"resources.gpus_per_actor={of_actor:.3g}"
     )
     return config.model_copy(update={"resources": resources, "learner": device}), told
 

@@ -15,8 +15,8 @@ from learner.settings.run import dump_config, in_ray_job
 
 DESCRIPTION = """Fine-tune on demonstrations, as a recipe and settings say.
 
-data.train=FILE and model.path=MODEL are always needed. resume=auto (short for run.resume=auto) goes on with the newest
-run, or the one that run.name names."""
+A new run needs data.train=FILE and model.path=MODEL. resume=auto (short for run.resume=auto) goes on with the run that
+run.name names, or that was started last."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def _command(argv: Sequence[str] | None) -> int:
     with interrupting():
         from learner.finetuning.run import run  # torch and Ray take seconds to import
 
-        return run(config)
+        return run(config, options.settings)
 
 
 if __name__ == "__main__":

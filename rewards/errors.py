@@ -17,6 +17,10 @@ class DataError(UnmaskError, ValueError):
     """An input file or record can't be used."""
 
 
+class GradingFailed(UnmaskError):
+    """Most verdicts of a batch are missing because graders crashed or hung; learning from zeros would be worse."""
+
+
 class TrajectoryError(UnmaskError):
     """A trajectory group breaks its contract (``rollout.trajectory``)."""
 

@@ -1,25 +1,41 @@
 """Grades a file of completions: ``python -m rewards.grade --task NAME < in.jsonl > out.jsonl``.
 
-In, one JSON object a line: ``id``, ``completion`` and the task's fields. Out, one for every line in, in order and
-flushed at once, so that it also serves as a co-process (write a line, wait for a line): ``id``, ``correct`` (the strict
-verdict), ``reward``, ``components``, ``error``. A line that can't be graded gets ``correct`` false, ``reward`` 0, no
-components and one sentence in ``error`` (``id`` null when it is not known); the next lines are graded all the same.
-Exit status: 0 whatever the lines held, 1 when the reader of the results went away, 2 for a missing or unknown task.
+``FORMAT`` below says what goes in and out. Every line is answered in order and flushed at once, so that this also
+serves as a co-process (write a line, wait for a line).
 """
 
-import contextlib
+import argparse
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
-from rewards.command import Parser, reported
+from rewards.command import Parser, reported, results_alone
 from rewards.errors import ConfigError, DataError
 from rewards.parsing import shorten
 from rewards.task import BUILT_IN, Grade, Task, get_task
+
+FORMAT = """\
+In, one JSON object a line: "completion", the text to grade; the fields of its problem, in an object "fields" or
+beside the completion; and, if you like, "id", a string or a number. A run's samples/completions.jsonl is such a file.
+
+  {"id": "a", "completion": "<answer>(3+5)*2=16</answer>", "fields": {"numbers": [3, 5, 2], "target": 16}}
+  {"id": "b", "completion": "<answer>3*5+2=16</answer>", "numbers": [3, 5, 2], "target": 16}
+
+Out, one for every line in: "id"; "correct", the strict verdict; "reward", the sum of "components"; and "error", why it
+is wrong or can't be graded. A line that can't be graded gets correct false, reward 0, no components and one sentence
+in "error" ("id" null when it is not known); the next lines are graded all the same.
+
+  {"id": "a", "correct": true, "reward": 4.0, "components": {"one_equals": 0.0, ...}, "error": null}
+
+Then, on standard error, how many were graded and how many of those are right.
+
+Exit status: 0; 1 when not one line could be graded, or the reader of the results went away; 2 for a missing or unknown
+task."""
 
 MAX_LINE_BYTES = 32 * 2**20
 MAX_INTEGER_DIGITS = 100
@@ -46,23 +62,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str] | None) -> int:
-    parser = Parser("python -m rewards.grade", description="Grades completions, stdin to stdout, as JSON lines.")
+    parser = Parser(
+        "python -m rewards.grade",
+        usage="%(prog)s --task NAME < completions.jsonl > grades.jsonl",
+        description="Grades completions, stdin to stdout, as JSON lines.",
+        epilog=FORMAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--task", help=f"{', '.join(sorted(BUILT_IN))}, or your own as module:Class")
     options = parser.parse_args(argv)
-    results = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # what a user's task prints must not end up among the results
+    with results_alone() as results:  # a user's task may print
         if options.task is None:
             raise ConfigError(f"--task is missing; name one of {', '.join(sorted(BUILT_IN))}, or give module:Class")
         task = get_task(options.task)
         task.prepare()
+        count = _Count()
         try:
             for number, line in enumerate(_lines(sys.stdin.buffer), start=1):
-                results.write(json.dumps(grade_line(task, line, number), allow_nan=False) + "\n")
+                grade = grade_line(task, line, number)
+                count.add(grade)
+                results.write(json.dumps(grade, allow_nan=False) + "\n")
                 results.flush()
         except BrokenPipeError:  # the reader has gone, as in "| head"; keep the interpreter's last flush from failing
             os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
             return 1
+    print(count.told(), file=sys.stderr)
     return 0
+
+
+@dataclass
+class _Count:
+    """What became of the lines."""
+
+    lines: int = 0
+    graded: int = 0
+    right: int = 0
+    first_error: str = ""
+    """Of the lines that could not be graded."""
+
+    def add(self, grade: dict[str, Any]) -> None:
+        self.lines += 1
+        self.graded += bool(grade["components"])
+        self.right += grade["correct"]
+        if not grade["components"]:
+            self.first_error = self.first_error or grade["error"]
+
+    def told(self) -> str:
+        """Raises DataError when not one line could be graded."""
+        if self.graded == 0:
+            why = f"none of {self.lines} lines could be graded; {self.first_error}" if self.lines else "no line came in"
+            raise DataError(f"{why} (see --help for the format)")
+        left = self.lines - self.graded
+        rest = f"; {left} lines could not be graded ({self.first_error})" if left else ""
+        return f"{self.graded} graded, {self.right} of them right ({self.right / self.graded:.3f}){rest}"
 
 
 def _lines(source: IO[bytes]) -> Iterator[bytes]:
@@ -112,8 +164,11 @@ def _graded(task: Task, record: dict[str, Any]) -> dict[str, Any]:
     completion = record.pop("completion")
     if not isinstance(completion, str):
         raise _BadLine(f"completion must be a string, not {shorten(completion)}")
+    fields = record.get("fields", record)
+    if not isinstance(fields, dict):
+        raise _BadLine(f"fields must be an object, not {shorten(fields)}")
     try:
-        return _record(task.grade(record, completion))
+        return _record(task.grade(fields, completion))
     except DataError as error:
         raise _BadLine(str(error)) from None
     except Exception as error:  # a user's task may raise anything; the line is lost, the file is not

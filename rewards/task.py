@@ -58,6 +58,14 @@ class Grade:
         return sum(self.components.values(), 0.0)
 
 
+@dataclass(frozen=True)
+class AnswerPair:
+    """Two completions for one problem, each as the model is to write it: a right one, and one by a wrong rule."""
+
+    right: str
+    wrong: str
+
+
 class Task(ABC):
     """Subclass this to add a task; ``get_task("module:Class")`` finds it. Instances hold no state."""
 
@@ -102,6 +110,16 @@ class Task(ABC):
     @abstractmethod
     def validate_fields(self, fields: dict[str, Any]) -> None:
         """Raises DataError, naming the field and its value, when ``fields`` don't make a problem."""
+
+    def demonstrations(self, fields: dict[str, Any]) -> AnswerPair:
+        """What the small base is taught for a problem (``learner.small_base``): a task that has none needs an existing
+        model. The wrong answers follow one rule, always the same, which is right by accident at most.
+
+        Raises ConfigError when the task has no demonstrations, DataError when this problem can't have any."""
+        raise ConfigError(
+            f"there are no demonstrations for task {self.name}, so no base can be built for it; set model.path to an "
+            "existing model, or give the task the method demonstrations"
+        )
 
     def leak_key(self, fields: dict[str, Any]) -> Hashable:
         """What train and test must not share. By default the whole problem."""

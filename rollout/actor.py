@@ -155,7 +155,8 @@ class RolloutActor:
             components={name: tuple(grade.components[name] for grade in grades) for name in self._task.components},
             tokens=tuple(group.drawn.sum(axis=1).tolist()),
             nfe=tuple(group.nfe.tolist()),
-            grader_failures=sum(grade.timed_out or grade.crashed for grade in grades),
+            grader_failures=sum(grade.failed for grade in grades),
+            reason=next((grade.error for grade in grades if grade.failed), None),
             trajectory=self._with_grades(group, grades) if with_trajectory else None,
         )
 
@@ -219,7 +220,8 @@ def _report(group: TrajectoryGroup, grades: Sequence[GradeResult]) -> GroupRepor
         group_id=group.group_id,
         problem_id=group.problem_id,
         tokens=int(group.drawn.sum()),
-        grader_timeouts=group.counters["grader_timeouts"],
-        grader_crashes=group.counters["grader_crashes"],
+        verdicts=len(grades),
+        failures=sum(grade.failed for grade in grades),
         invalid=next((grade.invalid for grade in grades if grade.invalid is not None), None),
+        reason=next((grade.error for grade in grades if grade.failed or grade.invalid is not None), None),
     )

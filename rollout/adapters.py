@@ -17,10 +17,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rewards.errors import DataError, WeightMismatch
+from rewards.errors import ConfigError, DataError, WeightMismatch
 
 ADAPTER_NAME = "default"
 _PEFT_PREFIX = "base_model.model."
+
+# PEFT's options that leave the function as it is, with the values for which that holds; none: all values. Any other
+# option that is set, also one of a later PEFT, is not ours.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules"), ()),
+    **dict.fromkeys(("layers_to_transform", "layers_pattern"), ()),  # which maps: the tensors' names say it too
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"), ()),
+    **dict.fromkeys(("auto_mapping", "megatron_core", "qalora_group_size"), ()),
+    **dict.fromkeys(("eva_config", "ensure_weight_tying"), ()),  # how it was begun, or of no effect without tied maps
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # pissa, olora and others change the base too
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,27 @@ def digest(state: AdapterState) -> str:
         sha.update(f"{name}|{tensor.dtype}|{tensor.shape}|".encode())
         sha.update(np.ascontiguousarray(tensor.data).tobytes())
     return sha.hexdigest()
+
+
+def require_plain_lora(peft_config: Mapping[str, Any], source: Path) -> None:
+    """Refuses an adapter whose options make it another function than the LoRA that this code applies.
+
+    Raises:
+        ConfigError: naming the options.
+    """
+    odd = [f"{name}={value}" for name, value in peft_config.items() if value and not _is_plain(name, value)]
+    if any(not isinstance(peft_config.get(name), int | float) for name in ("r", "lora_alpha")):
+        odd.append("no r or lora_alpha")
+    if odd:
+        raise ConfigError(
+            f"the adapter in {source} has {', '.join(odd)}, and only plain LoRA is applied here; merge it into its "
+            "model with PEFT and give that as model.path"
+        )
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    allowed = _PLAIN.get(name)
+    return allowed is not None and (not allowed or value in allowed)
 
 
 def load_state(model: torch.nn.Module, state: AdapterState) -> None:

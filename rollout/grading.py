@@ -9,6 +9,7 @@ import json
 import math
 import os
 import queue
+import re
 import select
 import signal
 import subprocess
@@ -30,6 +31,8 @@ START_LIMIT_S = 60.0
 _ATTEMPTS = 2
 _MOST = 3.4e38  # rewards are float32
 _KILL_LIMIT_S = 10.0
+_LINE = re.compile(r"line \d+: ")
+_RAISED = re.compile(r"task raised \w+")
 _REFUSED = 2  # exit status of a grader that can't grade this task here
 _TICK_S = 0.5
 
@@ -39,7 +42,8 @@ class GradeResult:
     """A verdict, or why there is none.
 
     components has a value for each of the task's components, in its order: 0 when the grader timed out or crashed, NaN
-    where it gave no number. invalid then says so; such a reward must not be trained on.
+    where it gave no number. invalid then says what kind of failure that is; such a reward must not be trained on. error
+    is the reason in full.
     """
 
     correct: bool
@@ -52,6 +56,11 @@ class GradeResult:
     @property
     def reward(self) -> float:
         return sum(self.components.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grader gave no verdict."""
+        return self.timed_out or self.crashed
 
 
 class GraderPool:
@@ -156,9 +165,16 @@ class GraderPool:
         given = reply.get("components")
         given = given if isinstance(given, dict) else {}
         components = {name: _number(given.get(name)) for name in self.components}
-        bad = [name for name, value in components.items() if not abs(value) <= _MOST]
-        invalid = f"reward component {bad[0]} is not a finite number" if bad else None
-        return GradeResult(reply.get("correct") is True, components, reply.get("error"), invalid=invalid)
+        error = None if reply.get("error") is None else _LINE.sub("", str(reply["error"]), count=1)
+        invalid = None
+        if not given:
+            raised = _RAISED.match(error or "")
+            invalid = raised[0] if raised else "the task gave no reward"
+        elif missing := [name for name in self.components if name not in given]:
+            invalid = error = f"reward component {missing[0]} is missing"
+        elif bad := [name for name, value in components.items() if not abs(value) <= _MOST]:
+            invalid = error = f"reward component {bad[0]} is not a finite number"
+        return GradeResult(reply.get("correct") is True, components, error, invalid=invalid)
 
     def _cancel_waiting(self) -> None:
         while True:

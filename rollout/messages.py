@@ -28,15 +28,17 @@ BASE_WEIGHTS = Weights(-1, "", [])
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What the controller must know of a drawn group without fetching it. tokens: drawn ones. invalid: why the group
-    can't be trained on, or None."""
+    """What the controller must know of a drawn group without fetching it. tokens: drawn ones. failures: verdicts, of
+    ``verdicts``, that a timeout or crash decided. invalid: the kind of failure for which the group can't be trained on,
+    or None. reason: of the first verdict that failed or is invalid, in full."""
 
     group_id: int
     problem_id: str
     tokens: int
-    grader_timeouts: int
-    grader_crashes: int
+    verdicts: int
+    failures: int
     invalid: str | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class LeaseReport:
 @dataclass(frozen=True)
 class EvalResult:
     """The completions of one problem in the order of their rows: texts, verdicts, reward components (NaN where the
-    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that a timeout or crash decided."""
+    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that a timeout or crash decided, and
+    why the first of them did."""
 
     problem_id: str
     completions: tuple[str, ...]
@@ -69,6 +72,7 @@ class EvalResult:
     tokens: tuple[int, ...]
     nfe: tuple[int, ...]
     grader_failures: int
+    reason: str | None
     trajectory: TrajectoryGroup | None = None
     """How they were written, graded, with the problem's number in its chunk for a group id; where it was asked for."""
 

@@ -206,7 +206,7 @@ class _Path:
         for ref in done:
             actor, refs, group_ids = self._running.pop(ref)
             lease_id = bounded_get(ref, who="a model-free actor", timeout_s=LIMIT_S)
-            reports = tuple(GroupReport(i, "bench", 0, 0, 0, None) for i in group_ids)
+            reports = tuple(GroupReport(i, "bench", 0, 0, 0, None, None) for i in group_ids)
             self._replay.deliver(LeaseReport(lease_id, "bench", 0, "bench", reports, 0.0, 0.0, 0.0), refs)
             self._idle.append(actor)
 

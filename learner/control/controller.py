@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from learner.control.commands import Commands
+from learner.control.opening import BegunRun
+from learner.control.subject import Grounds
 from learner.control.training import Training, update_metrics
 from learner.objectives import make_objective
 from learner.ranks.group import LearnerGroup, reserve_ranks
 from learner.ranks.plan import plan_update
 from learner.ranks.rank import UpdateReport, lora_spec
 from learner.reporting.playback import PlaybackRecorder
-from learner.reporting.reporter import Reporter
 from learner.runs import checkpoint as checkpoints
-from learner.runs.directory import RunDirectory
-from learner.runs.start import check_lengths, starting_adapter, task_problems
 from learner.runs.stopping import StopFlag
 from learner.settings.run import RunConfig
 from learner.supply.actor_count import ActorCount
@@ -31,11 +30,8 @@ from learner.supply.actors import start_actors
 from learner.supply.feed import Feed
 from learner.supply.greedy import greedy_solve_rates
 from learner.supply.publish import publish
-from rewards.task import get_task
 from rollout.ledger import Ledger
 from rollout.messages import BASE_WEIGHTS, Weights
-from rollout.models.encoding import load_tokenizer
-from rollout.models.family import policy_adapter
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
@@ -50,38 +46,32 @@ class Controller(Training):
     def __init__(
         self,
         config: RunConfig,
-        run_dir: RunDirectory,
-        reporter: Reporter,
-        model_path: str,
-        resumed: checkpoints.Checkpoint | None,
+        begun: BegunRun,
+        grounds: Grounds,
         stop: StopFlag,
         commands: Commands,
         closing: contextlib.ExitStack,
     ) -> None:
         super().__init__(
             config,
-            run_dir,
-            reporter,
-            resumed,
+            begun,
             stop,
             commands,
+            identity=grounds.identity,
             iterations=config.run.iterations,
             evaluate_every=config.evaluation.every,
         )
-        self.task = get_task(config.task.name)
-        family = policy_adapter(model_path)
-        self.eos_ids = (family.eos_token_id,)
-        tokenizer = load_tokenizer(model_path)
-        self.recorder = PlaybackRecorder(reporter, tokenizer, completions=config.samples_per_iteration)
-        train, self.held_out = task_problems(config, self.task, on_event=reporter.event)
-        rollout = config.rollout
-        check_lengths(
-            [*train, *self.held_out],
-            self.task,
-            tokenizer,
-            completion_length=rollout.sampler.completion_length,
-            longest=family.max_length,
+        subject, model_path, resumed = grounds.subject, grounds.model_path, begun.resumed
+        self.task, self.held_out = subject.task, subject.held_out
+        self.eos_ids = (grounds.family.eos_token_id,)
+        self.recorder = PlaybackRecorder(
+            begun.reporter,
+            grounds.tokenizer,
+            completions=config.samples_per_iteration,
+            train=subject.train,
+            held_out=subject.held_out,
         )
+        rollout = config.rollout
         ledger = Ledger(
             capacity=rollout.buffer_size,
             groups_per_lease=rollout.groups_per_lease,
@@ -96,17 +86,16 @@ class Controller(Training):
         self.actors = ActorCount(config, pool)
         self.feed = Feed(
             config,
-            train,
+            subject.train,
             pool,
             ReplayBuffer(ledger),
-            on_event=reporter.event,
+            on_event=begun.reporter.event,
             stop=stop.is_set,
             on_pump=self._attend,
         )
-        adapter = resumed.adapter if resumed is not None else starting_adapter(config.lora)
         shards = resumed.shards if resumed is not None else None
         self.learner = LearnerGroup(
-            config, model_path, adapter=adapter, shards=shards, on_tick=self._watch, placement=placement
+            config, model_path, adapter=subject.adapter, shards=shards, on_tick=self._watch, placement=placement
         )
         closing.callback(self.learner.close)
         self.workers.learner = self.learner

@@ -2,20 +2,20 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from learner.control.commands import Commands
+from learner.control.opening import BegunRun
 from learner.objectives.statistics import Statistics
 from learner.ranks.group import LearnerGroup
 from learner.ranks.optim import learning_rate
 from learner.ranks.rank import GroupConfig, PublishedAdapter, UpdateReport
 from learner.reporting.plots import plot_run
-from learner.reporting.reporter import Reporter
 from learner.reporting.workers import Workers
 from learner.runs import checkpoint as checkpoints
+from learner.runs.aside import discard
 from learner.runs.atomic import atomic_dir
-from learner.runs.directory import RunDirectory
 from learner.runs.stopping import StopFlag
 from learner.settings.sections import CheckpointSection
 from learner.supply.actor_count import ActorCount
@@ -46,25 +46,42 @@ class Training(ABC):
     def __init__(
         self,
         config: TrainingConfig,
-        run_dir: RunDirectory,
-        reporter: Reporter,
-        resumed: checkpoints.Checkpoint | None,
+        begun: BegunRun,
         stop: StopFlag,
         commands: Commands,
         *,
+        identity: dict[str, Any],
         iterations: int,
         evaluate_every: int,
     ) -> None:
-        self.config, self.run_dir, self.reporter = config, run_dir, reporter
+        self.config, self.run_dir, self.reporter = config, begun.run_dir, begun.reporter
         self._stop, self._commands = stop, commands
         self._iterations, self._evaluate_every = iterations, evaluate_every
-        self.workers = Workers(reporter.store)
-        layout = checkpoints.layout_of(config.learner)
-        if resumed is not None:
-            checkpoints.require_layout(resumed.progress, layout)
-        self.progress = resumed.progress if resumed is not None else checkpoints.Progress.before_the_first(layout)
-        self.saved = self.progress if resumed is not None else None
-        """Where the newest checkpoint stands; None before the first."""
+        self.workers = Workers(begun.reporter.store)
+        if begun.resumed is not None:
+            self.progress = self._goes_on_from(begun.resumed.progress, identity)
+            self.saved: checkpoints.Progress | None = self.progress
+            """Where the newest checkpoint stands; None before the first."""
+            self._take_hold: Callable[[], None] | None = begun.take_hold
+        else:
+            layout = checkpoints.layout_of(config.learner)
+            self.progress, self.saved = checkpoints.Progress.before_the_first(layout, identity), None
+            self._take_hold = None
+        self._resumed = self.saved
+
+    def _goes_on_from(self, progress: checkpoints.Progress, identity: dict[str, Any]) -> checkpoints.Progress:
+        """Evaluations that can't be compared with those to come are forgotten."""
+        before, now = progress.identity.get("evaluated"), identity.get("evaluated")
+        if before not in (None, now) and progress.evaluations:
+            text = "held-out problems, or how they are decoded, are not those before: the base is evaluated anew"
+            self.reporter.event("warning", "evaluation", text)
+            progress = dataclasses.replace(progress, evaluations={}, best={})
+        return dataclasses.replace(progress, identity=identity)
+
+    @property
+    def is_as_resumed(self) -> bool:
+        """Whether nothing has been done since the checkpoint that the run went on from."""
+        return self.progress == self._resumed
 
     @abstractmethod
     def evaluate_base(self) -> None:
@@ -87,6 +104,7 @@ class Training(ABC):
         progress = dataclasses.replace(state, adapter_digest=self.adapter.digest)
         saved = checkpoints.Checkpoint(progress, self.adapter.state, self.adapter.peft_config, self.learner.export())
         path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
+        discard(self.run_dir)
         best = progress.best.get("iteration")
         checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
         self.saved = self.progress
@@ -180,6 +198,9 @@ class Training(ABC):
             nonfinite_in_a_row=in_a_row,
             train_seconds=self.progress.train_seconds + seconds,
         )
+        if self._take_hold is not None:
+            self._take_hold()
+            self._take_hold = None
 
     def _check_finite(self, reports: Sequence[UpdateReport]) -> None:
         """Tell updates that were skipped. Raises TrainingDiverged after too many in a row."""
@@ -196,20 +217,31 @@ class Training(ABC):
             )
 
     def _leave(self, adapter: AdapterState, peft_config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-        """Write adapter, summary and plots; returns the summary."""
+        """Write adapter, summary and plots; returns the summary. A plot that fails is told, and fails nothing."""
         with atomic_dir(self.run_dir.adapter_dir) as folder:
             write_peft_folder(folder, adapter, peft_config)
         summary = {
             **figures,
             "best": self.progress.best,
+            "checkpoints": self._checkpoints_left(),
             "iterations": self.progress.iteration,
             "train_seconds": self.progress.train_seconds,
             "seed": self.config.run.seed,
         }
         self.run_dir.write_summary(summary)
         self.reporter.flush()
-        plot_run(self.run_dir.path)
+        self.reporter.attempt("plots", plot_run, self.run_dir.path)
         return summary
+
+    def _checkpoints_left(self) -> dict[str, str]:
+        """The last checkpoint and the best, as paths inside the run's folder, as far as they are there."""
+        at = {
+            "last": self.saved.iteration if self.saved is not None else None,
+            "best": self.progress.best.get("iteration"),
+        }
+        folder = self.run_dir.checkpoints_dir
+        paths = {name: checkpoints.place(folder, iteration) for name, iteration in at.items() if iteration}
+        return {name: str(path.relative_to(self.run_dir.path)) for name, path in paths.items() if path.is_dir()}
 
 
 def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from learner.evaluation.cells import Cell, grid
 from learner.evaluation.plot import plot_report
-from learner.evaluation.report import cell_reports, machine_reports, print_table
+from learner.evaluation.report import cell_reports, machine_reports
 from learner.evaluation.results import POLICIES, Chunk, ChunkId, ResultsFile, settings_key
 from learner.evaluation.settings import EvaluateConfig, check_paths
 from learner.evaluation.subject import (
@@ -26,10 +26,11 @@ from learner.evaluation.subject import (
     read_problems,
     trained_on,
 )
+from learner.evaluation.table import print_table
 from learner.runs.atomic import atomic_write_text
-from learner.runs.session import ray_session
+from learner.runs.session import check_local_gpus, ray_session
 from learner.runs.stopping import StopFlag, StopRequested
-from learner.settings.run import in_ray_job
+from learner.settings.run import in_ray_job, required_resources
 from learner.supply.actors import start_actors
 from rewards.task import Problem
 from rollout.code import code_identity
@@ -65,6 +66,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
             # Ranks are no part of an evaluation; what a run gives them is not asked of Ray here.
             resources = config.resources.model_copy(update={"cpus_per_rank": 0.0, "gpus_per_rank": 0.0})
             config = config.model_copy(update={"resources": resources})
+            check_local_gpus(resources.ray_address, required_resources(config)[1])
             with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
                 print(f"{told}; {config.rollout.actors} actors", flush=True)
                 pool = start_actors(config, model_path, lora, seed=config.noise_seed)

@@ -1,15 +1,12 @@
-"""From the completions of all chunks to rates with intervals: results.json, and the table at the terminal.
+"""From the completions of all chunks to rates with intervals: results.json.
 
 Shapes: N problems, R resamples of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from learner.evaluation.cells import Cell
 from learner.evaluation.intervals import bootstrap_means, pass_at_k, percentile_interval, wilson
@@ -18,8 +15,6 @@ from rollout.seeds import numpy_generator
 
 Evaluated = Mapping[tuple[Cell, str], Sequence[Chunk]]
 """All chunks, in order, of the (cell, policy) pairs that are complete."""
-
-MIN_WIDTH = 180
 
 
 def cell_reports(
@@ -80,28 +75,6 @@ def machine_reports(evaluated: Evaluated) -> list[dict[str, Any]]:
     return reports
 
 
-def print_table(report: Mapping[str, Any], console: Console) -> None:
-    """The cells of results.json, base and adapter side by side."""
-    table = Table(
-        title=f"{report['problems']} problems, {100 * report['statistics']['confidence']:g} % intervals",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    policies = [policy for policy in POLICIES if any(policy in cell for cell in report["cells"])]
-    for column in ("decoding", "order", "steps", "rate"):
-        table.add_column(column, no_wrap=True)
-    columns = [*policies, *(["adapter - base"] if len(policies) == 2 else [])]
-    for column in (*columns, "forwards", "tokens/s"):
-        table.add_column(column, justify="right")
-    speeds = {(row["cell"], row["policy"]): row["tokens_per_s"] for row in report["machine"]["cells"]}
-    for cell in report["cells"]:
-        for row in _table_rows(cell, policies, speeds):
-            table.add_row(*row)
-    if not console.is_terminal and console.width < MIN_WIDTH:  # a file's 80 columns would cut the figures
-        console = Console(width=MIN_WIDTH, highlight=False, file=console.file)
-    console.print(table)
-
-
 def _metrics(cell: Cell, pass_at: Sequence[int]) -> list[str]:
     return ["solve_rate", *(f"pass@{k}" for k in pass_at if cell.decoding == "sampled")]
 
@@ -141,27 +114,3 @@ def _each(chunks: Sequence[Chunk], what: str) -> list[int]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def _table_rows(
-    cell: Mapping[str, Any], policies: Sequence[str], speeds: Mapping[tuple[str, str], float]
-) -> Iterator[list[str]]:
-    here = [policy for policy in policies if policy in cell]
-    metrics = [name for name in cell[here[0]] if name == "solve_rate" or name.startswith("pass@")]
-    if "pass@1" in metrics:
-        metrics.remove("solve_rate")  # the same number
-    for i, metric in enumerate(metrics):
-        name = "solved" if metric == "solve_rate" else metric
-        how = {"threshold": f"threshold {cell['threshold']}", "sampled": f"sampled x{cell['samples']}"}
-        about = [how.get(cell["decoding"], "greedy"), cell["position_rule"] or "", str(cell["steps"] or "")]
-        rates = [_rate(cell[policy][metric]) if policy in here else "" for policy in policies]
-        if len(policies) == 2:
-            rates.append(_rate(cell["difference"][metric], "+.3f") if "difference" in cell else "")
-        forwards = " / ".join(f"{cell[policy]['mean_nfe']:.2f}" for policy in here)
-        speed = " / ".join(f"{speeds[cell['label'], policy]:,.0f}" for policy in here)
-        yield [*(about if i == 0 else [""] * 3), name, *rates, *([forwards, speed] if i == 0 else ["", ""])]
-
-
-def _rate(estimate: Mapping[str, Any], form: str = ".3f") -> str:
-    low, high = (format(end, form) for end in estimate["interval"])
-    return f"{format(estimate['value'], form)} \\[{low}, {high}]"

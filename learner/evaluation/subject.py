@@ -16,13 +16,10 @@ from rewards.errors import ConfigError, DataError
 from rewards.task import Problem, get_task
 from rollout.adapters import AdapterState, digest, read_peft_folder
 from rollout.models.family import policy_adapter
-from rollout.models.lora import LoraSpec
+from rollout.models.lora import LoraSpec, spec_of_adapter
 
 _SAMPLED_BYTES = 1 << 20
 _WHOLE_FILE = 1_000_000_000
-
-# Of PEFT's options, those that the engine's plain LoRA has not; any value but an empty one.
-_UNKNOWN_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -80,22 +77,7 @@ def base_model(config: EvaluateConfig, run_dir: Path | None, adapter: Adapter | 
 
 def lora_spec(adapter: Adapter, model_path: str) -> LoraSpec:
     """The adapter's shape for the engine. Raises ConfigError when it needs what the engine's LoRA has not."""
-    given = adapter.peft_config
-    odd = [f"{name}={given[name]}" for name in _UNKNOWN_OPTIONS if given.get(name)]
-    if given.get("bias", "none") != "none":
-        odd.append(f"bias={given['bias']}")
-    if odd or not isinstance(given.get("r"), int) or not isinstance(given.get("lora_alpha"), int | float):
-        what = ", ".join(odd) or "no r or lora_alpha"
-        raise ConfigError(f"the adapter in {adapter.source} has {what}, and only plain LoRA can be evaluated")
-    family = policy_adapter(model_path)
-    modules = sorted({name.rpartition(".lora_")[0] for name in adapter.state})
-    include_head = family.head_name in modules
-    # The family's own choice is written as its pattern, alone or followed by the head's; everything else by name.
-    targets = given.get("target_modules")
-    own = targets is None or family.lora_regex in str(targets)
-    return LoraSpec(
-        given["r"], float(given["lora_alpha"]), include_head, target_modules=None if own else tuple(modules)
-    )
+    return spec_of_adapter(adapter.state, adapter.peft_config, policy_adapter(model_path), adapter.source)
 
 
 def read_problems(config: EvaluateConfig) -> list[Problem]:

@@ -168,7 +168,7 @@ def _encoded(
     for row in rows:
         prompt = encode_prompt(tokenizer, row.fields["messages"])
         completion = [*tokenizer.encode(row.fields["completion"], add_special_tokens=False), *end]
-        if mask_token_id in prompt or mask_token_id in completion:
+        if mask_token_id in completion:
             raise DataError(f"{source}: {row.id} holds the mask token in its text, which is never learned; take it out")
         room = data.max_tokens - len(prompt)
         too_long = len(completion) + 1 > room  # at least one EOS is to follow

@@ -8,56 +8,69 @@ at a checkpoint goes on with the same bits.
 import contextlib
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 
 from learner.control.commands import Commands
-from learner.control.lifecycle import OpenedRun, opened_run, see_through, told_failures
+from learner.control.lifecycle import see_through
+from learner.control.opening import About, BegunRun, FoundRun, begun_run, found_run
 from learner.control.training import Training, update_metrics
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources
-from learner.ranks.rank import UpdateReport
-from learner.reporting.reporter import Reporter
+from learner.ranks.rank import UpdateReport, lora_spec
+from learner.reporting.reporter import best_words
 from learner.runs import checkpoint as checkpoints
+from learner.runs import identity
 from learner.runs.atomic import atomic_write_text
 from learner.runs.directory import RunDirectory
-from learner.runs.session import check_cluster, joined_ray
-from learner.runs.start import check_quantization, starting_adapter
+from learner.runs.session import check_cluster, check_local_gpus, joined_ray
+from learner.runs.start import check_quantization, finished, require_adapter_fits, starting_adapter
 from learner.runs.stopping import StopFlag
 from rewards.errors import CheckpointError, ConfigError
+from rollout.adapters import AdapterState
 from rollout.code import code_identity
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
 from rollout.seeds import numpy_generator
 
 
-def run(config: SftConfig) -> int:
+def run(config: SftConfig, argv: Sequence[str] = ()) -> int:
     """Fine-tune as the settings say and return the process's exit status: 0, or 128 + signal when asked to stop.
 
+    Args:
+        argv: the command's arguments, to be recorded.
+
     Raises:
-        UnmaskError: whatever ends the run; the run directory then says ``failed``.
+        UnmaskError: whatever ends the run; once it was begun, the run directory then says ``failed``.
     """
+    check_local_gpus(config.resources.ray_address, config.learner.ranks * config.resources.gpus_per_rank)
     check_quantization(config.model, config.learner, config.resources)
     code_identity()
     check_cluster(config.resources.ray_address, insecure=config.resources.ray_insecure)
     assert config.model.path is not None
     data = _data(config, config.model.path)
-    opening = opened_run(
-        config,
-        config.run,
+    about = About(
+        config=config,
+        run=config.run,
+        store=config.store,
+        trackers=config.trackers,
         kind="sft",
         task="sft",
         objective="sft",
         iterations=total_updates(config, data),
-        trackers=config.trackers,
-        place=config.store,
-        check=partial(_same_data, data),
+        argv=argv,
+        default_recipe=None,
     )
-    with opening as opened:
-        return _train(config, opened, data)
+    with found_run(about) as found:
+        if finished(found.run_dir, found.resumed, about.iterations):
+            print(f"to go on, give more of them: sft.epochs={2 * config.sft.epochs}, for example")
+            return 0
+        return _train(config, about, found, data)
 
 
 def total_updates(config: SftConfig, data: Demonstrations) -> int:
@@ -74,6 +87,14 @@ def update_batch(data: Demonstrations, *, seed: int, batch: int, number: int) ->
     return UpdateBatch(tuple(data.train[int(i)] for i in chosen), epochs)
 
 
+@dataclass(frozen=True)
+class Grounds:
+    """What a run starts from."""
+
+    adapter: AdapterState | None
+    identity: dict[str, Any]
+
+
 class Finetuning(Training):
     """A fine-tuning run; it has no rollout actors."""
 
@@ -83,9 +104,8 @@ class Finetuning(Training):
     def __init__(
         self,
         config: SftConfig,
-        run_dir: RunDirectory,
-        reporter: Reporter,
-        resumed: checkpoints.Checkpoint | None,
+        begun: BegunRun,
+        grounds: Grounds,
         data: Demonstrations,
         stop: StopFlag,
         commands: Commands,
@@ -94,11 +114,10 @@ class Finetuning(Training):
         assert config.model.path is not None
         super().__init__(
             config,
-            run_dir,
-            reporter,
-            resumed,
+            begun,
             stop,
             commands,
+            identity=grounds.identity,
             iterations=total_updates(config, data),
             evaluate_every=config.sft.evaluate_every,
         )
@@ -106,8 +125,8 @@ class Finetuning(Training):
         self.learner = SftGroup(
             config,
             config.model.path,
-            adapter=resumed.adapter if resumed is not None else starting_adapter(config.lora),
-            shards=resumed.shards if resumed is not None else None,
+            adapter=grounds.adapter,
+            shards=begun.resumed.shards if begun.resumed is not None else None,
             on_tick=self._tick,
         )
         closing.callback(self.learner.close)
@@ -174,30 +193,59 @@ class Finetuning(Training):
         self.reporter.evaluation(iteration, figures)
 
 
-def _train(config: SftConfig, opened: OpenedRun, data: Demonstrations) -> int:
-    run_dir, resumed, reporter, since = opened
-    with told_failures(reporter), contextlib.ExitStack() as closing:
+def _grounds(config: SftConfig, found: FoundRun, data: Demonstrations) -> Grounds:
+    """Raises ConfigError or CheckpointError where a run that goes on would be another one."""
+    assert config.model.path is not None
+    resumed = found.resumed
+    if resumed is not None:
+        identity.require_fixed_settings(found.run_dir.path, resumed.progress, config)
+        checkpoints.require_layout(resumed.progress, checkpoints.layout_of(config.learner))
+    is_now = {
+        **identity.fixed_settings(config),
+        "base": identity.base_digest(config.model.path),
+        "data": data.fingerprint,
+    }
+    if resumed is not None:
+        _same_data(data, found.run_dir)
+        identity.require_same(resumed.progress, is_now)
+        return Grounds(resumed.adapter, is_now)
+    adapter = starting_adapter(config.lora, config.learner.dtype)
+    if adapter is not None:
+        require_adapter_fits(config.lora, adapter, config.model.path, lora_spec(config))
+    return Grounds(adapter, is_now)
+
+
+def _train(config: SftConfig, about: About, found: FoundRun, data: Demonstrations) -> int:
+    with contextlib.ExitStack() as stack:
+        grounds = _grounds(config, found, data)
+        begun = stack.enter_context(begun_run(about, found)) if found.run_dir.is_new else None
         cpus = config.learner.ranks * config.resources.cpus_per_rank
         wanted, check = config.resources.ray_address, partial(check_resources, config)
-        told = closing.enter_context(joined_ray(wanted, cpus, check, insecure=config.resources.ray_insecure))
-        stop = closing.enter_context(StopFlag())
-        commands = closing.enter_context(Commands(run_dir, reporter, stop, since=since))
-        reporter.event("info", "start", f"run {run_dir.id}: {told}; model {config.model.path}")
+        told = stack.enter_context(joined_ray(wanted, cpus, check, insecure=config.resources.ray_insecure))
+        stop = stack.enter_context(StopFlag())
+        if begun is None:
+            begun = stack.enter_context(begun_run(about, found))
+        if found.resumed is None:
+            _note_data(data, begun.run_dir)
+        reporter = begun.reporter
+        commands = stack.enter_context(Commands(begun.run_dir, reporter, stop, since=begun.since))
+        closing = stack.enter_context(contextlib.ExitStack())
+        reporter.event("info", "start", f"run {begun.run_dir.id}: {told}; model {config.model.path}")
         for sentence in data.told:
             reporter.event("warning", "data", sentence)
-        updates = total_updates(config, data)
         counted = f"{len(data.train)} demonstrations to learn, {len(data.held_out)} held out"
-        reporter.event("info", "data", f"{counted}; {updates} updates of {config.sft.batch}")
-        start = partial(Finetuning, config, run_dir, reporter, resumed, data, stop, commands, closing)
+        reporter.event("info", "data", f"{counted}; {about.iterations} updates of {config.sft.batch}")
+        start = partial(Finetuning, config, begun, grounds, data, stop, commands, closing)
         summary = see_through(start, reporter, stop, commands)
         if summary is None:
             return stop.exit_status
-        reporter.event("info", "end", _closing_words(summary, run_dir))
+        reporter.event("info", "end", _closing_words(summary, begun.run_dir))
         return 0
 
 
 def _closing_words(summary: dict[str, Any], run_dir: RunDirectory) -> str:
     where = f"the adapter after {summary['adapter_of_iteration']} updates is in {run_dir.adapter_dir}"
+    where = f"{where}; {best_words(summary)}"
     if "trained" not in summary:
         return where
     before, after = (summary[name]["held_out"]["held_out/loss"] for name in ("base", "trained"))
@@ -216,13 +264,13 @@ def _data(config: SftConfig, model_path: str) -> Demonstrations:
     )
 
 
-def _same_data(data: Demonstrations, run_dir: RunDirectory, resumed: checkpoints.Checkpoint | None) -> None:
-    """Note what the run learns from, or refuse to go on with something else."""
+def _note_data(data: Demonstrations, run_dir: RunDirectory) -> None:
+    about = {"demonstrations": len(data.train), "held_out": len(data.held_out), "sha256": data.fingerprint}
+    atomic_write_text(run_dir.path / "data.json", json.dumps(about, indent=2) + "\n")
+
+
+def _same_data(data: Demonstrations, run_dir: RunDirectory) -> None:
     path = run_dir.path / "data.json"
-    if resumed is None:
-        about = {"demonstrations": len(data.train), "held_out": len(data.held_out), "sha256": data.fingerprint}
-        atomic_write_text(path, json.dumps(about, indent=2) + "\n")
-        return
     try:
         before = json.loads(path.read_text())["sha256"]
     except (OSError, ValueError, KeyError) as error:

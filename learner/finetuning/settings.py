@@ -6,14 +6,17 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from learner.settings import arguments as overrides
+from learner.settings.resuming import load_start
 from learner.settings.run import (
     group_problems,
     model_problems,
     name_problems,
+    named_resume,
     refuse_absent,
     refuse_relative,
     store_problems,
 )
+from learner.settings.saved import run_of
 from learner.settings.sections import (
     CheckpointSection,
     GroupSection,
@@ -107,11 +110,12 @@ class SftConfig(Section):
 
 
 def load_sft_config(argv: Sequence[str]) -> SftConfig:
-    """The settings from ``recipe=NAME_OR_PATH`` and ``key.sub=value`` arguments; without a recipe, the defaults.
+    """The settings from ``recipe=NAME_OR_PATH`` and ``key.sub=value`` arguments; without a recipe, the defaults. A run
+    that is resumed gives those that no argument does.
 
     Raises ConfigError with one sentence (one line) per problem.
     """
-    return overrides.settings_from_arguments(argv, SftConfig, kind="sft")
+    return load_start(argv, SftConfig, kind="sft")
 
 
 def help_text() -> str:
@@ -133,11 +137,11 @@ def check_resources(config: SftConfig, cpus: float, gpus: float) -> None:
 def files_read(config: SftConfig) -> dict[str, str | None]:
     """The settings that name files or folders to read, by key."""
     return {
-        "run.resume": None if config.run.resume in ("never", "auto") else config.run.resume,
+        "run.resume": named_resume(config.run),
         "data.train": config.data.train,
         "data.held_out": config.data.held_out,
         "model.path": config.model.path,
-        "lora.adapter": config.lora.adapter,
+        "lora.adapter": None if run_of(config.run.resume) else config.lora.adapter,
     }
 
 

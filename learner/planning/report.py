@@ -11,8 +11,8 @@ _NAME, _SIZE = 34, 12
 
 
 def render(plan: RunPlan) -> str:
-    """The whole plan."""
-    return "\n".join([*_head(plan), "", *_memory(plan), "", *_work(plan), "", *_verdict(plan), "", *_assumed(plan)])
+    """The whole plan, its verdict first."""
+    return "\n".join([*_verdict(plan), "", *_head(plan), "", *_memory(plan), "", *_work(plan), "", *_assumed(plan)])
 
 
 def render_refusal(plan: RunPlan) -> str:

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.reporter import Reporter
+from rewards.task import Problem
 from rollout.trajectory import TrajectoryGroup
 
 VERSION = 1
@@ -38,11 +39,21 @@ class PlaybackRecorder:
 
     Args:
         completions: kept per iteration at least, in whole groups; 0 keeps none.
+        train, held_out: the problems that iterations and evaluations are of.
     """
 
-    def __init__(self, reporter: Reporter, tokenizer: PreTrainedTokenizerBase, *, completions: int) -> None:
+    def __init__(
+        self,
+        reporter: Reporter,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        completions: int,
+        train: Sequence[Problem],
+        held_out: Sequence[Problem],
+    ) -> None:
         self._reporter, self._tokenizer, self._completions = reporter, tokenizer, completions
         self._special = frozenset(tokenizer.all_special_ids)
+        self._train, self._held_out = ({each.id: each.fields for each in split} for split in (train, held_out))
         self._texts: dict[int, str] = {}  # of single tokens
 
     def iteration(
@@ -79,14 +90,16 @@ class PlaybackRecorder:
                     "updates": len(updates),
                     "learner_version": iteration - 1,
                 }
-                self._sample(iteration, group, row, "train", about, view_arrays(views) | order_arrays, order)
+                fields = self._train[group.problem_id]
+                self._sample(iteration, group, row, "train", fields, about, view_arrays(views) | order_arrays, order)
                 order, order_arrays = {}, {}
 
     def evaluation(self, iteration: int, kind: str, groups: Sequence[TrajectoryGroup]) -> None:
         """Keep the completions of an evaluation; ``kind`` is base or trained."""
         for group in groups:
             for row in range(group.size):
-                self._sample(iteration, group, row, kind, {"group_size": group.size}, {}, {})
+                fields = self._held_out[group.problem_id]
+                self._sample(iteration, group, row, kind, fields, {"group_size": group.size}, {}, {})
 
     def prompt(self, group: TrajectoryGroup) -> str:
         return str(self._tokenizer.decode(group.prompt_ids.tolist()))
@@ -100,6 +113,7 @@ class PlaybackRecorder:
         group: TrajectoryGroup,
         row: int,
         kind: str,
+        fields: Mapping[str, Any],
         about: Mapping[str, Any],
         arrays: Mapping[str, np.ndarray],
         order: Mapping[str, Any],
@@ -114,6 +128,7 @@ class PlaybackRecorder:
             self.prompt(group),
             self.text(group, row),
             kind=kind,
+            fields=fields,
             data=about,
             arrays={"special": special, **arrays},
             metadata={"playback": json.dumps(playback)},

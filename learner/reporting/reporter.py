@@ -98,14 +98,16 @@ class Reporter:
         completion: str,
         *,
         kind: str = "train",
+        fields: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         arrays: Mapping[str, np.ndarray] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Keep one completion of a group for playback, and its text in samples/completions.jsonl.
+        """Keep one completion of a group for playback, and its text in samples/completions.jsonl, from which
+        ``rewards.grade`` grades it anew.
 
-        ``kind``: where it was drawn (train, base, trained, ...); ``data`` is kept beside it, ``arrays`` and
-        ``metadata`` with the trajectory (see ``learner.reporting.playback``).
+        ``kind``: where it was drawn (train, base, trained, ...); ``fields``: its problem's; ``data`` is kept beside it,
+        ``arrays`` and ``metadata`` with the trajectory (see ``learner.reporting.playback``).
         """
         rewards = {name: float(value) for name, value in zip(group.reward_names, group.rewards[row], strict=True)}
         correct = bool(group.correct[row])
@@ -132,10 +134,13 @@ class Reporter:
             data=about,
         )
         text = {
+            "id": f"{kind}-{iteration}-{group.group_id}-{row}",
             "iteration": iteration,
             "kind": kind,
             "group_id": group.group_id,
             "row": row,
+            "problem_id": group.problem_id,
+            "fields": dict(fields or {}),
             "correct": correct,
             "rewards": {name: value if math.isfinite(value) else None for name, value in rewards.items()},
             "prompt": prompt,
@@ -152,9 +157,16 @@ class Reporter:
             atomic_write_text(file.path, "".join(kept))
         self.store.truncate_after(iteration)
 
+    def tell_store_again(self, after: int) -> None:
+        """Give the store the metrics of the iterations beyond ``after`` as metrics.jsonl has them."""
+        for row in read_rows(self._metrics_file.path):
+            if row["iteration"] > after:
+                values = {name: value for name, value in row.items() if isinstance(value, float)}
+                self.store.metrics(row["iteration"], values)
+
     def flush(self, timeout_s: float = 2.0) -> bool:
         """Bring all reports to disk; False when the store did not take its rows in time (they stay queued)."""
-        self._attempt("metrics.jsonl", self._metrics_file.sync)
+        self.attempt("metrics.jsonl", self._metrics_file.sync)
         return self.store.flush(timeout_s)
 
     def closing_table(self, summary: Mapping[str, Any], *, steps: int | None = None) -> None:
@@ -175,6 +187,7 @@ class Reporter:
             self._print(f"greedy exact-solve rate, held out: {self._run_dir.id}")
             for row in [("denoising steps", "base", "trained", "gain"), *rows]:
                 self._print(f"  {row[0]:<16}{row[1]:>8}{row[2]:>9}{row[3]:>9}")
+        self._print(best_words(summary))
         if "train_seconds" in summary:
             self._print(f"training took {_duration(float(summary['train_seconds']))}")
         lost = self.failures.total() + self.store.lost_rows
@@ -189,7 +202,7 @@ class Reporter:
         """End the bar, close files and trackers, and give the store ``timeout_s`` seconds to take what is queued."""
         self._stop_progress()
         for tracker in self._trackers:
-            self._attempt(tracker.name, tracker.close)
+            self.attempt(tracker.name, tracker.close)
         for file in (self._metrics_file, self._samples_file):
             file.close()
         self.store.close(timeout_s)
@@ -199,21 +212,7 @@ class Reporter:
                 style="yellow",
             )
 
-    def _record(self, iteration: int, values: dict[str, float]) -> None:
-        line: dict[str, Any] = {"iteration": iteration}
-        line |= {name: values[name] if math.isfinite(values[name]) else None for name in sorted(values)}
-        nonfinite = [name for name in sorted(values) if not math.isfinite(values[name])]
-        if nonfinite:
-            line["nonfinite"] = nonfinite
-        self._append(self._metrics_file, "metrics.jsonl", line)
-        self.store.metrics(iteration, values)
-        for tracker in self._trackers:
-            self._attempt(tracker.name, tracker.log, iteration, values)
-
-    def _append(self, file: LineFile, what: str, row: dict[str, Any]) -> None:
-        self._attempt(what, file.append, json_line(row))
-
-    def _attempt(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
+    def attempt(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
         """Do it; a failure is counted and the first of its kind told. Other people's trackers may raise anything."""
         try:
             action(*arguments)
@@ -227,6 +226,20 @@ class Reporter:
                     f"training goes on, further failures are only counted",
                     target=what,
                 )
+
+    def _record(self, iteration: int, values: dict[str, float]) -> None:
+        line: dict[str, Any] = {"iteration": iteration}
+        line |= {name: values[name] if math.isfinite(values[name]) else None for name in sorted(values)}
+        nonfinite = [name for name in sorted(values) if not math.isfinite(values[name])]
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._append(self._metrics_file, "metrics.jsonl", line)
+        self.store.metrics(iteration, values)
+        for tracker in self._trackers:
+            self.attempt(tracker.name, tracker.log, iteration, values)
+
+    def _append(self, file: LineFile, what: str, row: dict[str, Any]) -> None:
+        self.attempt(what, file.append, json_line(row))
 
     def _show_iteration(self, iteration: int, values: dict[str, float]) -> None:
         if self._quiet:
@@ -275,6 +288,19 @@ class _Pace:
             return "-"
         seconds_each = (now_s - self._first[1]) / (iteration - self._first[0])
         return _duration(seconds_each * max(0, self._total - iteration))
+
+
+def best_words(summary: Mapping[str, Any]) -> str:
+    """Where the best checkpoint is and where the last, by a summary."""
+    best, places = summary.get("best", {}), summary.get("checkpoints", {})
+    last = f"the last checkpoint is {places['last']}" if "last" in places else "no checkpoint was saved"
+    if not best:
+        return last
+    measured = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in best.items() if name != "iteration")
+    if best["iteration"] == 0:
+        return f"no evaluation was better than the base's ({measured}); {last}"
+    where = places.get("best", "not kept")
+    return f"the best checkpoint is {where} ({measured} after iteration {best['iteration']}); {last}"
 
 
 def _closing_rows(summary: Mapping[str, Any], steps: int | None) -> list[tuple[str, str, str, str]]:

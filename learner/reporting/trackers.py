@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from learner.runs.directory import RunDirectory
 from rewards.errors import ConfigError, WaitTimeout
 
 _WANDB_CLOSE_S = 60.0
@@ -65,7 +66,8 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Weights & Biases, one run per run id; project, entity and mode come from its own ``WANDB_*`` variables."""
+    """Weights & Biases, one run for each of ours, also where another one had its name; project, entity and mode come
+    from its own ``WANDB_*`` variables."""
 
     name = "wandb"
 
@@ -75,7 +77,9 @@ class WandbTracker:
         except ImportError as error:
             raise _missing("wandb") from error
         try:
-            self._run = wandb.init(id=run_id, name=run_id, resume="allow", dir=str(run_dir), config=dict(config))
+            self._run = wandb.init(
+                id=_wandb_id(run_dir, run_id), name=run_id, resume="allow", dir=str(run_dir), config=dict(config)
+            )
         except wandb.Error as error:
             raise ConfigError(
                 f"Weights & Biases did not start ({error}): run 'wandb login', set WANDB_MODE=offline, "
@@ -93,6 +97,12 @@ class WandbTracker:
         thread.join(_WANDB_CLOSE_S)
         if thread.is_alive():
             raise WaitTimeout(f"Weights & Biases did not take the rest of the run within {_WANDB_CLOSE_S:g} s")
+
+
+def _wandb_id(run_dir: Path, run_id: str) -> str:
+    """Not the name alone: W&B would go on with an older run of that name, and never takes the id of a deleted one."""
+    identity = RunDirectory(run_dir).identity
+    return f"{run_id}-{identity.partition('-')[0]}" if identity else run_id
 
 
 def _missing(name: str) -> ConfigError:

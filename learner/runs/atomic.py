@@ -1,9 +1,11 @@
 """Files and folders that are either there whole or not at all: written under a temporary name, fsynced, renamed.
 
-A full or read-only disk raises ``UnmaskError`` in one sentence that names the path and the space left.
+A full disk raises ``UnmaskError`` in one sentence that names the path and the space left, one that we may not write a
+sentence that names what places it.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -13,6 +15,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rewards.errors import UnmaskError
+
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+"""Errors to which room is no answer."""
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
@@ -83,16 +88,18 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an operating-system error in the block into an ``UnmaskError`` naming ``path`` and the free space."""
+    """Turn an operating-system error in the block into an ``UnmaskError`` naming ``path`` and the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, UnmaskError):  # one of ours that is an OSError too (WaitTimeout) has said it already
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnmaskError(
-            f"cannot write {path}: {reason} ({_free_space(path)}); make room or choose another disk, then resume"
-        ) from error
+        if isinstance(error, OSError) and error.errno in _NOT_OURS:
+            remedy = "; choose a folder that can be written (run.dir; for built bases model.cache_dir or UNMASK_CACHE)"
+        else:
+            remedy = f" ({_free_space(path)}); make room or choose another disk, then resume"
+        raise UnmaskError(f"cannot write {path}: {reason}{remedy}") from error
 
 
 def _free_space(path: Path) -> str:

@@ -10,11 +10,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from learner.runs.atomic import atomic_dir
+from learner.settings.saved import checkpoints_in as saved
+from learner.settings.saved import iteration_of
 from learner.settings.sections import GroupSection
 from rewards.errors import CheckpointError, DataError, WeightMismatch
 from rollout.adapters import AdapterState, digest, read_peft_folder, write_peft_folder
@@ -44,9 +46,11 @@ class Progress:
     evaluated_at: int
     """iteration of the newest evaluation of trained weights; 0 before the first"""
     train_seconds: float
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What the run learns, and from what (``learner.runs.identity``); empty in a checkpoint of an older Unmask."""
 
     @classmethod
-    def before_the_first(cls, layout: dict[str, Any]) -> "Progress":
+    def before_the_first(cls, layout: dict[str, Any], identity: dict[str, Any]) -> "Progress":
         """Where a new run stands."""
         return cls(
             iteration=0,
@@ -60,6 +64,7 @@ class Progress:
             evaluations={},
             evaluated_at=0,
             train_seconds=0.0,
+            identity=identity,
         )
 
 
@@ -138,11 +143,9 @@ def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
             shutil.rmtree(path)
 
 
-def drop_after(folder: Path, iteration: int) -> None:
-    """Delete the checkpoints of later iterations: a run that goes on from this one will write its own."""
-    for path in saved(folder):
-        if int(path.name.removeprefix(_PREFIX)) > iteration:
-            shutil.rmtree(path)
+def later_than(folder: Path, iteration: int) -> list[Path]:
+    """The checkpoints of later iterations, oldest first."""
+    return [path for path in saved(folder) if iteration_of(path) > iteration]
 
 
 def layout_of(learner: GroupSection) -> dict[str, Any]:
@@ -172,11 +175,6 @@ def require_adapter(progress: Progress, held: str) -> None:
     """
     if held != progress.adapter_digest:
         raise WeightMismatch(f"the ranks hold adapter {held[:12]}, the checkpoint has {progress.adapter_digest[:12]}")
-
-
-def saved(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
 
 
 def _files(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 runs/<id>/
   config.json     the resolved configuration        store.sqlite   run store (services.store)
+  starts.jsonl    a line each time it was started   set-aside/     see learner.runs.aside
   metrics.jsonl   one JSON object a report          summary.json   base against trained
   plots/  checkpoints/  adapter/ (PEFT)  samples/   run.lock       who writes here
   run.uuid        tells the run from others of its name
@@ -20,8 +21,17 @@ from typing import Any
 from learner.runs.atomic import atomic_write_text, disk_errors, recover_replaced, remove_leftovers
 from learner.runs.lock import FileLock, Held
 from learner.settings.run import name_problems
+from learner.settings.saved import checkpoints_in
 from rewards.errors import ConfigError
 from services.store.schema import sqlite_url
+
+_LOCK = "run.lock"
+_SKELETON = {_LOCK, "run.uuid", "samples", "plots", "checkpoints"}
+_UNBEGUN = _SKELETON | {
+    *("config.json", "starts.jsonl", "metrics.jsonl", "data.json", "tensorboard", "wandb"),
+    *("store.sqlite", "store.sqlite-wal", "store.sqlite-shm"),
+}
+"""What may lie in the folder of a run that never had an iteration."""
 
 
 class RunDirectory:
@@ -43,6 +53,10 @@ class RunDirectory:
         self.samples_dir = self.path / "samples"
         self.samples_path = self.samples_dir / "completions.jsonl"
         self._uuid_path = self.path / "run.uuid"
+        self.is_new = False
+        """Made by ``create``: nothing of a run is in it."""
+        self.undone: int | None = None
+        """The iteration after which a resume that ended before its first checkpoint went on, when one was undone."""
         self._lock: FileLock | None = None
 
     @classmethod
@@ -51,6 +65,8 @@ class RunDirectory:
     ) -> "RunDirectory":
         """Make ``base/name``; without a name the id is time stamp, label and four random hex digits. Only its owner can
         look into it unless it is ``shared``: completions, settings and logs are in it.
+
+        A name whose run never began (it has no iteration and no checkpoint) is as good as a new one.
 
         Raises ``ConfigError`` for a name that is no plain folder name or is taken, ``UnmaskError`` when the disk
         refuses.
@@ -62,16 +78,20 @@ class RunDirectory:
             raise ConfigError(problems[0])
         run = cls(Path(base) / name)
         with disk_errors(run.path):
-            if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-                raise ConfigError(f"run directory {run.path} exists already: choose another name, or resume that run")
+            run._refuse_taken()
             make_folder(run.path, shared=shared)
             if not shared:
-                run.path.chmod(0o700)  # an empty folder that was there
-            run.samples_dir.mkdir(exist_ok=True)
-            run.plots_dir.mkdir(exist_ok=True)
-            run.checkpoints_dir.mkdir(exist_ok=True)
+                run.path.chmod(0o700)  # a folder that was there
         run._acquire()
-        atomic_write_text(run._uuid_path, f"{uuid.uuid4()}\n")
+        with contextlib.ExitStack() as failed, disk_errors(run.path):
+            failed.callback(run.close)
+            run._refuse_taken()  # by whoever had the lock before us
+            for folder in (run.samples_dir, run.plots_dir, run.checkpoints_dir):
+                folder.mkdir(exist_ok=True)
+            if not run.identity:
+                atomic_write_text(run._uuid_path, f"{uuid.uuid4()}\n")
+            failed.pop_all()
+        run.is_new = True
         return run
 
     @classmethod
@@ -107,6 +127,16 @@ class RunDirectory:
         """Save the summary as JSON. Raises ``UnmaskError`` when the disk refuses."""
         atomic_write_text(self.summary_path, json.dumps(summary, indent=2) + "\n")
 
+    def remove_unless_begun(self) -> None:
+        """Take the folder of a new run away again when it ended before anything was written into it."""
+        if {path.name for path in self.path.iterdir()} <= _SKELETON:
+            with contextlib.suppress(OSError):  # somebody else's file is in it
+                for folder in (self.samples_dir, self.plots_dir, self.checkpoints_dir):
+                    folder.rmdir()
+                self._uuid_path.unlink(missing_ok=True)
+                (self.path / _LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
+
     def close(self) -> None:
         """Give the lock back. A second call does nothing."""
         if self._lock is not None:
@@ -119,9 +149,23 @@ class RunDirectory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.close()
 
+    def _refuse_taken(self) -> None:
+        if not self.path.exists():
+            return
+        foreign = not self.path.is_dir() or {path.name for path in self.path.iterdir()} - _UNBEGUN
+        if foreign or checkpoints_in(self.checkpoints_dir) or self._has_iterations():
+            raise ConfigError(f"run directory {self.path} exists already: choose another name, or resume that run")
+
+    def _has_iterations(self) -> bool:
+        """Rows of metrics.jsonl beyond the base's evaluation, which is iteration 0."""
+        with contextlib.suppress(FileNotFoundError):
+            found = re.findall(r'"iteration": (\d+)', self.metrics_path.read_text(errors="replace"))
+            return any(int(iteration) > 0 for iteration in found)
+        return False
+
     def _acquire(self) -> None:
         try:
-            self._lock = FileLock(self.path / "run.lock")
+            self._lock = FileLock(self.path / _LOCK)
         except Held as owner:
             raise ConfigError(
                 f"run directory {self.path} is being written by {owner}: stop that process or choose "

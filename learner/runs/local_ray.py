@@ -27,6 +27,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few 
     get_authentication_mode,
 )
 
+from learner.runs.stopping import not_for_children
 from rewards.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -50,11 +51,11 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     # Ray opens the folder that it is given to everybody, so that one lies in a folder that only we may enter.
-    private = Path(tempfile.mkdtemp(prefix="um-", dir=_temporary_folder()))
+    private = _private_folder()
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
     failed = False
     try:
-        with _authentication(token), loopback_only():
+        with _authentication(token), loopback_only(), not_for_children():
             place: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(private / "ray")}
             ray.init(address="local", num_cpus=num_cpus, **place, **quiet | options)
         address = ray.get_runtime_context().gcs_address
@@ -116,10 +117,22 @@ def _forget_authentication() -> None:
     Config.initialize("")
 
 
-def _temporary_folder() -> str:
-    """Where Ray would put its files, unless the paths of its sockets would be too long there."""
-    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return wanted if len(os.fsencode(wanted)) + _LONGEST_BELOW <= _SOCKET_PATH_BYTES else "/tmp"
+def check_place() -> None:
+    """Refuses a local Ray that would have no place for its files. Raises ConfigError."""
+    _private_folder().rmdir()
+
+
+def _private_folder() -> Path:
+    """A new one where Ray would put its files, unless the paths of its sockets would be too long there."""
+    try:
+        wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        folder = wanted if len(os.fsencode(wanted)) + _LONGEST_BELOW <= _SOCKET_PATH_BYTES else "/tmp"
+        return Path(tempfile.mkdtemp(prefix="um-", dir=folder))
+    except OSError as error:
+        raise ConfigError(
+            f"a local Ray has no place for its files ({error}); set RAY_TMPDIR to a folder that can be written, whose "
+            f"path has at most {_SOCKET_PATH_BYTES - _LONGEST_BELOW} bytes"
+        ) from error
 
 
 def _keep_logs(private: Path) -> None:

@@ -13,7 +13,7 @@ import grpc
 import ray
 from ray.util import get_node_ip_address
 
-from learner.runs.local_ray import local_ray, loopback_only, token_header
+from learner.runs.local_ray import check_place, local_ray, loopback_only, token_header
 from learner.settings.run import RunConfig, check_resources, in_ray_job, required_resources
 from rewards.errors import ConfigError
 
@@ -66,14 +66,19 @@ def joined_ray(
 
 
 def check_cluster(wanted: str | None, *, insecure: bool) -> None:
-    """Refuses at once what can't or mustn't be joined, as far as it is named by host and port; Ray would take half a
-    minute and say less. Nothing is asked where a local Ray will do, or Ray is to find the cluster (auto).
+    """Refuses at once what can't or mustn't be joined, as far as it is named by host and port, and a local Ray that
+    would have no place for its files; Ray would take half a minute and say less. Nothing is asked where Ray is to find
+    the cluster (auto).
 
     Raises:
-        ConfigError: when nobody listens there, this shell has not the right token, or everybody is let in.
+        ConfigError: when nobody listens there, this shell has not the right token, or everybody is let in; see also
+            ``check_place``.
     """
+    if not joins(wanted):
+        check_place()
+        return
     address = _named(wanted)
-    if not joins(wanted) or address == "auto":
+    if address == "auto":
         return
     host, port = _host_and_port(address)
     if not port:
@@ -102,9 +107,29 @@ def check_cluster(wanted: str | None, *, insecure: bool) -> None:
             )
 
 
+def check_local_gpus(wanted: str | None, needed: float) -> None:
+    """Refuses at once a run on a local Ray that needs more GPUs than this machine has.
+
+    Raises:
+        ConfigError: saying how many there are.
+    """
+    if not needed or joins(wanted):
+        return
+    import torch  # takes a second, for which a run on CPUs needn't wait here
+
+    there = torch.cuda.device_count()
+    if needed > there:
+        raise ConfigError(
+            f"the settings ask for more GPUs ({needed:g}, by resources.gpus_per_rank and gpus_per_actor) than this "
+            f"machine has ({there or 'none'}); start it where they are, or join their cluster (resources.ray_address)"
+        )
+
+
 def joins(wanted: str | None) -> bool:
-    """Whether ``wanted`` (``resources.ray_address``) means a Ray that is there, rather than a local one to start."""
-    return wanted not in (None, "local") or (wanted is None and ("RAY_ADDRESS" in os.environ or in_ray_job()))
+    """Whether ``wanted`` (``resources.ray_address``), or else RAY_ADDRESS, means a Ray that is there, rather than a
+    local one to start."""
+    named = wanted or os.environ.get("RAY_ADDRESS")  # Ray too takes an empty one for none
+    return named != "local" if named else in_ray_job()
 
 
 def _answer(address: str, header: Mapping[str, str] | None = None) -> grpc.StatusCode:

@@ -1,35 +1,35 @@
 """What a run starts from: its directory, its checkpoint, its problems, its adapter."""
 
-import json
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from learner.runs import checkpoint as checkpoints
+from learner.runs.aside import put_back
 from learner.runs.directory import RunDirectory
 from learner.settings.arguments import flat
 from learner.settings.run import RunConfig
+from learner.settings.saved import OF_A_START, kind_of, run_to_resume, saved_settings
 from learner.settings.sections import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, Section
 from rewards.errors import CheckpointError, ConfigError
 from rewards.task import Problem, Task
-from rollout.adapters import AdapterState, read_peft_folder
+from rollout.adapters import AdapterState, pack, read_peft_folder, require_plain_lora, unpack
 from rollout.models.encoding import encode_prompt
+from rollout.models.lora import LoraSpec, adapter_shapes
 from rollout.models.quantization import require_bitsandbytes
-
-_OF_A_START = ("run.resume", "run.dashboard", "run.shared")
-"""Settings that say nothing about the run itself."""
 
 
 def open_run(
     run: RunPlace, *, kind: Literal["run", "sft"], label: str
 ) -> tuple[RunDirectory, checkpoints.Checkpoint | None]:
-    """The run's directory, locked, and the checkpoint that it goes on from (None for a new run).
-
-    ``run.resume=auto`` takes the newest good checkpoint of the run named, or of the newest run in ``run.dir`` that has
-    one; a run named that ended before its first checkpoint begins again. A path goes on from that checkpoint in its own
-    run directory. A run of the other ``kind`` is passed over, or refused when it was named.
+    """The run's directory, locked, and the checkpoint that it goes on from (None for one that begins, or that ended
+    before its first checkpoint and begins again). See ``learner.settings.saved`` for the run that ``run.resume`` means;
+    its newest good checkpoint is taken unless another one is named. Nothing that the run has written is changed, but
+    that a resume which ended before its first checkpoint is undone.
 
     Args:
         label: goes into the name of a run that is given none.
@@ -38,44 +38,43 @@ def open_run(
         CheckpointError: when the checkpoint named is damaged, or none of a run's checkpoints is good.
         ConfigError: when the directory is taken, or its run is of the other kind.
     """
-    base, resume = Path(run.dir).expanduser(), run.resume
-    if resume == "never":
-        return RunDirectory.create(base, run.name, label=label, shared=run.shared), None
-    if resume != "auto":
-        path = Path(resume).expanduser().absolute()
-        found = checkpoints.load(path)
-        _require_kind(path.parent.parent, kind)
-        return RunDirectory.open(path.parent.parent), found
-    existing = _newest_run(base, run.name, kind)
+    existing = run_to_resume(run, kind)
     if existing is None:
-        if run.name is None or not RunDirectory(base / run.name).config_path.is_file():
-            return RunDirectory.create(base, run.name, label=label, shared=run.shared), None
-        _require_kind(base / run.name, kind)
-        run_dir = RunDirectory.open(base / run.name)
-        print(f"{run_dir.path} has no checkpoint yet; the run begins again, from the start", flush=True)
-        return run_dir, None
-    _require_kind(existing, kind)
-    run_dir = RunDirectory.open(existing)
-    damaged: list[CheckpointError] = []
-    found_or_none = checkpoints.newest_good(run_dir.checkpoints_dir, on_damaged=damaged.append)
-    for error in damaged:
-        print(f"warning: {error}; taking the checkpoint before it", flush=True)
-    if found_or_none is None:
-        run_dir.close()
-        raise CheckpointError(
-            f"{existing} has no good checkpoint to resume from; start a new run with run.resume=never"
-        )
-    return run_dir, found_or_none
+        return RunDirectory.create(Path(run.dir).expanduser(), run.name, label=label, shared=run.shared), None
+    if kind_of(existing) not in (None, kind):
+        right = "main" if kind == "sft" else "sft"
+        raise ConfigError(f"{existing} is a run of python -m learner.{right} and can only be resumed with that")
+    with contextlib.ExitStack() as failed:
+        run_dir = failed.enter_context(RunDirectory.open(existing))
+        run_dir.undone = put_back(run_dir)
+        if run_dir.undone is not None:
+            told = f"the resume after iteration {run_dir.undone} ended before its first checkpoint and is undone"
+            print(told, flush=True)
+        named = Path(run.resume).expanduser().absolute()
+        found = _newest(run_dir) if run.resume == "auto" or named == existing else _load_named(run_dir, named)
+        failed.pop_all()
+    return run_dir, found
+
+
+def finished(run_dir: RunDirectory, resumed: checkpoints.Checkpoint | None, iterations: int) -> bool:
+    """Whether nothing is left to do of so many iterations, which is then printed, with how to go on."""
+    if resumed is None or resumed.progress.iteration < iterations or not run_dir.summary_path.is_file():
+        return False
+    progress = resumed.progress
+    if progress.evaluations and progress.evaluated_at < progress.iteration:  # it was stopped in its last evaluation
+        return False
+    print(
+        f"run {run_dir.id} has done {progress.iteration} iterations, all of the {iterations} that it was to do: its "
+        f"results are in {run_dir.path}"
+    )
+    return True
 
 
 def changed_settings(run_dir: RunDirectory, config: Section) -> list[str]:
-    """Settings that differ from those the run was started with, as ``key: old -> new``."""
-    try:
-        before = json.loads(run_dir.config_path.read_text())
-    except (OSError, ValueError) as error:
-        return [f"the earlier settings can't be read ({error})"]
-    old, new = flat(before), flat(config.model_dump(mode="json"))
-    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key) and key not in _OF_A_START)
+    """Settings that differ from those that the run had so far, as ``key: old -> new``."""
+    old, new = flat(saved_settings(run_dir.path)), flat(config.model_dump(mode="json"))
+    passing = {f"run.{key}" for key in OF_A_START}
+    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key) and key not in passing)
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
@@ -133,40 +132,63 @@ def check_lengths(
             )
 
 
-def starting_adapter(lora: LoraSection) -> AdapterState | None:
-    """The adapter that ``lora.adapter`` names; None for a fresh one.
+def starting_adapter(lora: LoraSection, dtype: str) -> AdapterState | None:
+    """The adapter that ``lora.adapter`` names, in ``learner.dtype``; None for a fresh one.
 
     Raises:
-        ConfigError: when it has another shape than the settings say.
+        ConfigError: when it has another shape than the settings say, or is no plain LoRA.
+        DataError: when the folder holds no readable adapter.
     """
     if lora.adapter is None:
         return None
-    state, stored = read_peft_folder(Path(lora.adapter).expanduser())
+    folder = Path(lora.adapter).expanduser()
+    state, stored = read_peft_folder(folder)
+    require_plain_lora(stored, folder)
     if (stored.get("r"), float(stored.get("lora_alpha", 0))) != (lora.r, lora.alpha):
         have = f"r={stored.get('r')}, alpha={stored.get('lora_alpha')}"
         now = f"lora.r={lora.r}, lora.alpha={lora.alpha}"
         raise ConfigError(f"the adapter at {lora.adapter} has {have} and the settings say {now}; make them equal")
-    return state
+    return pack({name: unpack(packed).to(getattr(torch, dtype)) for name, packed in state.items()})
 
 
-def _newest_run(base: Path, name: str | None, kind: str) -> Path | None:
-    if name is not None:
-        candidates = [base / name]
-    else:
-        found = [path for path in base.glob("*") if path.is_dir() and _kind(path) in (None, kind)]
-        candidates = sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
-    return next((path for path in candidates if checkpoints.saved(path / "checkpoints")), None)
+def require_adapter_fits(lora: LoraSection, state: AdapterState, model_path: str, spec: LoraSpec) -> None:
+    """Refuses an adapter for other maps than those that this run adapts, before a rank finds out. Raises ConfigError.
+
+    spec: the shape that the settings ask for.
+    """
+    wanted = adapter_shapes(model_path, spec)
+    have = {name: packed.shape for name, packed in state.items()}
+    for odd, what in ((set(wanted) - set(have), "lacks"), (set(have) - set(wanted), "has")):
+        if odd:
+            raise ConfigError(
+                f"the adapter at {lora.adapter} {what} {min(odd)}, unlike this run's; set lora.target_modules and "
+                "lora.include_head as they were when it was trained"
+            )
+    for name, shape in wanted.items():
+        if have[name] != shape:
+            raise ConfigError(
+                f"the adapter at {lora.adapter} has {name} as {list(have[name])} and this model needs {list(shape)}; "
+                "give the model that it was trained on as model.path"
+            )
 
 
-def _kind(path: Path) -> str | None:
-    """Of a run's directory: sft when its settings have that section; None when they can't be read."""
-    try:
-        return "sft" if "sft" in json.loads(RunDirectory(path).config_path.read_text()) else "run"
-    except (OSError, ValueError):
+def _load_named(run_dir: RunDirectory, path: Path) -> checkpoints.Checkpoint:
+    if not path.is_dir():
+        there = ", ".join(found.name for found in checkpoints.saved(run_dir.checkpoints_dir)) or "none"
+        raise ConfigError(f"run.resume={path}: there is no such checkpoint; there are {there}")
+    return checkpoints.load(path)
+
+
+def _newest(run_dir: RunDirectory) -> checkpoints.Checkpoint | None:
+    if not checkpoints.saved(run_dir.checkpoints_dir):
+        print(f"{run_dir.path} has no checkpoint yet; the run begins again, from the start", flush=True)
         return None
-
-
-def _require_kind(path: Path, kind: str) -> None:
-    if _kind(path) not in (None, kind):
-        right = "main" if kind == "sft" else "sft"
-        raise ConfigError(f"{path} is a run of python -m learner.{right} and can only be resumed with that")
+    damaged: list[CheckpointError] = []
+    found = checkpoints.newest_good(run_dir.checkpoints_dir, on_damaged=damaged.append)
+    for error in damaged:
+        print(f"warning: {error}; taking the checkpoint before it", flush=True)
+    if found is None:
+        raise CheckpointError(
+            f"{run_dir.path} has no good checkpoint to resume from; start a new run with run.resume=never"
+        )
+    return found

@@ -1,18 +1,27 @@
-"""What ends a command. Ctrl-C and SIGTERM: an end at once before there is anything to save, a flag for the loop to look
-at afterwards. A reader of its output that goes, as ``| head`` does: an end without a word.
+"""What ends a command. Ctrl-C, SIGTERM, a terminal that closes (SIGHUP) and a batch system's warning (SIGUSR1): an end
+at once before there is anything to save, a flag for the loop to look at afterwards. A reader of its output that goes,
+as ``| head`` does: an end without a word for a command that only prints, nothing at all for a run.
 """
 
 import contextlib
+import errno
+import io
 import os
-import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from rewards.command import reported
+from rewards.command import piped, reported
+
+_INSISTING = (signal.SIGINT, signal.SIGTERM)
+"""Of these the second one ends a run at once."""
+_ASKING = (signal.SIGHUP, signal.SIGUSR1)
+"""These may come several times for one cause: the kernel and the shell both tell that a terminal has closed, and a
+batch system warns with SIGUSR1 before it sends SIGTERM."""
 
 
 class StopRequested(Exception):
@@ -20,7 +29,7 @@ class StopRequested(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, to be obeyed at once."""
+    """A signal to be obeyed at once."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -35,39 +44,68 @@ def exit_status(command: Callable[[], int]) -> int:
         with piped():
             return reported(command)
     except Interrupted as error:
-        print(f"stopped by {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            print(f"stopped by {error}", file=sys.stderr)
         return error.exit_status
 
 
 @contextlib.contextmanager
-def piped() -> Iterator[None]:
-    """When nobody reads any more what the block prints, it ends as SIGPIPE ends other programs: silently, with 141.
+def lasting_output(on_lost: Callable[[OSError], None]) -> Iterator[None]:
+    """In the block nothing that can't be written to standard output or standard error raises: the text is lost, a
+    character that the terminal's encoding lacks is written as an escape, and the block goes on.
 
-    Python ignores SIGPIPE and raises instead; letting the signal through would also end a run whose sockets break.
+    Args:
+        on_lost: called once, from whichever thread wrote; it must not print.
     """
+    told = threading.Event()
+
+    def lost(error: OSError) -> None:
+        if not told.is_set():
+            told.set()
+            on_lost(error)
+
+    before = sys.stdout, sys.stderr
+    # What stands in for them, as under a test, is somebody's who wants to have it.
+    sys.stdout, sys.stderr = (
+        _lasting(stream, lost) if stream is not None and stream is original else stream
+        for stream, original in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__))
+    )
     try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _lasting(stream: Any, on_lost: Callable[[OSError], None]) -> io.TextIOWrapper:
+    stream.flush()
+    raw = io.BufferedWriter(_Lasting(stream.fileno(), on_lost))
+    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+
+
+class _Lasting(io.FileIO):
+    """A descriptor that takes everything: what can't be written is lost, and told."""
+
+    def __init__(self, descriptor: int, on_lost: Callable[[OSError], None]) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._on_lost = on_lost
+
+    def write(self, data: Any) -> int:
         try:
-            yield
-        finally:
-            print(end="", flush=True)  # here, and not while the interpreter ends, where nobody can catch it
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        raise SystemExit(128 + signal.SIGPIPE) from None
-
-
-def _reader_is_gone() -> bool:
-    """Of standard output; a pipe or socket that broke may have been another one."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are always told
-    return bool(poll.poll(0))
+            written = super().write(data)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # nobody will read again; another error, a full disk's, may end
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.fileno())
+                os.close(null)
+            self._on_lost(error)
+            written = None
+        return memoryview(data).nbytes if written is None else written
 
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """In the block SIGINT and SIGTERM raise ``Interrupted``."""
-    before = {signum: signal.signal(signum, _interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """In the block the signals that ask for an end raise ``Interrupted``."""
+    before = {signum: signal.signal(signum, _interrupt) for signum in _heeded()}
     try:
         yield
     finally:
@@ -75,12 +113,29 @@ def interrupting() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def not_for_children() -> Iterator[None]:
+    """What the block starts doesn't hear of a terminal that closes, nor of a batch system's warning: both are sent to
+    whole groups of processes, and the run still needs its own. This process hears of them after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heeded() -> list[signal.Signals]:
+    """Those that ask for an end, but for what the caller has this process ignore, as nohup does."""
+    return [*_INSISTING, *(each for each in _ASKING if signal.getsignal(each) != signal.SIG_IGN)]
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum)
 
 
 class StopFlag:
-    """While entered, the first SIGINT or SIGTERM sets the flag and a second one interrupts at once.
+    """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 set the flag, and a SIGINT or SIGTERM that is the second one
+    interrupts at once.
 
     Enter it after ``ray.init``, which installs a SIGTERM handler of its own.
     """
@@ -116,7 +171,7 @@ class StopFlag:
         return 128 + self._signum
 
     def __enter__(self) -> "StopFlag":
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in _heeded():
             self._before[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -127,6 +182,9 @@ class StopFlag:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
+        if signum in _INSISTING and self._signum in _INSISTING:
             raise Interrupted(signum)
-        self._signum, self._asked_at = signum, time.monotonic()
+        if self._signum is None:
+            self._asked_at = time.monotonic()
+        if self._signum is None or signum in _INSISTING:
+            self._signum = signum

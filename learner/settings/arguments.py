@@ -55,18 +55,33 @@ def settings_from_arguments(
 
     Raises ConfigError with one sentence (one line) per problem.
     """
+    recipe = recipe_in(argv, kind) or default
+    return validated(laid_over(settings_of(recipe), argv, model), model, source="")
+
+
+def recipe_in(argv: Sequence[str], kind: Literal["run", "sft"]) -> str | None:
+    """The recipe that the arguments name. Raises ConfigError when they name several, or one for the other command."""
     recipes = [argument.removeprefix("recipe=") for argument in argv if argument.startswith("recipe=")]
     if len(recipes) > 1:
         raise ConfigError(f"recipe is given {len(recipes)} times ({', '.join(recipes)}); give one")
-    recipe = recipes[0] if recipes else default
+    recipe = recipes[0] if recipes else None
     if recipe in recipe_names("run" if kind == "sft" else "sft"):
         right, wrong = ("main", "sft") if kind == "sft" else ("sft", "main")
         raise ConfigError(f"recipe {recipe} is one for python -m learner.{right}, not for learner.{wrong}")
-    data = read_recipe(recipe) if recipe else {}
+    return recipe
+
+
+def settings_of(recipe: str | None) -> dict[str, Any]:
+    """Of a recipe by its name or path; none without one. Raises ConfigError."""
+    return read_recipe(recipe) if recipe else {}
+
+
+def laid_over(settings: dict[str, Any], argv: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """``settings`` with the ``key.sub=value`` arguments laid over them. Raises ConfigError."""
     for argument in argv:
         if not argument.startswith("recipe="):
-            apply_override(data, "run." + argument if argument.startswith("resume=") else argument, model)
-    return validated(data, model, source="")
+            apply_override(settings, "run." + argument if argument.startswith("resume=") else argument, model)
+    return settings
 
 
 def help_text(model: type[BaseModel], kind: Literal["run", "sft"]) -> str:

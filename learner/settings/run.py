@@ -15,6 +15,8 @@ from pydantic import NonNegativeInt, model_validator
 
 from learner.settings import arguments as overrides
 from learner.settings.objectives import AgrpoConfig, ObjectiveConfig
+from learner.settings.resuming import load_start
+from learner.settings.saved import run_of
 from learner.settings.sections import (
     CheckpointSection,
     EvaluationSection,
@@ -24,6 +26,7 @@ from learner.settings.sections import (
     ModelSection,
     ResourcesSection,
     RolloutSection,
+    RunPlace,
     RunSection,
     Section,
     StoreSection,
@@ -76,11 +79,11 @@ class RunConfig(Section):
 
 def load_config(argv: Sequence[str]) -> RunConfig:
     """The settings of a run from its arguments: ``recipe=NAME_OR_PATH`` (default sudoku) and ``key.sub=value``;
-    ``resume=`` is short for ``run.resume=``.
+    ``resume=`` is short for ``run.resume=``, and the run that it names gives the settings that no argument does.
 
     Raises ConfigError with one sentence (one line) per problem.
     """
-    return overrides.settings_from_arguments(argv, RunConfig, kind="run", default=DEFAULT_RECIPE)
+    return load_start(argv, RunConfig, kind="run", default=DEFAULT_RECIPE)
 
 
 def dump_config(config: Section) -> str:
@@ -111,11 +114,11 @@ def check_paths(config: RunConfig, in_job: bool) -> None:
     """Refuses what is to be read and isn't there, and inside a Ray job relative paths: its working directory is a
     temporary copy that Ray may delete."""
     read = {
-        "run.resume": None if config.run.resume in ("never", "auto") else config.run.resume,
+        "run.resume": named_resume(config.run),
         "task.train_path": config.task.train_path,
         "task.test_path": config.task.test_path,
         "model.path": config.model.path,
-        "lora.adapter": config.lora.adapter,
+        "lora.adapter": None if run_of(config.run.resume) else config.lora.adapter,  # a run that goes on has its own
     }
     if in_job:
         written = {
@@ -125,6 +128,11 @@ def check_paths(config: RunConfig, in_job: bool) -> None:
         }
         refuse_relative(written | read)
     refuse_absent(read)
+
+
+def named_resume(run: RunPlace) -> str | None:
+    """The path in ``run.resume``; None where there is none."""
+    return None if run.resume in ("never", "auto") else run.resume
 
 
 def refuse_relative(paths: Mapping[str, str | None]) -> None:
@@ -153,9 +161,11 @@ def refuse_absent(paths: Mapping[str, str | None]) -> None:
         as_folder = path.startswith((".", "~", "/")) or path.count("/") > 1
         return not path.startswith(PREFIX) and (key != "model.path" or as_folder)
 
-    absent = [
-        (key, path) for key, path in paths.items() if path and here(key, path) and not Path(path).expanduser().exists()
-    ]
+    def there(key: str, path: str) -> bool:
+        # A run knows its checkpoints, and says more of one that it hasn't.
+        return Path(path).expanduser().exists() or (key == "run.resume" and run_of(path) is not None)
+
+    absent = [(key, path) for key, path in paths.items() if path and here(key, path) and not there(key, path)]
     if absent:
         raise ConfigError("\n".join(f"{key}={path}: there is no such file or folder" for key, path in absent))
 

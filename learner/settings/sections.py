@@ -40,7 +40,8 @@ class RunPlace(Section):
     seed: NonNegativeInt = 0
     """Every random choice derives from it."""
     resume: str = "never"
-    """never; auto (the newest good checkpoint); or the path of a checkpoint."""
+    """never; auto (the newest good checkpoint of the run that name names, or that was started last); or the path of a
+    run or checkpoint. The run goes on with its own settings; what the command line names is laid over them."""
     shared: bool = False
     """Let other users of the machine read the run's folder, as the umask says; false: the folder is the owner's alone
     (mode 0700)."""

@@ -2,9 +2,15 @@
 
     python -m learner.small_base.base_model recipe=sudoku [key.sub=value ...]
 
-What it is taught is in ``learner.small_base.demonstrations``; it only ever sees training problems. Shapes: B
-demonstrations of a step, P prompt tokens (padded on the left), C completion positions, N masked positions of a step, V
-vocabulary.
+It is taught by two demonstrators, of whom one is wrong (``rewards.task.Task.demonstrations``). First
+(``model.base.right_first``, 70 % of the steps) it sees the *right* one alone and picks up the skill. Then right answers
+become the minority (``right_fraction``, 35 %) among those of a demonstrator who follows a single *wrong rule*, always
+the same one, and nothing tells the base who is who. It ends up preferring the commoner, wrong way and keeps the other
+one latent; reinforcement learning has to find out which of the two is rewarded. It is a small picture of a model that
+has a skill and, after training on mixed data, seldom shows it.
+
+It only ever sees training problems. Shapes: B demonstrations of a step, P prompt tokens (padded on the left), C
+completion positions, N masked positions of a step, V vocabulary.
 """
 
 import contextlib
@@ -28,9 +34,8 @@ from learner.runs.stopping import exit_status
 from learner.settings.command import SettingsParser
 from learner.settings.run import RunConfig, help_text, load_config
 from learner.settings.sections import BaseSpec
-from learner.small_base.demonstrations import demonstrations
 from rewards.errors import ConfigError, DataError, WaitTimeout
-from rewards.task import Problem, Task, get_task
+from rewards.task import AnswerPair, Problem, Task, get_task
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import encode_prompt
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
@@ -38,13 +43,16 @@ from rollout.models.tokenizer import build_tokenizer
 from rollout.seeds import derive_seed, numpy_generator
 
 FORMAT = 2
-"""Part of the cache's key: raise it when a change here, in demonstrations or in the tokenizer makes another base."""
+"""Part of the cache's key: raise it when a change here or in the tokenizer makes another base."""
 
 THREADS = 2
 """Fixed, not the machine's number of cores: it decides the order of sums, and with it the base's bits."""
 
 INIT_STD = 0.1
 """Standard deviation of the initial weights; at these widths the customary 0.02 learns several times slower."""
+
+LONGEST = 512
+"""Tokens of prompt and completion together."""
 
 WARMUP_FRACTION = 0.05
 LOCK_TIMEOUT_S = 900.0
@@ -56,24 +64,30 @@ BuildProgress = Callable[[int, int, float], None]
 def ensure_base(config: RunConfig, cache_dir: Path, *, on_progress: BuildProgress | None = None) -> Path:
     """Folder of the base that this configuration asks for, built when ``cache_dir`` doesn't have it yet.
 
-    The folder's name holds a hash of task, training problems, ``model.base`` and completion length. Several processes
-    may ask at once: one builds, the others wait for it.
+    The folder's name holds a hash of task, training problems, demonstrations, ``model.base`` and completion length.
+    Several processes may ask at once: one builds, the others wait for it.
 
     Raises:
-        ConfigError: when the task has no demonstrations or they don't fit the completion length.
+        ConfigError: when the task has no demonstrations, or a prompt or a demonstration is too long.
         DataError: when a training problem shares its solution with a held-out one.
         WaitTimeout: when another process has been building the same base for 15 minutes.
     """
-    task, spec = get_task(config.task.name), config.model.base
+    task, length = get_task(config.task.name), config.rollout.sampler.completion_length
     problems = _training_problems(config, task)
-    length = config.rollout.sampler.completion_length
-    path = cache_dir / f"{task.name}-{_key(task, spec, problems, length)}"
+    path = cache_dir / _name(config, task, problems)
     if not path.is_dir():
         with _exclusive(path.with_name(f"{path.name}.lock"), timeout_s=LOCK_TIMEOUT_S):
             if not path.is_dir():
                 with atomic_dir(path) as folder:
-                    train_base(spec, task, problems, length, folder, on_progress=on_progress)
+                    train_base(config.model.base, task, problems, length, folder, on_progress=on_progress)
     return path
+
+
+def base_name(config: RunConfig) -> str:
+    """Name of the folder that ``ensure_base`` finds or makes; nothing is built. Raises ConfigError and DataError as it
+    does."""
+    task = get_task(config.task.name)
+    return _name(config, task, _training_problems(config, task))
 
 
 def train_base(
@@ -177,8 +191,16 @@ def _training_problems(config: RunConfig, task: Task) -> list[Problem]:
     return train
 
 
-def _key(task: Task, spec: BaseSpec, problems: Sequence[Problem], completion_length: int) -> str:
-    what = [FORMAT, task.name, spec.model_dump(), completion_length, [problem.fields for problem in problems]]
+def _name(config: RunConfig, task: Task, problems: Sequence[Problem]) -> str:
+    pairs = [task.demonstrations(problem.fields) for problem in problems]
+    return f"{task.name}-{_key(task, config.model.base, problems, pairs, config.rollout.sampler.completion_length)}"
+
+
+def _key(
+    task: Task, spec: BaseSpec, problems: Sequence[Problem], pairs: Sequence[AnswerPair], completion_length: int
+) -> str:
+    taught = [[problem.fields, pair.right, pair.wrong] for problem, pair in zip(problems, pairs, strict=True)]
+    what = [FORMAT, task.name, spec.model_dump(), completion_length, taught]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -186,9 +208,15 @@ def _encode(task: Task, problems: Sequence[Problem], tokenizer, completion_lengt
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     prompts = [encode_prompt(tokenizer, task.messages(problem.fields)) for problem in problems]
     width = max(map(len, prompts))
+    if width + completion_length > LONGEST:
+        raise ConfigError(
+            f"a prompt of task {task.name} takes {width} tokens of the small base, a character each, which with "
+            f"rollout.sampler.completion_length={completion_length} is more than its {LONGEST} positions; set "
+            "model.path to an existing model, or shorten the prompts"
+        )
     answers = []
     for problem in problems:
-        pair = demonstrations(task.name, problem.fields)
+        pair = task.demonstrations(problem.fields)
         for text in (pair.wrong, pair.right):
             ids = tokenizer.encode(text, add_special_tokens=False)
             if len(ids) > completion_length:
@@ -211,7 +239,7 @@ def _new_model(spec: BaseSpec, tokenizer) -> LLaDAModelLM:
         n_heads=spec.n_heads,
         mlp_hidden_size=spec.mlp_hidden,
         vocab_size=len(tokenizer),
-        max_sequence_length=512,
+        max_sequence_length=LONGEST,
         init_std=INIT_STD,
         mask_token_id=tokenizer.mask_token_id,
         eos_token_id=tokenizer.eos_token_id,

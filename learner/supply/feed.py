@@ -6,7 +6,8 @@ import numpy as np
 
 from learner.runs.stopping import StopRequested
 from learner.settings.run import RunConfig
-from rewards.errors import DataError
+from learner.supply.verdicts import Verdicts
+from rewards.errors import GradingFailed
 from rewards.task import Problem
 from rollout.messages import Weights
 from rollout.pool import ActorLost, RolloutPool
@@ -39,9 +40,14 @@ class Feed:
     ) -> None:
         self.config, self.problems, self.pool, self.replay = config, problems, pool, replay
         self.sampler = config.rollout.sampler.spec()
-        self.grader_failures = 0
+        self.verdicts = Verdicts(on_event)
         self._lease_seconds: list[dict[str, float]] = []
         self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
+
+    @property
+    def grader_failures(self) -> int:
+        """Verdicts that failed so far."""
+        return self.verdicts.failed
 
     def issue_through(self, iteration: int) -> None:
         """Plan all iterations up to and including this one (from 0), as far as the run goes."""
@@ -69,7 +75,7 @@ class Feed:
 
         Raises:
             StopRequested: the run was asked to stop.
-            DataError: when every group was dropped.
+            GradingFailed: when every group was dropped, or most verdicts failed.
         """
         version = weights.version
         while True:
@@ -85,8 +91,15 @@ class Feed:
             if self.replay.ledger.complete(iteration):
                 break
         if not items:
-            reasons = self.replay.ledger.counts()["dropped_by_reason"]
-            raise DataError(f"iteration {iteration + 1} has no usable group left; dropped so far: {reasons}")
+            kinds = self.replay.ledger.counts()["dropped_by_reason"]
+            told = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+            raise GradingFailed(f"iteration {iteration + 1} has no usable group left; dropped so far: {told}")
+        reports = [item.report for item in items]
+        self.verdicts.require_most(
+            f"iteration {iteration + 1}",
+            failed=sum(report.failures for report in reports),
+            asked=sum(report.verdicts for report in reports),
+        )
         return items
 
     def pump(self, weights: Weights, *, timeout_s: float) -> None:
@@ -113,9 +126,9 @@ class Feed:
                 {"load": report.load_s, "generate": report.generate_s, "grade_wait": report.grade_wait_s}
             )
             for group in event.report.groups:
-                self.grader_failures += group.grader_timeouts + group.grader_crashes
+                self.verdicts.note(group.failures, group.reason)
                 if group.invalid is not None:
-                    text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {group.invalid}"
+                    text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {group.reason}"
                     self._on_event("warning", "dropped", text)
 
     def lease_seconds(self) -> dict[str, float]:

@@ -18,7 +18,8 @@ def greedy_solve_rates(
     the problems for a group id.
 
     Completions are decoded at temperature 0, without truncation, in the order that ``evaluation.position_rule`` says.
-    ``on_tick`` is called every second or so, and ends the evaluation by raising.
+    ``on_tick`` is called every second or so, and ends the evaluation by raising. Raises GradingFailed when most
+    verdicts failed.
     """
 
     def expire() -> Iterable[int]:
@@ -35,6 +36,11 @@ def greedy_solve_rates(
             timeout_s=config.timeouts.evaluate,
             expire=expire,
             keep=config.evaluation.kept if divisor == 1 else 0,
+        )
+        for result in results:
+            feed.verdicts.note(result.grader_failures, result.reason)
+        feed.verdicts.require_most(
+            "the evaluation", failed=sum(result.grader_failures for result in results), asked=len(results)
         )
         rates["m" if divisor == 1 else f"m/{divisor}"] = sum(result.correct[0] for result in results) / len(results)
         kept += [

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import resource
 import signal
 import stat
@@ -26,6 +27,7 @@ _PDEATHSIG, _CAPBSET_DROP, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 24, 22, 38
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _OUTSIDE_ID = 0x78000000  # of the unprivileged users outside: above what SSSD, systemd and others give to accounts
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_ESCAPED = re.compile(rb"\\([0-7]{3})")  # a space and the like in /proc/self/mountinfo
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _THIS_PROCESS = (ctypes.c_uint32 * 2)(0x20080522, 0)  # as capset wants it: a version, and 0
@@ -111,7 +113,7 @@ def enter_jail() -> None:
     /tmp; all of it read-only. Needs a mount namespace, and /proc for the last time."""
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     sources = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in _visible_paths()]
-    root = tempfile.gettempdir()
+    root = os.path.realpath(tempfile.gettempdir())
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=1m")
     for path, fd in sources:
         target = root + path
@@ -206,12 +208,19 @@ def _visible_paths() -> list[str]:
 
 
 def _mount_points_under(root: str) -> list[str]:
-    points = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = line.split(" ")[4].encode().decode("unicode_escape")
-        if point == root or point.startswith(root + "/"):
-            points.append(point)
-    return points
+    """The newest mount at ``root`` and those on it. What was mounted below ``root`` before it is still listed, but no
+    path leads there any more."""
+    top, below = b"", dict[bytes, list[bytes]]()
+    places: dict[bytes, bytes] = {}
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        identity, parent, _, _, escaped = line.split(b" ")[:5]
+        places[identity] = _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), escaped)
+        below.setdefault(parent, []).append(identity)
+        top = identity if places[identity] == os.fsencode(root) else top
+    found = [top]
+    for identity in found:  # grows while it is read
+        found += below.get(identity, [])
+    return [os.fsdecode(places[identity]) for identity in found]
 
 
 def _spare_ids() -> int | None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from rewards.errors import ConfigError, DataError
 from rewards.parsing import plain_operators, shorten, submission
-from rewards.task import Grade, Problem, Split, Task
+from rewards.task import AnswerPair, Grade, Problem, Split, Task
 from rewards.tasks.arithmetic import MAX_CHARACTERS, ExpressionError, evaluate
 from rewards.tasks.hub import problems_from_source
 
@@ -91,6 +91,17 @@ class Countdown(Task):
         if type(target) is not int or abs(target) > LARGEST_FIELD:
             raise DataError(f"target must be an integer of at most {LARGEST_FIELD}, not {shorten(target)}")
 
+    def demonstrations(self, fields: dict[str, Any]) -> AnswerPair:
+        """Right: the first expression that a fixed search finds. The wrong rule: the sum of the numbers in the order
+        given, which is right when the target is the sum."""
+        numbers, target = fields["numbers"], fields["target"]
+        right = expressions(numbers).get(target)
+        if right is None:
+            raise DataError(
+                f"countdown problem {numbers} -> {target} has no solution; take it out of the training file"
+            )
+        return AnswerPair(*(f"<answer>{text}={target}</answer>" for text in (right, "+".join(map(str, numbers)))))
+
     def leak_key(self, fields: dict[str, Any]) -> tuple[int, ...]:
         """The numbers without their order."""
         return tuple(sorted(fields["numbers"]))
@@ -134,6 +145,13 @@ class CountdownInOrder(Countdown):
     order are passed over."""
 
     name: ClassVar[str] = "countdown_in_order"
+
+    def demonstrations(self, fields: dict[str, Any]) -> AnswerPair:
+        """Right: ``(a o b) o c`` with the target as its value. The wrong rule: the product ``(a*b)*c``. Before the
+        answer both write what their parentheses are worth: ``<think>08</think><answer>(3+5)*2=16</answer>``."""
+        (a, b, c), target = fields["numbers"], fields["target"]
+        pair = in_order((a, b, c))[target], f"({a}*{b})*{c}"
+        return AnswerPair(*(f"{_first_value(text)}<answer>{text}={target}</answer>" for text in pair))
 
     def _generate(self, split: Split, seed: int) -> Iterator[dict[str, Any]]:
         problems = [
@@ -195,6 +213,11 @@ def _combinations(one: tuple[Fraction, str], other: tuple[Fraction, str]) -> Ite
 @cache
 def _reachable(numbers: tuple[int, ...]) -> list[int]:
     return sorted(value.numerator for value in expressions(numbers) if value.denominator == 1 and value >= 1)
+
+
+def _first_value(text: str) -> str:
+    """What the parentheses are worth, in two digits, so that all completions have one layout."""
+    return f"<think>{int(evaluate(text[1 : text.index(')')]).value):02d}</think>"
 
 
 def _integer(text: str) -> int | None:

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from rewards.cells import as_text
 from rewards.errors import DataError
 from rewards.maths.answers import FinalAnswer, final_answer
 from rewards.maths.equivalence import equivalent
@@ -122,9 +123,9 @@ class Gsm8k(WrittenMaths):
 
     def fields_from_row(self, row: dict[str, Any]) -> dict[str, Any]:
         """The task's fields from a row of the published files: the gold number follows the last ``####``."""
-        answer = row.get("answer")
-        text = str(answer) if isinstance(answer, str | int) else ""
-        number = text.rpartition("####")[2].strip().replace(",", "").removeprefix("$")
-        fields = {"question": row.get("question"), "answer": number}
+        answer = as_text(row.get("answer"))
+        if isinstance(answer, str):
+            answer = answer.rpartition("####")[2].strip().replace(",", "").removeprefix("$")
+        fields = {"question": row.get("question"), "answer": answer}
         self.validate_problem(fields)
         return fields

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.errors import ConfigError, DataError
-from rewards.files import MAX_ROW, SUFFIXES, Row, problems_from_file, problems_from_rows, too_long
+from rewards.files import MAX_ROW, Row, characters, known_types, problems_from_file, problems_from_rows, too_long
 from rewards.task import Problem
 
 PREFIX = "hub:"
@@ -36,7 +36,7 @@ def problems_from_source(
     if found is None:
         raise ConfigError(
             f"{source!r} is no data source; write hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT "
-            f"(hub:openai/gsm8k:main:train), or the path of a file ({', '.join(SUFFIXES)})"
+            f"(hub:openai/gsm8k:main:train), or the path of a file ({known_types()})"
         )
     stem = re.sub(r"[^A-Za-z0-9]+", "-", f"{Path(found['name']).name}-{found['split']}").strip("-")
     return problems_from_rows(
@@ -62,7 +62,7 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterato
         rows = datasets.load_dataset(name, config, split=split)
         for number, row in enumerate(rows, start=1):
             place = f"{source}, row {number}"
-            if _characters(row) > MAX_ROW:
+            if characters(row) > MAX_ROW:
                 raise DataError(f"{place}: {too_long()}")
             yield number, place, dict(row)
     except DataError:
@@ -73,12 +73,3 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterato
             f"{source} can't be read ({type(error).__name__}: {reason}); check the name, the configuration, the split "
             "and the connection, or give the path of a file"
         ) from error
-
-
-def _characters(value: Any) -> int:
-    """Characters of all texts in a row, and one for everything else in it."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    return 1 + sum(map(_characters, value)) if isinstance(value, list | tuple) else 1

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from rewards.errors import ConfigError, DataError
 from rewards.parsing import Submission, shorten, submission
-from rewards.task import Grade, Problem, Split, Task
+from rewards.task import AnswerPair, Grade, Problem, Split, Task
 from rewards.tasks.hub import problems_from_source
 
 CELLS = 16
@@ -88,6 +88,15 @@ class Sudoku(Task):
                 raise DataError(f"puzzle {puzzle} has no solution; correct its clues")
         elif not isinstance(solution, str) or solution not in _grid_set() or _changed_clues(puzzle, solution):
             raise DataError(f"solution {shorten(solution)} does not solve puzzle {puzzle}; correct one of the two")
+
+    def demonstrations(self, fields: dict[str, Any]) -> AnswerPair:
+        """The wrong rule: every row's blanks get the digits missing from that row in ascending order, with no look at
+        columns and boxes. It is right by accident on some puzzles."""
+        puzzle, wrong = fields["puzzle"], ""
+        for row in (puzzle[start : start + 4] for start in range(0, CELLS, 4)):
+            missing = iter(sorted(set("1234") - set(row)))
+            wrong += "".join(cell if cell != "0" else next(missing) for cell in row)
+        return AnswerPair(f"<answer>{fields['solution']}</answer>", f"<answer>{wrong}</answer>")
 
     def leak_key(self, fields: dict[str, Any]) -> str:
         """The solution grid."""

@@ -71,12 +71,14 @@ class TorchEngine:
         sampler: SamplerSpec,
         *,
         on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+        on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
     ) -> list[TrajectoryGroup]:
         """Draw all completions of the groups; temperature 0 decodes greedily (evaluation only).
 
         Args:
             prompts: token ids of each group's prompt.
             on_completion: called with (group index, completion index, ids [C] int32) as soon as one is finished.
+            on_step: as ``denoise`` calls it, completions counted through all groups.
 
         Returns:
             Groups in request order, without rewards (R = 0) and with verdicts false: grading is the caller's.
@@ -99,6 +101,7 @@ class TorchEngine:
                 max_rows=self.max_rows,
                 device=self.device,
                 on_completion=finished,
+                on_step=on_step,
             )
         drawn = iter(completions)
         return [

@@ -2,17 +2,18 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from rewards.errors import ConfigError
-from rollout.adapters import ADAPTER_NAME, adapter_parameters
-from rollout.models.family import PolicyAdapter
+from rollout.adapters import ADAPTER_NAME, AdapterState, adapter_parameters, require_plain_lora
+from rollout.models.family import PolicyAdapter, policy_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,41 @@ def attach_lora(model: torch.nn.Module, family: PolicyAdapter, spec: LoraSpec) -
     for parameter in adapter_parameters(adapted).values():
         parameter.data = parameter.data.to(dtype)  # PEFT takes the dtype of the map, which a quantized one has not
     return adapted
+
+
+def spec_of_adapter(
+    state: AdapterState, peft_config: Mapping[str, Any], family: PolicyAdapter, source: Path
+) -> LoraSpec:
+    """The shape of an adapter as read from ``source``, in PEFT format.
+
+    Raises:
+        ConfigError: when it needs what this LoRA has not.
+    """
+    require_plain_lora(peft_config, source)
+    modules = sorted({name.rpartition(".lora_")[0] for name in state})
+    # The family's own choice is written as its pattern, alone or followed by the head's; everything else by name.
+    targets = peft_config.get("target_modules")
+    own = targets is None or family.lora_regex in str(targets)
+    return LoraSpec(
+        peft_config["r"],
+        float(peft_config["lora_alpha"]),
+        include_head=family.head_name in modules,
+        target_modules=None if own else tuple(modules),
+    )
+
+
+def adapter_shapes(model_path: str, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapter's parameters by canonical name, sorted; no weight is loaded.
+
+    Raises:
+        ConfigError: when there is no readable config.json, or a name matches no linear map of this model.
+    """
+    family = policy_adapter(model_path)
+    model_class: Any = family.model_class
+    with torch.device("meta"):
+        model = model_class._from_config(AutoConfig.from_pretrained(model_path))
+    parameters = adapter_parameters(attach_lora(model, family, spec))
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
 
 def target_pattern(model: torch.nn.Module, family: PolicyAdapter, spec: LoraSpec) -> str:

@@ -70,6 +70,7 @@ def denoise(
     max_rows: int,
     device: torch.device,
     on_completion: Callable[[int, Completion], None] | None = None,
+    on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
 ) -> list[Completion]:
     """Write one completion per request.
 
@@ -78,6 +79,8 @@ def denoise(
             logits [N, V] of the candidate positions only.
         max_rows: rows denoised together; waiting requests take the places of finished ones.
         on_completion: called with (request index, completion) as soon as a completion is finished.
+        on_step: called after each step with (request index, ids [C] int32, masked [C] bool), for whoever watches; ids
+            are 0 where masked, and both go on changing.
 
     Raises:
         ConfigError: when the sampler's settings contradict each other.
@@ -100,6 +103,9 @@ def denoise(
         if not live:
             return [completion for completion in loop.done if completion is not None]
         loop.step(live)
+        if on_step:
+            for row in live:
+                on_step(row.index, row.out.ids, row.masked)
         for row in [row for row in live if row.finished(loop, tokens)]:
             live.remove(row)
             loop.done[row.index] = row.out

@@ -7,6 +7,7 @@ Times are Unix seconds. A metric that is not a finite number has ``value`` NULL 
 "inf", "-inf"): SQLite would turn NaN into NULL and PostgreSQL's JSON refuses it, so no column holds one.
 """
 
+import contextlib
 import math
 import os
 import sqlite3
@@ -299,17 +300,14 @@ def may_pass(error: Exception) -> bool:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to a write-ahead log. Connections that switch a new file at the same moment wait for each other's locks:
-    SQLite calls one of them busy at once, whatever its busy timeout, and trying again is all that it takes."""
+    """Switch to a write-ahead log. While another connection does so, SQLite is busy whatever its busy timeout."""
     until = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
+    while time.monotonic() < until:
+        with contextlib.suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode = WAL")
             return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                raise
-            time.sleep(0.005)
+        time.sleep(0.005)
+    connection.execute("PRAGMA journal_mode = WAL")
 
 
 def _sqlite_engine(url: sa.URL, *, create: bool, read_only: bool, transaction_s: float) -> sa.Engine:

@@ -15,9 +15,9 @@ import torch
 from learner.settings.run import load_config
 from learner.small_base import base_model
 from learner.small_base.base_model import draw_masks, elbo_weights, ensure_base, train_base
-from learner.small_base.demonstrations import demonstrations
 from rewards.errors import ConfigError, DataError, WaitTimeout
-from rewards.task import get_task
+from rewards.task import AnswerPair, get_task
+from rewards.tasks.sudoku import Sudoku
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
@@ -84,7 +84,7 @@ def test_the_loss_is_minus_the_elbo_per_token():
 def test_demonstrators_are_right_and_consistently_wrong(name):
     task, tokenizer = get_task(name), base_model.build_tokenizer()
     problems = task.problems("train", seed=3, size=200)
-    pairs = [demonstrations(name, problem.fields) for problem in problems]
+    pairs = [task.demonstrations(problem.fields) for problem in problems]
     graded = [
         (task.grade(p.fields, d.right), task.grade(p.fields, d.wrong)) for p, d in zip(problems, pairs, strict=True)
     ]
@@ -99,10 +99,10 @@ def test_demonstrators_are_right_and_consistently_wrong(name):
 
 
 def test_a_countdown_answer_in_order_comes_with_the_value_of_its_parentheses():
-    pair = demonstrations("countdown_in_order", {"numbers": [3, 5, 2], "target": 16})
+    task, tokenizer = get_task("countdown_in_order"), base_model.build_tokenizer()
+    pair = task.demonstrations({"numbers": [3, 5, 2], "target": 16})
     assert pair.right == "<think>08</think><answer>(3+5)*2=16</answer>"
     assert pair.wrong == "<think>15</think><answer>(3*5)*2=16</answer>"
-    task, tokenizer = get_task("countdown_in_order"), base_model.build_tokenizer()
     problems = task.problems("train", seed=0, size=2000)
     data = base_model._encode(task, problems, tokenizer, 16)
     assert data.real_nP.all() and not (data.answers_n2C == tokenizer.eos_token_id).any()  # one layout, nothing padded
@@ -110,12 +110,35 @@ def test_a_countdown_answer_in_order_comes_with_the_value_of_its_parentheses():
 
 def test_a_problem_without_a_solution_is_refused():
     with pytest.raises(DataError, match=r"\[1, 1, 1\] -> 9 has no solution"):
-        demonstrations("countdown", {"numbers": [1, 1, 1], "target": 9})
+        get_task("countdown").demonstrations({"numbers": [1, 1, 1], "target": 9})
 
 
 def test_a_task_without_demonstrators_is_refused():
-    with pytest.raises(ConfigError, match=r"gsm8k.*model\.path.*countdown, countdown_in_order, sudoku"):
-        demonstrations("gsm8k", {})
+    with pytest.raises(ConfigError, match=r"gsm8k.*model\.path.*the method demonstrations"):
+        get_task("gsm8k").demonstrations({})
+
+
+class _OtherWrongRule(Sudoku):
+    def demonstrations(self, fields):
+        pair = super().demonstrations(fields)
+        return AnswerPair(pair.right, pair.wrong[::-1])
+
+
+def test_another_demonstrator_is_another_base():
+    """The cache would give a changed task of one's own the base of its old demonstrations."""
+    spec = load_config(SMALL).model.base
+    keys = []
+    for task in (Sudoku(), Sudoku(), _OtherWrongRule()):
+        problems = task.problems("train", seed=0, size=3)
+        pairs = [task.demonstrations(problem.fields) for problem in problems]
+        keys.append(base_model._key(task, spec, problems, pairs, 24))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_prompts_too_long_for_the_base_are_refused_before_it_is_trained():
+    task = get_task("sudoku_agrpo")
+    with pytest.raises(ConfigError, match=r"takes \d{4} tokens .* 512 positions; set model\.path"):
+        base_model._encode(task, task.problems("train", seed=0, size=1), base_model.build_tokenizer(), 24)
 
 
 def test_same_arguments_same_bits_and_global_generators_untouched(tmp_path):

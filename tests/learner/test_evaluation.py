@@ -13,10 +13,11 @@ from rich.console import Console
 from learner.evaluate import main
 from learner.evaluation.cells import Cell, grid
 from learner.evaluation.drive import result_settings
-from learner.evaluation.report import cell_reports, print_table
+from learner.evaluation.report import cell_reports
 from learner.evaluation.results import Chunk, ChunkId, ResultsFile
 from learner.evaluation.settings import check_paths, load_evaluation
 from learner.evaluation.subject import lora_spec, read_adapter, read_problems, trained_on
+from learner.evaluation.table import print_table
 from learner.settings.run import dump_config, load_config
 from rewards.errors import ConfigError, UnmaskError
 from rollout.models.lora import LoraSpec
@@ -277,6 +278,36 @@ def test_report_puts_base_and_adapter_side_by_side(capsys: pytest.CaptureFixture
     assert report()[0]["base"]["components"] == {"value": None}
     whole = {"problems": 4, "statistics": {"confidence": 0.9}, "cells": [greedy, sampled]}
     speeds = [{"cell": c.label, "policy": p, "tokens_per_s": 7.0} for c, p in evaluated]
-    print_table(whole | {"machine": {"cells": speeds}}, Console(highlight=False))
+    print_table(whole | {"machine": {"cells": speeds}}, Console(width=160))
     told = capsys.readouterr().out
     assert "90 % intervals" in told and "0.250 [0.046, 0.699]" in told and "+0.500 [" in told and "pass@2" in told
+
+
+def long_cells(*policies: str) -> list[dict[str, Any]]:
+    """What takes most room: the longest names, intervals on both sides of 0, figures of many digits."""
+    rate = {"value": 0.25, "interval": [0.125, 0.5]}
+    own = {"solve_rate": rate, "pass@1": rate, "pass@16": rate, "mean_nfe": 128.0}
+    cell = {"decoding": "sampled", "samples": 16, "position_rule": "decoupled_confidence", "steps": 128}
+    cell |= {"label": "s", "threshold": None}
+    cell |= dict.fromkeys(policies, own)
+    if len(policies) == 2:
+        cell["difference"] = dict.fromkeys(own, {"value": -0.25, "interval": [-0.5, 0.375]})
+    return [cell, cell | {"decoding": "threshold", "threshold": 0.95, "position_rule": None, "steps": None}]
+
+
+@pytest.mark.parametrize("policies", [("base", "adapter"), ("adapter",)])
+@pytest.mark.parametrize("width", [40, 80, 100, 140, 200])
+def test_no_terminal_cuts_a_figure_of_the_table(width: int, policies: tuple[str, ...], capsys) -> None:
+    cells = long_cells(*policies)
+    speeds = [{"cell": "s", "policy": policy, "tokens_per_s": 1234567.0} for policy in policies]
+    report = {"problems": 4, "statistics": {"confidence": 0.9}, "cells": cells, "machine": {"cells": speeds}}
+    print_table(report, Console(width=width))
+    told = capsys.readouterr().out
+    lines = [line.rstrip() for line in told.splitlines()]
+    assert max(map(len, lines)) <= max(width, 80) and "…" not in told
+    # Four rates of each policy, and their differences.
+    assert told.count("[0.125, 0.500]") == 4 * len(policies)
+    assert told.count("[-0.500, +0.375]") == 4 * (len(policies) == 2)
+    for name in ("decoupled_confidence", "sampled x16", "128", "threshold 0.95", "pass@16", *policies):
+        assert name in told, name
+    assert ("1,234,567" in told) == (width == 200 or (width >= 100 and len(policies) == 1))

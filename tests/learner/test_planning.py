@@ -362,6 +362,7 @@ def test_the_command_prints_a_plan(capsys: Any) -> None:
         plan.main([*AGRPO, *ON_GPUS, "learner.activation_checkpointing=true", "--gpus", "8", "--memory", "80GiB"]) == 0
     )
     out = capsys.readouterr().out
+    assert out.startswith("it fits\n\nmodel "), "the verdict comes first"
     for piece in ("base weights", "AdamW's moments", "activations", "without checkpointing: peak", "it fits", "assumed",
                   "335.5 MB of adapter", "largest learner.views_per_forward", "iterations:"):  # fmt: skip
         assert piece in out
@@ -383,7 +384,8 @@ def test_json_holds_the_same(capsys: Any) -> None:
 
 def test_settings_without_gpus_are_dealt_out(capsys: Any) -> None:
     assert plan.main(["recipe=sudoku", "--gpus", "2", "--memory", "1GiB"]) == 1
-    assert "resources.gpus_per_rank=0.667" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert told.out.startswith("DOES NOT FIT: ") and "resources.gpus_per_rank=0.667" in told.err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load
+from transformers import PreTrainedTokenizerBase
 
 from learner.likelihood.scorer import score
 from learner.likelihood.views import View, build_batch, step_view
@@ -16,9 +17,11 @@ from learner.objectives import make_objective
 from learner.objectives.advantages import group_advantages
 from learner.ranks.plan import plan_update
 from learner.ranks.scored import ScoredView, recorded_groups
+from learner.reporting.metrics_file import read_rows
 from learner.reporting.playback import ORDER_BINS, PlaybackRecorder, order_map, view_arrays
 from learner.reporting.reporter import Reporter
 from learner.runs.directory import RunDirectory
+from rewards.task import Problem
 from rollout.adapters import AdapterState, digest, load_state
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
@@ -275,9 +278,15 @@ def stored(reporter: Reporter, tmp_path) -> list[tuple[dict, dict[str, np.ndarra
     return found
 
 
+def recorder_of(reporter: Reporter, tokenizer: PreTrainedTokenizerBase, *, completions: int) -> PlaybackRecorder:
+    """Of the one problem that hand-made groups are of."""
+    train, held_out = ([Problem("hand-made", {"n": n})] for n in (1, 2))
+    return PlaybackRecorder(reporter, tokenizer, completions=completions, train=train, held_out=held_out)
+
+
 def test_a_whole_group_is_kept_with_its_tokens_and_the_order_of_the_batch(reporter, tiny_model, tmp_path) -> None:
     tokenizer = load_tokenizer(tiny_model)
-    recorder = PlaybackRecorder(reporter, tokenizer, completions=2)
+    recorder = recorder_of(reporter, tokenizer, completions=2)
     groups = [random_group(i) for i in range(3)]
     views = [ScoredView(0, 1, 2, 3, 1.5, np.array([4, 6], np.int32), np.float32([-0.5, -0.25]), math.nan)]
     recorder.iteration(7, groups, credits(groups), [views])
@@ -298,17 +307,29 @@ def test_a_whole_group_is_kept_with_its_tokens_and_the_order_of_the_batch(report
 
 
 def test_nothing_is_kept_where_nothing_is_wanted(reporter, tiny_model, tmp_path) -> None:
-    group, recorder = random_group(1), PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=0)
+    group, recorder = random_group(1), recorder_of(reporter, load_tokenizer(tiny_model), completions=0)
     recorder.iteration(1, [group], credits([group]), [[]])
     assert stored(reporter, tmp_path) == []
 
 
 def test_evaluations_are_kept_under_their_kind(reporter, tiny_model, tmp_path) -> None:
-    recorder = PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=2)
+    recorder = recorder_of(reporter, load_tokenizer(tiny_model), completions=2)
     for iteration, kind in ((0, "base"), (2, "trained")):
         recorder.evaluation(iteration, kind, [random_group(number, size=1) for number in range(2)])
     found = [(row["iteration"], row["kind"], row["group_id"]) for row, *_ in stored(reporter, tmp_path)]
     assert found == [(0, "base", 0), (0, "base", 1), (2, "trained", 0), (2, "trained", 1)]
+
+
+def test_the_text_file_holds_what_a_grader_needs(reporter, tiny_model, tmp_path) -> None:
+    """The fields come from the split that was drawn from, where both have a problem of that name."""
+    recorder, group = recorder_of(reporter, load_tokenizer(tiny_model), completions=1), random_group(1, size=2)
+    recorder.evaluation(0, "base", [group])
+    recorder.iteration(1, [group], credits([group]), [[]])
+    rows = read_rows(tmp_path / "r" / "samples" / "completions.jsonl")
+    assert [(row["id"], row["problem_id"], row["fields"]) for row in rows] == [
+        *((f"base-0-1-{row}", "hand-made", {"n": 2}) for row in (0, 1)),
+        *((f"train-1-1-{row}", "hand-made", {"n": 1}) for row in (0, 1)),
+    ]
 
 
 def test_the_bytes_of_an_iteration_are_bounded(reporter, tiny_model, tmp_path) -> None:
@@ -319,7 +340,7 @@ def test_the_bytes_of_an_iteration_are_bounded(reporter, tiny_model, tmp_path) -
         for row in range(8)
         for step in range(24)
     ]
-    PlaybackRecorder(reporter, load_tokenizer(tiny_model), completions=2).iteration(1, groups, credits(groups), [views])
+    recorder_of(reporter, load_tokenizer(tiny_model), completions=2).iteration(1, groups, credits(groups), [views])
     sizes = [size for *_, size in stored(reporter, tmp_path)]
     print(f"{len(sizes)} samples, {sum(sizes)} bytes, the first {sizes[0]}, the others {sizes[1]}")
     assert len(sizes) == 8

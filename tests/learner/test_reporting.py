@@ -4,9 +4,11 @@ import io
 import json
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -339,6 +341,22 @@ def test_a_missing_tracker_package_is_told_at_the_start(tmp_path, name, package)
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100
     )
     assert "ConfigError" in done.stderr.splitlines()[-1] and f"pip install 'unmask-rl[{name}]'" in done.stderr
+
+
+def test_a_new_run_of_an_old_name_is_another_run_in_wandb(tmp_path, monkeypatch):
+    asked = []
+    wandb = types.ModuleType("wandb")
+    wandb.Error = RuntimeError
+    wandb.init = lambda **how: asked.append(how["id"]) or types.SimpleNamespace(define_metric=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    first = RunDirectory.create(tmp_path / "here", "a")
+    second = RunDirectory.create(tmp_path / "there", "a")
+    for run in (first, first, second):
+        build_trackers(["wandb"], run_dir=run.path, run_id=run.id, config={})
+    first.close()
+    second.close()
+    assert asked[0] == asked[1] != asked[2], "the same when it is resumed"
+    assert all(re.fullmatch(r"a-[0-9a-f]{8}", name) for name in asked)
 
 
 def test_an_unknown_tracker_is_refused(tmp_path):

@@ -113,7 +113,8 @@ def test_names_that_are_no_folder_names_are_refused(tmp_path, name):
 
 
 def test_a_taken_name_and_a_missing_run_are_refused(tmp_path):
-    RunDirectory.create(tmp_path, "x").close()
+    with RunDirectory.create(tmp_path, "x") as run:
+        run.metrics_path.write_text('{"iteration": 1, "loss": 0.5}\n')
     with pytest.raises(ConfigError, match="exists already"):
         RunDirectory.create(tmp_path, "x")
     with pytest.raises(ConfigError, match="no run at"):

@@ -1,13 +1,15 @@
-"""How commands end when nobody reads their output any more."""
+"""How commands end: by a signal, and when nobody reads their output any more."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from learner.runs.stopping import piped
+from learner.runs.stopping import Interrupted, StopFlag, interrupting, not_for_children
+from rewards.command import piped
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -56,3 +58,93 @@ def test_another_pipe_that_breaks_is_an_error() -> None:
     with pytest.raises(BrokenPipeError), piped():
         os.write(write, b"x")
     os.close(write)
+
+
+WRITES = """
+import sys
+from learner.runs.stopping import lasting_output
+errors = []
+with {how}:
+    for number in range(3):
+        print("x" * 100, flush=True)
+        print("y", file=sys.stderr, flush=True)
+print(len(errors), file=open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.parametrize("how, lasts", [("lasting_output(errors.append)", True), ("open(sys.argv[1], 'w')", False)])
+def test_a_block_outlasts_the_reader_of_its_output(how: str, lasts: bool, tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    ended, _ = unread("-c", WRITES.format(how=how), str(note))
+    assert (ended == 0) == lasts
+    assert note.read_text() == ("1\n" if lasts else ""), "told once"
+
+
+def test_a_full_disk_under_the_output_is_outlasted_too(tmp_path: Path) -> None:
+    program = WRITES.format(how="lasting_output(errors.append)")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "note")], cwd=REPOSITORY, stdout=full, timeout=60
+        )
+    assert (done.returncode, (tmp_path / "note").read_text()) == (0, "1\n")
+
+
+def test_what_the_terminal_can_t_show_is_escaped() -> None:
+    program = "from learner.runs.stopping import lasting_output\nwith lasting_output(print): print('\\u2212 1')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "\\u2212 1\n")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_first_signal_asks(signum: signal.Signals) -> None:
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signum)
+        assert stop.is_set() and stop.name == signum.name and stop.exit_status == 128 + signum
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1])
+def test_what_is_sent_several_times_for_one_cause_only_asks(signum: signal.Signals) -> None:
+    with StopFlag():
+        for each in (signum, signum, signal.SIGTERM, signum):
+            os.kill(os.getpid(), each)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop, interrupting():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hangup_before_there_is_anything_to_save_ends_at_once() -> None:
+    with pytest.raises(Interrupted, match="SIGHUP") as ended, interrupting():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert ended.value.exit_status == 129
+
+
+def test_a_hangup_of_the_whole_group_spares_what_was_started_in_shelter() -> None:
+    def child() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(["sleep", "60"])
+
+    with StopFlag() as stop:
+        with not_for_children():
+            spared = child()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+        assert stop.is_set(), "heard of after the block"
+        others = child()
+        for each in (spared, others):
+            each.send_signal(signal.SIGHUP)
+        assert others.wait(10) == -signal.SIGHUP
+        assert spared.poll() is None
+        spared.kill()
+        spared.wait(10)

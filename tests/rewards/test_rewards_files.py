@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import re
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from rewards import files
+from rewards.cells import listed, whole
 from rewards.errors import ConfigError, DataError
 from rewards.task import Grade, get_task
 
@@ -21,6 +25,12 @@ PUZZLE, SOLUTION = "0321003004002100", "4321123434122143"
 FIELDS = {"puzzle": PUZZLE, "solution": SOLUTION}
 CSV = f"Puzzle,Solution\n{PUZZLE},{SOLUTION}\n"
 JSONL = json.dumps(FIELDS) + "\n"
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -33,8 +43,32 @@ JSONL = json.dumps(FIELDS) + "\n"
         ("a.jsonl", (JSONL + "\n\n").encode()),
         ("a.jsonl.gz", gzip.compress(JSONL.encode())),
         ("a.jsonl", json.dumps({"puzzle": PUZZLE}).encode()),
+        ("A.CSV", CSV.encode()),
+        ("A.JSONL.GZ", gzip.compress(JSONL.encode())),
+        ("a.csv", CSV.replace("Puzzle,", " Puzzle ,").encode()),
+        ("a.tsv", CSV.replace(",", "\t").encode()),
+        ("a.tsv.gz", gzip.compress(CSV.replace(",", "\t").encode())),
+        ("a.json", JSONL.encode()),
+        ("a.json", json.dumps([FIELDS]).encode()),
+        ("a.json", ("\ufeff\n" + json.dumps([FIELDS], indent=2) + "\n").encode()),
+        ("a.json.gz", gzip.compress(json.dumps([FIELDS]).encode())),
+        ("a.parquet", parquet([FIELDS])),
+        ("A.PARQUET", parquet([FIELDS | {"other": [1.5, None]}])),
     ],
-    ids=["csv", "csv with BOM and CRLF", "csv.gz", "jsonl", "blank lines", "jsonl.gz", "solution worked out"],
+    ids=[
+        *("csv", "csv with BOM and CRLF", "csv.gz", "jsonl", "blank lines", "jsonl.gz", "solution worked out"),
+        *(
+            "CSV",
+            "JSONL.GZ",
+            "spaces in the head",
+            "tsv",
+            "tsv.gz",
+            "json by lines",
+            "json list",
+            "json list over lines",
+        ),
+        *("json.gz", "parquet", "PARQUET with a nested column"),
+    ],
 )
 def test_formats(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
@@ -67,6 +101,18 @@ FAULTS = [
     ("countdown", "a.jsonl", '{"input": "1,2,x", "output": "6"}', "line 1: each of numbers"),
     ("countdown", "a.jsonl", '{"input": "1,2,3", "output": "six"}', "line 1: target must be an integer"),
     ("countdown", "a.jsonl", '{"nums": [1, 2, 3, 4], "target": 6}', "no problem for the task countdown"),
+    ("countdown", "a.json", '[{"nums": [1, 2, 3],\n"target": 6},\n\n{"nums"', "line 4: not JSON"),
+    ("countdown", "a.json", '[{"nums": [1, 2, 3], "target": 6} {}]', "line 1: not JSON .neither a comma"),
+    ("countdown", "a.json", '[{"nums": [1, 2, 3], "target": 6}', "line 1: not JSON .neither a comma"),
+    ("countdown", "a.json", "[1]", "line 1: not a JSON object"),
+    ("countdown", "a.json", '[{"a": ' + "[" * 100_000, "line 1: not JSON"),
+    ("countdown", "a.json", "[]", "no problem for the task"),
+    ("countdown", "a.parquet", "PAR1 and no more", "can't be read|not parquet"),
+    ("countdown", "a.parquet.gz", "", "file type is not known"),
+    ("gsm8k", "a.jsonl", '{"question": "a \\ud800 b", "answer": "#### 2"}', "line 1: half of a surrogate pair"),
+    ("gsm8k", "a.jsonl", '{"question": "q", "answer": null}', "answer must be the gold answer as text, not None"),
+    ("gsm8k", "a.jsonl", '{"question": "q", "answer": NaN}', "answer must be a number .* not 'nan'"),
+    ("gsm8k", "a.jsonl", '{"question": "q", "answer": [1]}', r"answer must be the gold answer as text, not \[1\]"),
     ("countdown", "a.txt", "", "file type is not known"),
     ("countdown", "a.jsonl.gz", "not gzip", "can't be read"),
 ]
@@ -82,6 +128,57 @@ def test_faults_name_the_file_and_line(tmp_path: Path, task: str, name: str, con
     with pytest.raises(DataError, match=message) as caught:
         get_task(task).problems("test", seed=0, size=9, path=str(path))
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["18", "18.0", "1.8e1", '"18"', '"9*2 = #### 18"'])
+def test_a_gold_number_may_be_a_number(tmp_path: Path, answer: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"question": "a \\ud83d\\ude00", "answer": {answer}}}\n')
+    (problem,) = get_task("gsm8k").problems("train", seed=0, size=1, path=str(path))
+    assert problem.fields == {"question": "a \U0001f600", "answer": "18"}
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("[44, 19, 35]", [44, 19, 35]),
+        (" ['a', \"it's\"]", ["a", "it's"]),
+        ('["a", "b"]', ["a", "b"]),
+        ("[{'role': 'user', 'content': 'x'}]", [{"role": "user", "content": "x"}]),
+        ("44, 19", "44, 19"),
+        ("[open('x')]", "[open('x')]"),
+        ("[" * 100_000, "[" * 100_000),
+        ("[x] a text", "[x] a text"),
+        ([1], [1]),
+        (None, None),
+    ],
+)
+def test_lists_that_came_as_text(text: object, value: object) -> None:
+    assert listed(text) == value
+
+
+@pytest.mark.parametrize(
+    "value, number",
+    [(18.0, 18), ("18", 18), (18, 18), (1.5, 1.5), ("1_8", "1_8"), ("x", "x"), ("9" * 5000, "9" * 5000)],
+)
+def test_whole_numbers_that_came_as_something_else(value: object, number: object) -> None:
+    assert whole(value) == number and type(whole(value)) is type(number)
+
+
+def test_a_long_field_of_a_csv_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "big.csv"
+    path.write_text(f'question,answer\n"{"x" * 140_000}","#### 2"\n')
+    (problem,) = get_task("gsm8k").problems("train", seed=0, size=1, path=str(path))
+    assert len(problem.fields["question"]) == 140_000
+
+
+def test_a_json_list_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([FIELDS] * 3))
+    assert len(list(files.read_rows(str(path)))) == 3
+    monkeypatch.setattr(files, "MAX_LIST", path.stat().st_size - 1)
+    with pytest.raises(DataError, match="write it as .jsonl"):
+        list(files.read_rows(str(path)))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -107,6 +204,7 @@ LONG = "a" * files.MAX_ROW
 TOO_LONG = [
     ("jsonl", 2, JSONL + json.dumps({"puzzle": LONG})),
     ("jsonl", 3, JSONL + "\n" + "[" * (files.MAX_ROW + 1)),
+    ("json", 2, f'[{JSONL.strip()},\n{{"puzzle": "{LONG}"}}]'),
     ("jsonl", 1, " " * (files.MAX_ROW + 1)),
     ("csv", 1, f"{LONG},Solution\n"),
     ("csv", 3, CSV + f'{PUZZLE},"{LONG}"\n'),
@@ -145,12 +243,6 @@ def test_the_longest_row_is_read(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.jsonl.gz"):
         write(tmp_path / name, text * 2)
         assert [line for line, _ in files.read_rows(str(tmp_path / name))] == [1, 2]
-
-
-def test_a_field_over_csvs_own_bound_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "a.csv", CSV + f'{PUZZLE},"{"a" * 200_000}"\n')
-    with pytest.raises(DataError, match=r"a\.csv, line 3: not csv \(field larger than field limit"):
-        list(files.read_rows(str(tmp_path / "a.csv")))
 
 
 @pytest.mark.parametrize("line", [JSONL, "\n"], ids=["rows", "blank lines"])

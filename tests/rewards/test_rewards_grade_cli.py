@@ -24,13 +24,15 @@ def run(
         timeout=60,
         env=environment,
     )
+    if arguments == ("--help",):
+        return done, []
     return done, [json.loads(line, parse_constant=pytest.fail) for line in done.stdout.splitlines()]
 
 
 def test_right_and_wrong_lines() -> None:
     wrong = {**GOOD, "id": 2, "completion": "<answer>3*5+2=16</answer>"}
     done, records = run("--task", "countdown", stdin=(json.dumps(GOOD) + "\n" + json.dumps(wrong)).encode())
-    assert done.returncode == 0 and done.stderr == b""
+    assert done.returncode == 0 and done.stderr == b"2 graded, 1 of them right (0.500)\n"
     assert records[0] == {
         "id": "a",
         "correct": True,
@@ -74,6 +76,7 @@ BAD = [
     (changed(numbers=[3, 5, 2.5]), "a", "each of numbers"),
     (changed(numbers=[3, 5, 10**50]), "a", "each of numbers"),
     (changed(target="16"), "a", "target must be"),
+    (changed(fields=[3, 5, 2]), "a", "fields must be an object"),
     (changed(id=[1]), None, "id must be"),
     (changed(target=float("nan")), None, "NaN is not a JSON number"),
     (changed(target=float("inf")), None, "Infinity is not a JSON number"),
@@ -87,12 +90,49 @@ def test_bad_lines_are_reported_and_not_fatal() -> None:
     good = json.dumps(GOOD).encode()
     lines = [good] + [line for bad, _, _ in BAD for line in (bad, good)]
     done, records = run("--task", "countdown", stdin=b"\n".join(lines))
-    assert done.returncode == 0 and done.stderr == b"" and len(records) == len(lines)
+    assert done.returncode == 0 and len(records) == len(lines)
+    (said,) = done.stderr.decode().splitlines()
+    assert said.startswith(
+        f"{len(BAD) + 1} graded, {len(BAD) + 1} of them right (1.000); {len(BAD)} lines could not be"
+    )
+    assert "(line 2: not usable as JSON" in said
     assert all(record["correct"] and record["id"] == "a" for record in records[::2])
     for number, (record, (line, known_id, error)) in enumerate(zip(records[1::2], BAD, strict=True)):
         assert (record["correct"], record["reward"], record["components"]) == (False, 0, {}), line[:60]
         assert record["id"] == known_id and error in record["error"], (line[:60], record)
         assert f"line {2 * number + 2}: " in record["error"] and len(record["error"]) < 400
+
+
+def test_the_fields_may_be_an_object_of_their_own() -> None:
+    """As in a run's completions.jsonl: other keys of the line are then no fields, whatever their names."""
+    fields = {"numbers": [3, 5, 2], "target": 16}
+    line = {"id": "a", "completion": GOOD["completion"], "target": 17, "fields": fields}
+    done, records = run(
+        "--task", "countdown", stdin="\n".join(map(json.dumps, [line, {**line, "fields": {}}])).encode()
+    )
+    assert [record["correct"] for record in records] == [True, False]
+    assert "line 2: numbers must be a list" in records[1]["error"], "nothing is taken from beside it"
+
+
+@pytest.mark.parametrize(
+    ("stdin", "said"),
+    [
+        (without("target") + b"\n" + b"nonsense", "none of 2 lines could be graded; line 1: target must be an integer"),
+        (b"", "no line came in"),
+    ],
+)
+def test_a_file_of_which_nothing_can_be_graded_fails(stdin: bytes, said: str) -> None:
+    done, records = run("--task", "countdown", stdin=stdin)
+    assert done.returncode == 1 and len(records) == len(stdin.splitlines())
+    assert done.stderr.decode().startswith(f"error: {said}") and len(done.stderr.splitlines()) == 1
+
+
+def test_the_format_that_help_shows_is_the_one_that_is_read() -> None:
+    done, _ = run("--help")
+    examples = [line for line in done.stdout.splitlines() if line.startswith(b'  {"id"')]
+    assert len(examples) == 3
+    graded, records = run("--task", "countdown", stdin=b"\n".join(examples[:2]))
+    assert graded.stderr.startswith(b"2 graded, 1 of them right") and records[0]["reward"] == pytest.approx(4.0)
 
 
 def test_odd_but_good_lines() -> None:

@@ -1,12 +1,14 @@
 """What programs may do in the sandbox: the standard library works, but for what needs a network, other programs or
 locks on files."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from rewards.sandbox.local import LocalRunner
-from tests.support.sandboxed import LIMITS, run
+from tests.support.sandboxed import LIMITS, ROOT, run
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +195,27 @@ REFUSED = {
 def test_a_program_may_not_have(sandbox: LocalRunner, name: str) -> None:
     outcome = run(sandbox, REFUSED[name], "f()", limits=LIMITS)
     assert outcome.status == "failed" and "rror" in (outcome.error or ""), outcome
+
+
+@pytest.mark.parametrize("names", [[], ["a folder"], ["one", "one/two", b"\xe9t\xe9"]], ids=["none", "one", "several"])
+def test_what_is_mounted_below_tmp_changes_nothing(names: list[str | bytes]) -> None:
+    """AppImages, volumes and network folders are mounted there. The control: so are these."""
+    program = f"""
+import os, subprocess, tempfile
+from rewards.sandbox.local import LocalRunner
+from rewards.sandbox.runner import Job, Limits
+with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as folder:
+    points = [os.path.join(os.fsencode(folder), os.fsencode(name)) for name in {names}]
+    for point in points:
+        os.mkdir(point)
+        subprocess.run(["mount", "-t", "tmpfs", "none", point], check=True)
+    runner = LocalRunner()
+    print(runner.run(Job("def f(): return 1", ("assert f() == 1",), {{"f": "f"}}), Limits()).status)
+    runner.close()
+    print(all(map(os.path.ismount, points)))
+    for point in reversed(points):
+        subprocess.run(["umount", point], check=True)
+"""
+    command = ["unshare", "--mount", "--map-root-user", "--propagation", "private", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "passed\nTrue\n", done.stderr

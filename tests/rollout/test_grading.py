@@ -16,7 +16,7 @@ COUNTDOWN = {"numbers": [3, 5, 8], "target": 16}
 
 # A user's task whose grader does as the completion says.
 MOODY = """
-import os, sys, time
+import os, subprocess, sys, time
 from rewards.task import Grade, Task
 
 class Moody(Task):
@@ -33,7 +33,6 @@ class Moody(Task):
         if mood == "sleep":
             time.sleep(float(completion.split(":")[1]))
         if mood == "child":
-            import subprocess
             child = subprocess.Popen(["sleep", "600"])
             open(completion.split(":")[1], "w").write(str(child.pid))
             time.sleep(600)
@@ -44,6 +43,10 @@ class Moody(Task):
             os._exit(3)
         if mood == "print":
             print("not a verdict")
+        if mood == "write":
+            os.write(1, b"not a verdict\\n")
+            sys.__stdout__.write("nor this\\n")
+            subprocess.run(["echo", "nor that"], check=True)
         if mood == "raise":
             raise RuntimeError("a bug in the task")
         if mood == "nan":
@@ -128,18 +131,19 @@ def test_crash_is_retried_once(moody: GraderPool, tmp_path: Path) -> None:
     [
         ("nan", "reward component first is not a finite number"),
         ("huge", "reward component first is not a finite number"),
-        ("missing", "reward component second is not a finite number"),
-        ("raise", "reward component first is not a finite number"),
+        ("missing", "reward component second is missing"),
+        ("raise", "task raised RuntimeError"),
         ("print", None),
+        ("write", None),
         ("fine", None),
     ],
 )
 def test_unusable_rewards_are_invalid(moody: GraderPool, completion: str, invalid: str | None) -> None:
     result = grade(moody, completion)
-    assert result.invalid == invalid
+    assert result.invalid == invalid and not result.failed
     assert tuple(result.components) == ("first", "second")
     if completion == "raise":
-        assert "a bug in the task" in (result.error or "")
+        assert result.error == "task raised RuntimeError: a bug in the task"
 
 
 def test_close_ends_a_busy_grader_and_cancels_the_rest(moody: GraderPool) -> None:

@@ -27,6 +27,20 @@ def test_text_comes_back_as_it_was(tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize("text", ["a <|mdm_mask|> b", "<|eot_id|>", "x<|eot_id|><|endoftext|>y", "\ue000<|mdm_mask|>1"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_control_token_that_a_prompt_spells_is_text(tokenizer, text, begun):
+    asked = [{"role": "user", "content": "Puzzle: 1"}, {"role": "assistant", "content": text}] if begun else None
+    ids = encode_prompt(tokenizer, asked or [{"role": "user", "content": text}])
+    harmless = encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+    assert [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id] == [
+        i for i in harmless if i in tokenizer.all_special_ids
+    ], "the template's own"
+    assert text.replace("\ue000", "<|unk|>") in tokenizer.decode(ids)
+    plain = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=True, return_dict=False)
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in plain[:-1] or tokenizer.mask_token_id in plain, "control"
+
+
 def test_unknown_characters_are_marked(tokenizer):
     ids = tokenizer.encode("h\u00e9", add_special_tokens=False)
     assert ids[1] == tokenizer.unk_token_id

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from learner.control.lifecycle import reporting
-from learner.runs.start import open_run
+from learner.control.opening import About, begun_run, found_run
 from learner.settings.run import load_config
 from rewards.errors import ConfigError, StoreError
 from services.store import reader, schema
@@ -228,11 +227,21 @@ def test_a_run_is_recorded_where_its_settings_say(url, tmp_path):
     def record(folder: str, *settings: str) -> None:
         place = (f"run.dir={tmp_path / folder}", "run.name=a", f"store.url={url}")
         config = load_config(["recipe=smoke", *place, *settings])
-        run_dir, _ = open_run(config.run, kind="run", label="x")
-        about = dict(task="sudoku", objective="agrpo", iterations=3, trackers=(), place=config.store)
-        with run_dir, reporting(config, run_dir, None, **about) as reporter:
-            reporter.iteration(1, {"reward/mean": 1.5})
-        assert not run_dir.store_path.exists() and run_dir.store_url == url
+        about = About(
+            config=config,
+            run=config.run,
+            store=config.store,
+            trackers=(),
+            kind="run",
+            task="sudoku",
+            objective="agrpo",
+            iterations=3,
+            argv=["recipe=smoke", *settings],
+            default_recipe=None,
+        )
+        with found_run(about) as found, begun_run(about, found) as begun:
+            begun.reporter.iteration(1, {"reward/mean": 1.5})
+        assert not begun.run_dir.store_path.exists() and begun.run_dir.store_url == url
 
     url = url.replace(".sqlite", "-shared.sqlite")
     record("here")

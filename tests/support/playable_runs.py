@@ -17,6 +17,7 @@ from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.playback import PlaybackRecorder
 from learner.reporting.reporter import Reporter
 from learner.runs.directory import RunDirectory
+from rewards.task import Problem
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from services.store.writer import StoreWriter
 
@@ -210,7 +211,8 @@ def playable(
         reporter = Reporter(
             run_dir, StoreWriter(run_dir.store_url, name, **about), total_iterations=iterations, quiet=True
         )
-        recorder = PlaybackRecorder(reporter, tokenizer, completions=8)
+        problems = [Problem(f"made-up-{number}", {}) for number in range(10 * iterations + 10)]
+        recorder = PlaybackRecorder(reporter, tokenizer, completions=8, train=problems, held_out=problems)
 
         def evaluation(iteration: int, kind: str) -> None:
             held_out = [

@@ -33,6 +33,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.bench.variance": [["--wrong"], ["x", "--out", "y", "--groups", "1"], ["x", "--out", "y", "--k", "some"]],
     "rewards.grade": [["--wrong"], [], ["--task", "nothing"]],
     "rewards.throughput": [["--wrong"], []],
+    "rollout.generate": [["--wrong"], [], ["--run", "/nowhere", "word"], ["--model", ".", "--steps", "none", "word"]],
     "services.dashboard": [["--wrong"], ["--port", "x"], ["--store", "postgresql://me:secret@host/runs"]],
     "services.store": [["--wrong"], [], ["prune"], ["prune", "x", "--keep-samples", "some"]],
 }

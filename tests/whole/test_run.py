@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -116,6 +118,17 @@ def test_samples_can_be_played_back(undisturbed: RunDirectory, store: sa.Engine)
     assert learnt
     texts = read_rows(undisturbed.samples_path)
     assert [row["iteration"] for row in texts] == [sample["iteration"] for sample in samples]
+
+
+def test_the_completions_that_it_kept_are_graded_as_it_graded_them(undisturbed: RunDirectory) -> None:
+    command = [sys.executable, "-m", "rewards.grade", "--task", "sudoku"]
+    stdin = undisturbed.samples_path.read_bytes()
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=120)
+    kept, graded = read_rows(undisturbed.samples_path), [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and done.stderr.startswith(b"%d graded, " % len(kept))
+    for before, after in zip(kept, graded, strict=True):
+        assert (after["id"], after["correct"]) == (before["id"], before["correct"])
+        assert after["components"] == pytest.approx(before["rewards"])
 
 
 def test_summary_compares_base_and_trained(undisturbed: RunDirectory) -> None:

@@ -1,0 +1,95 @@
+"""What a run learns, and on which base: loaded, and compared with what it was started with, before Ray starts."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from learner.control.opening import FoundRun
+from learner.ranks.rank import lora_spec
+from learner.runs import checkpoint as checkpoints
+from learner.runs import identity
+from learner.runs.start import check_lengths, require_adapter_fits, starting_adapter, task_problems
+from learner.settings.run import RunConfig
+from learner.small_base.base_model import base_name, ensure_base, print_progress
+from rewards.task import Problem, Task, get_task
+from rollout.adapters import AdapterState
+from rollout.models.encoding import load_tokenizer
+from rollout.models.family import PolicyAdapter, policy_adapter
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run learns."""
+
+    task: Task
+    train: list[Problem]
+    held_out: list[Problem]
+    adapter: AdapterState | None
+    """What the ranks start with; None for a fresh adapter."""
+    told: list[tuple[str, str, str]] = field(default_factory=list)
+    """Events that came before there was a reporter: level, kind, text."""
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """A subject and the base model that learns it."""
+
+    subject: Subject
+    model_path: str
+    family: PolicyAdapter
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, Any]
+
+
+def subject_of(config: RunConfig, found: FoundRun) -> Subject:
+    """Problems and adapter of a run.
+
+    Raises:
+        ConfigError, CheckpointError: the settings would make a run that goes on another one.
+        DataError: the problems, or the adapter, can't be used.
+    """
+    if found.resumed is not None:
+        identity.require_fixed_settings(found.run_dir.path, found.resumed.progress, config)
+        checkpoints.require_layout(found.resumed.progress, checkpoints.layout_of(config.learner))
+    told: list[tuple[str, str, str]] = []
+    task = get_task(config.task.name)
+    train, held_out = task_problems(config, task, on_event=lambda *event: told.append(event))
+    if found.resumed is not None:
+        return Subject(task, train, held_out, found.resumed.adapter, told)
+    return Subject(task, train, held_out, starting_adapter(config.lora, config.learner.dtype), told)
+
+
+def grounds_of(config: RunConfig, subject: Subject, found: FoundRun) -> Grounds:
+    """The subject on its base, which is built where the cache doesn't have it.
+
+    Raises:
+        ConfigError, CheckpointError: the base is another one than a run that goes on was started with; the problems, or
+            the adapter to start from, don't fit it.
+        WaitTimeout: see ``ensure_base``.
+    """
+    resumed = found.resumed
+    small = base_name(config) if config.model.path is None else None
+    if resumed is not None and small is not None:
+        identity.require_small_base(resumed.progress, small)
+    path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
+    is_now = {
+        **identity.fixed_settings(config),
+        "base": identity.base_digest(path),
+        "small_base": small,
+        "data": identity.problems_digest(subject.train),
+        "evaluated": identity.evaluation_digest(config, subject.held_out),
+    }
+    if resumed is not None:
+        identity.require_same(resumed.progress, is_now)
+    elif subject.adapter is not None:
+        require_adapter_fits(config.lora, subject.adapter, path, lora_spec(config))
+    family, tokenizer = policy_adapter(path), load_tokenizer(path)
+    check_lengths(
+        [*subject.train, *subject.held_out],
+        subject.task,
+        tokenizer,
+        completion_length=config.rollout.sampler.completion_length,
+        longest=family.max_length,
+    )
+    return Grounds(subject, path, family, tokenizer, is_now)

@@ -1,0 +1,161 @@
+"""Writes what ``rollout.generate`` is asked for, and shows it: as it is unmasked, or as JSON."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rewards.errors import ConfigError
+from rewards.task import Grade, Problem
+from rollout.adapters import digest
+from rollout.engines.torch import TorchEngine
+from rollout.models.encoding import encode_prompt
+from rollout.models.family import policy_adapter
+from rollout.models.lora import spec_of_adapter
+from rollout.subject import Subject, changed, held_out_problem, read_subject
+from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from rollout.unmasking import Unmasking, printable
+
+_SAMPLER_OPTIONS = (
+    *("completion_length", "block_length", "steps", "position_rule", "threshold", "temperature", "top_k", "top_p"),
+)
+
+
+def generate(options: argparse.Namespace, messages: list[dict[str, str]] | None) -> int:
+    """Write, show and, where it is a problem, grade. ``options``: ``rollout.generate``'s.
+
+    Raises:
+        UnmaskError: whatever ends it.
+    """
+    subject = read_subject(options.run, options.adapter, options.model)
+    sampler = changed(subject.sampler, {name: getattr(options, name) for name in _SAMPLER_OPTIONS})
+    task, problem = None, Problem("prompt", {})
+    if options.problem is not None:
+        assert subject.config is not None, "the command refuses it without a run"
+        task, problem = held_out_problem(subject.config, options.problem)
+        messages = task.messages(problem.fields)
+    engine = _engine(subject, options.device, max_rows=options.samples)
+    tokenizer: PreTrainedTokenizerBase = engine.tokenizer
+    prompt = tokenizer.encode(options.raw) if messages is None else encode_prompt(tokenizer, messages)
+    _check_length(len(prompt), sampler, engine.family.max_length)
+    if not options.json:
+        _tell(subject, sampler, engine)
+    view = None if options.json else Unmasking(tokenizer, options.samples, sampler)
+    spec = GroupSpec(0, problem, options.samples, options.seed)
+    if view is None:
+        (group,) = engine.generate([spec], [prompt], sampler)
+    else:
+        with view:
+            (group,) = engine.generate([spec], [prompt], sampler, on_step=view.step)
+            view.finished(group.completion_ids)
+    texts = [str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in group.completion_ids]
+    grades = [] if task is None else [task.grade(problem.fields, text) for text in texts]
+    if options.json:
+        print(json.dumps(_as_json(subject, options.seed, tokenizer, group, texts, grades), indent=2))
+        return 0
+    assert view is not None
+    view.print_texts(texts)
+    for row in range(group.size):
+        which = f"{row + 1}: " if group.size > 1 else ""
+        logp, drawn = float(group.logp[row].sum()), int(group.drawn[row].sum())
+        _say(f"{which}{group.nfe[row]} steps, {drawn} tokens, log-probability {logp:.3f}")
+        if grades:
+            _say(f"{which}{_verdict(grades[row])}")
+    return 0
+
+
+def _engine(subject: Subject, device: str, *, max_rows: int) -> TorchEngine:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; leave it out, or take cpu")
+    adapter = subject.adapter
+    lora = None
+    if adapter is not None:
+        lora = spec_of_adapter(adapter.state, adapter.peft_config, policy_adapter(subject.model), adapter.folder)
+    engine = TorchEngine(
+        model_path=subject.model,
+        lora=lora,
+        max_rows=max_rows,
+        device=device,
+        dtype=subject.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        quantization=subject.quantization,
+    )
+    if adapter is not None:
+        engine.load_adapter(0, adapter.state, digest(adapter.state))
+    return engine
+
+
+def _check_length(prompt: int, sampler: SamplerSpec, longest: int | None) -> None:
+    if not prompt:
+        raise ConfigError("the prompt has no token; say something")
+    if longest is not None and prompt + sampler.completion_length > longest:
+        raise ConfigError(
+            f"the prompt has {prompt} tokens, which with --completion-length {sampler.completion_length} is more than "
+            f"the {longest} positions of the model; shorten one of them"
+        )
+
+
+def _tell(subject: Subject, sampler: SamplerSpec, engine: TorchEngine) -> None:
+    _say(f"base {subject.model} ({engine.describe()['dtype']}, {engine.device})")
+    if subject.adapter is not None:
+        _say(f"adapter {subject.adapter.folder} ({engine.adapter_digest[:12]})")
+    how = f"at temperature {sampler.temperature:g}" if sampler.temperature else "greedily"
+    order = f"{sampler.steps} steps, {sampler.position_rule}"
+    if sampler.threshold is not None:
+        order = f"all above probability {sampler.threshold:g} in a step"
+    _say(f"{sampler.completion_length} tokens {how}: {order}")
+
+
+def _verdict(grade: Grade) -> str:
+    components = ", ".join(f"{name} {value:g}" for name, value in grade.components.items())
+    why = f": {printable(grade.error)}" if grade.error else ""
+    return f"{'right' if grade.correct else 'wrong'}{why}; reward {grade.reward:g} ({components})"
+
+
+def _say(text: str) -> None:
+    """Beside the completions."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _as_json(
+    subject: Subject,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    group: TrajectoryGroup,
+    texts: Sequence[str],
+    grades: Sequence[Grade],
+) -> dict[str, Any]:
+    adapter = subject.adapter
+    prompt = group.prompt_ids.tolist()
+    completions = [_completion(tokenizer, group, row, text) for row, text in enumerate(texts)]
+    for completion, grade in zip(completions, grades, strict=bool(grades)):
+        completion["grade"] = {"correct": grade.correct, "components": grade.components, "error": grade.error}
+    return {
+        "model": subject.model,
+        "adapter": None if adapter is None else {"folder": str(adapter.folder), "digest": group.adapter_digest},
+        "sampler": dataclasses.asdict(group.sampler),
+        "seed": seed,
+        "prompt": {"text": tokenizer.decode(prompt), "ids": prompt},
+        "completions": completions,
+    }
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, group: TrajectoryGroup, row: int, text: str) -> dict[str, Any]:
+    tokens = []
+    for place, token in enumerate(group.completion_ids[row].tolist()):
+        drawn = bool(group.drawn[row, place])
+        tokens.append(
+            {
+                "id": token,
+                "text": tokenizer.decode([token]),
+                "step": int(group.unmask_step[row, place]) + 1 if drawn else None,
+                "logp": float(group.logp[row, place]) if drawn else None,
+            }
+        )
+    return {"text": text, "logp": float(group.logp[row].sum()), "steps": int(group.nfe[row]), "tokens": tokens}
