@@ -78,7 +78,8 @@ def settings_of(recipe: str | None) -> dict[str, Any]:
 
 def laid_over(settings: dict[str, Any], argv: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
     """``settings`` with the ``key.sub=value`` arguments laid over them. Raises ConfigError."""
-    for argument in argv:
+    # The choice of a variant comes first, since it drops what the settings say of another one.
+    for argument in sorted(argv, key=lambda argument: not argument.partition("=")[0].strip().endswith(".type")):
         if not argument.startswith("recipe="):
             apply_override(settings, "run." + argument if argument.startswith("resume=") else argument, model)
     return settings
@@ -87,7 +88,7 @@ def laid_over(settings: dict[str, Any], argv: Sequence[str], model: type[BaseMod
 def help_text(model: type[BaseModel], kind: Literal["run", "sft"]) -> str:
     """The recipes of this kind, and every key with its meaning, unit and default."""
     lines = ["recipes (recipe=NAME, or the path of a .yaml file):"]
-    lines += [f"  {name:<18}{recipe_summary(name)}" for name in recipe_names(kind)]
+    lines += [f"  {name:<22}{recipe_summary(name)}" for name in recipe_names(kind)]
     lines += ["", "keys (key.sub=value; what is shown is the default before the recipe):"]
     lines += _help_lines(model, "")
     return "\n".join(lines) + "\n"

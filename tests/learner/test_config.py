@@ -352,13 +352,24 @@ def test_a_section_with_variants_is_of_the_default_one_unless_it_says_so() -> No
     assert of("objective.masks=3", "objective.type=second").objective == Second(masks=3)
 
 
+def test_another_variant_than_the_recipes_starts_the_section_anew(tmp_path: Path) -> None:
+    """What a recipe set for one method isn't meant for another."""
+    recipe, upper = tmp_path / "lower.yaml", tmp_path / "upper.yaml"
+    recipe.write_text("objective: {type: first, k: 3, only_first: 0.25}\n")
+    upper.write_text("extends: lower.yaml\nobjective: {type: second, masks: 4}\n")
+    assert of(f"recipe={recipe}", "objective.type=second").objective == Second()
+    assert of(f"recipe={recipe}", "objective.k=7", "objective.type=second").objective == Second(k=7)
+    assert of(f"recipe={upper}").objective == Second(masks=4)
+    assert of(f"recipe={recipe}", "objective.type=first").objective == First(k=3, only_first=0.25), "the control"
+
+
 def test_the_help_has_a_heading_for_each_variant() -> None:
     lines = overrides.help_text(WithVariants, "run").splitlines()
     first, second = (lines.index(f"  with objective.type={name}: The {name} method.") for name in ("first", "second"))
     assert first < second
     assert any(line.startswith("  objective.only_first=0.5 ") for line in lines[first:second])
     assert any(line.startswith("  objective.k=8 ") for line in lines[second:])
-    assert "with objective" not in help_text(), "the control: a section without variants has no heading"
+    assert "with run" not in "\n".join(lines), "the control: a section without variants has no heading"
 
 
 VARIANT_MISTAKES = [

@@ -35,7 +35,7 @@ from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import plan_update
 from learner.runs import checkpoint as checkpoints
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.objectives import AgrpoConfig, EspoConfig
 from learner.settings.run import dump_config, load_config
 from rewards.errors import ConfigError, DataError
 from rewards.task import Grade
@@ -368,9 +368,8 @@ def test_wrong_arguments_are_refused(run, tmp_path, arguments, message, capsys):
 
 def test_a_run_of_another_method_is_refused(run):
     snapshot = read_snapshot(run)
-    objective = snapshot.config.objective.model_copy(update={"type": "another"})
-    with pytest.raises(ConfigError, match=r"objective.type=another.*give a run with objective.type=agrpo"):
-        dataclasses.replace(snapshot, config=snapshot.config.model_copy(update={"objective": objective}))
+    with pytest.raises(ConfigError, match=r"objective.type=espo.*give a run with objective.type=agrpo"):
+        dataclasses.replace(snapshot, config=snapshot.config.model_copy(update={"objective": EspoConfig()}))
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):

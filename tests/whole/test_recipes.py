@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 
 from learner.reporting.metrics_file import read_rows
-from learner.settings.arguments import recipe_names
+from learner.settings.arguments import recipe_names, section_models, variant_name
+from learner.settings.run import RunConfig
 from tests.support.published import write_published
 from tests.support.real_runs import Runs, summary
 from tests.support.small_masked_lms import write_masked_lm
 
+METHODS = {
+    variant_name(variant, RunConfig.model_fields["objective"])
+    for variant in section_models(RunConfig.model_fields["objective"])
+} - {"agrpo"}
 DATA = {
     "llada_gsm8k": ("gsm8k_train.jsonl.gz", "gsm8k_test.jsonl.gz"),
     "llada_gsm8k_24gb": ("gsm8k_train.jsonl.gz", "gsm8k_test.jsonl.gz"),
@@ -33,7 +38,7 @@ SMALLER = (
 
 
 def test_every_recipe_for_a_published_model_is_here():
-    own_base = {"countdown", "smoke", "sudoku", "sudoku_async"}
+    own_base = {"countdown", "smoke", "sudoku", "sudoku_async", *(f"sudoku_{name}" for name in METHODS)}
     assert set(recipe_names()) == own_base | DATA.keys()
     assert recipe_names("sft") == ["sft_d1_s1k"]
 
