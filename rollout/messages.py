@@ -19,7 +19,7 @@ class Weights(NamedTuple):
 
     version: int
     digest: str
-    refs: list[ray.ObjectRef]
+    refs: list[ray.ObjectRef[Any]]
 
 
 BASE_WEIGHTS = Weights(-1, "", [])

@@ -19,7 +19,7 @@ STATES = ("starting", "idle", "busy")
 class Task:
     """What an actor was asked: a lease, a chunk of an evaluation, or (neither) to start."""
 
-    refs: list[ray.ObjectRef]  # the first one is awaited
+    refs: list[ray.ObjectRef[Any]]  # the first one is awaited
     weights: Weights
     lease_id: int | None = None
     chunk: int | None = None
@@ -37,7 +37,7 @@ class Place:
     name: str
     handle: Any = None
     info: dict[str, Any] | None = None  # what the actor said when it was ready
-    awaited: ray.ObjectRef | None = None
+    awaited: ray.ObjectRef[Any] | None = None
     deadline: float = math.inf  # of what is awaited; a lease's is kept by the ledger
     task: Task | None = None
     version: int | None = None

@@ -40,7 +40,7 @@ class Delivery:
     """A lease's report, and references to its trajectory groups in the lease's order."""
 
     report: LeaseReport
-    refs: list[ray.ObjectRef]
+    refs: list[ray.ObjectRef[Any]]
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class RolloutPool:
                 self._replace(place, late)
         self._see_resize()
 
-    def _settle(self, place: Place, answered: ray.ObjectRef) -> None:
+    def _settle(self, place: Place, answered: ray.ObjectRef[Any]) -> None:
         try:
             answer = bounded_get(answered, who=place.name, timeout_s=_REPORT_LIMIT_S)
         except (UnmaskError, ray.exceptions.RayError) as error:

@@ -12,6 +12,7 @@ import ray
 
 from rollout.ledger import Ledger
 from rollout.messages import GroupReport, LeaseReport
+from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
 
 
@@ -20,7 +21,7 @@ class ReplayItem:
     """A drawn group on its way to the learner. ``ref`` leads to its TrajectoryGroup."""
 
     group_id: int
-    ref: ray.ObjectRef
+    ref: ray.ObjectRef[TrajectoryGroup]
     policy_version: int
     staleness: int
     report: GroupReport
@@ -31,9 +32,9 @@ class ReplayBuffer:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._drawn: dict[int, tuple[ray.ObjectRef, GroupReport]] = {}
+        self._drawn: dict[int, tuple[ray.ObjectRef[TrajectoryGroup], GroupReport]] = {}
 
-    def deliver(self, report: LeaseReport, refs: Sequence[ray.ObjectRef]) -> list[int]:
+    def deliver(self, report: LeaseReport, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[int]:
         """Take in a lease's groups; the ids of those that became ready.
 
         Empty when the lease was no longer live. Groups with a reward that can't be used are dropped, with the report's

@@ -14,7 +14,7 @@ from rewards.errors import UnmaskError, WaitTimeout
 logger = logging.getLogger(__name__)
 
 
-def bounded_get(refs: ray.ObjectRef | Sequence[ray.ObjectRef], *, who: str, timeout_s: float) -> Any:
+def bounded_get(refs: ray.ObjectRef[Any] | Sequence[ray.ObjectRef[Any]], *, who: str, timeout_s: float) -> Any:
     """The value of a reference, or the list of values of several.
 
     Args:
@@ -38,8 +38,8 @@ def bounded_get(refs: ray.ObjectRef | Sequence[ray.ObjectRef], *, who: str, time
 
 
 def bounded_wait(
-    refs: Sequence[ray.ObjectRef], *, who: str, timeout_s: float, num_returns: int = 1
-) -> tuple[list[ray.ObjectRef], list[ray.ObjectRef]]:
+    refs: Sequence[ray.ObjectRef[Any]], *, who: str, timeout_s: float, num_returns: int = 1
+) -> tuple[list[ray.ObjectRef[Any]], list[ray.ObjectRef[Any]]]:
     """Split references into (done, pending) once ``num_returns`` are done or ``timeout_s`` seconds are over.
 
     Never raises: a failed task is done, and ``bounded_get`` says how it failed.

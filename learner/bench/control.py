@@ -191,7 +191,7 @@ class _Path:
 
     def __init__(self, replay: ReplayBuffer, actors: list[Any]) -> None:
         self._replay, self._idle = replay, list(actors)
-        self._running: dict[ray.ObjectRef, tuple[Any, list[ray.ObjectRef], tuple[int, ...]]] = {}
+        self._running: dict[ray.ObjectRef[Any], tuple[Any, list[ray.ObjectRef[Any]], tuple[int, ...]]] = {}
 
     def pump(self, version: int) -> None:
         while self._idle:

@@ -181,7 +181,9 @@ def rollout_variance(gram_NN: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
     return (squares_R - np.einsum("rn,nk,rk->r", counts_RN, gram_NN, counts_RN, optimize=True) / N) / (N - 1)
 
 
-def report(snapshot: Snapshot, groups: int, ks: Sequence[int], *, seed: int, device: str, view_cost: float) -> dict:
+def report(
+    snapshot: Snapshot, groups: int, ks: Sequence[int], *, seed: int, device: str, view_cost: float
+) -> dict[str, Any]:
     """Draw, measure and analyse; the content of variance.json."""
     started = time.perf_counter()
     own = Estimator.of(snapshot.objective)

@@ -102,7 +102,9 @@ class Commands:
     def __enter__(self) -> "Commands":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._sort_taken()
         left = [*self._stops, *self._checkpoints, *self._resizes]
         left += [each for each in (self._pause, self._resume) if each is not None]

@@ -33,7 +33,7 @@ class SftRank(Rank):
 
     config: SftConfig
 
-    def held_out(self, refs: Sequence[ray.ObjectRef]) -> Statistics:
+    def held_out(self, refs: Sequence[ray.ObjectRef[Any]]) -> Statistics:
         """This rank's share of the held-out loss, ``held_out/loss``; ``refs`` hold one tuple of examples."""
         examples: tuple[Example, ...] = self._fetched(refs)
         sequences = [draw for example in examples for draw in held_out_draws(example, **self._noise())]
@@ -50,7 +50,7 @@ class SftRank(Rank):
             self.engine.train()
         return Statistics.merged(parts)
 
-    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[PackedPlan, list[NoisedExample]]:
+    def _work(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> tuple[PackedPlan, list[NoisedExample]]:
         batch: UpdateBatch = self._fetched(refs)
         pairs = zip(batch.examples, batch.epochs, strict=True)
         sequences = [noised(example, epoch=epoch, **self._noise()) for example, epoch in pairs]
@@ -109,7 +109,7 @@ class SftRank(Rank):
             "longest": config.data.max_tokens,
         }
 
-    def _fetched(self, refs: Sequence[ray.ObjectRef]) -> Any:
+    def _fetched(self, refs: Sequence[ray.ObjectRef[Any]]) -> Any:
         (ref,) = refs
         who = f"the object store for learner rank {self.rank}'s demonstrations"
         return bounded_get(ref, who=who, timeout_s=self.config.timeouts.update)
@@ -121,7 +121,7 @@ class SftGroup(LearnerGroup):
     def __init__(self, config: SftConfig, model_path: str, **started: Any) -> None:
         super().__init__(config, model_path, rank_type=SftRank, **started)
 
-    def held_out(self, refs: Sequence[ray.ObjectRef]) -> dict[str, float]:
+    def held_out(self, refs: Sequence[ray.ObjectRef[Any]]) -> dict[str, float]:
         """The held-out loss, divided as in training, and its unweighted negative log-likelihood per masked token."""
         parts: list[Statistics] = self._all("held_out", list(refs), limit=self.config.timeouts.evaluate)
         return Statistics.merged(parts).values()

@@ -91,7 +91,7 @@ class LearnerGroup:
 
     def update(
         self,
-        refs: Sequence[ray.ObjectRef],
+        refs: Sequence[ray.ObjectRef[Any]],
         update_index: int,
         lr: float,
         *,
@@ -118,7 +118,7 @@ class LearnerGroup:
             scored=tuple(view for report in reports for view in report.scored),
         )
 
-    def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> AdapterState:
+    def gradient(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> AdapterState:
         """The whole gradient of an update, whose step is not taken."""
         return self._all("gradient", list(refs), update_index, limit=self.config.timeouts.update)[0]
 
@@ -182,7 +182,7 @@ class LearnerGroup:
             self.doing = None
 
     def _answers(
-        self, refs: list[ray.ObjectRef], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
+        self, refs: list[ray.ObjectRef[Any]], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
     ) -> list[Any]:
         """All ranks' answers; the first rank that fails is named at once, since the others wait for it in vain."""
         pending, deadline = list(refs), time.monotonic() + timeout_s

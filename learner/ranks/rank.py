@@ -223,7 +223,7 @@ class Rank(ABC):
             "usage": process_usage(),
         }
 
-    def update(self, refs: Sequence[ray.ObjectRef], update_index: int, lr: float) -> UpdateReport:
+    def update(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int, lr: float) -> UpdateReport:
         """One optimizer step.
 
         Args:
@@ -258,7 +258,7 @@ class Rank(ABC):
             usage=process_usage(),
         )
 
-    def gradient(self, refs: Sequence[ray.ObjectRef], update_index: int) -> dict[str, PackedTensor]:
+    def gradient(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> dict[str, PackedTensor]:
         """The whole gradient of this update, without taking the step (for parity checks)."""
         from deepspeed.utils import safe_get_full_grad
 
@@ -284,7 +284,7 @@ class Rank(ABC):
         return torch.device("cuda" if use_gpu else "cpu")
 
     @abstractmethod
-    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[Plan, Any]:
+    def _work(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> tuple[Plan, Any]:
         """The update's plan, and the data that its forwards speak of."""
 
     @abstractmethod

@@ -41,7 +41,9 @@ class LearnerRank(Rank):
         self._kept: tuple[int, ...] = ()
         self._seen: list[ScoredView] = []
 
-    def _work(self, refs: Sequence[ray.ObjectRef], update_index: int) -> tuple[UpdatePlan, list[TrajectoryGroup]]:
+    def _work(
+        self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]], update_index: int
+    ) -> tuple[UpdatePlan, list[TrajectoryGroup]]:
         groups = self._groups(refs)
         self._credit = self._final_credit(groups, update_index)
         plan = self._plan(groups, update_index)
@@ -173,7 +175,7 @@ class LearnerRank(Rank):
         """One forward of the model for each pass."""
         return joined([score(self.engine, batch, family=self.family) for batch in passes])
 
-    def _groups(self, refs: Sequence[ray.ObjectRef]) -> list[TrajectoryGroup]:
+    def _groups(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[TrajectoryGroup]:
         who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
         groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
         samplers = {group.sampler for group in groups}

@@ -15,7 +15,7 @@ from pathlib import Path
 from learner.runs import checkpoint as checkpoints
 from learner.runs.atomic import atomic_dir, atomic_write_text, disk_errors
 from learner.runs.directory import RunDirectory
-from learner.settings.saved import ABOUT, ASIDE, COMPLETE, futile_resume
+from learner.settings.saved import ABOUT, ASIDE, COMPLETE, checkpoints_in, futile_resume
 
 _CHECKPOINTS = "checkpoints"
 
@@ -54,7 +54,7 @@ def put_back(run_dir: RunDirectory) -> int | None:
     if after is not None:
         with disk_errors(folder):
             (folder / COMPLETE).unlink(missing_ok=True)  # what now lies beside is not that resume's first checkpoint
-            for path in checkpoints.saved(folder / _CHECKPOINTS):
+            for path in checkpoints_in(folder / _CHECKPOINTS):
                 os.rename(path, run_dir.checkpoints_dir / path.name)
             for path in _files(run_dir):
                 if (folder / path.name).exists():

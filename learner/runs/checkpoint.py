@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.runs.atomic import atomic_dir
-from learner.settings.saved import checkpoints_in as saved
-from learner.settings.saved import iteration_of
+from learner.settings.saved import checkpoints_in, iteration_of
 from learner.settings.sections import GroupSection
 from rewards.errors import CheckpointError, DataError, WeightMismatch
 from rollout.adapters import AdapterState, digest, read_peft_folder, write_peft_folder
@@ -126,7 +125,7 @@ def load(path: Path) -> Checkpoint:
 
 def newest_good(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) -> Checkpoint | None:
     """The newest checkpoint below ``folder`` that reads whole; damaged ones on the way are reported, not hidden."""
-    for path in reversed(saved(folder)):
+    for path in reversed(checkpoints_in(folder)):
         try:
             return load(path)
         except CheckpointError as error:
@@ -136,7 +135,7 @@ def newest_good(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) 
 
 def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
     """Delete all but the ``keep`` newest checkpoints and the best one."""
-    paths = saved(folder)
+    paths = checkpoints_in(folder)
     best = place(folder, best_iteration) if best_iteration is not None else None
     for path in paths[: max(0, len(paths) - keep)]:
         if path != best:
@@ -145,7 +144,7 @@ def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
 
 def later_than(folder: Path, iteration: int) -> list[Path]:
     """The checkpoints of later iterations, oldest first."""
-    return [path for path in saved(folder) if iteration_of(path) > iteration]
+    return [path for path in checkpoints_in(folder) if iteration_of(path) > iteration]
 
 
 def layout_of(learner: GroupSection) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from learner.runs.aside import put_back
 from learner.runs.directory import RunDirectory
 from learner.settings.arguments import flat
 from learner.settings.run import RunConfig
-from learner.settings.saved import OF_A_START, kind_of, run_to_resume, saved_settings
+from learner.settings.saved import OF_A_START, checkpoints_in, kind_of, run_to_resume, saved_settings
 from learner.settings.sections import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, Section
 from rewards.errors import CheckpointError, ConfigError
 from rewards.task import Problem, Task
@@ -174,13 +174,13 @@ def require_adapter_fits(lora: LoraSection, state: AdapterState, model_path: str
 
 def _load_named(run_dir: RunDirectory, path: Path) -> checkpoints.Checkpoint:
     if not path.is_dir():
-        there = ", ".join(found.name for found in checkpoints.saved(run_dir.checkpoints_dir)) or "none"
+        there = ", ".join(found.name for found in checkpoints_in(run_dir.checkpoints_dir)) or "none"
         raise ConfigError(f"run.resume={path}: there is no such checkpoint; there are {there}")
     return checkpoints.load(path)
 
 
 def _newest(run_dir: RunDirectory) -> checkpoints.Checkpoint | None:
-    if not checkpoints.saved(run_dir.checkpoints_dir):
+    if not checkpoints_in(run_dir.checkpoints_dir):
         print(f"{run_dir.path} has no checkpoint yet; the run begins again, from the start", flush=True)
         return None
     damaged: list[CheckpointError] = []

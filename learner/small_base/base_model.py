@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
 
 from learner.runs.atomic import atomic_dir, disk_errors
 from learner.runs.lock import FileLock, Held
@@ -204,7 +205,9 @@ def _key(
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _encode(task: Task, problems: Sequence[Problem], tokenizer, completion_length: int) -> _EncodedAnswers:
+def _encode(
+    task: Task, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, completion_length: int
+) -> _EncodedAnswers:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     prompts = [encode_prompt(tokenizer, task.messages(problem.fields)) for problem in problems]
     width = max(map(len, prompts))
@@ -232,7 +235,7 @@ def _encode(task: Task, problems: Sequence[Problem], tokenizer, completion_lengt
     )
 
 
-def _new_model(spec: BaseSpec, tokenizer) -> LLaDAModelLM:
+def _new_model(spec: BaseSpec, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:
     config = LLaDAConfig(
         d_model=spec.d_model,
         n_layers=spec.n_layers,

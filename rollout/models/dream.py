@@ -46,7 +46,7 @@ class DreamConfig(DecoderConfig):
     eos_token_id: int = 151643
     pad_token_id: int = 151643
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         check_decoder_config(self, kwargs, FIXED_SWITCHES)
         super().__post_init__(**kwargs)
 

@@ -78,7 +78,7 @@ class LLaDAConfig(PreTrainedConfig):
     eos_token_id: int = 126081
     pad_token_id: int = 126081
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         for name, value in FIXED_SWITCHES.items():
             if kwargs.setdefault(name, value) not in (value, None):
                 raise ConfigError(

@@ -63,7 +63,7 @@ class LLaDAMoEConfig(DecoderConfig):
     eos_token_id: int = 156892
     pad_token_id: int = 156892
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         check_decoder_config(self, kwargs, FIXED_SWITCHES)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(

@@ -11,7 +11,7 @@ from learner.runs.aside import discard, put_aside, put_back
 from learner.runs.directory import RunDirectory
 from learner.runs.start import open_run
 from learner.settings.run import load_config
-from learner.settings.saved import saved_settings
+from learner.settings.saved import checkpoints_in, saved_settings
 from learner.settings.sections import RunPlace
 from rewards.errors import ConfigError
 
@@ -54,7 +54,7 @@ def go_on(run: RunDirectory) -> None:
 def test_until_the_first_checkpoint_a_resume_can_be_undone(run: RunDirectory) -> None:
     before = contents(run)
     go_on(run)
-    assert [path.name for path in checkpoint.saved(run.checkpoints_dir)] == ["iteration-000002"]
+    assert [path.name for path in checkpoints_in(run.checkpoints_dir)] == ["iteration-000002"]
     assert (run.checkpoints_dir / "iteration-000003-keep").is_dir(), "somebody's copy"
     assert saved_settings(run.path) == {"learner": {"lr": 0.5}}, "a resume that is as good as none"
     assert put_back(run) == 2
