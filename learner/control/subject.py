@@ -1,6 +1,7 @@
 """What a run learns, and on which base: loaded, and compared with what it was started with, before Ray starts."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -69,14 +70,13 @@ def grounds_of(config: RunConfig, subject: Subject, found: FoundRun) -> Grounds:
         WaitTimeout: see ``ensure_base``.
     """
     resumed = found.resumed
-    small = base_name(config) if config.model.path is None else None
-    if resumed is not None and small is not None:
-        identity.require_small_base(resumed.progress, small)
+    if resumed is not None and config.model.path is None:
+        identity.require_small_base(resumed.progress, base_name(config))
     path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
     is_now = {
         **identity.fixed_settings(config),
         "base": identity.base_digest(path),
-        "small_base": small,
+        "small_base": None if config.model.path else Path(path).name,
         "data": identity.problems_digest(subject.train),
         "evaluated": identity.evaluation_digest(config, subject.held_out),
     }
