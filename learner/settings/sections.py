@@ -72,6 +72,9 @@ class TaskSection(Section):
     """Training problems."""
     test_size: PositiveInt = 256
     """Held-out problems."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What is done with problems whose prompt leaves no room for a completion: the run is refused, or they are left out
+    and counted."""
 
 
 class BaseSpec(Section):
