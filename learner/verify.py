@@ -35,13 +35,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from learner.runs.stopping import exit_status
-from learner.verification.cases import case_names
-from learner.verification.checks import Check, meter_on, sections, timed
-from learner.verification.report import document, hardware, status_of, table, verdict
 from rewards.command import Parser
 
 EXIT_STATUS = """exit status:
@@ -57,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
+    import torch  # this and what follows take seconds, which --help needs none of
+
+    from learner.verification.cases import case_names
+    from learner.verification.checks import Check, meter_on, sections, timed
+    from learner.verification.report import document, hardware, status_of, table, verdict
+
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, quiet=options.json)
     found: dict[str, list[Check]] = {}
     names = [] if options.golden is None else case_names(options.golden)
@@ -85,7 +87,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--golden",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         metavar="DIR",
         help="folder of recorded cases, NN_name.npz and .json; a checkout has tests/golden",
     )
