@@ -8,23 +8,17 @@ modelling code (``auto_map``) included: that is copied from a local base, and fo
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from peft import LoraConfig, get_peft_model
-from transformers.utils import cached_file
-
 from learner.runs.atomic import atomic_dir
 from learner.runs.stopping import exit_status
 from rewards.command import Parser
 from rewards.errors import ConfigError
-from rollout.adapters import load_state, read_peft_folder
-from rollout.models.encoding import load_tokenizer
-from rollout.models.family import read_config
-from rollout.models.loading import load_model
 
 # What lies beside the weights of a published checkpoint and is copied as it is. config.json is written, see there.
 SIDE_FILES = (
@@ -54,6 +48,12 @@ def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> 
         WeightMismatch: when adapter and base disagree about names or shapes.
         UnmaskError: when the disk refuses.
     """
+    from peft import LoraConfig, get_peft_model  # these take seconds, which --help needs none of
+
+    from rollout.adapters import load_state, read_peft_folder
+    from rollout.models.encoding import load_tokenizer
+    from rollout.models.loading import load_model
+
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ConfigError(f"--out {out_dir} is there already and not empty; give a new folder")
     state, peft_config = read_peft_folder(adapter_dir)
@@ -82,6 +82,8 @@ def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> 
 
 def _write_config(folder: Path, base: str, dtype: str) -> None:
     """config.json with the base's keys and values, the dtype apart."""
+    from rollout.models.family import read_config
+
     config = read_config(base)
     config.pop("_commit_hash", None)  # transformers' note on where it came from
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
@@ -96,6 +98,8 @@ def _write_config(folder: Path, base: str, dtype: str) -> None:
 
 
 def _copy_side_files(folder: Path, base: str) -> None:
+    from transformers.utils import cached_file
+
     for name in SIDE_FILES:
         found = cached_file(
             base,
@@ -117,13 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> int:
     parser = Parser("python -m learner.export", description=__doc__.partition("\n")[0])
-    parser.add_argument("--adapter", required=True, type=Path, help="folder in PEFT format, such as runs/ID/adapter")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; must be new or empty")
+    parser.add_argument("--adapter", required=True, type=_path, help="folder in PEFT format, such as runs/ID/adapter")
+    parser.add_argument("--out", required=True, type=_path, help="folder to write; must be new or empty")
     parser.add_argument("--base", help="folder or hub name of the base; default: the one the adapter names")
     arguments = parser.parse_args(argv)
-    export_merged(arguments.adapter, arguments.out, arguments.base)
+    base = arguments.base and os.path.expanduser(arguments.base)
+    export_merged(arguments.adapter, arguments.out, base)
     print(arguments.out)
     return 0
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 if __name__ == "__main__":

@@ -40,14 +40,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from learner.runs.stopping import exit_status
-from learner.verification.checks import Check, meter_on, sections, timed
-from learner.verification.recorded import Recorded, recorded_cases
-from learner.verification.report import document, hardware, status_of, table, verdict
 from rewards.command import Parser
+from rollout.process import prepare_process
 
 EXIT_STATUS = """exit status:
   0  every error is within its bound, and every negative control fails as it must
@@ -62,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
+    import torch  # this and what follows take seconds, which --help needs none of
+
+    from learner.verification.checks import Check, meter_on, sections, timed
+    from learner.verification.recorded import Recorded, recorded_cases
+    from learner.verification.report import document, hardware, status_of, table, verdict
+
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, quiet=options.json)
     found: dict[str, list[Check]] = {}
     recorded = Recorded([], [], []) if options.golden is None else recorded_cases(options.golden)
@@ -92,7 +95,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--golden",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         metavar="DIR",
         help="folder of recorded cases, NN_name.npz and .json: of AGRPO, and in methods/NAME of other methods; also "
         "a folder methods, or one method's in it; a checkout has tests/golden",
@@ -108,4 +111,5 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

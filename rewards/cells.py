@@ -2,9 +2,11 @@
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
+_WHOLE = re.compile(r"\s*([-+]?[0-9]{1,100})(\.0*)?\s*", re.ASCII)
 _MAX_PYTHON = 2**20
 """Characters of a list in Python's spelling: parsing one takes hundreds of bytes a character at worst."""
 
@@ -30,11 +32,8 @@ def whole(value: Any) -> Any:
     is."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str):
-        try:
-            return int(value) if len(value) <= 100 and value.isascii() and "_" not in value else value
-        except ValueError:
-            return value
+    if isinstance(value, str) and (number := _WHOLE.fullmatch(value)):
+        return int(number[1])
     return value
 
 

@@ -125,6 +125,10 @@ class Task(ABC):
         """What train and test must not share. By default the whole problem."""
         return json.dumps(fields, sort_keys=True)
 
+    def solvable(self, fields: dict[str, Any]) -> bool:
+        """Whether a problem has a right answer at all. One that has none teaches nothing; a run leaves it out."""
+        return True
+
     def check_disjoint(self, train: Sequence[Problem], test: Sequence[Problem]) -> None:
         """Raises DataError naming the first train problem whose leak key is also a test problem's."""
         test_ids = {self.leak_key(problem.fields): problem.id for problem in test}

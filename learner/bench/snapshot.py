@@ -19,9 +19,9 @@ from learner.likelihood.views import View, build_batch, step_view
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.rank import lora_spec
 from learner.runs import checkpoint as checkpoints
-from learner.runs.start import task_problems
 from learner.settings.objectives import AgrpoConfig
 from learner.settings.run import RunConfig, load_dumped
+from learner.supply.problems import task_problems
 from rewards.errors import ConfigError
 from rewards.task import Task, get_task
 from rollout.adapters import adapter_parameters

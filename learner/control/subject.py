@@ -1,6 +1,7 @@
 """What a run learns, and on which base: loaded, and compared with what it was started with, before Ray starts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -9,9 +10,10 @@ from learner.control.opening import FoundRun
 from learner.ranks.rank import lora_spec
 from learner.runs import checkpoint as checkpoints
 from learner.runs import identity
-from learner.runs.start import check_lengths, require_adapter_fits, starting_adapter, task_problems
+from learner.runs.start import require_adapter_fits, starting_adapter
 from learner.settings.run import RunConfig
 from learner.small_base.base_model import base_name, ensure_base, print_progress
+from learner.supply.problems import fitting, task_problems
 from rewards.task import Problem, Task, get_task
 from rollout.adapters import AdapterState
 from rollout.models.encoding import load_tokenizer
@@ -69,14 +71,15 @@ def grounds_of(config: RunConfig, subject: Subject, found: FoundRun) -> Grounds:
         WaitTimeout: see ``ensure_base``.
     """
     resumed = found.resumed
-    small = base_name(config) if config.model.path is None else None
-    if resumed is not None and small is not None:
-        identity.require_small_base(resumed.progress, small)
+    if resumed is not None and config.model.path is None:
+        identity.require_small_base(resumed.progress, base_name(config))
     path = config.model.path or str(ensure_base(config, config.model.cache_path, on_progress=print_progress))
+    family, tokenizer = policy_adapter(path), load_tokenizer(path)
+    subject = _that_fits(config, subject, family, tokenizer)
     is_now = {
         **identity.fixed_settings(config),
         "base": identity.base_digest(path),
-        "small_base": small,
+        "small_base": None if config.model.path else Path(path).name,
         "data": identity.problems_digest(subject.train),
         "evaluated": identity.evaluation_digest(config, subject.held_out),
     }
@@ -84,12 +87,27 @@ def grounds_of(config: RunConfig, subject: Subject, found: FoundRun) -> Grounds:
         identity.require_same(resumed.progress, is_now)
     elif subject.adapter is not None:
         require_adapter_fits(config.lora, subject.adapter, path, lora_spec(config))
-    family, tokenizer = policy_adapter(path), load_tokenizer(path)
-    check_lengths(
-        [*subject.train, *subject.held_out],
-        subject.task,
-        tokenizer,
-        completion_length=config.rollout.sampler.completion_length,
-        longest=family.max_length,
-    )
     return Grounds(subject, path, family, tokenizer, is_now)
+
+
+def _that_fits(
+    config: RunConfig, subject: Subject, family: PolicyAdapter, tokenizer: PreTrainedTokenizerBase
+) -> Subject:
+    """Without the problems that are too long, as ``task.too_long`` says."""
+    kept = []
+    for what, problems in (("training", subject.train), ("held-out", subject.held_out)):
+        kept.append(
+            fitting(
+                problems,
+                subject.task,
+                tokenizer,
+                completion_length=config.rollout.sampler.completion_length,
+                longest=family.max_length,
+                too_long=config.task.too_long,
+            )
+        )
+        if left_out := len(problems) - len(kept[-1]):
+            text = f"{left_out} of {len(problems)} {what} problems leave no room for a completion and are left out"
+            subject.told.append(("warning", "too_long", text))
+    train, held_out = kept
+    return replace(subject, train=train, held_out=held_out)

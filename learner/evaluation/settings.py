@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from learner.settings import arguments as overrides
 from learner.settings.run import DEFAULT_RECIPE, RunConfig, load_dumped, refuse_relative
-from learner.settings.sections import Fraction, NonNegative, Section
+from learner.settings.sections import Fraction, NonNegative, Section, UserPath
 from rewards.errors import ConfigError
 from rollout.trajectory import PositionRule
 
@@ -31,8 +31,8 @@ class DataSection(Section):
 
     split: Literal["train", "test"] = "test"
     """train or test."""
-    path: str | None = None
-    """File of problems (.csv or .jsonl, also .gz) instead of the split's own."""
+    path: UserPath | None = None
+    """File of problems, or hub:NAME[:CONFIG]:SPLIT, as task.test_path, instead of the split's own."""
     size: PositiveInt | None = None
     """Problems used; null: evaluation.problems, or the whole file that data.path names."""
     seed: NonNegativeInt | None = None
@@ -84,11 +84,11 @@ class StatisticsSection(Section):
 class EvaluateConfig(RunConfig):
     """A run's settings and what to evaluate of it."""
 
-    adapter: str | None = None
+    adapter: UserPath | None = None
     """Folder of a run, a checkpoint or a PEFT adapter; null: the adapter of the run given; none: the base alone."""
     base: bool = True
     """Evaluate the base beside the adapter."""
-    out: str | None = None
+    out: UserPath | None = None
     """Output folder; null: RUN/evaluations/NAME, or evaluations/NAME, the name made from the settings."""
     data: DataSection = DataSection()
     decode: DecodeSection = DecodeSection()

@@ -10,8 +10,8 @@ from typing import Any
 from learner.evaluation.settings import NO_ADAPTER, EvaluateConfig
 from learner.runs import checkpoint as checkpoints
 from learner.runs.directory import RunDirectory
-from learner.runs.start import task_problems
 from learner.small_base.base_model import ensure_base, print_progress
+from learner.supply.problems import task_problems
 from rewards.errors import ConfigError, DataError
 from rewards.task import Problem, get_task
 from rollout.adapters import AdapterState, digest, read_peft_folder

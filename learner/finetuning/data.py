@@ -25,6 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from learner.finetuning.settings import DataSection
+from rewards.cells import listed
 from rewards.errors import ConfigError, DataError
 from rewards.tasks.hub import problems_from_source
 from rollout.models.chat import render_chat
@@ -129,14 +130,14 @@ def conversation(row: dict[str, Any], reasoning: str) -> dict[str, Any]:
         DataError: when the row is in no known format.
     """
     if "messages" in row:
-        return _split(_messages(row["messages"], "messages"))
+        return _split(_messages(listed(row["messages"]), "messages"))
     if "prompt" in row and "completion" in row:
         prompt = row["prompt"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
         return {"messages": messages, "completion": _text(row["completion"], "completion")}
     for thinking, answer in _REASONING_COLUMNS:
         if "question" in row and thinking in row and answer in row:
-            value = row[thinking]
+            value = listed(row[thinking])
             trace = _text(value[0] if isinstance(value, list) and value else value, thinking)
             return _reasoned(_text(row["question"], "question"), trace, _text(row[answer], answer), reasoning)
     have = ", ".join(sorted(map(str, row)))

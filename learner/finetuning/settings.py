@@ -27,6 +27,7 @@ from learner.settings.sections import (
     Section,
     StoreSection,
     TimeoutsSection,
+    UserPath,
 )
 from rewards.errors import ConfigError
 
@@ -34,9 +35,10 @@ from rewards.errors import ConfigError
 class DataSection(Section):
     """Where the demonstrations come from."""
 
-    train: str | None = None
-    """Demonstrations: a .jsonl or .jsonl.gz file, or hub:NAME[:CONFIG]:SPLIT; docs/sft.md shows the formats."""
-    held_out: str | None = None
+    train: UserPath | None = None
+    """Demonstrations: a file (.jsonl, .json, .csv, .tsv, also .gz; .parquet), or hub:NAME[:CONFIG]:SPLIT; docs/sft.md
+    shows the formats."""
+    held_out: UserPath | None = None
     """Held-out demonstrations, in the same formats; null: a share of train's."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of train's demonstrations, drawn by the seed, that is held out when held_out is null; 0: none."""

@@ -3,6 +3,7 @@ them."""
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,23 @@ def json_line(row: dict[str, Any]) -> str:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl file, each with an ``iteration``; a line cut short by a kill or a full disk is left out."""
-    rows = []
+    return [row for _, row in _lines(path) if row is not None]
+
+
+def unreadable_lines(path: Path) -> list[int]:
+    """Numbers, from 1, of the lines of such a file that are no rows; the last one may have been cut short."""
+    return [number for number, row in _lines(path) if row is None]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):
+    whole, _, rest = text.rpartition("\n")
+    for number, line in enumerate([*whole.split("\n"), rest], start=1):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
+            row = None
         if isinstance(row, dict) and isinstance(row.get("iteration"), int):
-            rows.append(row)
-    return rows
+            yield number, row
+        elif line.strip() and line is not rest:
+            yield number, None

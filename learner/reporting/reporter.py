@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from learner.reporting.metrics_file import LineFile, json_line, read_rows
+from learner.reporting.metrics_file import LineFile, json_line, read_rows, unreadable_lines
 from learner.reporting.samples import pack_trajectory
 from learner.reporting.trackers import Tracker
 from learner.runs.atomic import atomic_write_text
@@ -153,6 +153,11 @@ class Reporter:
         report. Raises ``StoreError`` or ``UnmaskError`` when the store or the disk refuses."""
         for file in (self._metrics_file, self._samples_file):
             file.close()
+            if damaged := unreadable_lines(file.path):
+                text = (
+                    f"{len(damaged)} lines of {file.path} are no rows and are dropped, the first is line {damaged[0]}"
+                )
+                self.event("warning", "reporting", text)
             kept = [json_line(row) for row in read_rows(file.path) if row["iteration"] <= iteration]
             atomic_write_text(file.path, "".join(kept))
         self.store.truncate_after(iteration)

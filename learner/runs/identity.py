@@ -78,7 +78,7 @@ def require_small_base(progress: checkpoints.Progress, name: str) -> None:
     Raises:
         ConfigError: naming both.
     """
-    held = progress.identity.get("small_base", name)
+    held = progress.identity.get("small_base") or name
     if held != name:
         raise ConfigError(
             f"these settings ask for the small base {name}, and the run was started on {held}; leave "

@@ -1,24 +1,19 @@
 """What a run starts from: its directory, its checkpoint, its problems, its adapter."""
 
 import contextlib
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from learner.runs import checkpoint as checkpoints
 from learner.runs.aside import put_back
 from learner.runs.directory import RunDirectory
 from learner.settings.arguments import flat
-from learner.settings.run import RunConfig
 from learner.settings.saved import OF_A_START, checkpoints_in, kind_of, run_to_resume, saved_settings
 from learner.settings.sections import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, Section
 from rewards.errors import CheckpointError, ConfigError
-from rewards.task import Problem, Task
 from rollout.adapters import AdapterState, pack, read_peft_folder, require_plain_lora, unpack
-from rollout.models.encoding import encode_prompt
 from rollout.models.lora import LoraSpec, adapter_shapes
 from rollout.models.quantization import require_bitsandbytes
 
@@ -78,27 +73,6 @@ def changed_settings(run_dir: RunDirectory, config: Section) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
-def task_problems(
-    config: RunConfig, task: Task, *, on_event: Callable[[str, str, str], None]
-) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems, which share no solution.
-
-    Raises:
-        DataError: when a file can't be used, or the splits overlap.
-    """
-    seed, paths = config.run.seed, config.task
-    train = task.problems("train", seed=seed, size=paths.train_size, path=paths.train_path)
-    test = task.problems("test", seed=seed, size=paths.test_size, path=paths.test_path)
-    if task.source("train", paths.train_path) is not None:
-        kept = task.without_leaks(train, test)
-        if len(kept) < len(train):
-            dropped = f"{len(train) - len(kept)} of {len(train)} training problems"
-            on_event("info", "leaks", f"{dropped} share a solution with a held-out one and are left out")
-        train = kept
-    task.check_disjoint(train, test)
-    return train, test[: config.evaluation.problems]
-
-
 def check_quantization(model: ModelSection, learner: GroupSection, resources: ResourcesSection) -> None:
     """Refuses a quantized base where bitsandbytes is missing, or can't do it on a device of the run. Raises
     ConfigError."""
@@ -106,30 +80,6 @@ def check_quantization(model: ModelSection, learner: GroupSection, resources: Re
         return
     gpus = learner.device == "cuda" or resources.gpus_per_rank > 0 or resources.gpus_per_actor > 0
     require_bitsandbytes(model.quantization, "cuda" if gpus else "cpu")
-
-
-def check_lengths(
-    problems: Iterable[Problem],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    completion_length: int,
-    longest: int | None,
-) -> None:
-    """Refuses prompts that leave no room for a completion, before an actor or rank finds out. Raises ConfigError.
-
-    longest: tokens that a sequence of the model may have; None when it doesn't say.
-    """
-    if longest is None:
-        return
-    for problem in problems:
-        prompt = len(encode_prompt(tokenizer, task.messages(problem.fields)))
-        if prompt + completion_length > longest:
-            raise ConfigError(
-                f"the prompt of problem {problem.id} has {prompt} tokens, which with "
-                f"rollout.sampler.completion_length={completion_length} is more than the {longest} positions of the "
-                "model; lower completion_length, leave long problems out, or take a model with a longer context"
-            )
 
 
 def starting_adapter(lora: LoraSection, dtype: str) -> AdapterState | None:

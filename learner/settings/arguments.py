@@ -4,7 +4,6 @@ This module knows nothing of the run's settings: the model class that describes 
 (``learner.settings.run`` supplies it).
 """
 
-import difflib
 import json
 import re
 import types
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from learner.settings.nearest import nearest_key
 from rewards.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -113,6 +113,8 @@ def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) 
     """Sets one ``key.sub=value`` argument in ``data``; the value is YAML, but a text field takes it as it stands."""
     key, equals, raw = argument.partition("=")
     if not equals or not key.strip():
+        if argument in (*recipe_names(), *recipe_names("sft")) or argument.endswith((".yaml", ".yml")):
+            raise ConfigError(f"argument '{argument}' is a recipe: write recipe={argument}")
         raise ConfigError(f"argument '{argument}' is not of the form key.sub=value (see --help for the keys)")
     key = key.strip()
     field = dict(leaf_fields(model)).get(key)
@@ -194,16 +196,9 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def unknown_key(key: str, model: type[BaseModel]) -> str:
     """The sentence for a key that does not exist, with the nearest one that does."""
-    known = list(dict.fromkeys(name for name, _ in leaf_fields(model)))
-    known += sorted({name[:end] for name in known for end in _dots(name)})
-    same_last_part = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    nearest = same_last_part or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    remedy = f"did you mean '{nearest[0]}'?" if nearest else "see --help for the keys"
+    nearest = nearest_key(key, list(leaf_fields(model)))
+    remedy = f"did you mean '{nearest}'?" if nearest else "see --help for the keys"
     return f"unknown key '{key}'; {remedy}"
-
-
-def _dots(name: str) -> list[int]:
-    return [match.start() for match in re.finditer(r"\.", name)]
 
 
 # ---- recipes
@@ -214,8 +209,8 @@ def _shipped_recipes() -> Traversable:
 
 
 def _recipe_file(name_or_path: str, base: Path | None = None) -> Traversable:
-    if name_or_path.endswith((".yaml", ".yml")):
-        path = (base or Path()) / name_or_path
+    if name_or_path.lower().endswith((".yaml", ".yml")):
+        path = (base or Path()) / Path(name_or_path).expanduser()
         if not path.is_file():
             raise ConfigError(f"there is no recipe file '{path}'")
         return path
@@ -253,11 +248,19 @@ def _of_another_variant(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> b
     return "type" in lower and "type" in upper and lower["type"] != upper["type"]
 
 
+_NUMBERS = {
+    "int": r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$",
+    "float": r"^[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf)$|^\.nan$",
+}
+_OWN = (*_NUMBERS, "timestamp")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 less dates, plus the floats of YAML 1.2 (1e-3), and a key given twice is an error."""
+    """YAML 1.1 with the numbers of YAML 1.2 (1e-3 is one; 010, an octal, and 10:00, a sexagesimal, are texts) and
+    without dates; a key given twice is an error."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _OWN]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -269,9 +272,8 @@ class _Loader(yaml.SafeLoader):
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _kind, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list("-+.0123456789"))
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -359,4 +361,5 @@ def _is_text(field: FieldInfo) -> bool:
     members: Sequence[Any] = (annotation,)
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         members = typing.get_args(annotation)
-    return str in members
+    plain = (typing.get_args(each)[0] if typing.get_origin(each) is typing.Annotated else each for each in members)
+    return str in plain

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rewards.command import Parser
 
@@ -21,6 +21,11 @@ class SettingsParser(Parser):
         super().__init__(prog, usage=usage, description=description, formatter_class=how)
         self.add_argument("settings", nargs="*", metavar="key.sub=value", help="one of the settings below")
         self._keys = keys
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; settings are written key.sub=value, without dashes"
+        super().error(message)
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The options and ``settings``. Raises ConfigError."""

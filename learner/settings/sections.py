@@ -7,13 +7,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rollout.trajectory import PositionRule, SamplerSpec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder; no shell expands the ~ of key=~/x."""
 AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
@@ -35,11 +37,11 @@ class RunPlace(Section):
 
     name: str | None = None
     """Name of the run's folder; null: made from the task and the time of the start."""
-    dir: str = "runs"
+    dir: UserPath = "runs"
     """Folder that holds the runs' folders."""
     seed: NonNegativeInt = 0
     """Every random choice derives from it."""
-    resume: str = "never"
+    resume: UserPath = "never"
     """never; auto (the newest good checkpoint of the run that name names, or that was started last); or the path of a
     run or checkpoint. The run goes on with its own settings; what the command line names is laid over them."""
     shared: bool = False
@@ -61,15 +63,18 @@ class TaskSection(Section):
 
     name: str = "sudoku"
     """A shipped task, or module:Class of your own."""
-    train_path: str | None = None
-    """Training problems: a file (.csv or .jsonl, also .gz) or hub:NAME[:CONFIG]:SPLIT; null: the task's own data set,
-    or generated from the seed (docs/tasks.md)."""
-    test_path: str | None = None
+    train_path: UserPath | None = None
+    """Training problems: a file (.csv, .tsv, .jsonl, .json, also .gz; .parquet) or hub:NAME[:CONFIG]:SPLIT; null: the
+    task's own data set, or generated from the seed (docs/tasks.md)."""
+    test_path: UserPath | None = None
     """Held-out problems, likewise."""
     train_size: PositiveInt = 2000
     """Training problems."""
     test_size: PositiveInt = 256
     """Held-out problems."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What is done with problems whose prompt leaves no room for a completion: the run is refused, or they are left out
+    and counted."""
 
 
 class BaseSpec(Section):
@@ -102,12 +107,12 @@ class BaseSpec(Section):
 class ModelSection(Section):
     """The policy's base model."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """Folder with the model in Hugging Face layout; null: build the small base, or reuse the cached one."""
     quantization: Literal["nf4", "int8"] | None = None
     """How the blocks' linear maps are stored, in learner and actors alike (bitsandbytes); null: in learner.dtype."""
     base: BaseSpec = BaseSpec()
-    cache_dir: str | None = None
+    cache_dir: UserPath | None = None
     """Folder of built bases; null: the environment variable UNMASK_CACHE, or ~/.cache/unmask."""
 
     @property
@@ -129,7 +134,7 @@ class LoraSection(Section):
     target_modules: list[str] | None = None
     """What to adapt: names of linear maps, in full or their last parts, such as [q_proj, v_proj]; null: the model
     family's own choice."""
-    adapter: str | None = None
+    adapter: UserPath | None = None
     """Folder of an existing PEFT adapter to start from."""
 
 

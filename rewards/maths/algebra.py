@@ -1,20 +1,22 @@
 r"""Values of expressions (``rewards.maths.expression``): equality decided exactly wherever that is cheap.
 
-Three ways, each total and bounded:
+Several ways, each total and bounded:
 
 - ``rational``: the exact value as a Fraction, when it is a constant made of rationals.
 - ``residue``: the value in the field of integers modulo PRIME, each variable (``\pi`` and ``e`` among them) at a fixed
   arbitrary point, ``i`` and the roots of integers as elements whose squares they are. Equal expressions of that kind
   have equal residues; unequal ones by accident with a probability around 2^-130 (Schwartz and Zippel's lemma). Big
   powers cost nothing there: ``2^{2008}-2`` is a modular power.
-- ``approximation``: complex floats at two points, for everything else (nested roots, trigonometry, logarithms). It only
-  ever tells expressions apart; whether those that agree are equal is for ``rewards.maths.symbolic``.
+  With ``opaque``, what is none (roots, logarithms, binomials of names) has a residue that depends on those of its
+  operands and on nothing else: then equal residues still mean equal values, and unequal ones mean nothing.
+- ``approximation``: complex floats at some points, for everything else (nested roots, trigonometry, logarithms). It
+  only ever tells expressions apart; whether those that agree are equal is for ``rewards.maths.symbolic``. Names are
+  real and of either sign; where one is negative, what has no real value has none.
 """
 
 import cmath
 import hashlib
 import math
-import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -34,7 +36,11 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "exp": cmath.exp, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "sinh": cmath.sinh,
     "cosh": cmath.cosh, "tanh": cmath.tanh, "abs": abs, "sec": lambda z: 1 / cmath.cos(z),
     "csc": lambda z: 1 / cmath.sin(z), "cot": lambda z: cmath.cos(z) / cmath.sin(z),
+    "floor": lambda z: math.floor(_real(z)), "ceiling": lambda z: math.ceil(_real(z)),
 }  # fmt: skip
+_POINTS = 8
+_POSITIVE_POINTS = 2
+"""The first of them, where all names are positive."""
 _SMALL_PRIMES = [q for q in range(2, 10_000) if all(q % d for d in range(2, math.isqrt(q) + 1))]
 
 
@@ -50,23 +56,29 @@ def rational(node: Node) -> Fraction | None:
         return None
 
 
-def residue(node: Node, point: int = 0) -> int:
+def residue(node: Node, point: int = 0, *, opaque: bool = False) -> int:
     """The value modulo PRIME, with the variables at one of many points. Raises Inexact for what has none."""
     try:
-        return _residue(node, point)
+        return _residue(node, point, opaque)
     except (ZeroDivisionError, ValueError):
         raise Inexact from None
 
 
-def approximation(node: Node) -> tuple[complex, complex]:
-    """The values at two points. Raises Inexact when they are undefined or overflow."""
-    try:
-        first, second = _approximate(node, 0), _approximate(node, 1)
-    except (ArithmeticError, ValueError, RecursionError):
-        raise Inexact from None
-    if not (cmath.isfinite(first) and cmath.isfinite(second)):
+def approximation(node: Node) -> list[complex | None]:
+    """The values at some points, None where there is none. Raises Inexact when that is so where all names are
+    positive."""
+    values = [_value_at(node, point) for point in range(_POINTS)]
+    if None in values[:_POSITIVE_POINTS]:
         raise Inexact
-    return first, second
+    return values
+
+
+def _value_at(node: Node, point: int) -> complex | None:
+    try:
+        value = _approximate(node, point)
+    except (ArithmeticError, ValueError, TypeError, RecursionError, Inexact):
+        return None
+    return value if cmath.isfinite(value) else None
 
 
 def _rational(node: Node) -> Fraction:
@@ -92,40 +104,53 @@ def _rational(node: Node) -> Fraction:
     return value
 
 
-def _residue(node: Node, point: int) -> int:
-    operation = node[0]
+def _residue(node: Node, point: int, opaque: bool) -> int:
+    operation, *operands = node
     if operation == "number":
         return node[1].numerator * pow(node[1].denominator, -1, PRIME) % PRIME
     if operation == "name":
         return _position(node[1], point)
     if operation == "i":
         return _imaginary_unit()
+    try:
+        if operation == "!":
+            return _residue(("number", _rational(node)), point, opaque)
+        if operation == "root":
+            return _root(_rational(node[1]), _rational(node[2]))
+        if operation == "^":
+            exponent = _rational(node[2])
+            if exponent == Fraction(1, 2):
+                return _residue(("root", ("number", Fraction(2)), node[1]), point, opaque)
+            if exponent.denominator != 1:
+                raise Inexact
+            base = _residue(node[1], point, opaque)
+            if base == 0 and exponent <= 0:
+                raise Inexact
+            return pow(base, int(exponent), PRIME)
+        if operation == "call":
+            raise Inexact
+    except Inexact:
+        if not opaque:
+            raise
+        name = operands.pop(0) if operation == "call" else operation
+        values = [_residue(operand, point, opaque) for operand in operands]
+        return _position(f"{name} of {values}", 0)
+    values = [_residue(operand, point, opaque) for operand in operands]
     if operation == "negate":
-        return -_residue(node[1], point) % PRIME
+        return -values[0] % PRIME
     if operation == "+":
-        return (_residue(node[1], point) + _residue(node[2], point)) % PRIME
+        return (values[0] + values[1]) % PRIME
     if operation == "*":
-        return _residue(node[1], point) * _residue(node[2], point) % PRIME
-    if operation == "/":
-        return _residue(node[1], point) * pow(_residue(node[2], point), -1, PRIME) % PRIME
-    if operation == "!":
-        return _residue(("number", _rational(node)), point)
-    if operation == "^":
-        exponent = _rational(node[2])
-        if exponent == Fraction(1, 2):
-            return _residue(("root", ("number", Fraction(2)), node[1]), point)
-        if exponent.denominator != 1:
-            raise Inexact
-        base = _residue(node[1], point)
-        if base == 0 and exponent <= 0:
-            raise Inexact
-        return pow(base, int(exponent), PRIME)
-    if operation == "root" and _rational(node[1]) == 2:
-        radicand = _rational(node[2])
-        root = _integer_root(abs(radicand.numerator * radicand.denominator))
-        root = root * (_imaginary_unit() if radicand < 0 else 1)
-        return root * pow(radicand.denominator, -1, PRIME) % PRIME
-    raise Inexact
+        return values[0] * values[1] % PRIME
+    return values[0] * pow(values[1], -1, PRIME) % PRIME
+
+
+def _root(index: Fraction, radicand: Fraction) -> int:
+    if index != 2:
+        raise Inexact
+    root = _integer_root(abs(radicand.numerator * radicand.denominator))
+    root = root * (_imaginary_unit() if radicand < 0 else 1)
+    return root * pow(radicand.denominator, -1, PRIME) % PRIME
 
 
 def _approximate(node: Node, point: int) -> complex:
@@ -133,13 +158,18 @@ def _approximate(node: Node, point: int) -> complex:
     if operation == "number":
         return complex(node[1])
     if operation == "name":
-        return math.pi if node[1] == r"\pi" else math.e if node[1] == "e" else 0.5 + 2 * _fraction(node[1], point)
+        return math.pi if node[1] == r"\pi" else math.e if node[1] == "e" else _coordinate(node[1], point)
     if operation == "i":
         return 1j
     if operation == "negate":
         return 0 - _approximate(node[1], point)  # keeps the sign of a zero imaginary part
     if operation == "call":
-        return _FUNCTIONS[node[1]](_approximate(node[2], point))
+        if node[1] not in _FUNCTIONS:
+            raise Inexact
+        operand = _approximate(node[2], point)
+        if node[1] in ("ln", "log") and point >= _POSITIVE_POINTS and operand.real < 0:
+            raise Inexact
+        return _FUNCTIONS[node[1]](operand)
     if operation == "!":
         return complex(_rational(node))
     left, right = _approximate(node[1], point), _approximate(node[2], point)
@@ -150,10 +180,14 @@ def _approximate(node: Node, point: int) -> complex:
     if operation == "/":
         return left / right
     if operation == "^":
+        if point >= _POSITIVE_POINTS and left.real < 0 and right.real % 1:
+            raise Inexact
         return left**right
     right += 0j  # no negative zero: it would choose the other branch
     if right.imag == 0 and right.real < 0 and left.real % 2 == 1:
         return -((-right) ** (1 / left))  # the real root, as schools write it
+    if point >= _POSITIVE_POINTS and right.real < 0:
+        raise Inexact
     return right ** (1 / left)
 
 
@@ -169,8 +203,17 @@ def _position(name: str, point: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{name}/{point}".encode()).digest(), "big") % PRIME
 
 
-def _fraction(name: str, point: int) -> float:
-    return zlib.crc32(f"{name}/{point}".encode()) / 2**32
+def _coordinate(name: str, point: int) -> float:
+    """Where a name is put on the real line: from 0.5 to 2.5, and at the later points of either sign."""
+    drawn = _position(name, point)
+    size = 0.5 + drawn % 2**32 / 2**31
+    return -size if point >= _POSITIVE_POINTS and drawn >> 32 & 1 else size
+
+
+def _real(value: complex) -> float:
+    if abs(value.imag) > 1e-12:
+        raise Inexact
+    return value.real
 
 
 @cache

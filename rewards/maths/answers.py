@@ -1,38 +1,39 @@
 r"""Finds the answer of a mathematical completion: boxes, ``####``, "The answer is 42." Total and linear in the text.
 
-Thinking and answer tags are those of ``rewards.parsing``: the last complete ``<answer>`` is the submission, else what
-follows an ``<answer>`` that was not closed, else the whole text without its closed think blocks. In it:
+Thinking, answer tags and boxes that are damaged or cut off are those of ``rewards.parsing``; an ``<answer>`` that was
+not closed counts here too. In what they leave:
 
 1. The *last* filled ``\boxed{...}`` is the answer: solutions box what they end with. Boxes that only commas, "and" or
    "or" part are one answer of several values: ``\boxed{2} or \boxed{3}`` is the list 2, 3, and no right answer to 3
-   (unless each of them is right: ``\boxed{1/2} or \boxed{0.5}``).
-2. Without a box: what follows the last ``####`` or the last "answer is", "answer:", to the end of the line or sentence.
+   (unless each of them is right: ``\boxed{1/2} or \boxed{0.5}``). After a box that was cut off nothing else counts.
+2. Without a box: what follows the last ``####``, else the last "answer is", "answer:", to the end of the line or
+   sentence. A mark with neither number nor formula behind it ("the answer is correct") does not replace one that has.
 3. Without that: the text, when it is the answer itself. In a tag, or in a last sentence that concludes ("So ...",
    "Therefore ...") or is complete, the number counts that is the only one there or that ends a calculation
    (``6 * 7 = 42``), or the only formula. A last sentence without an end may be one that was cut off.
 
 GSM8K's calculator notes (``<<6*7=42>>``), which models copy, are taken out first.
 
-A box that is not closed is no box; ``\boxed 9`` is one. No number is taken from a text that denies or bounds it ("not
+``\boxed 9`` is a box. No number is taken from a text that denies or bounds it ("not
 5", "more than 5", "5 or 6").
 """
 
 import re
 from dataclasses import dataclass
 
-from rewards.parsing import MAX_CHARACTERS, boxes, last_answer, without_thinking
+from rewards.parsing import Region, answer_region, boxes, readable
 
 MAX_ANSWER = 1000
 
-_SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>")
 _CALCULATOR_NOTE = re.compile(r"<<[^<>\n]{0,100}>>")
-_OPEN_ANSWER = re.compile(r"<answer>", re.IGNORECASE | re.ASCII)
 _BETWEEN = re.compile(r"(?:[\s,;$.]|\\[()\[\],;! ]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b){0,20}")
 _MARK = re.compile(
     r"####|\b(?:final\s+)?(?:answer|answers|result)(?:\s+to\s+(?:the|this)\s+(?:problem|question))?"
     r"\**\s*(?:\bis\b|\bare\b|\bwas\b|:|=)",
     re.IGNORECASE | re.ASCII,
 )
+_SAYS_SOMETHING = re.compile(r"[0-9$\\]")
+_RETRACTION = re.compile(r"\W{0,5}(?:(?:in|not )correct|wrong|not right)\b", re.IGNORECASE | re.ASCII)
 _SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=[\s*]|$)")
 _UNBRACED_BOX = re.compile(r"\\boxed\s+(-?[0-9A-Za-z.]{1,60})")
 _CONCLUSION = re.compile(
@@ -50,6 +51,7 @@ _NO_STATEMENT = re.compile(
 _FORMULA = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\(([^$]+?)\\\)")
 _DIGIT = re.compile(r"[0-9]")
 _VARIABLE = re.compile(r"(?<![A-Za-z'])[A-Za-z](?![A-Za-z'])")
+_FACTORS_X = re.compile(r"(?<=[0-9)]) [xX] (?=[0-9(])")
 _AFTER = re.compile(
     r"\s(?:because|since|as|which|so|where|when|for|after|if)\b|[,;]\s+(?!and\b|or\b)[A-Za-z]|\s\(|\s[-=]>\s"
 )
@@ -67,30 +69,29 @@ class FinalAnswer:
 
 def final_answer(completion: str) -> FinalAnswer:
     """The answer that a completion gives; no candidates when there is none."""
-    text = _SPECIAL.sub(" ", without_thinking(completion.strip()[-MAX_CHARACTERS:]))
-    text = _CALCULATOR_NOTE.sub("", text)
-    inside = last_answer(text)
-    region = text if inside is None else inside
-    if inside is None and (opened := [match.end() for match in _OPEN_ANSWER.finditer(text)]):
-        region = text[opened[-1] :] if text[opened[-1] :].strip() else region
-    in_tag = region is not text
+    region = answer_region(_CALCULATOR_NOTE.sub("", readable(completion)))
     found = _boxed(region)
+    if found is None:
+        return FinalAnswer((), (), region.tagged)
     if found:
         readings = found if len(found) == 1 else [", ".join(found)]
     else:
-        readings = _marked(region) or _bare(region.strip(), in_tag)
-    candidates = dict.fromkeys(answer for answer in readings if answer and len(answer) <= MAX_ANSWER)
-    return FinalAnswer(tuple(candidates), tuple(found) if len(found) > 1 else (), inside is not None)
+        readings = _marked(region.text) or _bare(region.text.strip(), region.begun)
+    candidates = dict.fromkeys(_factors(answer) for answer in readings if answer and len(answer) <= MAX_ANSWER)
+    return FinalAnswer(tuple(candidates), tuple(found) if len(found) > 1 else (), region.tagged)
 
 
-def _boxed(text: str) -> list[str]:
-    """The last filled box, and those that only commas and the like part from it."""
-    filled = [(begin, text[start:end].strip(), end) for begin, start, end in boxes(text) if text[start:end].strip()]
+def _boxed(region: Region) -> list[str] | None:
+    """The last filled box, and those that only commas and the like part from it. None when the last was cut off."""
+    text, found = region.text, boxes(region.text)
+    if found and not found[-1].closed and not region.ended:
+        return None
+    filled = [(box, text[box.start : box.end].strip()) for box in found if text[box.start : box.end].strip()]
     if not filled:
         return _UNBRACED_BOX.findall(text)[-1:]
     values = [filled[-1][1]]
-    for (_, value, end), (begin, _, _) in zip(filled[-2::-1], filled[:0:-1], strict=True):
-        between = text[end + 1 : begin]
+    for (box, value), (later, _) in zip(filled[-2::-1], filled[:0:-1], strict=True):
+        between = text[box.end + 1 : later.begin]
         if len(between) > 60 or len(values) > 20 or not _BETWEEN.fullmatch(between):
             break
         values.insert(0, value)
@@ -98,13 +99,25 @@ def _boxed(text: str) -> list[str]:
 
 
 def _marked(text: str) -> list[str]:
-    """Readings of what follows the last mark."""
-    marks = [match.end() for match in _MARK.finditer(text)]
-    if not marks:
+    """Readings of what follows the mark that counts, then of words behind a later one."""
+    found = [(mark.group() == "####", _line_after(text, mark.end())) for mark in _MARK.finditer(text)]
+    found = [(hashes, line) for hashes, line in found if line]
+    telling = [(hashes, line) for hashes, line in found if _SAYS_SOMETHING.search(line)]
+    if not found or telling and _RETRACTION.match(found[-1][1]):
         return []
-    rest = text[marks[-1] :].lstrip(" \t:*=")
-    line = next((line for line in rest.split("\n", 3)[:3] if line.strip(" \t*$\\[]():")), "")
-    return _readings(line.strip()) if line else []
+    best = next((line for hashes, line in reversed(telling) if hashes), telling[-1][1] if telling else "")
+    last = found[-1][1]
+    return (_readings(best) if best else []) + ([] if _SAYS_SOMETHING.search(last) else _readings(last))
+
+
+def _line_after(text: str, start: int) -> str:
+    rest = text[start : start + MAX_ANSWER].lstrip(" \t:*=")
+    return next((line.strip() for line in rest.split("\n", 3)[:3] if line.strip(" \t*$\\[]():")), "")
+
+
+def _factors(answer: str) -> str:
+    """``5 x 4 = 20`` with a sign for the x."""
+    return _FACTORS_X.sub(" * ", answer) if "=" in answer else answer
 
 
 def _bare(text: str, in_tag: bool) -> list[str]:
@@ -144,7 +157,7 @@ def _statement(text: str) -> list[str]:
     formulas = [match for match in _FORMULA.finditer(text[:MAX_ANSWER])]
     if len(formulas) == 1 and not _DIGIT.search(text.replace(formulas[0].group(), "", 1)):
         return [next(part for part in formulas[0].groups() if part)]
-    calculation, equals, value = text[:MAX_ANSWER].rpartition("=")
+    calculation, equals, value = _factors(text[:MAX_ANSWER]).rpartition("=")
     if equals and not _VARIABLE.search(calculation):
         return _only_number(value)
     return _only_number(text)

@@ -21,7 +21,11 @@ The rules:
   factor. Of a chain of equal constants (6/4 = 1.5) any stands for the value.
 - Matrices agree by entry, whatever their brackets (not determinants). 1011_2 takes 1011 but no other base. A ratio a:b
   takes the same ratio of the same numbers, and answers a gold fraction.
-- Text is compared without case, spaces and punctuation, single letters with case; (A) is A.
+- Text is compared without case, spaces, hyphens and full stops, single letters with case; (A) is A. Letters of a
+  ``\text``, three and more, and capitals are a word, in order: ABC is not CAB. xy is yx.
+- Names are real numbers: \sqrt{x^2} is |x|, and not x. An inequality of two sides that are no names is the same up to a
+  positive factor.
+- A formula that can't be read is equal to the same signs in the same order and to nothing else.
 - Empty answers and texts of more than 1000 characters are wrong.
 """
 
@@ -42,18 +46,21 @@ from rewards.maths.answer_forms import (
     Matrix,
     Named,
     Ratio,
+    Relation,
     Scalar,
     Words,
     read,
 )
 from rewards.maths.expression import Node
+from rewards.maths.units import UNIT
 
 How = Literal["text", "number", "algebra", "approximation", "form", "symbolic", "timeout", "failed", "none"]
 """``form``: another kind of answer; ``timeout``, ``failed``: the symbolic comparison came to no verdict, so the answer
 is wrong; ``none``: empty or too long."""
 
 _TOLERANCE = 1e-8
-_REALS = frozenset({"r", "allrealnumbers", "allreals", "allrealnumber"})
+_LINE = r"(-\infty,\infty)"
+_REALS = frozenset({"R", "allrealnumbers", "allreals", "allrealnumber"})
 
 counts: Counter[How] = Counter()
 """Verdicts of this process by how they were reached."""
@@ -119,6 +126,8 @@ class _Comparison:
             return len(gold.rows) == len(answer.rows) and all(map(self._same_in_order, gold.rows, answer.rows))
         if isinstance(gold, Equation) and isinstance(answer, Equation):
             return _proportional(gold.node, answer.node)
+        if isinstance(gold, Relation) and isinstance(answer, Relation):
+            return len(gold.steps) == len(answer.steps) and all(map(_same_step, gold.steps, answer.steps))
         if isinstance(gold, Based):
             if isinstance(answer, Based):
                 return (gold.digits, gold.base) == (answer.digits, answer.base)
@@ -127,18 +136,18 @@ class _Comparison:
             return answer.base == 10 and gold.key == answer.digits
         if isinstance(answer, Ratio):
             return self._same_ratio(gold, answer)
-        if isinstance(gold, Words) and isinstance(answer, Words):
-            return _folded(gold.key) == _folded(answer.key) != ""
-        return gold.key == r"(-\infty,\infty)" and _folded(answer.key.lower()) in _REALS
+        if isinstance(gold, Words) or isinstance(answer, Words):
+            return _plain(gold) == _plain(answer) != "" or (gold.key == _LINE and _plain(answer) in _REALS)
+        return gold.key == _LINE and answer.key in _REALS
 
     def _same_named(self, gold: Form, answer: Form) -> bool:
         if isinstance(gold, Named) and isinstance(answer, Named):
             if gold.name == answer.name:
                 return self.same(gold.form, answer.form)
         elif isinstance(gold, Named) and isinstance(answer, Equation):
-            return _proportional(_difference(gold), answer.node)
+            return isinstance(gold.form, Scalar) and _proportional(_difference(gold.name, gold.form), answer.node)
         elif isinstance(answer, Named) and isinstance(gold, Equation):
-            return _proportional(gold.node, _difference(answer))
+            return isinstance(answer.form, Scalar) and _proportional(gold.node, _difference(answer.name, answer.form))
         elif isinstance(gold, Named):
             return self.same(gold.form, answer)
         elif isinstance(answer, Named):
@@ -173,15 +182,19 @@ class _Comparison:
 
     def _same_ratio(self, gold: Form, answer: Ratio) -> bool:
         if isinstance(gold, Ratio):
-            return gold.parts == answer.parts
+            return gold.parts == answer.parts and gold.half in ("", answer.half)
+        if isinstance(gold, Scalar) and answer.key.split(":")[1][:2] == "00" and len(answer.parts) == 2:
+            return gold.value == answer.parts[0]  # a full hour
         if not isinstance(gold, Scalar) or gold.value is None or len(answer.parts) != 2 or not answer.parts[1]:
             return False
         self.how = "number"
         return gold.value == answer.parts[0] / answer.parts[1]
 
     def _same_scalar(self, gold: Scalar, answer: Scalar) -> bool:
+        if gold.whole is not None and not (gold.units and gold.units == answer.units):
+            return self._same_expression(gold.whole, answer.whole or answer.node)
         one, other = (form.units | {"percent"} if form.percent else form.units for form in (gold, answer))
-        if one and other and one != other:
+        if one and other and one != other and not _same_power(one, other):
             return False
         if gold.value is not None and answer.value is not None:
             self.how = "number"
@@ -197,12 +210,18 @@ class _Comparison:
             return exact
         except Inexact:
             pass
+        try:
+            if residue(gold, opaque=True) == residue(answer, opaque=True):
+                self.how = "algebra"
+                return True
+        except Inexact:
+            pass
         self.how = "approximation"
         try:
             values = zip(approximation(gold), approximation(answer), strict=True)
         except Inexact:
             return False
-        if any(abs(one - other) > _TOLERANCE * (abs(one) + abs(other)) + 1e-12 for one, other in values):
+        if any(one is not None and other is not None and not _near(one, other) for one, other in values):
             return False
         self.open.append((gold, answer))
         return True
@@ -216,20 +235,44 @@ def _same_number(gold: Fraction, gold_percent: bool, answer: Fraction, answer_pe
     return answer / 100 == gold or (answer == gold and gold >= 1)
 
 
+def _same_power(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether ``square units`` is one side and some area the other."""
+    powers = [{unit.partition("^")[2] for unit in units} for units in (one, other)]
+    return powers[0] == powers[1] and any(unit.startswith(f"{UNIT}^") for unit in one | other)
+
+
+def _near(one: complex, other: complex) -> bool:
+    return abs(one - other) <= _TOLERANCE * (abs(one) + abs(other)) + 1e-12
+
+
+def _same_step(gold: tuple[str, Node], answer: tuple[str, Node]) -> bool:
+    """Whether two comparisons with 0 are the same: up to a factor, which must be positive where the order counts."""
+    if gold[0] != answer[0] or not _proportional(gold[1], answer[1]):
+        return False
+    if gold[0] == r"\ne":
+        return True
+    try:
+        one, other = approximation(gold[1])[0], approximation(answer[1])[0]
+    except Inexact:
+        return gold[1] == answer[1]
+    return one is not None and other is not None and (one * other.conjugate()).real > 0
+
+
 def _proportional(gold: Node, answer: Node) -> bool:
     """Whether one difference of sides is the other times a constant that is not 0."""
     try:
-        (a, b), (c, d) = ((residue(node, 0), residue(node, 1)) for node in (gold, answer))
+        (a, b), (c, d) = ([residue(node, point, opaque=True) for point in (0, 1)] for node in (gold, answer))
     except Inexact:
         return False
     return a != 0 and c != 0 and (a * d - b * c) % PRIME == 0
 
 
-def _difference(named: Named) -> Node:
-    value = named.form.node if isinstance(named.form, Scalar) else ("call", "ln", ("number", Fraction(0)))
-    return ("+", ("name", named.name), ("negate", value))
+def _difference(name: str, value: Scalar) -> Node:
+    return ("+", ("name", name), ("negate", value.node))
 
 
-def _folded(text: str) -> str:
-    kept = "".join(character for character in text if character.isalnum())
-    return kept if len(kept) == 1 else kept.casefold()
+def _plain(form: Form) -> str:
+    """What is compared where one of two forms is text: of others only a run of letters is."""
+    if isinstance(form, Words):
+        return form.plain
+    return form.key.casefold() if form.key.isalpha() and len(form.key) > 1 else ""

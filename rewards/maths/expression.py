@@ -1,8 +1,9 @@
 r"""Reads an expression, made of the tokens of ``rewards.maths.latex``, into a tree. Total and bounded.
 
-Spelling rules: numbers side by side are no product, an integer before a proper fraction of integers is a mixed number
-(``1\frac{2}{3}`` is 5/3), ``1/2x`` is read from left to right, ``i`` is the imaginary unit, a run of at most four
-letters is a product.
+Spelling rules: numbers side by side are no product, whatever braces they are in; an integer before a proper fraction
+of integers is a mixed number (``1\frac{2}{3}`` is 5/3); ``1/2x`` is read from left to right; ``i`` is the imaginary
+unit; a run of at most four letters is a product. What has no arithmetic here (``\binom{n}{2}``, ``\gcd``) is a function
+of which nothing is known, an accented letter is a name.
 """
 
 import math
@@ -23,12 +24,15 @@ FUNCTIONS = frozenset({
 })  # fmt: skip
 
 Node = tuple[Any, ...]
-"""(operation, operands...): number, name, i, negate, +, *, /, ^, !, root (index, radicand), call (function, it)."""
+"""(operation, operands...): number, name, i, negate, +, *, /, ^, !, root (index, radicand), call (function, it...)."""
 
 _GREEK = frozenset({
     r"\alpha", r"\beta", r"\gamma", r"\delta", r"\epsilon", r"\varepsilon", r"\theta", r"\lambda", r"\mu",
     r"\nu", r"\rho", r"\sigma", r"\tau", r"\phi", r"\varphi", r"\omega", r"\psi", r"\pi", r"\ell", r"\infty",
 })  # fmt: skip
+_ROUNDED = {r"\lfloor": "floor", r"\lceil": "ceiling"}
+_ACCENTS = frozenset({r"\overline", r"\vec", r"\hat", r"\tilde", r"\dot", r"\ddot", r"\overrightarrow", r"\widehat"})
+_OF_SEVERAL = frozenset({"gcd", "lcm", "max", "min"})
 
 
 class Unreadable(UnmaskError):
@@ -68,6 +72,8 @@ class _Reader:
 
     def __init__(self, tokens: list[str], spaced: Sequence[str]) -> None:
         self._tokens = tokens[::-1]
+        self._bars = 0  # open ones, inside the present bracket
+        self._after_number = False  # whether the last token was one
         self._spaced_mixed = _spaced_mixed_number(spaced)
 
     @property
@@ -102,13 +108,21 @@ class _Reader:
                 factor = self._power(depth)
                 product = (operation, product, ("negate", factor) if negative else factor)
             elif self._starts_factor():
-                if is_number(self.next):
-                    raise Unreadable("two numbers side by side")
                 mixed = self._mixed_number(product, depth)
-                product = mixed if mixed is not None else ("*", product, self._power(depth))
+                product = mixed if mixed is not None else ("*", product, self._beside(product, depth))
             else:
                 break
         return product
+
+    def _beside(self, before: Node, depth: int) -> Node:
+        """A factor without a sign of a product before it."""
+        if is_number(self.next or "(") and (self._after_number or before[0] == "number"):
+            raise Unreadable("two numbers side by side")
+        only_braces = self.next == "{" and self._tokens[-2:-1] != ["("]
+        factor = self._power(depth)
+        if only_braces and (is_literal(factor) or factor[0] in ("+", "negate")):
+            raise Unreadable("braces are no parentheses")
+        return factor
 
     def _mixed_number(self, whole: Node, depth: int) -> Node | None:
         if self.next != r"\frac" or whole[0] != "number" or whole[1].denominator != 1:
@@ -126,7 +140,11 @@ class _Reader:
         assert token is not None
         return (
             token in ("(", "[", "{", r"\frac", r"\sqrt", r"\radical", r"\binom")
+            or (token == "|" and not self._bars)
             or is_number(token)
+            or token in _ROUNDED
+            or token in _ACCENTS
+            or token[1:] in _OF_SEVERAL
             or token.isalpha()
             or token in _GREEK
             or token[1:] in FUNCTIONS
@@ -175,14 +193,17 @@ class _Reader:
         if not self._tokens:
             raise Unreadable("it ends where an operand should be")
         token = self._tokens.pop()
-        if is_number(token):
+        self._after_number = is_number(token)
+        if self._after_number:
             return ("number", Fraction(token))
         if token in ("(", "[", "{"):
-            inner = self.sum(depth + 1)
-            self._expect(OPENERS[token])
-            return inner
+            return self._bracketed(token, depth)[0]
+        if token in _ROUNDED:
+            return ("call", _ROUNDED[token], *self._bracketed(token, depth))
         if token == "|":
+            self._bars += 1
             inner = self.sum(depth + 1)
+            self._bars -= 1
             self._expect("|")
             return ("call", "abs", inner)
         if token == r"\frac":
@@ -196,14 +217,36 @@ class _Reader:
                 index = self.sum(depth + 1)
                 self._expect("]")
             return ("root", index, self._primary(depth + 1) if self.next != "-" else self._argument(depth))
-        name = token[1:] if token[0] == "\\" else token
-        if name in FUNCTIONS:
+        name = token.lstrip('\\"')
+        if name in FUNCTIONS and token[0] != '"':
             return self._call(name, depth)
+        if name in _OF_SEVERAL and self.next in ("(", r"\{"):
+            return ("call", name, *self._bracketed(self._tokens.pop(), depth, several=True))
+        if token in _ACCENTS:
+            return self._name(token + self._raw_argument(), depth)
         if token in _GREEK:
             return self._name(token, depth)
         if token.isascii() and token.isalpha():
             return self._letters(token, depth)
         raise Unreadable(f"{token!r} is not read")
+
+    def _bracketed(self, opener: str, depth: int, *, several: bool = False) -> list[Node]:
+        """What stands in a bracket that was opened, up to its end."""
+        bars, self._bars = self._bars, 0
+        inside = [self.sum(depth + 1)]
+        while several and self.next in (",", ";"):
+            self._tokens.pop()
+            inside.append(self.sum(depth + 1))
+        self._expect(OPENERS[opener])
+        self._bars = bars
+        return inside
+
+    def _raw_argument(self) -> str:
+        """A token or group as text: what an accent stands on."""
+        taken = [self._tokens.pop()] if self._tokens else []
+        while taken and taken[0] == "{" and taken[-1] != "}" and self._tokens and len(taken) < 8:
+            taken.append(self._tokens.pop())
+        return "".join(taken).strip("{}")
 
     def _argument(self, depth: int) -> Node:
         r"""TeX's undelimited argument: a group or one token, and of a number one digit (``\frac12``)."""
@@ -221,9 +264,10 @@ class _Reader:
         return self._primary(depth + 1)
 
     def _binomial(self, depth: int) -> Node:
-        n, k = (part[1] if part[0] == "number" else -1 for part in (self._argument(depth), self._argument(depth)))
+        above, below = self._argument(depth), self._argument(depth)
+        n, k = (part[1] if part[0] == "number" else -1 for part in (above, below))
         if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= MAX_BINOMIAL:
-            raise Unreadable("a binomial of something else than small integers")
+            return ("call", "binom", above, below)
         return ("*", ("number", Fraction(math.comb(int(n), int(k)))), ("number", Fraction(1)))  # work left to do
 
     def _call(self, name: str, depth: int) -> Node:
@@ -264,13 +308,13 @@ class _Reader:
             return ("i",)
         if self.next == "_":
             self._tokens.pop()
-            index = [self._tokens.pop()] if self._tokens else []
-            while index and index[0] == "{" and index[-1] != "}" and self._tokens and len(index) < 8:
-                index.append(self._tokens.pop())
-            name += "_" + "".join(index).strip("{}")
+            name += "_" + self._raw_argument()
+        while self.next == "'":
+            name += self._tokens.pop()
         return ("name", name)
 
     def _expect(self, token: str) -> None:
+        self._after_number = False
         if not self._tokens or self._tokens.pop() != token:
             raise Unreadable(f"{token!r} is missing")
 

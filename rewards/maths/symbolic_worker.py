@@ -100,7 +100,7 @@ def _expression(node: list[Any]) -> Any:
     if operation == "number":
         return sympy.Rational(operands[0])
     if operation == "name":
-        return {r"\pi": sympy.pi, "e": sympy.E}.get(operands[0]) or sympy.Symbol(operands[0], positive=True)
+        return {r"\pi": sympy.pi, "e": sympy.E}.get(operands[0]) or sympy.Symbol(operands[0], real=True)
     if operation == "i":
         return sympy.I
     if operation == "call":

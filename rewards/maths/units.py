@@ -12,6 +12,8 @@ from rewards.maths.latex import is_number
 
 MAX_WORDS = 8
 
+UNIT = "unit"
+"""Some unit: only its power says something, of an area or volume."""
 _KNOWN = {
     spelling: unit
     for unit, spellings in {
@@ -21,7 +23,7 @@ _KNOWN = {
         "week": "week", "month": "month", "year": "yr year", "g": "g gm gram", "kg": "kg kilogram", "pound": "lb pound",
         "ounce": "oz ounce", "ton": "ton", "liter": "l liter litre", "ml": "ml milliliter millilitre",
         "gallon": "gal gallon", "cup": "cup", "acre": "acre", "dollar": "dollar usd buck", "cent": "cent",
-        "euro": "euro", "degree": "degree", "radian": "rad radian", "mph": "mph", "dozen": "dozen",
+        "euro": "euro", "degree": "degree", "radian": "rad radian", "mph": "mph", "dozen": "dozen", UNIT: "unit",
     }.items()
     for spelling in spellings.split()
 }  # fmt: skip
@@ -36,18 +38,20 @@ _MULTIPLIERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion
 _NO_UNITS = frozenset({
     "or", "and", "not", "no", "nor", "plus", "minus", "times", "over", "than", "more", "less", "least",
     "most", "fewer", "if", "when", "remainder", "only", "to", "through", "between", "is", "are", "was",
-    "equals", "divided", "by", "of", "point", "half",
+    "equals", "divided", "by", "point", "half",
 })  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """The tokens without the rest; ``multiplier`` is of words such as ``million``."""
+    """The tokens without the rest; ``multiplier`` is of words such as ``million``. ``doubtful``: a unit that was taken
+    off may be a variable, or several (``5 m``, ``2 abc``)."""
 
     tokens: Sequence[str]
     units: frozenset[str] = frozenset()
     percent: bool = False
     multiplier: int = 1
+    doubtful: bool = False
 
 
 def quantity(tokens: Sequence[str]) -> Quantity:
@@ -60,7 +64,7 @@ def quantity(tokens: Sequence[str]) -> Quantity:
     while core and core[0] in ('"euros', '"pounds', '"sterling', " "):
         units.add("euro" if core[0] == '"euros' else "sterling")
         core.pop(0)
-    percent, multiplier, power, words = False, 1, "", 0
+    percent, multiplier, power, words, doubtful = False, 1, "", 0, False
     while core and words <= MAX_WORDS:
         last = core[-1]
         word = last.lstrip('"').lower()
@@ -78,6 +82,7 @@ def quantity(tokens: Sequence[str]) -> Quantity:
         elif _is_unit(core):
             words += 1
             core.pop()
+            doubtful |= last[0] != '"' and (len(last) == 1 or (len(last) < 5 and not _names_unit(word)))
             if word in _MULTIPLIERS:
                 multiplier *= _MULTIPLIERS[word]
             elif word in ("square", "sq"):
@@ -87,13 +92,19 @@ def quantity(tokens: Sequence[str]) -> Quantity:
             elif (unit := _KNOWN.get(word) or _KNOWN.get(word.removesuffix("s"))) is not None:
                 units.add(unit + power)
             power = ""
-        elif last in ("/", "-", ".") and words and len(core) > 1:
+        elif (length := _remark(core)) and len(core) > length:
+            words += 1
+            del core[-length:]
+        elif (last in ("/", ".") or _joins_words(core)) and words and len(core) > 1:
             core.pop()  # km/h, sq. ft, ten-foot
         else:
             break
+    units.discard(UNIT)
     if not words and not units and not percent:
         return Quantity(tokens)
-    return Quantity(core, frozenset(units), percent, multiplier)
+    if not units and not percent and not any(is_number(token) or token == r"\pi" for token in core):
+        return Quantity(tokens)  # "n even"
+    return Quantity(core, frozenset(units), percent, multiplier, doubtful)
 
 
 def _is_unit(tokens: Sequence[str]) -> bool:
@@ -113,6 +124,24 @@ def _is_unit(tokens: Sequence[str]) -> bool:
         ):
             return False
     return any(not token.lstrip('"').isalpha() and token != " " for token in tokens[:-1])
+
+
+def _remark(tokens: Sequence[str]) -> int:
+    r"""How many tokens at the end are words in parentheses: ``5 \text{ (five)}``."""
+    opened = next((n for n in range(2, min(len(tokens), 2 * MAX_WORDS) + 1) if tokens[-n] == "("), 0)
+    words = [token for token in tokens[-opened + 1 : -1] if token != " "] if opened and tokens[-1] == ")" else []
+    remarks = bool(words) and all(word[0] == '"' and word[1:].lower() not in _NO_UNITS for word in words)
+    return opened if remarks else 0
+
+
+def _joins_words(tokens: Sequence[str]) -> bool:
+    """Whether the last token is the hyphen of ``ten-foot``, not that of ``x-axis``."""
+    before = next((token for token in reversed(tokens[:-1]) if token != " "), "")
+    return tokens[-1] == "-" and (is_number(before or " ") or len(before.lstrip('"')) > 1)
+
+
+def _names_unit(word: str) -> bool:
+    return word in _KNOWN or word.removesuffix("s") in _KNOWN or word in _ABBREVIATIONS or word in _MULTIPLIERS
 
 
 def _calls_function(tokens: Sequence[str]) -> bool:

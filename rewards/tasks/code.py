@@ -1,21 +1,28 @@
 r"""Finds the program in a completion, and what the code tasks share. Every function is total and linear in its text.
 
-The program is, in this order of preference, and after closed ``<think>`` blocks were taken out:
+Special tokens and thinking are taken out first. Then the program is the first of these that defines a wanted name, else
+the first that there is:
 
-1. the last complete fenced block marked as Python (```` ```python ````, ``py``, ``python3``),
-2. the last complete fenced block of another or no language,
-3. the inside of the last complete ``<answer>`` tag,
+1. the complete fenced blocks marked as Python (```` ```python ````, ``py``, ``python3``),
+2. the complete fenced blocks of another or no language,
+3. the inside of the last ``<answer>`` tag,
 4. what follows an opening fence that is never closed (the model stopped, or ran out of tokens),
-5. the text itself.
+5. the text itself, up to a closing fence that was never opened.
+
+A fence is three or more backticks or tildes; one in a docstring is text. Of several blocks, the last that defines a
+wanted name is the program, after and before those that only define and import; usage and tests are left out. When none
+defines one, all are joined.
 """
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from rewards.errors import DataError
-from rewards.parsing import last_answer, shorten, without_thinking
+from rewards.parsing import answer_region, shorten, without_special_tokens, without_thinking
 from rewards.sandbox.runner import Job, Limits, run_program
 from rewards.task import Grade, Task
 
@@ -34,8 +41,12 @@ LIMITS = Limits(cpu_seconds=4, seconds=15.0)
 """For one program with all its tests; the slowest reference solution takes 2.2 s of CPU time. (The published HumanEval
 harness allows 3 s of wall-clock time, by which a busy machine changes verdicts; here that ends only what waits.)"""
 
-_MARK = re.compile(r"```([A-Za-z0-9_+.-]*)")
+_MARK = re.compile(r"(`{3,}|~{3,})[ \t]*([A-Za-z0-9_+.-]*)")
 _PYTHON = ("python", "py", "python3")
+_LABEL = re.compile(r"[ \t]*[:{]")
+_DEFINING_LINE = re.compile(
+    r"(?:import|from|(?:async +)?def|class)\b|[@#\s)\]}]|$|[A-Za-z_]\w*[ \t]*(?::[^=(]*)?=[^=(]*$|\"\"\"|'''", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -46,44 +57,85 @@ class Code:
     place: Literal["fence", "answer", "open fence", "text"]
 
 
-def code_in(completion: str) -> Code:
-    """The program that a completion submits."""
-    text = completion[-MAX_CHARACTERS:].replace("\r\n", "\n")
+def code_in(completion: str, names: Sequence[str]) -> Code:
+    """The program that a completion submits, which should define one of ``names``."""
+    text = without_special_tokens(completion[-MAX_CHARACTERS:].replace("\r\n", "\n"), instead="")
     thinks_first = text.lstrip()[: len("<think>")].lower() == "<think>"
     text = without_thinking(text)
     if thinks_first and text.startswith(" "):  # what stands for the thinking; a function's body is indented
         text = text[1:]
-    fences, unclosed = _fences(text)
-    for block in reversed(fences):
-        if block[0] in _PYTHON:
-            return Code(block[1], "fence")
-    if fences:
-        return Code(fences[-1][1], "fence")
-    answer = last_answer(text)
-    if answer is not None:
-        return Code(answer.strip("\n"), "answer")
-    return Code(text, "text") if unclosed is None else Code(unclosed, "open fence")
+    definition = _definition(tuple(names))
+    blocks, opened = _fences(text)
+    found = [
+        Code(_joined(group, definition), "fence")
+        for group in (
+            [inside for language, inside in blocks if language in _PYTHON],
+            [inside for language, inside in blocks if language not in _PYTHON],
+        )
+        if group
+    ]
+    region = answer_region(text)
+    if region.ended:
+        found.append(Code(region.text.strip("\n"), "answer"))
+    if opened is not None:
+        mark, inside = opened
+        unopened = Code(text[:mark].rstrip(" \t"), "text")
+        rest = [Code(inside, "open fence"), unopened]
+        found += rest if inside.strip() or not unopened.text.strip() else rest[::-1]
+    found.append(Code(text, "text"))
+    return next((code for code in found if definition.search(code.text)), found[0])
 
 
-def _fences(text: str) -> tuple[list[tuple[str, str]], str | None]:
-    """(language, inside) of every complete block, and what follows a fence that stays open. A fence that names Python
-    always opens; inside a block any other closes it."""
+def _fences(text: str) -> tuple[list[tuple[str, str]], tuple[int, str] | None]:
+    """(language, inside) of every complete block, and where a fence that stays open begins, with what follows it. A
+    fence that names Python always opens; inside a block any other that is as long closes it."""
     blocks: list[tuple[str, str]] = []
-    opened: tuple[str, int] | None = None
+    opened: re.Match[str] | None = None
+    looked_to, quotes = 0, {'"""': 0, "'''": 0}
     for mark in _MARK.finditer(text):
-        language = mark.group(1).lower()
-        if opened is None or language in _PYTHON:
-            opened = language, mark.end()
-        else:
-            blocks.append((opened[0], _inside(text[opened[1] : mark.start()])))
+        for quote in quotes:
+            quotes[quote] += text.count(quote, looked_to, mark.start())
+        looked_to = mark.end()
+        if opened is not None and any(count % 2 for count in quotes.values()):
+            continue  # in a docstring
+        if opened is None or mark[2].lower() in _PYTHON:
+            opened, quotes = mark, dict.fromkeys(quotes, 0)
+        elif mark[1].startswith(opened[1]):
+            blocks.append((opened[2].lower(), _inside(text[opened.end() : mark.start()])))
             opened = None
-    return blocks, None if opened is None else _inside(text[opened[1] :])
+    return blocks, None if opened is None else (opened.start(), _inside(text[opened.end() :]))
 
 
 def _inside(text: str) -> str:
-    """Without the rest of the line that the fence stands on, when that is blank."""
+    """Without the rest of the line that the fence stands on, when that is blank or a label, and without the indentation
+    of all lines."""
     first, newline, rest = text.partition("\n")
-    return rest if newline and not first.strip() else text
+    inside = rest if newline and (not first.strip() or _LABEL.match(first)) else text
+    return textwrap.dedent(inside) if inside.lstrip("\n")[:1].isspace() else inside
+
+
+def _joined(blocks: Sequence[str], definition: re.Pattern[str]) -> str:
+    """One program of several blocks."""
+    if len(blocks) == 1:
+        return blocks[0]
+    defining = [index for index, block in enumerate(blocks) if definition.search(block)]
+    if not defining:
+        return "\n".join(blocks)
+    kept = [n for n, block in enumerate(blocks) if n == defining[-1] or (n not in defining and _only_defines(block))]
+    return "\n".join(blocks[n] for n in kept)
+
+
+def _only_defines(block: str) -> bool:
+    return all(_DEFINING_LINE.match(line) for line in block.split("\n"))
+
+
+@lru_cache(maxsize=4096)
+def _definition(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds where one of the names is defined at the outermost level."""
+    name = f"(?:{'|'.join(map(re.escape, names))})"
+    defined = rf"^(?:(?:async +)?def|class)[ \t]+{name}\b"
+    given = rf"^{name}[ \t]*(?::[^=\n]*)?=(?!=)|^from\b[^\n]*\b{name}\b"
+    return re.compile(f"{defined}|{given}", re.MULTILINE)
 
 
 class CodeTask(Task):
@@ -102,6 +154,10 @@ class CodeTask(Task):
         """Starts the sandbox, so that no verdict waits for it. Raises ConfigError where there is none."""
         run_program(Job("pass"), LIMITS)
 
+    def wanted(self, fields: dict[str, Any]) -> tuple[str, ...]:
+        """The names that the program has to define."""
+        raise NotImplementedError
+
     def job(self, fields: dict[str, Any], code: Code) -> Job:
         """The program and its tests, for the sandbox."""
         raise NotImplementedError
@@ -110,7 +166,7 @@ class CodeTask(Task):
         """Runs the program: up to ``time_limit_s``. Raises ConfigError where there is no sandbox to run it in: a
         completion must not count as wrong because the machine is."""
         self.validate_fields(fields)
-        code = code_in(completion)
+        code = code_in(completion, self.wanted(fields))
         if not code.text.strip():
             return Grade(False, dict.fromkeys(self.components, 0.0), "there is no program")
         outcome = run_program(self.job(fields, code), LIMITS)

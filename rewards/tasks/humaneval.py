@@ -48,6 +48,9 @@ class HumanEval(CodeTask):
         names = dict.fromkeys(("candidate", fields["entry_point"]), fields["entry_point"])
         return Job(program, tests, names, preamble=declared)
 
+    def wanted(self, fields: dict[str, Any]) -> tuple[str, ...]:
+        return (fields["entry_point"],)
+
     def validate_fields(self, fields: dict[str, Any]) -> None:
         for name in ("prompt", "entry_point", "test"):
             text_field(fields, name)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from rewards.cells import as_text
 from rewards.errors import DataError
 from rewards.maths import symbolic
 from rewards.maths.latex import key, tokenize
@@ -49,10 +50,9 @@ class Math(WrittenMaths):
     def fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """The task's fields from a row of the published files; without ``answer`` it is the last box of ``solution``.
         A row without either has no gold answer and is passed over."""
-        answer, solution = row.get("answer"), row.get("solution")
-        if answer is None and isinstance(solution, str) and (found := boxes(solution)):
-            _, start, end = found[-1]
-            answer = solution[start:end]
+        answer, solution = as_text(row.get("answer")), row.get("solution")
+        if answer is None and isinstance(solution, str) and (found := [b for b in boxes(solution) if b.closed]):
+            answer = solution[found[-1].start : found[-1].end]
         if isinstance(answer, str) and not answer.strip():
             return None
         fields = {

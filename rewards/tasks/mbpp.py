@@ -10,12 +10,15 @@ from collections.abc import Hashable, Mapping
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
+from rewards.cells import listed, whole
 from rewards.errors import DataError
 from rewards.parsing import shorten
 from rewards.sandbox.runner import Job
 from rewards.task import Problem, Split
 from rewards.tasks.code import UNPARSABLE, Code, CodeTask, require_bounded, text_field, texts_field
 from rewards.tasks.hub import problems_from_source
+
+_LISTS = ("tests", "test_list", "imports", "test_imports")
 
 TASK_IDS: Mapping[Split, range] = {"train": range(601, 975), "test": range(11, 511)}
 
@@ -50,7 +53,11 @@ class Mbpp(CodeTask):
         tests = tuple(texts_field(fields, "tests", "test_list"))
         imports = "\n".join(texts_field(fields, "imports", "test_imports"))
         setup = f"{imports}\n{_setup(fields)}"
-        return Job(code.text, tests, {name: name for name in _names(tests, imports)}, setup, imports)
+        return Job(code.text, tests, {name: name for name in self.wanted(fields)}, setup, imports)
+
+    def wanted(self, fields: dict[str, Any]) -> tuple[str, ...]:
+        tests = tuple(texts_field(fields, "tests", "test_list"))
+        return _names(tests, "\n".join(texts_field(fields, "imports", "test_imports")))
 
     def validate_fields(self, fields: dict[str, Any]) -> None:
         text_field(fields, "text", "prompt")
@@ -58,12 +65,13 @@ class Mbpp(CodeTask):
         if not tests:
             raise DataError("tests must hold at least one assert statement")
         _setup(fields)
-        _names(tuple(tests), "\n".join(texts_field(fields, "imports", "test_imports")))
+        self.wanted(fields)
 
     def leak_key(self, fields: dict[str, Any]) -> Hashable:
         return fields.get("task_id", tuple(texts_field(fields, "tests", "test_list")))
 
     def _fields_from_row(self, split: Split, row: dict[str, Any]) -> dict[str, Any] | None:
+        row = {name: listed(value) if name in _LISTS else value for name, value in row.items()}
         self.validate_fields(row)
         fields: dict[str, Any] = {
             "text": text_field(row, "text", "prompt"),
@@ -71,7 +79,7 @@ class Mbpp(CodeTask):
             "setup": _setup(row),
             "imports": list(texts_field(row, "imports", "test_imports")),
         }
-        if (task_id := row.get("task_id")) is not None:
+        if (task_id := whole(row.get("task_id"))) is not None:
             if type(task_id) is not int:
                 raise DataError(f"task_id must be an integer, not {shorten(task_id)}")
             if task_id not in TASK_IDS[split]:

@@ -14,7 +14,17 @@ from safetensors.torch import save as save_safetensors
 
 from learner.ranks.group import LearnerGroup
 from learner.runs import checkpoint
-from learner.runs.checkpoint import Checkpoint, Progress, load, newest_good, prune, require_layout, save, saved
+from learner.runs.checkpoint import (
+    Checkpoint,
+    Progress,
+    later_than,
+    load,
+    newest_good,
+    prune,
+    require_layout,
+    save,
+    saved,
+)
 from rewards.errors import CheckpointError
 from rollout.adapters import AdapterState, digest, pack
 from tests.support.learner_ranks import (
@@ -101,6 +111,21 @@ def test_checkpoints_are_listed_oldest_first(three):
     (three / "other").mkdir()
     assert [path.name for path in saved(three)] == ["iteration-000009", "iteration-000010", "iteration-000011"]
     assert saved(three / "nowhere") == []
+
+
+def test_copies_with_names_of_their_own_are_no_business_of_a_runs(three):
+    """Seen: a copy ended every resume with a traceback, and backups were deleted with the old checkpoints."""
+    for copy in ("iteration-000009-keep", "iteration-000010.bak", "iteration-000020-good", "iteration-000099 (copy)"):
+        shutil.copytree(three / "iteration-000009", three / copy)
+    (three / "iteration-\N{ARABIC-INDIC DIGIT ONE}00000").mkdir()
+    before = sorted(path.name for path in three.iterdir())
+    assert newest_good(three, on_damaged=pytest.fail).progress.iteration == 11
+    assert [path.name for path in later_than(three, 9)] == ["iteration-000010", "iteration-000011"]
+    prune(three, keep=1, best_iteration=None)
+    left = sorted(path.name for path in three.iterdir())
+    assert set(before) - set(left) == {"iteration-000009", "iteration-000010"}
+    save(three, make(1_000_000))
+    assert saved(three)[-1].name == "iteration-1000000", "by number, not by name"
 
 
 def test_an_error_while_writing_leaves_nothing_and_the_old_one_whole(three, monkeypatch):

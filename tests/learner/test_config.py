@@ -268,7 +268,7 @@ def test_what_is_to_be_read_and_is_not_there_is_named(tmp_path: Path, monkeypatc
     Path("train.csv").touch()
     there = [f"model.path={tmp_path}", "task.train_path=train.csv", f"lora.adapter={tmp_path}"]
     check_paths(load_config([*there, "run.dir=not/made/yet"]), in_job=False)
-    absent = ["model.path=/no/model", "task.test_path=test.csv", "lora.adapter=~/no-adapter", "run.resume=/no/run"]
+    absent = ["model.path=/no/model", "task.test_path=test.csv", "lora.adapter=/no-adapter", "run.resume=/no/run"]
     with pytest.raises(ConfigError) as caught:
         check_paths(load_config([*absent, "task.train_path=train.csv"]), in_job=False)
     told = sorted(str(caught.value).splitlines())

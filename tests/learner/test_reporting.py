@@ -180,6 +180,37 @@ def test_a_resumed_run_forgets_what_lies_beyond(start):
     assert [sample["iteration"] for sample in store_rows.list_samples(engine, "r")] == [1, 2]
 
 
+def test_a_damaged_line_is_told_and_one_that_a_kill_cut_short_is_not(start):
+    run = start()
+    run.dir.metrics_path.write_text(
+        '{"iteration": 1}\n{"iteration": 2, x\n[]\n\n{"iteration": 3}\n{"iteration": 4, "re'
+    )
+    run.reporter.truncate_after(3)
+    assert run.reporter.flush(10)
+    assert [row["iteration"] for row in read_rows(run.dir.metrics_path)] == [1, 3]
+    told = f"2 lines of {run.dir.metrics_path} are no rows and are dropped, the first is line 2"
+    assert [event["text"] for event in store_rows.list_events(run.engine(), "r")] == [told]
+
+
+def test_the_store_is_told_again_what_the_file_has(start):
+    run = start()
+    for iteration in (1, 2, 3):
+        run.reporter.iteration(iteration, {"reward/mean": iteration / 2})
+    run.reporter.store.truncate_after(1)
+    run.reporter.tell_store_again(1)
+    assert run.reporter.flush(10)
+    found = store_rows.metric_series(run.engine(), "r", ["reward/mean"])["reward/mean"]
+    assert found == [(1, 0.5), (2, 1.0), (3, 1.5)]
+
+
+def test_a_plot_that_fails_is_told_and_fails_nothing(run):
+    def plot(folder):
+        raise OSError("No space left on device")
+
+    run.reporter.attempt("plots", plot, "folder")
+    assert run.reporter.failures["plots"] == 1
+
+
 def test_a_sample_is_the_row_it_says(run):
     run.reporter.sample(2, group(), 1, "Puzzle: 1", "[bold]4321", data={"k": 4}, arrays={"steps": np.array([0, 1])})
     assert run.reporter.flush(10)

@@ -121,6 +121,42 @@ def test_a_taken_name_and_a_missing_run_are_refused(tmp_path):
         RunDirectory.open(tmp_path / "y")
 
 
+def test_a_name_is_used_up_by_its_first_iteration(tmp_path):
+    """What a full disk, a mistyped task or a base that can't be built leave is taken over."""
+    (tmp_path / "half" / "checkpoints").mkdir(parents=True)
+    with open_run(RunPlace(dir=str(tmp_path), name="half", resume="auto"), kind="run", label="x")[0] as run:
+        assert run.is_new
+    with RunDirectory.create(tmp_path, "x") as run:
+        run.write_config("{}")
+        run.metrics_path.write_text('{"iteration": 0, "eval/m/solve_rate": 0.5}\n')
+        identity = run.identity
+        with pytest.raises(ConfigError, match="is being written by"):
+            RunDirectory.create(tmp_path, "x")
+    with RunDirectory.create(tmp_path, "x") as run:
+        assert run.identity == identity, "its store knows it by this"
+    (run.checkpoints_dir / "iteration-000001").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        RunDirectory.create(tmp_path, "x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        RunDirectory.create(tmp_path, "foreign")
+    assert names(tmp_path / "foreign") == ["thesis.txt"]
+
+
+def test_a_new_run_that_never_began_leaves_no_folder(tmp_path):
+    for begun in (False, True):
+        with RunDirectory.create(tmp_path, "x") as run:
+            if begun:
+                run.write_config("{}")
+            run.remove_unless_begun()
+            assert run.path.exists() == begun
+    with RunDirectory.create(tmp_path, "y") as run:
+        (run.samples_dir / "mine.txt").touch()
+        run.remove_unless_begun()
+    assert (run.samples_dir / "mine.txt").exists()
+
+
 def test_two_writers_are_one_too_many(tmp_path):
     run = RunDirectory.create(tmp_path, "x")
     run.write_config("{}")

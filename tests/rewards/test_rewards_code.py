@@ -47,7 +47,7 @@ EXTRACTIONS = [
     (fenced("x = 1") + "```python\nx = 2", "x = 1\n", "fence", "a complete one before one that is cut off"),
     ("```python\nx = 1\n```python\nx = 2\n```", "x = 2\n", "fence", "a Python fence always opens"),
     ("So ```python\nx = 1\n```", "x = 1\n", "fence", "not at the start of its line"),
-    ("```python x = 1```", " x = 1", "fence", "on one line"),
+    ("```python x = 1```", "x = 1", "fence", "on one line"),
     ("```python\r\nx = 1\r\n```", "x = 1\n", "fence", "Windows line ends"),
     ("<answer>\nx = 1\n</answer>", "x = 1", "answer", "an answer tag"),
     ("<answer>x = 1</answer>" + fenced("x = 2"), "x = 2\n", "fence", "a fence before a tag"),
@@ -58,22 +58,46 @@ EXTRACTIONS = [
     ("<think>so</think>    return 1\n", "    return 1\n", "text", "a continuation after thinking"),
     ("", "", "text", "nothing"),
     ("```", "", "open fence", "a lone fence"),
-    ("``````", "", "fence", "an empty block"),
-]
+    ("``````", "", "open fence", "a long one"),
+    ("``` ```", "", "fence", "an empty block"),
+    ("``` python\nx = 1\n```", "x = 1\n", "fence", "a space before the language"),
+    ("````python\nx = 1\n````", "x = 1\n", "fence", "four backticks"),
+    ("````python\nx = '```'\n````", "x = '```'\n", "fence", "a longer fence is not closed by a shorter one"),
+    ("~~~python\nx = 1\n~~~", "x = 1\n", "fence", "tildes"),
+    ("```python:add.py\nx = 1\n```", "x = 1\n", "fence", "a label"),
+    ("```{.python}\nx = 1\n```", "x = 1\n", "fence", "attributes"),
+    ("1. So:\n   ```python\n   if 1:\n       x = 1\n   ```", "if 1:\n    x = 1\n", "fence", "in a list"),
+    ("x = 1\n```", "x = 1\n", "text", "a stray closing fence"),
+    ("x = 1\n```\nThis sets x.", "x = 1\n", "text", "and words behind it"),
+    ('```python\ndef x():\n    """\n    ```\n    x()\n    ```\n    """\n```',
+     'def x():\n    """\n    ```\n    x()\n    ```\n    """\n', "fence", "a fence in a docstring"),
+    (fenced("x = 1") + fenced("print(x)"), "x = 1\n", "fence", "usage after it"),
+    (fenced("print(x)") + fenced("x = 1"), "x = 1\n", "fence", "usage before it"),
+    (fenced("import math") + fenced("x = math.e"), "import math\n\nx = math.e\n", "fence", "imports of their own"),
+    (fenced("x = y()") + fenced("def y():\n    return 1"), "x = y()\n\ndef y():\n    return 1\n", "fence", "a helper"),
+    (fenced("x = = 1") + fenced("x = 2"), "x = 2\n", "fence", "a broken draft is left out"),
+    (fenced("y = 1") + fenced("print(y)"), "y = 1\n\nprint(y)\n", "fence", "all of them where none defines the name"),
+    (fenced("print(x)") + "```python\nx = 1", "x = 1", "open fence", "cut off, and the one that defines the name"),
+    (fenced("pip install x", "bash") + fenced("x = 1", ""), "x = 1\n", "fence", "another language"),
+    ("x = 1<|eot_id|><|endoftext|>", "x = 1", "text", "special tokens at the end"),
+    ("<|im_start|>" + fenced("x = 1<|mdm_mask|>") + "<|im_end|>", "x = 1\n", "fence", "and anywhere"),
+    ("<think>" + fenced("x = 1"), "", "text", "thinking that is not closed"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("completion", "text", "place"), [row[:3] for row in EXTRACTIONS], ids=[r[3] for r in EXTRACTIONS]
 )
 def test_the_program_in_a_completion(completion: str, text: str, place: str) -> None:
-    assert (code_in(completion).text, code_in(completion).place) == (text, place)
+    code = code_in(completion, ["x"])
+    assert (code.text, code.place) == (text, place)
 
 
 @pytest.mark.parametrize("piece", ["```", "```python\n", "<answer>", "<think>", "x\n", "`", "\ud800"])
 def test_extraction_is_bounded(piece: str) -> None:
     begin = time.perf_counter()
     for repeats in (1, 1000, 2_000_000 // len(piece)):
-        assert len(code_in(piece * repeats).text) <= MAX_CHARACTERS
+        assert len(code_in(piece * repeats, ["x"]).text) <= MAX_CHARACTERS
     assert time.perf_counter() - begin < 2.0
 
 
@@ -301,7 +325,7 @@ def mutant(task: Any, row: dict[str, Any], solution: str) -> str:
     if task is HUMANEVAL:
         solution, name = row["prompt"] + solution, row["entry_point"]
     else:
-        name = next(name for name in task.job(row, code_in(solution)).names if f"def {name}" in solution)
+        name = next(name for name in task.wanted(row) if f"def {name}" in solution)
     return f"{solution}\n_real = {name}\ndef {name}(*a):\n    return [_real(*a)]\n"
 
 
@@ -317,9 +341,9 @@ def test_all_reference_solutions_pass_and_their_mutants_fail(shared: Path, name:
     patient = replace(LIMITS, seconds=120.0)  # CPU time decides, however busy the machine is
     for task, row, solution in references(shared, name):
         written = row["prompt"] + solution if task is HUMANEVAL else solution
-        passed = run_program(task.job(row, code_in(fenced(written))), patient)
+        passed = run_program(task.job(row, code_in(fenced(written), task.wanted(row))), patient)
         assert passed.status == "passed", (row["task_id"], passed)
-        failed = run_program(task.job(row, code_in(fenced(mutant(task, row, solution)))), patient)
+        failed = run_program(task.job(row, code_in(fenced(mutant(task, row, solution)), task.wanted(row))), patient)
         assert failed.status != "passed", row["task_id"]
 
 

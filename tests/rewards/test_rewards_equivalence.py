@@ -169,6 +169,6 @@ def test_the_helper_ends_with_its_owner() -> None:
 
 
 def test_unreadable_expressions_say_why() -> None:
-    for text in ("1 2", "x'", "(1", "", r"\frac{1}", r"\foo", "word" * 3):
+    for text in ("1 2", "4{10}", "2^3 4", "(1", "", r"\frac{1}", r"\foo", "word" * 3):
         with pytest.raises(Unreadable):
             parse(tokenize(text))

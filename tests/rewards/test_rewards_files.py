@@ -159,7 +159,7 @@ def test_lists_that_came_as_text(text: object, value: object) -> None:
 
 @pytest.mark.parametrize(
     "value, number",
-    [(18.0, 18), ("18", 18), (18, 18), (1.5, 1.5), ("1_8", "1_8"), ("x", "x"), ("9" * 5000, "9" * 5000)],
+    [(18.0, 18), ("18", 18), ("18.0", 18), (18, 18), (1.5, 1.5), ("1_8", "1_8"), ("x", "x"), ("9" * 5000, "9" * 5000)],
 )
 def test_whole_numbers_that_came_as_something_else(value: object, number: object) -> None:
     assert whole(value) == number and type(whole(value)) is type(number)

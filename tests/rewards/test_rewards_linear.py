@@ -32,6 +32,7 @@ ATOMS = [
     *(" ", "\n", "\t", "\r\n", "a", "a ", ". ", "; ", "####", "answer is", "answer: ", "the answer to the problem "),
     *("_", "!", "1,000", "\\begin{pmatrix}", "\\cup "),
     *("so ", "or ", "not ", "<<1", "<|", "<|eot_id|>", "```", "```python\n", "```1 ", "`", "def f(x):\n"),
+    *("~~~", '"""', "'''", "</answer", "</answer}", "boxed{", "\\\\boxed{", "boxed   ", "\u2212", "\\left("),
 ]  # fmt: skip
 FRAMES = [
     *(("", ""), ("<answer>", "</answer>"), ("<answer>\\boxed{", "}</answer>"), ("<reasoning>", ""), ("$", "$")),
@@ -66,7 +67,7 @@ def fields_of(name: str) -> dict[str, Any]:
 
 def grader(name: str) -> Callable[[str], object]:
     if name == "code":
-        return code_in
+        return lambda completion: code_in(completion, ["f"])
     task, fields = get_task(name), fields_of(name)
     task.prepare()
     task.grade(fields, "<answer>1</answer>")

@@ -15,14 +15,30 @@ SUBMISSIONS = [
     ("<think><answer>1</answer></think><answer>2</answer>", "2", True, "thinking is not an answer"),
     ("<answer>2</answer><think><answer>1</answer></think>", "2", True, "nor is thinking afterwards"),
     ("<think><answer>1</answer></think>", "", False, "an answer only inside the thinking is none"),
-    ("<think><answer>1</answer>", "1", True, "an unclosed think tag hides nothing"),
-    ("</think><answer>1</answer>", "1", True, "nor does an unopened one"),
+    ("<think>2<answer>1</answer>", "1", True, "thinking that is not closed goes on to the answer tag"),
+    ("<think>maybe 2", "", False, "or to the end"),
+    (r"<think>maybe \boxed{2}? let me", "", False, "with its boxes"),
+    ("</think><answer>1</answer>", "1", True, "an unopened one hides nothing"),
     ("<think>a</think> 7", "7", False, "untagged after thinking"),
     ("<answer></answer>", "", True, "an empty answer is an answer"),
     ("", "", False, "nothing"),
     (r"<answer>\boxed{7}</answer>", "7", True, "a box inside the tag"),
     (r"so \boxed{7}.", "7", False, "a box without a tag"),
     (r"\boxed{1}<answer>7</answer>", "7", True, "a box outside the answer is not read"),
+    ("<answer>\n\\boxed{7\n</answer>", "7", True, "the tag closes the box"),
+    ("<answer>\\boxed{\\frac{1}{2}</answer>", "\\frac{1}{2}", True, "with braces in it"),
+    ("<answer>\n\\boxed{7\n</answer}", "7", False, "both closers damaged: read, and not complete"),
+    ("<answer>7</answer", "7", False, "the last character lost"),
+    ("<answer>7</answers>", "<answer>7</answers>", False, "another tag"),
+    ("<answer>boxed{7}</answer>", "7", True, "a box without its backslash"),
+    ("<answer>\\\\boxed{7}</answer>", "7", True, "a box with two"),
+    ("<answer>unboxed{7}</answer>", "unboxed{7}", True, "another word"),
+    ("So 5.\n<answer>\n</answer>\n\n\\boxed{7}", "7", True, "an empty tag, the box behind it"),
+    ("<answer>\\boxed{}</answer> 7", "7", True, "an empty box in it"),
+    ("<answer>6</answer> \\boxed{7}", "6", True, "a filled one counts"),
+    (r"So \boxed{7}. Wait, no: \boxed{6", "", False, "an earlier box is a draft when the last was cut off"),
+    (r"<answer>\boxed{7} or \boxed{6</answer>", "7", True, "the control: the tag closes it"),
+    ("<|im_start|><answer>7<|mdm_mask|></answer><|eot_id|>", "7", True, "special tokens"),
     ("<\u0131answer>7</answer>", "<\u0131answer>7</answer>", False, "letters that fold to ASCII make no tag"),
 ]
 
@@ -42,6 +58,7 @@ BOXES = [
     (r"\boxed{\{1\}}", r"\{1\}", "escaped braces are no braces"),
     (r"\boxed{1\}", None, "an escaped brace closes nothing"),
     (r"\boxed{1", None, "unclosed"),
+    (r"\boxed{1} \boxed{2", "1", "unclosed after another"),
     (r"}}\boxed{1}", "1", "stray closing braces"),
     (r"\fbox{1} {2}", None, "other commands and bare braces"),
     (r"\boxed{}", "", "empty"),
@@ -68,6 +85,10 @@ def test_ten_thousand_nested_boxes_are_undone_in_one_pass() -> None:
 def test_operator_spellings() -> None:
     assert plain_operators(r"3\times5 \cdot 2 \div 1") == "3*5 * 2 / 1"
     assert plain_operators("3\u00d75\u00f72") == "3*5/2"
+    assert plain_operators("10\u22123\u20132 \uff0b(4\u00b75)\u22c56\u20447") == "10-3-2 +(4*5)*6/7"
+    assert plain_operators(r"$\left(3+5\right)*2 = 16$.").split() == ["(3+5", ")*2", "=", "16"]
+    assert plain_operators("3 x 5 X(2)") == "3*5*(2)"
+    assert plain_operators(r"x\leftarrow 1$2") == r"x\leftarrow 1 2", "nothing is joined"
     assert plain_operators(r"\frac{1}{2}") == r"\frac{1}{2}", "other LaTeX is left alone"
 
 

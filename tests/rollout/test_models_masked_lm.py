@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.export import export_merged
-from learner.runs.start import check_lengths
+from learner.supply.problems import fitting
 from rewards.errors import ConfigError
 from rewards.task import Problem, get_task
 from rollout.adapters import adapter_parameters, digest, load_state, pack, write_peft_folder
@@ -348,7 +348,7 @@ def test_prompts_that_leave_no_room_are_refused_before_the_start():
     ]
     short, long = (len(encode_prompt(tokenizer, task.messages(problem.fields))) for problem in problems)
     assert long > short
-    check_lengths(problems, task, tokenizer, completion_length=LONGEST - long, longest=LONGEST)
+    fitting(problems, task, tokenizer, completion_length=LONGEST - long, longest=LONGEST)
     with pytest.raises(ConfigError, match=f"problem long has {long} tokens.*completion_length={LONGEST - long + 1}"):
-        check_lengths(problems, task, tokenizer, completion_length=LONGEST - long + 1, longest=LONGEST)
-    check_lengths(problems, task, tokenizer, completion_length=1000, longest=None)
+        fitting(problems, task, tokenizer, completion_length=LONGEST - long + 1, longest=LONGEST)
+    fitting(problems, task, tokenizer, completion_length=1000, longest=None)

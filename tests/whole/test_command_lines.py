@@ -102,3 +102,18 @@ def test_a_mistake_ends_with_2_and_one_sentence(command: str, ends: dict) -> Non
 def test_help_ends_with_0(command: str, ends: dict) -> None:
     status, out, err = ends[command, "--help"]
     assert status == 0 and err == "" and out.startswith(f"usage: python -m {command} "), (status, out[:200], err)
+
+
+@pytest.mark.parametrize("command", [*(name for name in sorted(MISTAKES) if "bench" not in name), "rollout.generate"])
+def test_help_needs_no_torch(command: str) -> None:
+    """It takes seconds to import."""
+    if command in ("learner.reporting.plots", "learner.small_base.base_model", "learner.ranks.build_ops"):
+        pytest.skip("a developer's command")
+    program = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("loaded:", *({{"torch", "ray", "transformers"}} & sys.modules.keys()), file=sys.stderr))
+sys.argv[1:] = ["--help"]
+runpy.run_module("{command}", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr.strip() == "loaded:", done.stderr

@@ -81,8 +81,11 @@ def test_relative_paths_inside_a_job_are_refused_before_anything_starts(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_is_short_for_run_resume() -> None:
-    assert load_config(["recipe=smoke", "resume=auto"]).run.resume == "auto"
-    assert load_config(["recipe=smoke", "resume=/a/b"]).run.resume == "/a/b"
-    assert load_config(["recipe=smoke"]).run.resume == "never"
-    assert load_config(["recipe=smoke", "resume=auto", "run.resume=never"]).run.resume == "never", "the last one wins"
+def test_resume_is_short_for_run_resume(tmp_path: Path) -> None:
+    def resume(*arguments: str) -> str:
+        return load_config(["recipe=smoke", f"run.dir={tmp_path}", *arguments]).run.resume
+
+    assert resume("resume=/a/b") == resume("run.resume=/a/b") == "/a/b"
+    assert resume() == "never"
+    assert resume("resume=/a/b", "run.resume=never") == "never", "the last one wins"
+    assert resume("resume=auto") == "never", "without a run that could go on, a new one starts"

@@ -3,6 +3,7 @@
 Compared are the rows of metrics.jsonl, times and machine figures aside, the final adapter's digest and the summary.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -272,3 +273,48 @@ def test_resuming_where_there_is_no_good_checkpoint_is_refused(runs: Runs, undis
     assert "has no good checkpoint" in output and "Traceback" not in output
     assert output.count("warning:") == len(saved_iterations(run_dir))
     assert json.loads(undisturbed.summary_path.read_text()) == json.loads(run_dir.summary_path.read_text())
+
+
+def everything_in(run_dir: RunDirectory) -> dict[str, str]:
+    """Digest of every file of a run."""
+    files = (path for path in sorted(run_dir.path.rglob("*")) if path.is_file())
+    return {str(path.relative_to(run_dir.path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_resume_that_is_refused_touches_nothing(runs: Runs, undisturbed: RunDirectory) -> None:
+    run_dir = copy_of(undisturbed, "refused")
+    before = everything_in(run_dir)
+    older = f"run.resume={run_dir.checkpoints_dir / 'iteration-000004'}"
+    for settings, fragment, status in (
+        (("learner.ranks=2",), "learner.ranks=1, this run has 2", 1),
+        (("run.seed=7",), "run.seed=7 would make refused another run", 2),
+        (("resources.ray_address=127.0.0.1:1",), "no Ray answers at 127.0.0.1:1", 2),
+    ):
+        told = runs.train("refused", older, "run.iterations=9", *settings, status=status)
+        assert fragment in told and "Traceback" not in told
+        assert everything_in(run_dir) == before
+    told = runs.train("refused", "resume=auto")  # finished, and to go on with nothing but what is named
+    assert "has done 6 iterations, all of the 6" in told and "run.iterations=12" in told and "Ray" not in told
+    assert everything_in(run_dir) == before
+
+
+def test_a_resume_that_dies_before_its_first_checkpoint_is_undone(runs: Runs, undisturbed: RunDirectory) -> None:
+    run_dir = copy_of(undisturbed, "undone")
+    before = everything_in(run_dir)
+    older = f"run.resume={run_dir.checkpoints_dir / 'iteration-000004'}"
+    with runs.started("undone", older, "learner.lr=0.002", "checkpoint.every=50", "run.iterations=40") as run:
+        run.wait_for("its first iteration", lambda: load_dumped(run_dir.config_path).learner.lr == 0.002)
+        os.killpg(run.popen.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    assert saved_iterations(run_dir) == [4]
+    told = runs.train("undone", "resume=auto")
+    assert "the resume after iteration 4 ended before its first checkpoint and is undone" in told
+    assert "has done 6 iterations" in told
+    after = everything_in(run_dir)
+    assert {name: after[name] for name in before if name != "starts.jsonl"} == {
+        name: digest for name, digest in before.items() if name != "starts.jsonl"
+    }
+    starts = [json.loads(line) for line in (run_dir.path / "starts.jsonl").read_text().splitlines()]
+    assert [start["goes_on_after"] for start in starts] == [None, 4]
+    assert "learner.lr: 0.001 -> 0.002" in starts[1]["changes"] and starts[0]["recipe"] == "smoke"
+    assert starts[0]["versions"]["torch"] and starts[0]["machine"]["cpus"] and "recipe=smoke" in starts[0]["command"]

@@ -1,0 +1,96 @@
+"""The problems of a run: read or generated, and what is left out of them, counted and told."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from learner.settings.run import RunConfig
+from rewards.errors import ConfigError, DataError
+from rewards.task import Problem, Split, Task
+from rollout.models.encoding import encode_prompt
+
+_NAMES: dict[Split, str] = {"train": "training", "test": "held-out"}
+
+
+def task_problems(
+    config: RunConfig, task: Task, *, on_event: Callable[[str, str, str], None]
+) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems, which share no solution. Of those that are read, the ones without any solution
+    are left out, and repeated ones are counted.
+
+    Raises:
+        DataError: when a file can't be used, or the splits overlap.
+    """
+    train, test = (_problems(config, task, split, on_event) for split in ("train", "test"))
+    if task.source("train", config.task.train_path) is not None:
+        kept = task.without_leaks(train, test)
+        if len(kept) < len(train):
+            dropped = f"{len(train) - len(kept)} of {len(train)} training problems"
+            on_event("info", "leaks", f"{dropped} share a solution with a held-out one and are left out")
+        train = kept
+    task.check_disjoint(train, test)
+    return train, test[: config.evaluation.problems]
+
+
+def fitting(
+    problems: Sequence[Problem],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    completion_length: int,
+    longest: int | None,
+    too_long: Literal["refuse", "drop"] = "refuse",
+) -> list[Problem]:
+    """The problems whose prompt leaves room for a completion.
+
+    Args:
+        longest: tokens that a sequence of the model may have; None when it doesn't say.
+        too_long: what is done when there are others (``task.too_long``).
+
+    Raises:
+        ConfigError: there are others, and they are refused or nothing else is left; before an actor or rank finds out.
+    """
+    if longest is None:
+        return list(problems)
+    kept = []
+    for problem in problems:
+        prompt = len(encode_prompt(tokenizer, task.messages(problem.fields)))
+        if prompt + completion_length <= longest:
+            kept.append(problem)
+        elif too_long == "refuse":
+            raise ConfigError(
+                f"the prompt of problem {problem.id} has {prompt} tokens, which with "
+                f"rollout.sampler.completion_length={completion_length} is more than the {longest} positions of the "
+                "model; lower completion_length, set task.too_long=drop to leave such problems out, or take a model "
+                "with a longer context"
+            )
+    if problems and not kept:
+        raise ConfigError(
+            f"none of {len(problems)} prompts leaves room for rollout.sampler.completion_length={completion_length} "
+            f"in the {longest} positions of the model; lower completion_length, or take a model with a longer context"
+        )
+    return kept
+
+
+def _problems(config: RunConfig, task: Task, split: Split, on_event: Callable[[str, str, str], None]) -> list[Problem]:
+    size, path = (
+        (config.task.train_size, config.task.train_path)
+        if split == "train"
+        else (config.task.test_size, config.task.test_path)
+    )
+    problems = task.problems(split, seed=config.run.seed, size=size, path=path)
+    if task.source(split, path) is None:
+        return problems
+    what = f"of {len(problems)} {_NAMES[split]} problems"
+    solvable = [problem for problem in problems if task.solvable(problem.fields)]
+    if not solvable:
+        raise DataError(f"none {what} has a solution; give others")
+    if len(solvable) < len(problems):
+        on_event("warning", "unsolvable", f"{len(problems) - len(solvable)} {what} have no solution and are left out")
+    different = {json.dumps(task.messages(problem.fields)) for problem in solvable}
+    if len(different) < len(solvable):
+        text = f"{len(solvable) - len(different)} {what} ask what another one asks, and are drawn like all others"
+        on_event("warning", "duplicates", text)
+    return solvable
