@@ -112,7 +112,7 @@ def plain_gradient(
     adapter: AdapterState,
     groups: Sequence[TrajectoryGroup],
     *,
-    normaliser: int,
+    normaliser: float,
     update_index: int = 0,
 ) -> AdapterState:
     """The gradient of a batch's first update by plain autograd: one unit at a time, no plan, no DeepSpeed."""
@@ -155,6 +155,10 @@ class ProbedRank(LearnerRank):
     def reconfigure(self, config: RunConfig) -> None:
         """Work with other settings from now on; what is built at the start needs another ``start``."""
         self.config, self.objective = config, make_objective(config.objective)
+
+    def cut_units(self) -> None:
+        """Control: from now on each view is a unit of its own."""
+        self.objective = _CutUnits(self.objective)
 
     def counted(self) -> dict[str, int]:
         """What was counted since the last call."""
@@ -208,6 +212,18 @@ class _DividedPerMicroBatch:
         loss, statistics = self.inner.loss(scores, batch)
         own = len({(view.group, view.row) for view in batch.views})
         return loss * (self.completions / (own * self.micro_batches)), statistics
+
+
+class _CutUnits:
+    """An objective whose units are cut into their views."""
+
+    def __init__(self, inner: Objective) -> None:
+        self.inner = inner
+        self.config, self.needs, self.credit, self.loss = inner.config, inner.needs, inner.credit, inner.loss
+
+    def wanted(self, *args: Any, **kwargs: Any) -> Wanted:
+        wanted = self.inner.wanted(*args, **kwargs)
+        return dataclasses.replace(wanted, units=[(view,) for unit in wanted.units for view in unit])
 
 
 class ProbedGroup(LearnerGroup):
