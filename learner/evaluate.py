@@ -11,6 +11,7 @@ from functools import partial
 from learner.evaluation.settings import help_text, load_evaluation
 from learner.runs.stopping import exit_status, interrupting
 from learner.settings.command import SettingsParser
+from rollout.process import prepare_process
 
 DESCRIPTION = """Solve rates of a base and an adapter, side by side, over a grid of step counts, position orders,
 thresholds and samples. The same command goes on where it was stopped. Writes results.json, results.png and
@@ -39,4 +40,5 @@ def _command(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -19,6 +19,7 @@ from learner.runs.atomic import atomic_dir
 from learner.runs.stopping import exit_status
 from rewards.command import Parser
 from rewards.errors import ConfigError
+from rollout.process import prepare_process
 
 # What lies beside the weights of a published checkpoint and is copied as it is. config.json is written, see there.
 SIDE_FILES = (
@@ -136,4 +137,5 @@ def _path(text: str) -> Path:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -11,6 +11,7 @@ from functools import partial
 from learner.runs.stopping import exit_status, interrupting
 from learner.settings.command import SettingsParser
 from learner.settings.run import check_paths, dump_config, help_text, in_ray_job, load_config
+from rollout.process import prepare_process
 
 DESCRIPTION = """Train as a recipe and settings say.
 
@@ -47,4 +48,5 @@ def _parser() -> SettingsParser:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

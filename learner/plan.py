@@ -16,6 +16,7 @@ from learner.runs.stopping import exit_status
 from learner.settings.command import SettingsParser
 from learner.settings.run import RunConfig, help_text, load_config
 from rewards.errors import ConfigError
+from rollout.process import prepare_process
 
 DESCRIPTION = """Memory by item, work, bytes and time of a run, and what to change first when it doesn't fit. Without
 --gpus: on the Ray cluster that RAY_ADDRESS or resources.ray_address names, or on this machine.
@@ -103,4 +104,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -24,6 +24,7 @@ from learner.runs.stopping import exit_status
 from learner.settings.command import SettingsParser
 from learner.settings.run import help_text, load_config
 from rewards.errors import ConfigError
+from rollout.process import prepare_process
 
 RUN_LIMIT_S = 3600.0
 USAGE = "%(prog)s [recipes=NAME,NAME] [seeds=N,N] [run.dir=FOLDER] [key.sub=value ...]"
@@ -115,4 +116,5 @@ def _replace(page: Path, pattern: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

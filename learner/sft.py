@@ -12,6 +12,7 @@ from learner.finetuning.settings import check_paths, help_text, load_sft_config
 from learner.runs.stopping import exit_status, interrupting
 from learner.settings.command import SettingsParser
 from learner.settings.run import dump_config, in_ray_job
+from rollout.process import prepare_process
 
 DESCRIPTION = """Fine-tune on demonstrations, as a recipe and settings say.
 
@@ -40,4 +41,5 @@ def _command(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from rewards.command import Parser, piped, reported
 from rewards.errors import ConfigError
+from rollout.process import prepare_process
 from rollout.trajectory import PositionRule
 
 DESCRIPTION = """Write a completion of a prompt with a trained policy, and show it while it is unmasked, step by step.
@@ -146,4 +147,5 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

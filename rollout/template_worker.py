@@ -7,6 +7,11 @@ code that never returns to Python); all of them together get no more than MEMORY
 with.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import json
 import resource
 import signal

@@ -13,6 +13,7 @@ from pathlib import Path
 from learner.bench import report
 from learner.runs.stopping import exit_status
 from rewards.command import Parser
+from rollout.process import prepare_process
 
 WITHOUT_GPU = tuple(name for name in report.NAMES if name != "gpu")
 LIMIT_S = 1800.0
@@ -46,4 +47,5 @@ def _command(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -6,6 +6,11 @@ No extra forward of the trunk is needed, but the head at every masked position o
 learner. Time and memory as in ``learner.bench.steps``; the two rules take turns.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import dataclasses
 import sys
 from collections.abc import Callable

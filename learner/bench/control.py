@@ -11,6 +11,11 @@ Publish-to-loaded: from the controller's ``publish`` (digest, one put) until eve
 it into its parameters and found the published digest in them.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import logging
 import os
 import sys

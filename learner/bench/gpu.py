@@ -11,6 +11,11 @@ gradients, activations, logits; no DeepSpeed here, and nothing of CUDA's own, wh
 Bars: 60 % of the ceiling in the engine's forward, 40 % in the learner. ``--small`` does the same on the CPU, tiny.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import dataclasses
 import sys
 import time

@@ -9,6 +9,11 @@ and the last row; *idle* is the share of that time times the processes (one thre
 waiting for a core included. So it means what it says only on a machine with a free core for each process.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import contextlib
 import os
 import signal

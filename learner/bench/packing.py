@@ -7,6 +7,11 @@ of the forward, the rows sorted by length; and filled with EOS to the longest ro
 of prompt and answer, which are the same in all three; EOS and pads are work, not tokens.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import statistics
 import sys
 from collections.abc import Callable, Sequence

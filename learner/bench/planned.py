@@ -9,6 +9,11 @@ learner, the adapter's gradients. Nothing is fitted to the cases: the formulas a
 an error of 15 % in every case.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import dataclasses
 import json
 import os

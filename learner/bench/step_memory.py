@@ -4,6 +4,11 @@ python -m learner.bench.step_memory '{"shape": {...}, "way": "ours", "k": 4}'   
 
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import dataclasses
 import json
 import os

@@ -9,6 +9,11 @@ wrapper and optimizer step are not in it: the plain way would need the same. The
 products over the machine's matmul rate, measured in the same run.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence

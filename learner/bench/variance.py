@@ -17,6 +17,11 @@ over groups.
 Writes variance.json, variance.md and variance.png into DIR. Shapes: N groups, E estimators, R bootstrap resamples.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import json
 import os
 import platform

@@ -16,6 +16,7 @@ from pathlib import Path
 from learner.runs.stopping import exit_status
 from rewards.command import Parser
 from rewards.errors import ConfigError
+from rollout.process import prepare_process
 
 OP_NAME = "deepspeed_shm_comm"
 
@@ -92,4 +93,5 @@ def _open_files() -> set[Path]:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -18,6 +18,7 @@ from learner.runs.directory import RunDirectory
 from learner.runs.stopping import exit_status
 from rewards.command import Parser
 from rewards.errors import UnmaskError
+from rollout.process import prepare_process
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -220,4 +221,5 @@ def _divisor(name: str) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

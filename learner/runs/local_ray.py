@@ -29,6 +29,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few 
 
 from learner.runs.stopping import not_for_children
 from rewards.errors import ConfigError
+from rollout.process import for_ray_workers
 
 LOOPBACK = "127.0.0.1"
 
@@ -57,7 +58,7 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
     try:
         with _authentication(token), loopback_only(), not_for_children():
             place: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(private / "ray")}
-            ray.init(address="local", num_cpus=num_cpus, **place, **quiet | options)
+            ray.init(address="local", num_cpus=num_cpus, runtime_env=for_ray_workers(), **place, **quiet | options)
         address = ray.get_runtime_context().gcs_address
         assert get_authentication_mode() == AuthenticationMode.TOKEN, "Ray started without a token"
         assert address.startswith(f"{LOOPBACK}:"), f"Ray listens at {address}"

@@ -16,6 +16,7 @@ from ray.util import get_node_ip_address
 from learner.runs.local_ray import check_place, local_ray, loopback_only, token_header
 from learner.settings.run import RunConfig, check_resources, in_ray_job, required_resources
 from rewards.errors import ConfigError
+from rollout.process import for_ray_workers
 
 _KNOCK_LIMIT_S = 10.0
 _NO_CLUSTER = "set resources.ray_address=local"
@@ -169,7 +170,7 @@ def _cluster(wanted: str) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         with loopback_only() if _only_on_loopback(wanted) else contextlib.nullcontext():
-            ray.init(address=wanted, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=wanted, runtime_env=for_ray_workers(), log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConfigError(f"no Ray answers at {wanted} ({error}); start one, or {_NO_CLUSTER}") from error
     try:

@@ -13,6 +13,11 @@ It only ever sees training problems. Shapes: B demonstrations of a step, P promp
 completion positions, N masked positions of a step, V vocabulary.
 """
 
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
 import contextlib
 import hashlib
 import json
