@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from learner.runs.directory import RunDirectory
+from rollout.process import prepare_process
 from services.store.reader import Reader
 from services.store.schema import sqlite_url
 from services.store.writer import StoreWriter
@@ -21,6 +22,8 @@ from tests.support.dashboards import Place
 from tests.support.databases import Server
 from tests.support.real_runs import Runs
 from tests.support.store_contents import reading
+
+prepare_process()  # as a command does, and before a test loads torch
 
 DATABASES = ("sqlite", "postgresql")
 

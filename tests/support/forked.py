@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rollout.process import prepare_process
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["learner.control.launch", "learner.finetuning.run"])
 
@@ -65,6 +67,7 @@ def _run(module: str, arguments: list[str], cwd: str, environment: dict[str, str
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    prepare_process()
     command = importlib.import_module(module)
     sys.argv, sys.path[0] = [str(command.__file__), *arguments], cwd
     os.setsid()
