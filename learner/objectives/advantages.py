@@ -1,4 +1,4 @@
-"""Group advantages: how much better a completion did than the others of its prompt.
+"""Group advantages: how much better a completion did than the others of its prompt; and what weights are made of.
 
 Shapes: G completions of a group, R reward components.
 """
@@ -58,3 +58,9 @@ def total_rewards(rewards_GR: np.ndarray) -> np.ndarray:
     for component in range(R):
         totals_G += rewards_GR[:, component].astype(np.float64)
     return totals_G
+
+
+def softmax(values_G: np.ndarray) -> np.ndarray:
+    """[G] float64; the largest value never overflows."""
+    powers_G = np.exp(values_G - values_G.max())
+    return powers_G / powers_G.sum()

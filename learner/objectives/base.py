@@ -72,6 +72,15 @@ class RowSums(NamedTuple):
     """Of the base without adapter."""
 
 
+class FinalCredit(NamedTuple):
+    """What a measurement makes of the credit."""
+
+    by_group: tuple[np.ndarray, ...]
+    """as ``Objective.credit`` gives it"""
+    statistics: Statistics
+    """of the whole update"""
+
+
 class Objective(Protocol):
     """A method: which views it wants of a group, what they are credited with, and the loss of their scores."""
 
@@ -113,7 +122,5 @@ class Weighed(Objective, Protocol):
     def measured(self, index: int, group: TrajectoryGroup, context: UpdateContext) -> Sequence[Unit]:
         """The views that are measured of the group at ``index``, by the law of ``needs``."""
 
-    def weigh(
-        self, groups: Sequence[TrajectoryGroup], credit: Sequence[np.ndarray], sums: RowSums
-    ) -> tuple[np.ndarray, ...]:
-        """The final credit, as ``credit`` gives the provisional one; pure."""
+    def weigh(self, groups: Sequence[TrajectoryGroup], credit: Sequence[np.ndarray], sums: RowSums) -> FinalCredit:
+        """The final credit; pure."""

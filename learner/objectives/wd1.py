@@ -27,7 +27,7 @@ import torch
 from learner.likelihood.masks import text_lengths
 from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import Law, ViewBatch
-from learner.objectives.advantages import group_advantages
+from learner.objectives.advantages import group_advantages, softmax
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.one_step import draw_prompt_masks, one_step_unit
 from learner.objectives.statistics import Statistics
@@ -82,9 +82,3 @@ class Wd1:
             totals={"scored_tokens": float(logp_N.numel())},
         )
         return -(credit_N * logp_N).sum(), statistics
-
-
-def softmax(values_R: np.ndarray) -> np.ndarray:
-    """[R] float64; the largest value never overflows."""
-    powers_R = np.exp(values_R - values_R.max())
-    return powers_R / powers_R.sum()

@@ -13,7 +13,7 @@ import numpy as np
 
 from learner.likelihood.timesteps import last_token_step
 from learner.likelihood.views import Unit, View, pad_view
-from learner.objectives.base import Objective, UpdateContext
+from learner.objectives.base import FinalCredit, Objective, UpdateContext
 from learner.objectives.statistics import Statistics
 from rollout.trajectory import TrajectoryGroup
 
@@ -61,7 +61,7 @@ def plan_update(
     eos_ids: tuple[int, ...],
     ranks: int,
     views_per_forward: int,
-    credit: tuple[np.ndarray, ...] | None = None,
+    final: FinalCredit | None = None,
 ) -> UpdatePlan:
     """Plan one update.
 
@@ -70,7 +70,7 @@ def plan_update(
         update_index: which of the several updates on this batch this is; it names the draws.
         eos_ids: tokens that only fill a completion's end.
         views_per_forward: views scored in one pass of the model at most. Changes nothing but memory and speed.
-        credit: the final one of a method that measures; None for ``objective.credit``.
+        final: of a method that has measured; None for ``objective.credit``.
 
     Raises:
         DataError: when a reward isn't finite.
@@ -78,10 +78,9 @@ def plan_update(
     ids = [group.group_id for group in groups]
     assert ids and all(a < b for a, b in zip(ids, ids[1:], strict=False)), f"group ids are not ascending: {ids}"
     context = UpdateContext(run_seed, update_index, len(groups), eos_ids)
-    if credit is None:
-        credit = objective.credit(groups)
+    credit, measured = FinalCredit(objective.credit(groups), Statistics()) if final is None else final
     units: list[Unit] = []
-    divisor, parts = 0.0, []
+    divisor, parts = 0.0, [measured]
     for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
         wanted = objective.wanted(index, group, credit_G, context)
         units += wanted.units
@@ -127,6 +126,7 @@ def _group_statistics(group: TrajectoryGroup, credit_G: np.ndarray, eos_ids: tup
         "solve_rate": (float(group.correct.sum()), G),
         "groups/no_signal_share": (float(not credit_G.any()), 1.0),
         "eos_rate": (float(is_eos_GC.any(axis=1).sum()), G),
+        "text_after_eos": (float((np.logical_or.accumulate(is_eos_GC, axis=1) & ~is_eos_GC).any(axis=1).sum()), G),
         "completion_length": (float((~is_eos_GC).sum()), G),
         "entropy": (float(group.entropy[group.drawn].sum(dtype=np.float64)), float(group.drawn.sum())),
     }

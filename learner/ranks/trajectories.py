@@ -13,7 +13,7 @@ import torch
 from learner.likelihood.scorer import PolicyScores, Scores, joined, score
 from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
 from learner.objectives import make_objective
-from learner.objectives.base import RowSums, UpdateContext, Weighed
+from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Weighed
 from learner.objectives.statistics import Statistics
 from learner.ranks.plan import Forward, UpdatePlan, deal, plan_update
 from learner.ranks.rank import LossPart, Rank
@@ -36,7 +36,7 @@ class LearnerRank(Rank):
         self._old: dict[int, list[Scores]] = {}
         """by update index of this batch: each forward's scores under the weights that the batch began with"""
         self._update_index = 0
-        self._credit: tuple[np.ndarray, ...] = ()
+        self._final: FinalCredit | None = None
         self._sums: RowSums | None = None
         self._kept: tuple[int, ...] = ()
         self._seen: list[ScoredView] = []
@@ -45,7 +45,7 @@ class LearnerRank(Rank):
         self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]], update_index: int
     ) -> tuple[UpdatePlan, list[TrajectoryGroup]]:
         groups = self._groups(refs)
-        self._credit = self._final_credit(groups, update_index)
+        self._final = self._final_credit(groups, update_index)
         plan = self._plan(groups, update_index)
         self._update_index = update_index
         if update_index == 0 and self.objective.needs.old:
@@ -65,19 +65,19 @@ class LearnerRank(Rank):
             eos_ids=(self.family.eos_token_id,),
             ranks=self.world,
             views_per_forward=self.config.learner.views_per_forward,
-            credit=self._credit,
+            final=self._final,
         )
 
-    def _final_credit(self, groups: list[TrajectoryGroup], update_index: int) -> tuple[np.ndarray, ...]:
+    def _final_credit(self, groups: list[TrajectoryGroup], update_index: int) -> FinalCredit | None:
+        """Of a method that measures."""
         objective = self.objective
-        credit = objective.credit(groups)
         if not isinstance(objective, Weighed):
-            return credit
+            return None
         assert not (objective.needs.old and objective.measures_each_update), "old scores are of views planned ahead"
         if update_index == 0 or objective.measures_each_update:
             self._sums = self._measure(objective, groups, update_index)
         assert self._sums is not None, "a batch begins with its first update"
-        return objective.weigh(groups, credit, self._sums)
+        return objective.weigh(groups, objective.credit(groups), self._sums)
 
     def _measure(self, objective: Weighed, groups: list[TrajectoryGroup], update_index: int) -> RowSums:
         """Sums of weighted log-probs of each completion, under the present policy and the base, over all ranks."""

@@ -29,6 +29,8 @@ class Cost:
     """Whether later updates on a batch score each view once more, without gradient, when the batch begins."""
     reference: bool = False
     """Whether each view is also scored without adapter and gradient."""
+    measured: int = 0
+    """Views measured when a batch begins, each one forward with and one without adapter, without gradient."""
     choices: bool = False
     """Whether choices of positions are scored where the rollout makes them."""
 
@@ -275,7 +277,43 @@ class SpgConfig(ObjectiveSection):
         return problems
 
 
+class DmpoConfig(ObjectiveSection):
+    """DMPO (arXiv 2510.08233): cross-entropy on the policy's own completions, weighted to favour good ones."""
+
+    method: ClassVar[str] = "learner.objectives.dmpo:Dmpo"
+    type: Literal["dmpo"] = "dmpo"
+    """The method."""
+    alpha: NonNegative = 0.04
+    """Temperature of the target, in units of the reward; 0 takes weights from the rewards alone."""
+    samples: PositiveInt = 4
+    """Masked copies per completion and update."""
+    measured_samples: PositiveInt = 4
+    """Masked copies per completion that measure how far policy and base are apart, once per batch."""
+    antithetic: bool = True
+    """Draw copies in pairs of a mask and its complement."""
+    rate_low: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Smallest mask rate; the largest is 1."""
+    centering: Literal["negative", "mean"] = "negative"
+    """What is taken from the weights w+: those of the negated reward, or their own mean."""
+    centering_strength: NonNegative = 1.0
+    """How much of it."""
+    ess_target: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Flatten the weights of a group until their effective sample size is this share of it; null: as they are."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.samples, scored=sampler.completion_length / 2, measured=self.measured_samples)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        odd = [name for name in ("samples", "measured_samples") if getattr(self, name) % 2]
+        if self.antithetic and odd:
+            problems += [
+                f"objective.{name}={getattr(self, name)} is odd, and antithetic copies are pairs" for name in odd
+            ]
+        return problems
+
+
 ObjectiveConfig = Annotated[
-    AgrpoConfig | DiffuGrpoConfig | Wd1Config | CoupledGrpoConfig | EspoConfig | GdpoConfig | SpgConfig,
+    AgrpoConfig | DiffuGrpoConfig | Wd1Config | CoupledGrpoConfig | EspoConfig | GdpoConfig | SpgConfig | DmpoConfig,
     Field(discriminator="type"),
 ]
