@@ -82,7 +82,8 @@ def submission(completion: str) -> Submission:
 def readable(completion: str) -> str:
     """The end of a completion without thinking and special tokens, its boxes spelled ``\boxed``."""
     text = without_thinking(without_special_tokens(completion.strip()[-MAX_CHARACTERS:]))
-    if text.count("boxed") == text.count(r"\boxed") and r"\\boxed" not in text:
+    count = text.count("boxed")
+    if not count or (count == text.count(r"\boxed") and r"\\boxed" not in text):
         return text  # as nearly always
     return _MISSPELLED_BOX.sub(r"\\boxed", text)
 

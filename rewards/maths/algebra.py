@@ -105,13 +105,21 @@ def _rational(node: Node) -> Fraction:
 
 
 def _residue(node: Node, point: int, opaque: bool) -> int:
-    operation, *operands = node
+    operation = node[0]
     if operation == "number":
         return node[1].numerator * pow(node[1].denominator, -1, PRIME) % PRIME
     if operation == "name":
         return _position(node[1], point)
     if operation == "i":
         return _imaginary_unit()
+    if operation == "negate":
+        return -_residue(node[1], point, opaque) % PRIME
+    if operation == "+":
+        return (_residue(node[1], point, opaque) + _residue(node[2], point, opaque)) % PRIME
+    if operation == "*":
+        return _residue(node[1], point, opaque) * _residue(node[2], point, opaque) % PRIME
+    if operation == "/":
+        return _residue(node[1], point, opaque) * pow(_residue(node[2], point, opaque), -1, PRIME) % PRIME
     try:
         if operation == "!":
             return _residue(("number", _rational(node)), point, opaque)
@@ -127,22 +135,12 @@ def _residue(node: Node, point: int, opaque: bool) -> int:
             if base == 0 and exponent <= 0:
                 raise Inexact
             return pow(base, int(exponent), PRIME)
-        if operation == "call":
-            raise Inexact
+        raise Inexact
     except Inexact:
         if not opaque:
             raise
-        name = operands.pop(0) if operation == "call" else operation
-        values = [_residue(operand, point, opaque) for operand in operands]
-        return _position(f"{name} of {values}", 0)
-    values = [_residue(operand, point, opaque) for operand in operands]
-    if operation == "negate":
-        return -values[0] % PRIME
-    if operation == "+":
-        return (values[0] + values[1]) % PRIME
-    if operation == "*":
-        return values[0] * values[1] % PRIME
-    return values[0] * pow(values[1], -1, PRIME) % PRIME
+        parts = [_residue(part, point, opaque) if isinstance(part, tuple) else part for part in node]
+        return _position(str(parts), 0)
 
 
 def _root(index: Fraction, radicand: Fraction) -> int:

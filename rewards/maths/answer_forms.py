@@ -126,6 +126,9 @@ def read(text: str) -> Form:
     """The form of an answer's text. Total."""
     if len(text) > MAX_CHARACTERS:
         return Words(text[:MAX_CHARACTERS], "")
+    if text.removeprefix("-").isdigit() and text.isascii():  # most answers
+        number: Node = ("number", Fraction(text.removeprefix("-")))
+        return Scalar(text, ("negate", number) if text[0] == "-" else number, Fraction(text))
     return _read(tokenize(text), 0)
 
 

@@ -14,12 +14,11 @@ not closed counts here too. In what they leave:
 
 GSM8K's calculator notes (``<<6*7=42>>``), which models copy, are taken out first.
 
-``\boxed 9`` is a box. No number is taken from a text that denies or bounds it ("not
-5", "more than 5", "5 or 6").
+``\boxed 9`` is a box. No number is taken from a text that denies or bounds it ("not 5", "more than 5", "5 or 6").
 """
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rewards.parsing import Region, answer_region, boxes, readable
 
@@ -57,8 +56,7 @@ _AFTER = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class FinalAnswer:
+class FinalAnswer(NamedTuple):
     """What to compare: readings of the answer in order of preference, one of which must be right; or, where several
     boxes end the text, also ``boxes`` that must all be right. ``tagged``: it stood in a complete answer tag."""
 
@@ -69,7 +67,8 @@ class FinalAnswer:
 
 def final_answer(completion: str) -> FinalAnswer:
     """The answer that a completion gives; no candidates when there is none."""
-    region = answer_region(_CALCULATOR_NOTE.sub("", readable(completion)))
+    text = readable(completion)
+    region = answer_region(_CALCULATOR_NOTE.sub("", text) if "<<" in text else text)
     found = _boxed(region)
     if found is None:
         return FinalAnswer((), (), region.tagged)
@@ -84,7 +83,9 @@ def final_answer(completion: str) -> FinalAnswer:
 def _boxed(region: Region) -> list[str] | None:
     """The last filled box, and those that only commas and the like part from it. None when the last was cut off."""
     text, found = region.text, boxes(region.text)
-    if found and not found[-1].closed and not region.ended:
+    if not found:
+        return _UNBRACED_BOX.findall(text)[-1:] if r"\boxed" in text else []
+    if not found[-1].closed and not region.ended:
         return None
     filled = [(box, text[box.start : box.end].strip()) for box in found if text[box.start : box.end].strip()]
     if not filled:
@@ -100,8 +101,8 @@ def _boxed(region: Region) -> list[str] | None:
 
 def _marked(text: str) -> list[str]:
     """Readings of what follows the mark that counts, then of words behind a later one."""
-    found = [(mark.group() == "####", _line_after(text, mark.end())) for mark in _MARK.finditer(text)]
-    found = [(hashes, line) for hashes, line in found if line]
+    marks = [(mark.group() == "####", _line_after(text, mark.end())) for mark in _MARK.finditer(text)]
+    found = [(hashes, line) for hashes, line in marks if line]
     telling = [(hashes, line) for hashes, line in found if _SAYS_SOMETHING.search(line)]
     if not found or telling and _RETRACTION.match(found[-1][1]):
         return []

@@ -33,6 +33,8 @@ _GREEK = frozenset({
 _ROUNDED = {r"\lfloor": "floor", r"\lceil": "ceiling"}
 _ACCENTS = frozenset({r"\overline", r"\vec", r"\hat", r"\tilde", r"\dot", r"\ddot", r"\overrightarrow", r"\widehat"})
 _OF_SEVERAL = frozenset({"gcd", "lcm", "max", "min"})
+_FIRST = _GREEK | _ACCENTS | {"(", "[", "{", r"\frac", r"\sqrt", r"\radical", r"\binom", *_ROUNDED}
+"""What a factor begins with, beside numbers, letters, functions and bars."""
 
 
 class Unreadable(UnmaskError):
@@ -109,14 +111,20 @@ class _Reader:
                 product = (operation, product, ("negate", factor) if negative else factor)
             elif self._starts_factor():
                 mixed = self._mixed_number(product, depth)
-                product = mixed if mixed is not None else ("*", product, self._beside(product, depth))
+                if mixed is not None:
+                    product = mixed
+                elif self.next == "{" or is_number(self.next):
+                    product = ("*", product, self._beside(product, depth))
+                else:
+                    product = ("*", product, self._power(depth))
             else:
                 break
         return product
 
     def _beside(self, before: Node, depth: int) -> Node:
-        """A factor without a sign of a product before it."""
-        if is_number(self.next or "(") and (self._after_number or before[0] == "number"):
+        """A number or braces without a sign of a product before them."""
+        assert self.next is not None
+        if is_number(self.next) and (self._after_number or before[0] == "number"):
             raise Unreadable("two numbers side by side")
         only_braces = self.next == "{" and self._tokens[-2:-1] != ["("]
         factor = self._power(depth)
@@ -139,15 +147,12 @@ class _Reader:
         token = self.next
         assert token is not None
         return (
-            token in ("(", "[", "{", r"\frac", r"\sqrt", r"\radical", r"\binom")
-            or (token == "|" and not self._bars)
-            or is_number(token)
-            or token in _ROUNDED
-            or token in _ACCENTS
-            or token[1:] in _OF_SEVERAL
+            token in _FIRST
             or token.isalpha()
-            or token in _GREEK
+            or is_number(token)
+            or (token == "|" and not self._bars)
             or token[1:] in FUNCTIONS
+            or token[1:] in _OF_SEVERAL
         )
 
     def _power(self, depth: int) -> Node:

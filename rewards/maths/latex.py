@@ -53,6 +53,8 @@ _TEXT = frozenset({
     r"\operatorname", r"\hbox",
 })  # fmt: skip
 _SYNONYMS = {
+    # in plain text, or upright as in \mathrm{e}
+    "pi": r"\pi", "inf": r"\infty", "infty": r"\infty", "infinity": r"\infty", '"i': "i", '"e': "e",
     r"\nicefrac": r"\frac", r"\sfrac": r"\frac", r"\lg": r"\log", r"\vert": "|", r"\mid": "|", r"\bar": r"\overline",
     r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\leq": r"\le", r"\leqslant": r"\le",
     r"\geq": r"\ge", r"\geqslant": r"\ge", r"\neq": r"\ne", r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/",
@@ -61,8 +63,6 @@ _SYNONYMS = {
     r"\infin": r"\infty", r"\dbinom": r"\binom", r"\tbinom": r"\binom",
 }  # fmt: skip
 
-_CONSTANTS = {"pi": r"\pi", "inf": r"\infty", "infty": r"\infty", "infinity": r"\infty", '"i': "i", '"e': "e"}
-"""In plain text, or upright as in ``\\mathrm{e}``."""
 _UPRIGHT = frozenset({r"\mathrm", r"\operatorname"})
 _OPERATORS = frozenset({"sin", "cos", "tan", "log", "ln", "exp"})
 
@@ -115,7 +115,7 @@ def tokenize(text: str) -> list[str]:
         if token == r"\degree":
             tokens += ["^", r"\circ"]
         elif token and not (token == " " and (not tokens or tokens[-1] == " ")):
-            tokens.append(_SYNONYMS.get(token) or _CONSTANTS.get(token, token))
+            tokens.append(_SYNONYMS.get(token, token))
     tokens = [token for token in tokens if token not in _TEXT]
     tokens = [token for index, token in enumerate(tokens) if token != " " or tokens[index - 1 : index] != [" "]]
     while tokens and tokens[-1] == " ":

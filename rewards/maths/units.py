@@ -92,10 +92,10 @@ def quantity(tokens: Sequence[str]) -> Quantity:
             elif (unit := _KNOWN.get(word) or _KNOWN.get(word.removesuffix("s"))) is not None:
                 units.add(unit + power)
             power = ""
-        elif (length := _remark(core)) and len(core) > length:
+        elif last == ")" and (length := _remark(core)) and len(core) > length:
             words += 1
             del core[-length:]
-        elif (last in ("/", ".") or _joins_words(core)) and words and len(core) > 1:
+        elif words and len(core) > 1 and (last in ("/", ".") or (last == "-" and _joins_words(core))):
             core.pop()  # km/h, sq. ft, ten-foot
         else:
             break
@@ -129,15 +129,15 @@ def _is_unit(tokens: Sequence[str]) -> bool:
 def _remark(tokens: Sequence[str]) -> int:
     r"""How many tokens at the end are words in parentheses: ``5 \text{ (five)}``."""
     opened = next((n for n in range(2, min(len(tokens), 2 * MAX_WORDS) + 1) if tokens[-n] == "("), 0)
-    words = [token for token in tokens[-opened + 1 : -1] if token != " "] if opened and tokens[-1] == ")" else []
+    words = [token for token in tokens[-opened + 1 : -1] if token != " "] if opened else []
     remarks = bool(words) and all(word[0] == '"' and word[1:].lower() not in _NO_UNITS for word in words)
     return opened if remarks else 0
 
 
 def _joins_words(tokens: Sequence[str]) -> bool:
-    """Whether the last token is the hyphen of ``ten-foot``, not that of ``x-axis``."""
+    """Whether the hyphen at the end is that of ``ten-foot``, not that of ``x-axis``."""
     before = next((token for token in reversed(tokens[:-1]) if token != " "), "")
-    return tokens[-1] == "-" and (is_number(before or " ") or len(before.lstrip('"')) > 1)
+    return is_number(before or " ") or len(before.lstrip('"')) > 1
 
 
 def _names_unit(word: str) -> bool:
