@@ -11,8 +11,8 @@ A = reward - mean of the group and rho = exp(L - L_old), the loss over S complet
 
     (1 / S) * sum over completions of  (1 / C) * -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta * k2 / C
 
-(``learner.objectives.elbo``). The exponent isn't divided by C: off the policy nearly all ratios are clipped.
-``normalise_ratio`` divides it too; the gradient at a ratio of 1 is then C times smaller.
+(``learner.objectives.elbo``). The exponent isn't divided by C: the more positions, the sooner ratios are
+clipped off the policy. ``normalise_ratio`` divides it too; the gradient at a ratio of 1 is then C times smaller.
 
 x_n / C is the share that is masked in fact, so it and not t_n divides: with 1 / t_n, as published for masks whose
 count is t_n C in the mean, a count that was rounded would scale its whole term (C = 24: the bound by 2.6 %). What is
