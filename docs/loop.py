@@ -23,7 +23,7 @@ from learner.likelihood.views import build_batch
 from learner.objectives import make_objective
 from learner.objectives.base import Objective, UpdateContext
 from learner.settings.objectives import AgrpoConfig
-from learner.verification.replay import write_small_model
+from learner.verification.parity import write_small_model
 from rewards.task import Grade, Problem, Split, Task
 from rollout.adapters import adapter_parameters, digest, pack, write_peft_folder
 from rollout.engines.torch import TorchEngine

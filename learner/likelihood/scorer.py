@@ -30,13 +30,13 @@ class Scores:
     """[N] float32, log-prob under the batch's law, on the recorded support where it has one; carries the gradient."""
     mass_N: torch.Tensor
     """[N] float32, no gradient: mass of the untruncated law on the recorded support (1 without one)."""
-    position_logp_Z: torch.Tensor | None = None
+    choice_logp_Z: torch.Tensor | None = None
     """[Z] float32, log-prob of each view's choice of positions, 0 where there was none; carries the gradient. None
     where the choice is no action of the policy."""
 
     def detached(self) -> "Scores":
         """The same numbers without gradient."""
-        choices = self.position_logp_Z
+        choices = self.choice_logp_Z
         return Scores(self.logp_N.detach(), self.mass_N, None if choices is None else choices.detach())
 
 
@@ -55,7 +55,7 @@ def joined(parts: Sequence[Scores]) -> Scores:
     """The scores of several passes as those of one."""
     if len(parts) == 1:
         return parts[0]
-    choices = [part.position_logp_Z for part in parts if part.position_logp_Z is not None]
+    choices = [part.choice_logp_Z for part in parts if part.choice_logp_Z is not None]
     return Scores(
         torch.cat([part.logp_N for part in parts]),
         torch.cat([part.mass_N for part in parts]),
@@ -67,7 +67,7 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter) ->
     """Score one forward's views with ``model``, whose device the tensors are moved to."""
     device = next(model.parameters()).device
     mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
-    choices = batch.positions
+    choices = batch.choices
     rows = batch.score_rows if choices is None else choices.candidate_rows
     # With shifted logits a sequence's first token would be read off the row before it.
     assert (rows % batch.input_ids.shape[1] >= family.logit_shift).all(), "a completion without a prompt"
@@ -88,8 +88,8 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter) ->
         temperature=batch.temperature,
         mask_token_id=family.mask_token_id,
     )
-    position_logp_Z = position_choice_logp(logits_MV, choices, batch.view_of_score, mask_token_id=family.mask_token_id)
-    return dataclasses.replace(scores, position_logp_Z=position_logp_Z)
+    choice_logp_Z = position_choice_logp(logits_MV, choices, batch.view_of_score, mask_token_id=family.mask_token_id)
+    return dataclasses.replace(scores, choice_logp_Z=choice_logp_Z)
 
 
 def position_choice_logp(

@@ -134,7 +134,7 @@ class ViewBatch:
     """[N] float64."""
     views: tuple[View, ...]
     """[Z], where each row comes from."""
-    positions: PositionChoices | None = None
+    choices: PositionChoices | None = None
     """None where the choice of positions is no action of the policy."""
 
     @property
@@ -202,7 +202,7 @@ def build_batch(
         credit=np.repeat(np.array([v.credit for v in views], dtype=np.float64), counts_Z),
         weight=np.repeat(np.array([v.weight for v in views], dtype=np.float64), counts_Z),
         views=tuple(views),
-        positions=_position_choices(views, groups, L) if drawn else None,
+        choices=_position_choices(views, groups, L) if drawn else None,
     )
 
 

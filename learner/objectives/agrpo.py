@@ -85,15 +85,15 @@ class Agrpo:
             clip=(config.clip_low, config.clip_high),
             names=("", "scored_tokens"),
         )
-        choices = batch.positions
+        choices = batch.choices
         if choices is None:
             return loss, figures
-        position_logp_Z = scores.policy.position_logp_Z
-        assert position_logp_Z is not None, "the choices of positions are part of the policy, and weren't scored"
-        free = torch.from_numpy(choices.free).to(position_logp_Z.device)
-        reference_Z = None if reference is None else reference.position_logp_Z
+        choice_logp_Z = scores.policy.choice_logp_Z
+        assert choice_logp_Z is not None, "the choices of positions are part of the policy, and weren't scored"
+        free = torch.from_numpy(choices.free).to(choice_logp_Z.device)
+        reference_Z = None if reference is None else reference.choice_logp_Z
         position_loss, position_figures = self._terms(
-            position_logp_Z[free],
+            choice_logp_Z[free],
             None if reference_Z is None else reference_Z[free],
             Actions(choices.logp[choices.free], choices.credit[choices.free], choices.weight[choices.free]),
             clip=(

@@ -56,8 +56,8 @@ def scored_views(batch: ViewBatch, scores: Scores, wanted: Collection[int]) -> l
         return []
     logp_N = scores.logp_N.detach().float().cpu().numpy()
     choice_logp_Z = None
-    if scores.position_logp_Z is not None:
-        choice_logp_Z = scores.position_logp_Z.detach().float().cpu().numpy()
+    if scores.choice_logp_Z is not None:
+        choice_logp_Z = scores.choice_logp_Z.detach().float().cpu().numpy()
     found = []
     for z in kept:
         view = batch.views[z]

@@ -14,9 +14,9 @@ from learner.verification.cases import SamplerSettings, read_case
 from learner.verification.exactness import check_controls, check_enumeration
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.methods.case import read_method_case
+from learner.verification.parity import check_replay
 from learner.verification.policy import check_probe
 from learner.verification.recorded import MethodFile, Recorded
-from learner.verification.replay import check_replay
 from learner.verification.sampler import check_sampler
 from learner.verification.training import check_training
 from rewards.errors import ConfigError, UnmaskError

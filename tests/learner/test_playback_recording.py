@@ -91,7 +91,7 @@ def scorers_word(tiny_model, config, adapter, batch, view: ScoredView) -> tuple[
     )
     with torch.no_grad():
         scores = score(model, alone, family=family)
-    return scores.logp_N, scores.position_logp_Z
+    return scores.logp_N, scores.choice_logp_Z
 
 
 @pytest.mark.slow

@@ -144,8 +144,8 @@ def worst_difference(model, groups, family, change: Callable = lambda batch: bat
     worst = 0.0
     for batch in forwards(groups, family, 7):
         with torch.no_grad():
-            ours = score(model, change(batch), family=family).position_logp_Z
-        worst = max(worst, float(np.abs(ours.numpy() - batch.positions.logp).max()))
+            ours = score(model, change(batch), family=family).choice_logp_Z
+        worst = max(worst, float(np.abs(ours.numpy() - batch.choices.logp).max()))
     return worst
 
 
@@ -160,7 +160,7 @@ def test_replay_parity_of_choices(engine, learner_model, steps, truncation):
     assert parity <= 1e-5
 
     def other_tau(batch):
-        return dataclasses.replace(batch, positions=dataclasses.replace(batch.positions, temperature=0.52))
+        return dataclasses.replace(batch, choices=dataclasses.replace(batch.choices, temperature=0.52))
 
     assert worst_difference(learner_model, groups, engine.family, other_tau) > 1e-4, "control: another tau, another law"
 
@@ -176,13 +176,13 @@ def test_choices_cost_one_forward_and_the_head_on_candidates(engine, learner_mod
             score(learner_model, batch, family=engine.family)
     finally:
         hook.remove()
-    assert seen == [batch.positions.candidate_rows.size for batch in batches]
+    assert seen == [batch.choices.candidate_rows.size for batch in batches]
     for batch in batches:
         masked = batch.input_ids == engine.family.mask_token_id
-        assert masked.ravel()[batch.positions.candidate_rows].all()
-        assert (batch.positions.candidate_rows[batch.positions.candidate_of_score] == batch.score_rows).all()
+        assert masked.ravel()[batch.choices.candidate_rows].all()
+        assert (batch.choices.candidate_rows[batch.choices.candidate_of_score] == batch.score_rows).all()
         expected = [12 - 3 * (view.step % 4) for view in batch.views]
-        assert np.bincount(batch.positions.view_of_candidate).tolist() == expected
+        assert np.bincount(batch.choices.view_of_candidate).tolist() == expected
 
 
 def gradient(model, groups, family, size: int, **config) -> tuple[torch.Tensor, dict[str, float]]:
@@ -191,7 +191,7 @@ def gradient(model, groups, family, size: int, **config) -> tuple[torch.Tensor, 
     model.zero_grad()
     for batch in forwards(groups, family, size):
         scores = score(model, batch, family=family)
-        reference, chosen = torch.from_numpy(batch.logp) + 0.2, torch.from_numpy(batch.positions.logp) - 0.1
+        reference, chosen = torch.from_numpy(batch.logp) + 0.2, torch.from_numpy(batch.choices.logp) - 0.1
         loss, figures = agrpo.loss(PolicyScores(scores, reference=Scores(reference, scores.mass_N, chosen)), batch)
         loss.backward()
         parts.append(figures)
@@ -247,7 +247,7 @@ def test_other_rules_record_no_choice(engine):
     for rule in ("random", "left_to_right", "low_confidence", "entropy"):
         (group, *_) = rollout(engine, rule=rule)
         assert group.position_logp is None and group.position_entropy is None
-        assert next(forwards([group], engine.family, 3)).positions is None
+        assert next(forwards([group], engine.family, 3)).choices is None
 
 
 # ---- the loss
@@ -348,7 +348,7 @@ def test_pads_and_forced_steps_add_nothing(engine, learner_model):
         if view.step is None:
             assert not any(p.grad.any() for p in adapter_parameters(learner_model).values())
         else:
-            assert not batch.positions.free.any() and (scores.position_logp_Z == 0).all()
+            assert not batch.choices.free.any() and (scores.choice_logp_Z == 0).all()
 
 
 # ---- settings

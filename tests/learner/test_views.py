@@ -106,7 +106,7 @@ def test_recorded_reference_positions(number):
 def test_the_raw_law_has_no_support_and_the_rollouts_raw_log_probs(short):
     views = [step_view(short, 0, 0, 1, 1.0, 1.0)]
     batch = build_batch(views, [short], mask_id=MASK, pad_id=PAD, law=Law.RAW)
-    assert (batch.support, batch.positions, batch.temperature) == (None, None, 1.0)
+    assert (batch.support, batch.choices, batch.temperature) == (None, None, 1.0)
     np.testing.assert_allclose(batch.logp, [-1.2, -1.4])
 
 

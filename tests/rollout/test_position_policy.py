@@ -204,10 +204,10 @@ def expected_estimate(
     model = TableModel(toy)
     batch = build_batch(views, [group], mask_id=toy.tokens, pad_id=toy.tokens + 2)
     if not positions_scored:
-        batch = dataclasses.replace(batch, positions=None)
+        batch = dataclasses.replace(batch, choices=None)
     scores = score(model, batch, family=model.family())
     if positions_scored:
-        assert (scores.position_logp_Z - torch.from_numpy(batch.positions.logp)).abs().max() < 1e-5
+        assert (scores.choice_logp_Z - torch.from_numpy(batch.choices.logp)).abs().max() < 1e-5
     loss, _ = Agrpo(config).loss(PolicyScores(scores), batch)
     (loss / config.k).backward()
     assert model.theta.grad is not None

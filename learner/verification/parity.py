@@ -110,9 +110,9 @@ def _compare(
             scores = score(learner, batch, family=family)
         assert batch.logp is not None
         tokens.append((scores.logp_N.cpu().numpy(), batch.logp))
-        if batch.positions is not None and scores.position_logp_Z is not None:
-            free_Z = batch.positions.free
-            choices.append((scores.position_logp_Z.cpu().numpy()[free_Z], batch.positions.logp[free_Z]))
+        if batch.choices is not None and scores.choice_logp_Z is not None:
+            free_Z = batch.choices.free
+            choices.append((scores.choice_logp_Z.cpu().numpy()[free_Z], batch.choices.logp[free_Z]))
     drawn = sum(int(group.drawn.sum()) for group in groups)
     assert sum(theirs.size for _, theirs in tokens) == drawn, "not every drawn token was scored"
     early = sum(int((~group.drawn).any(axis=1).sum()) for group in groups)
