@@ -23,8 +23,8 @@ from learner.runs.checkpoint import (
     prune,
     require_layout,
     save,
-    saved,
 )
+from learner.settings.saved import checkpoints_in
 from rewards.errors import CheckpointError
 from rollout.adapters import AdapterState, digest, pack
 from tests.support.learner_ranks import (
@@ -109,8 +109,8 @@ def test_a_checkpoint_of_the_same_iteration_is_replaced(tmp_path):
 def test_checkpoints_are_listed_oldest_first(three):
     (three / "iteration-000012").write_text("a file")
     (three / "other").mkdir()
-    assert [path.name for path in saved(three)] == ["iteration-000009", "iteration-000010", "iteration-000011"]
-    assert saved(three / "nowhere") == []
+    assert [path.name for path in checkpoints_in(three)] == ["iteration-000009", "iteration-000010", "iteration-000011"]
+    assert checkpoints_in(three / "nowhere") == []
 
 
 def test_copies_with_names_of_their_own_are_no_business_of_a_runs(three):
@@ -125,7 +125,7 @@ def test_copies_with_names_of_their_own_are_no_business_of_a_runs(three):
     left = sorted(path.name for path in three.iterdir())
     assert set(before) - set(left) == {"iteration-000009", "iteration-000010"}
     save(three, make(1_000_000))
-    assert saved(three)[-1].name == "iteration-1000000", "by number, not by name"
+    assert checkpoints_in(three)[-1].name == "iteration-1000000", "by number, not by name"
 
 
 def test_an_error_while_writing_leaves_nothing_and_the_old_one_whole(three, monkeypatch):
@@ -137,7 +137,7 @@ def test_an_error_while_writing_leaves_nothing_and_the_old_one_whole(three, monk
         with pytest.raises(RuntimeError, match="today"):
             save(three, make(iteration))
     assert len(list(three.iterdir())) == 3
-    assert_same(load(saved(three)[-1]), make(11))
+    assert_same(load(checkpoints_in(three)[-1]), make(11))
 
 
 @pytest.mark.parametrize("last_write", ["write_peft_folder", "_sha256"])
@@ -151,7 +151,7 @@ def test_a_process_that_dies_while_writing_leaves_no_checkpoint(three, monkeypat
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     monkeypatch.undo()
     assert len(list(three.iterdir())) == 4, "control: the child had begun to write"
-    assert [path.name for path in saved(three)] == ["iteration-000009", "iteration-000010", "iteration-000011"]
+    assert [path.name for path in checkpoints_in(three)] == ["iteration-000009", "iteration-000010", "iteration-000011"]
     newest = newest_good(three, on_damaged=pytest.fail)
     assert newest is not None and newest.progress.iteration == 11
     assert_same(load(save(three, make(12))), make(12))
@@ -238,7 +238,7 @@ def test_the_newest_good_one_is_taken_and_damaged_ones_are_reported(three):
     (three / "iteration-000009" / "manifest.json").unlink()
     assert newest_good(three, on_damaged=told.append) is None
     assert len(told) == 5
-    assert len(saved(three)) == 3, "damaged ones are left for a person to look at"
+    assert len(checkpoints_in(three)) == 3, "damaged ones are left for a person to look at"
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
@@ -246,7 +246,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
         save(tmp_path, make(iteration))
 
     def kept() -> list[int]:
-        return [int(path.name.removeprefix("iteration-")) for path in saved(tmp_path)]
+        return [int(path.name.removeprefix("iteration-")) for path in checkpoints_in(tmp_path)]
 
     prune(tmp_path, keep=9, best_iteration=None)
     assert kept() == [1, 2, 3, 4, 5, 6]

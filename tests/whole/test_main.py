@@ -51,7 +51,7 @@ def test_print_config_gives_the_resolved_settings_and_starts_nothing(tmp_path: P
         (["run.iterations=many"], ["run.iterations", '"many"', "whole number"]),
         (["rollout.sampler.steps=7"], ["rollout.sampler.steps=7", "take one of"]),
         (["recipe=nothing"], ["there is no recipe 'nothing'", "smoke"]),
-        (["sudoku"], ["'sudoku'", "key.sub=value"]),
+        (["sudoku"], ["'sudoku'", "recipe=sudoku"]),
         (["--dry-rum"], ["--dry-rum", "--help"]),
         (["task.train_path=/nowhere/train.csv"], ["task.train_path=/nowhere/train.csv: there is no such file"]),
         (
