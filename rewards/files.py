@@ -48,8 +48,7 @@ def problems_from_file(
     DataError naming the file and line, and for a file without one usable row.
     """
     stem = Path(path).name.split(".")[0]
-    unit = "row" if path.lower().endswith(".parquet") else "line"
-    rows = ((number, f"{path}, {unit} {number}", row) for number, row in read_rows(path))
+    rows = read_rows(path)
     return problems_from_rows(rows, source=path, stem=f"{task}-{stem}", task=task, size=size, convert=convert)
 
 
@@ -82,8 +81,9 @@ def problems_from_rows(
     return problems
 
 
-def read_rows(path: str) -> Iterator[tuple[int, Row]]:
-    """Line number (from 1; a parquet file's row number) and row, one at a time. CSV values stay strings, so leading
+def read_rows(path: str) -> Iterator[tuple[int, str, Row]]:
+    """Number, place (for messages) and row, one at a time. The number is the line's, from 1, but in parquet files and
+    JSON lists, which may stand on one line, the row's. CSV values stay strings, so leading
     zeros survive.
 
     Raises DataError, naming file and line, for a row that can't be read or is longer than the bounds above.
@@ -144,7 +144,7 @@ def too_long() -> str:
     return f"longer than {MAX_ROW} characters, which no problem needs; shorten or remove the row"
 
 
-def _csv_rows(lines: Iterator[str], path: str, delimiter: str) -> Iterator[tuple[int, Row]]:
+def _csv_rows(lines: Iterator[str], path: str, delimiter: str) -> Iterator[tuple[int, str, Row]]:
     length = number = 0  # of the row so far, whose quoted fields may hold line ends, and of the line
 
     def counted() -> Iterator[str]:
@@ -163,11 +163,12 @@ def _csv_rows(lines: Iterator[str], path: str, delimiter: str) -> Iterator[tuple
             raise DataError(f"{path}, line {number}: not csv ({error}); repair or remove the row") from None
         if row is None:
             return
-        yield number, {key.strip(): value for key, value in row.items() if isinstance(key, str)}
+        named = {key.strip(): value for key, value in row.items() if isinstance(key, str)}
+        yield number, f"{path}, line {number}", named
         length = 0
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: str) -> Iterator[tuple[int, str, Row]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -180,9 +181,10 @@ def _parquet_rows(path: str) -> Iterator[tuple[int, Row]]:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
+                    where = f"{path}, row {number}"
                     if characters(row) > MAX_ROW:
-                        raise DataError(f"{path}, row {number}: {too_long()}")
-                    yield number, row
+                        raise DataError(f"{where}: {too_long()}")
+                    yield number, where, row
     except ArrowException as error:
         raise DataError(f"{path}, row {number + 1}: not parquet ({first_line(error)}); repair the file") from None
 
@@ -194,23 +196,23 @@ def _is_list(file: Any) -> bool:
     return begins
 
 
-def _listed_rows(file: IO[str], path: str) -> Iterator[tuple[int, Row]]:
+def _listed_rows(file: IO[str], path: str) -> Iterator[tuple[int, str, Row]]:
     """One list of objects, an element at a time."""
     text = file.read(MAX_LIST + 1)
     if len(text) > MAX_LIST:
         raise DataError(f"{path}: a JSON list of more than {MAX_LIST} characters; write it as .jsonl, an object a line")
-    decoder, number, counted = json.JSONDecoder(), 1, 0
+    decoder, number, line, counted = json.JSONDecoder(), 0, 1, 0
     place = _behind_space(text, text.index("[") + 1)
     while text[place : place + 1] != "]":
-        number, counted = number + text.count("\n", counted, place), place
-        where = f"{path}, line {number}"
+        number, line, counted = number + 1, line + text.count("\n", counted, place), place
+        where = f"{path}, line {line}"
         try:
             row, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error}); repair or remove the element") from None
         if end - place > MAX_ROW:
             raise DataError(f"{where}: {too_long()}")
-        yield number, _checked(row, text[place:end], where)
+        yield number, where, _checked(row, text[place:end], where)
         place = _behind_space(text, end)
         if text[place : place + 1] == ",":
             place = _behind_space(text, place + 1)
@@ -235,12 +237,13 @@ def _checked(row: Any, text: str, where: str) -> Row:
     return row
 
 
-def _jsonl_rows(lines: Iterator[str], path: str) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(lines: Iterator[str], path: str) -> Iterator[tuple[int, str, Row]]:
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); repair or remove the line") from None
-        yield number, _checked(row, text, f"{path}, line {number}")
+            raise DataError(f"{where}: not JSON ({error}); repair or remove the line") from None
+        yield number, where, _checked(row, text, where)

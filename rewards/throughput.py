@@ -74,7 +74,7 @@ def _share(outcomes: Sequence[bool]) -> float:
 
 def _completions(task: WrittenMaths, path: str, size: int) -> Iterator[tuple[dict[str, Any], str, bool]]:
     rng = random.Random("throughput")
-    rows = [(fields, row) for _, row in read_rows(path) if (fields := task.fields_from_row(row)) is not None]
+    rows = [(fields, row) for _, _, row in read_rows(path) if (fields := task.fields_from_row(row)) is not None]
     for number in range(size):
         fields, row = rows[number % len(rows)]
         solution = row.get("solution") or row["answer"].rpartition("####")[0]

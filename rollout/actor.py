@@ -23,7 +23,7 @@ from rollout.code import code_identity
 from rollout.engines.base import Engine
 from rollout.grading import GradeResult, GraderPool
 from rollout.messages import EvalReport, EvalResult, GroupReport, LeaseReport, Weights
-from rollout.models.encoding import encode_prompt
+from rollout.models.encoding import completion_text, encode_prompt
 from rollout.seeds import derive_seed
 from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 from rollout.usage import process_usage
@@ -195,7 +195,7 @@ class RolloutActor:
         return groups, [[futures[g, c] for c in range(spec.size)] for g, spec in enumerate(specs)]
 
     def _text(self, ids_C: np.ndarray) -> str:
-        return str(self._engine.tokenizer.decode(ids_C.tolist(), skip_special_tokens=True))
+        return completion_text(self._engine.tokenizer, ids_C.tolist())
 
     def _with_grades(self, group: TrajectoryGroup, grades: Sequence[GradeResult]) -> TrajectoryGroup:
         names = tuple(self._task.components)

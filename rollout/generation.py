@@ -14,7 +14,7 @@ from rewards.errors import ConfigError
 from rewards.task import Grade, Problem
 from rollout.adapters import digest
 from rollout.engines.torch import TorchEngine
-from rollout.models.encoding import encode_prompt
+from rollout.models.encoding import completion_text, encode_prompt
 from rollout.models.family import policy_adapter
 from rollout.models.lora import spec_of_adapter
 from rollout.subject import Subject, changed, held_out_problem, read_subject
@@ -53,7 +53,7 @@ def generate(options: argparse.Namespace, messages: list[dict[str, str]] | None)
         with view:
             (group,) = engine.generate([spec], [prompt], sampler, on_step=view.step)
             view.finished(group.completion_ids)
-    texts = [str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in group.completion_ids]
+    texts = [completion_text(tokenizer, ids.tolist()) for ids in group.completion_ids]
     grades = [] if task is None else [task.grade(problem.fields, text) for text in texts]
     if options.json:
         print(json.dumps(_as_json(subject, options.seed, tokenizer, group, texts, grades), indent=2))

@@ -98,7 +98,10 @@ def held_out_problem(config: Mapping[str, Any], number: int) -> tuple[Task, Prob
     if about is None:
         raise ConfigError("--problem needs a task, and the run has none: it was fine-tuned; give a prompt")
     task = get_task(about["name"])
-    problems = task.problems("test", seed=config["run"]["seed"], size=about["test_size"], path=about["test_path"])
+    path = about["test_path"]
+    problems = task.problems("test", seed=config["run"]["seed"], size=about["test_size"], path=path)
+    if task.source("test", path) is not None:  # the run leaves out those without a solution
+        problems = [problem for problem in problems if task.solvable(problem.fields)]
     if number >= len(problems):
         raise ConfigError(f"--problem {number} is none of the run's {len(problems)} held-out problems, counted from 0")
     return task, problems[number]

@@ -17,7 +17,10 @@ from learner.runs.start import changed_settings, open_run
 from learner.runs.stopping import Interrupted, lasting_output
 from learner.settings.run import dump_config
 from learner.settings.sections import RunPlace, Section, StoreSection
+from rewards.errors import StoreError
+from services.store.files import is_damage
 from services.store.retention import Retention
+from services.store.schema import open_engine
 from services.store.writer import StoreWriter
 
 
@@ -69,6 +72,9 @@ def found_run(about: About) -> Iterator[FoundRun]:
     """
     run_dir, resumed = open_run(about.run, kind=about.kind, label=about.task)
     with run_dir:
+        if not run_dir.is_new and about.store.url is None and run_dir.store_path.exists():
+            with _way_out_of_damage(others=False):
+                open_engine(run_dir.store_url, create=False, read_only=True).dispose()
         try:
             yield FoundRun(run_dir, resumed, time.time())
         finally:
@@ -99,7 +105,11 @@ def begun_run(about: About, found: FoundRun) -> Iterator[BegunRun]:
         stack.enter_context(told_failures(reporter))
         if run_dir.is_new:
             run_dir.write_config(dump_config(about.config))
-        if run_dir.undone is not None:
+        if resumed is not None and reporter.store.is_new:
+            reporter.tell_store_again(-1)
+            text = "the run store had nothing of this run: it is filled from metrics.jsonl, without trajectories"
+            reporter.event("warning", "store", text)
+        elif run_dir.undone is not None:
             reporter.tell_store_again(run_dir.undone)
         after = resumed.progress.iteration if resumed is not None else None
         note_start(
@@ -140,20 +150,38 @@ def told_failures(reporter: Reporter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _way_out_of_damage(*, others: bool = True) -> Iterator[None]:
+    """Says what to do about a damaged store. ``others``: a store that can't be opened for another reason is an error
+    too."""
+    try:
+        yield
+    except StoreError as error:
+        if not is_damage(error):
+            if others:
+                raise
+            return
+        raise StoreError(
+            f"{error}; move this file aside, and those beside it that end in -wal and -shm: the same command makes a "
+            "new store, and a run that goes on fills it from its metrics.jsonl"
+        ) from error
+
+
+@contextlib.contextmanager
 def _reporting(about: About, found: FoundRun) -> Iterator[Reporter]:
     run_dir, resumed, _ = found
     dumped: dict[str, Any] = about.config.model_dump(mode="json")
     run_dir.store_url = about.store.url or run_dir.store_url
-    store = StoreWriter(
-        run_dir.store_url,
-        run_dir.id,
-        identity=run_dir.identity,
-        task=about.task,
-        objective=about.objective,
-        total_iterations=about.iterations,
-        config=dumped,
-        retention=Retention(samples=about.store.keep_samples, metric_days=about.store.metric_days),
-    )
+    with _way_out_of_damage():
+        store = StoreWriter(
+            run_dir.store_url,
+            run_dir.id,
+            identity=run_dir.identity,
+            task=about.task,
+            objective=about.objective,
+            total_iterations=about.iterations,
+            config=dumped,
+            retention=Retention(samples=about.store.keep_samples, metric_days=about.store.metric_days),
+        )
     with contextlib.ExitStack() as failed:
         failed.callback(store.close, 0.0)
         iteration = resumed.progress.iteration if resumed is not None else None

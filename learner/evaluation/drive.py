@@ -19,11 +19,12 @@ from learner.evaluation.settings import EvaluateConfig, check_paths
 from learner.evaluation.subject import (
     Adapter,
     base_model,
+    evaluated_problems,
     fingerprint_model,
     fingerprint_problems,
     lora_spec,
+    problems_that_fit,
     read_adapter,
-    read_problems,
     trained_on,
 )
 from learner.evaluation.table import print_table
@@ -51,8 +52,9 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
     check_paths(config, run_dir, in_ray_job())
     code = code_identity().digest
     adapter = read_adapter(config, run_dir)
-    problems = read_problems(config)
+    problems = evaluated_problems(config, on_event=_say)
     model_path = base_model(config, run_dir, adapter)
+    problems = problems_that_fit(config, problems, model_path, on_event=_say)
     lora = lora_spec(adapter, model_path) if adapter is not None else None
     settings = result_settings(config, model_path, adapter, problems)
     out = _out_folder(config, run_dir, settings)

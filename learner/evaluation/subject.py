@@ -11,10 +11,11 @@ from learner.evaluation.settings import NO_ADAPTER, EvaluateConfig
 from learner.runs import checkpoint as checkpoints
 from learner.runs.directory import RunDirectory
 from learner.small_base.base_model import ensure_base, print_progress
-from learner.supply.problems import task_problems
+from learner.supply.problems import fitting, read_problems, task_problems
 from rewards.errors import ConfigError, DataError
 from rewards.task import Problem, get_task
 from rollout.adapters import AdapterState, digest, read_peft_folder
+from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
 from rollout.models.lora import LoraSpec, spec_of_adapter
 
@@ -80,20 +81,43 @@ def lora_spec(adapter: Adapter, model_path: str) -> LoraSpec:
     return spec_of_adapter(adapter.state, adapter.peft_config, policy_adapter(model_path), adapter.source)
 
 
-def read_problems(config: EvaluateConfig) -> list[Problem]:
-    """The problems to decode. Raises DataError or ConfigError when they can't be had, or two share an id."""
+def evaluated_problems(config: EvaluateConfig, *, on_event: Callable[[str, str, str], None]) -> list[Problem]:
+    """The problems to decode; of the held-out split those of a run with these settings. Raises DataError or ConfigError
+    when they can't be had, or two share an id."""
     data, task = config.data, get_task(config.task.name)
     seed = config.run.seed if data.seed is None else data.seed
     path = config.task.test_path if data.split == "test" else config.task.train_path
-    size = data.size or config.evaluation.problems
+    wanted = data.size or config.evaluation.problems
+    # The first that can be solved of as many as the run reads.
+    size = max(wanted, config.task.test_size if data.split == "test" else config.task.train_size)
     if data.path is not None:
-        path, size = str(Path(data.path).expanduser()), data.size or _WHOLE_FILE
-    problems = task.problems(data.split, seed=seed, size=size, path=path)
+        path, wanted = str(Path(data.path).expanduser()), data.size or _WHOLE_FILE
+        size = wanted
+    problems = read_problems(task, data.split, seed=seed, size=size, path=path, on_event=on_event)[:wanted]
     if not problems or len({problem.id for problem in problems}) < len(problems):
         raise DataError(
             f"{len(problems)} problems of task {task.name} must be at least one, with an id of its own each"
         )
     return problems
+
+
+def problems_that_fit(
+    config: EvaluateConfig, problems: list[Problem], model_path: str, *, on_event: Callable[[str, str, str], None]
+) -> list[Problem]:
+    """Those whose prompt leaves room for a completion, as in a run. Raises ConfigError as ``fitting`` does."""
+    kept = fitting(
+        problems,
+        get_task(config.task.name),
+        load_tokenizer(model_path),
+        completion_length=config.lengths[0],
+        longest=policy_adapter(model_path).max_length,
+        too_long=config.task.too_long,
+        setting="decode.completion_length",
+    )
+    if len(kept) < len(problems):
+        text = f"{len(problems) - len(kept)} of {len(problems)} problems leave no room for a completion"
+        on_event("warning", "too_long", f"{text} and are left out")
+    return kept
 
 
 def trained_on(

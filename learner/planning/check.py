@@ -10,12 +10,14 @@ from rewards.errors import ConfigError
 
 
 def check_memory(config: RunConfig, hardware: Hardware) -> str | None:
-    """Refuse a run whose plan needs more than there is; ``resources.check_memory=false`` skips it.
+    """Refuse a run whose plan needs more than there is, or takes longer than it may;
+    ``resources.check_memory=false`` skips it.
 
     Returns a sentence when the model's sizes or the hardware's memory can't be found out, and nothing was checked.
 
     Raises:
-        ConfigError: the run does not fit; the message is the plan's table and the first thing to change.
+        ConfigError: the run does not fit; the message is the plan's table and the first thing to change, or says
+            what takes too long.
     """
     if not config.resources.check_memory:
         return None
@@ -27,6 +29,8 @@ def check_memory(config: RunConfig, hardware: Hardware) -> str | None:
         return f"memory was not checked before the start: {error}"
     tokens, source = prompt_tokens(config)
     plan = plan_run(config, model, hardware, prompt=tokens, prompt_source=source)
+    if plan.too_slow and not plan.problems:
+        raise ConfigError(f"{'; '.join(plan.too_slow)}; resources.check_memory=false starts the run all the same")
     if not plan.fits:
         raise ConfigError(render_refusal(plan))
     return None

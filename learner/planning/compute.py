@@ -1,6 +1,7 @@
 """Work of an iteration: forwards, operations, bytes that move, and the time they take at a stated utilisation."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from learner.planning.flops import Flops, forward_flops, training_flops
@@ -48,6 +49,28 @@ class Duration:
     learn: float
     iteration: float
     run: float
+
+
+def too_slow(
+    config: RunConfig, work: Work, *, flops_per_actor: float, flops_per_rank: float, speed: str
+) -> Iterator[str]:
+    """What can't be done within its time limit even at the devices' full speed, a sentence each."""
+    rollout, limits, learner = config.rollout, config.timeouts, config.learner
+    share = rollout.groups_per_lease / rollout.prompts_per_iteration
+    lease = work.engine.total * share / flops_per_actor
+    if lease > limits.lease:
+        yield (
+            f"a lease of {rollout.groups_per_lease} groups takes {lease:,.0f} s at the least, at {speed}, and "
+            f"timeouts.lease is {limits.lease:g}; lower rollout.groups_per_lease={rollout.groups_per_lease}, "
+            f"rollout.group_size={rollout.group_size} or the lengths in rollout.sampler, or raise timeouts.lease"
+        )
+    update = work.learner.total / learner.updates_per_batch / learner.ranks / flops_per_rank
+    if update > limits.update:
+        yield (
+            f"an update takes {update:,.0f} s at the least, at {speed}, and timeouts.update is {limits.update:g}; "
+            f"lower rollout.prompts_per_iteration={rollout.prompts_per_iteration} or "
+            f"rollout.group_size={rollout.group_size}, take more learner.ranks, or raise timeouts.update"
+        )
 
 
 def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from learner.planning.compute import Duration, Work, duration, work_of
+from learner.planning.compute import Duration, Work, duration, too_slow, work_of
 from learner.planning.hardware import CPU_FLOPS_PER_THREAD, GPUS, Hardware
 from learner.planning.memory import GIB, Device, ProcessMemory, actor_memory, rank_memory
 from learner.planning.shapes import ModelShape
@@ -63,13 +63,15 @@ class RunPlan:
     """Which peak the times assume."""
     problems: tuple[str, ...]
     """What doesn't fit, one sentence each."""
+    too_slow: tuple[str, ...]
+    """What can't be done within its time limit, one sentence each, the remedy included."""
     changes: tuple[Change, ...]
     """The smallest set that makes everything fit, in the order in which to make them."""
     assumptions: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        return not self.problems
+        return not self.problems and not self.too_slow
 
 
 def plan_run(
@@ -120,6 +122,11 @@ def plan_run(
         time=time,
         speed=f"{speed} at {utilisation:.0%} utilisation",
         problems=problems,
+        too_slow=tuple(
+            too_slow(
+                config, work, flops_per_actor=peak * shares[0], flops_per_rank=peak * shares[1], speed=f"all of {speed}"
+            )
+        ),
         changes=tuple(_changes(plans)) if problems else (),
         assumptions=_assumptions(plans, prompt, prompt_source),
     )

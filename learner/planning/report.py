@@ -39,6 +39,7 @@ def as_json(plan: RunPlan) -> str:
     data = {
         "fits": plan.fits,
         "problems": plan.problems,
+        "too_slow": plan.too_slow,
         "changes": [dataclasses.asdict(change) for change in plan.changes],
         "hardware": dataclasses.asdict(plan.hardware),
         "model": {**model, "parameters": plan.model.parameters, "prompt_tokens": plan.prompt},
@@ -163,8 +164,9 @@ def _verdict(plan: RunPlan) -> list[str]:
     if plan.fits:
         unknown = plan.rank_budget.bytes is None and plan.actor_budget.bytes is None
         return ["whether it fits is unknown: how much memory there is isn't" if unknown else "it fits"]
-    lines = [f"DOES NOT FIT: {problem}" for problem in plan.problems]
-    if not plan.changes:
+    lines = [f"TAKES TOO LONG: {sentence}" for sentence in plan.too_slow]
+    lines += [f"DOES NOT FIT: {problem}" for problem in plan.problems]
+    if plan.problems and not plan.changes:
         return [*lines, "no setting that this plan knows of would help"]
     for number, change in enumerate(plan.changes):
         then = "then everything fits" if change.fits else "not enough by itself"

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.reporter import Reporter
 from rewards.task import Problem
+from rollout.models.encoding import completion_text
 from rollout.trajectory import TrajectoryGroup
 
 VERSION = 1
@@ -105,7 +106,7 @@ class PlaybackRecorder:
         return str(self._tokenizer.decode(group.prompt_ids.tolist()))
 
     def text(self, group: TrajectoryGroup, row: int) -> str:
-        return str(self._tokenizer.decode(group.completion_ids[row].tolist(), skip_special_tokens=True))
+        return completion_text(self._tokenizer, group.completion_ids[row].tolist())
 
     def _sample(
         self,

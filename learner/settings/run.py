@@ -38,6 +38,8 @@ from rewards.task import BUILT_IN, get_task, grade_timeout_problem
 from rewards.tasks.hub import PREFIX
 
 DEFAULT_RECIPE = "sudoku"
+LARGEST_GROUP = 4096
+"""Completions, a hundred times what published runs take."""
 
 
 class RunConfig(Section):
@@ -267,6 +269,11 @@ def _rollout_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"rollout.groups_per_lease={rollout.groups_per_lease} is more than "
             f"rollout.prompts_per_iteration={rollout.prompts_per_iteration}; lower it"
+        )
+    if rollout.group_size > LARGEST_GROUP:
+        problems.append(
+            f"rollout.group_size={rollout.group_size} is more than {LARGEST_GROUP}, and a group is drawn, delivered "
+            "and recorded as a whole; lower it, and raise rollout.prompts_per_iteration for more completions"
         )
     if rollout.max_actors is not None and rollout.max_actors < rollout.actors:
         problems.append(

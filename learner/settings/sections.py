@@ -285,7 +285,8 @@ class ResourcesSection(Section):
     gpus_per_rank: NonNegative = 0.0
     """GPUs of a learner rank."""
     check_memory: bool = True
-    """Refuse to start a run that, by its plan (python -m learner.plan), needs more memory than there is."""
+    """Refuse to start a run that, by its plan (python -m learner.plan), needs more memory than there is, or
+    more time for a lease or an update than timeouts.* gives."""
     ray_address: str | None = None
     """auto, local or host:port; null: join what RAY_ADDRESS or a Ray job names, otherwise start a local Ray."""
     ray_insecure: bool = False

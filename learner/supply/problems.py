@@ -23,7 +23,9 @@ def task_problems(
     Raises:
         DataError: when a file can't be used, or the splits overlap.
     """
-    train, test = (_problems(config, task, split, on_event) for split in ("train", "test"))
+    paths, seed = config.task, config.run.seed
+    train = read_problems(task, "train", seed=seed, size=paths.train_size, path=paths.train_path, on_event=on_event)
+    test = read_problems(task, "test", seed=seed, size=paths.test_size, path=paths.test_path, on_event=on_event)
     if task.source("train", config.task.train_path) is not None:
         kept = task.without_leaks(train, test)
         if len(kept) < len(train):
@@ -42,12 +44,14 @@ def fitting(
     completion_length: int,
     longest: int | None,
     too_long: Literal["refuse", "drop"] = "refuse",
+    setting: str = "rollout.sampler.completion_length",
 ) -> list[Problem]:
     """The problems whose prompt leaves room for a completion.
 
     Args:
         longest: tokens that a sequence of the model may have; None when it doesn't say.
         too_long: what is done when there are others (``task.too_long``).
+        setting: the key that ``completion_length`` comes from.
 
     Raises:
         ConfigError: there are others, and they are refused or nothing else is left; before an actor or rank finds out.
@@ -62,25 +66,28 @@ def fitting(
         elif too_long == "refuse":
             raise ConfigError(
                 f"the prompt of problem {problem.id} has {prompt} tokens, which with "
-                f"rollout.sampler.completion_length={completion_length} is more than the {longest} positions of the "
-                "model; lower completion_length, set task.too_long=drop to leave such problems out, or take a model "
-                "with a longer context"
+                f"{setting}={completion_length} is more than the {longest} positions of the model; lower "
+                "completion_length, set task.too_long=drop to leave such problems out, or take a model with a longer "
+                "context"
             )
     if problems and not kept:
         raise ConfigError(
-            f"none of {len(problems)} prompts leaves room for rollout.sampler.completion_length={completion_length} "
-            f"in the {longest} positions of the model; lower completion_length, or take a model with a longer context"
+            f"none of {len(problems)} prompts leaves room for {setting}={completion_length} in "
+            f"the {longest} positions of the model; lower completion_length, or take a model with a longer context"
         )
     return kept
 
 
-def _problems(config: RunConfig, task: Task, split: Split, on_event: Callable[[str, str, str], None]) -> list[Problem]:
-    size, path = (
-        (config.task.train_size, config.task.train_path)
-        if split == "train"
-        else (config.task.test_size, config.task.test_path)
-    )
-    problems = task.problems(split, seed=config.run.seed, size=size, path=path)
+def read_problems(
+    task: Task, split: Split, *, seed: int, size: int, path: str | None, on_event: Callable[[str, str, str], None]
+) -> list[Problem]:
+    """A split's first ``size`` problems, without those that have no solution; these and repeated ones are counted.
+    Generated problems have neither.
+
+    Raises:
+        DataError: they can't be read, or none has a solution.
+    """
+    problems = task.problems(split, seed=seed, size=size, path=path)
     if task.source(split, path) is None:
         return problems
     what = f"of {len(problems)} {_NAMES[split]} problems"

@@ -69,6 +69,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     return ids
 
 
+def completion_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """A completion as it is graded and kept: without special tokens, and with whatever follows an end of text."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def _as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 

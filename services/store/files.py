@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 _SQLITE_NAMES = ("", "-wal", "-shm", "-journal")
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class NotAFile(OSError):
@@ -46,6 +48,17 @@ def require_sqlite_files(path: Path) -> None:
     for name in _SQLITE_NAMES:
         with contextlib.suppress(FileNotFoundError):
             _require_file(path.with_name(path.name + name))
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came from, is SQLite's for a file that is damaged or no database."""
+    while error is not None:
+        cause = getattr(error, "orig", None) or error
+        code = getattr(cause, "sqlite_errorcode", None)
+        if isinstance(cause, UnicodeError) or (code is not None and code & 0xFF in _DAMAGE):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _require_file(path: Path) -> None:

@@ -40,6 +40,7 @@ class StoreWriter:
 
     Attributes:
         lost_rows: rows that were given up since this writer was opened.
+        is_new: the store had nothing of this run.
         last_error: why the newest failed attempt failed, also when a later one went through; None when none did.
     """
 
@@ -108,6 +109,7 @@ class StoreWriter:
                 f"or another store.url"
             )
         self._start: int = mine.starts
+        self.is_new = self._start == 1
         self._revision: int | None = mine.revision  # None: to be read
         self._in_transaction = threading.Lock()  # guards the revision
         self._retention = retention

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from learner.evaluation.drive import result_settings
 from learner.evaluation.report import cell_reports
 from learner.evaluation.results import Chunk, ChunkId, ResultsFile
 from learner.evaluation.settings import check_paths, load_evaluation
-from learner.evaluation.subject import lora_spec, read_adapter, read_problems, trained_on
+from learner.evaluation.subject import evaluated_problems, lora_spec, problems_that_fit, read_adapter, trained_on
 from learner.evaluation.table import print_table
 from learner.settings.run import dump_config, load_config
+from learner.supply.problems import task_problems
 from rewards.errors import ConfigError, UnmaskError
+from rewards.task import get_task
+from rollout.models.encoding import encode_prompt, load_tokenizer
 from rollout.models.lora import LoraSpec
+from rollout.subject import held_out_problem
 from rollout.trajectory import SamplerSpec
 from tests.support.evaluations import settings, write_adapter
 
@@ -105,12 +110,39 @@ def test_a_run_brings_its_settings_adapter_and_held_out_problems(run: Path, tiny
         adapter = read_adapter(config, run_dir)
         assert adapter is not None and adapter.source == run / "adapter"
         assert lora_spec(adapter, tiny_model) == LoraSpec(2, 4.0)
-        problems = read_problems(config)
+        problems = evaluated_problems(config, on_event=print)
         assert [problem.id for problem in problems] == [f"sudoku-test-3-{i}" for i in range(5)]
         assert trained_on(config, problems, on_event=print) == 0
-        train = read_problems(settings("data.split=train", run=str(run)))
+        train = evaluated_problems(settings("data.split=train", run=str(run)), on_event=print)
         assert trained_on(config, train, on_event=print) == 5, "the control: problems that were trained on"
     assert load_evaluation([f"adapter={run}", "recipe=sudoku"], None)[1] is None
+
+
+def test_held_out_problems_are_the_runs(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"numbers": [1, 1, 1], "target": 100}, *({"numbers": [9, 9, k], "target": 18 + k} for k in (1, 2, 3, 3))]
+    rows.insert(3, {"numbers": [10**9, 10**9, 9], "target": 9})  # has no room; the run counts it among its four
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    folder = tmp_path / "runs" / "a"
+    (folder / "checkpoints").mkdir(parents=True)
+    paths = [f"task.{name}_path={tmp_path}/{name}.json" for name in ("train", "test")]
+    room = ["task.test_size=5", "evaluation.problems=4", "task.too_long=drop"]
+    run = load_config(["recipe=smoke", "task.name=countdown", f"model.path={tiny_model}", *paths, *room])
+    (folder / "config.json").write_text(dump_config(run))
+    config = settings("adapter=none", run=str(folder))
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    short = encode_prompt(load_tokenizer(model), get_task("countdown").messages(rows[1]))
+    about = json.loads((model / "config.json").read_text()) | {"max_sequence_length": config.lengths[0] + len(short)}
+    (model / "config.json").write_text(json.dumps(about))
+    problems = evaluated_problems(config, on_event=lambda *said: print(*said))
+    _, held_out = task_problems(run, get_task("countdown"), on_event=lambda *_: None)
+    assert problems == held_out and len(problems) == 4
+    assert "1 of 5 held-out problems have no solution" in capsys.readouterr().out
+    fitting_ones = problems_that_fit(config, problems, str(model), on_event=lambda *said: print(*said))
+    assert [problem.fields["numbers"] for problem in fitting_ones] == [[9, 9, 1], [9, 9, 2], [9, 9, 3]]
+    assert "1 of 4 problems leave no room" in capsys.readouterr().out
+    as_asked = held_out_problem(json.loads(dump_config(run)), 0)[1]
+    assert as_asked == problems[0], "rollout.generate --problem counts the same ones"
 
 
 def test_an_evaluation_can_not_change_how_the_run_was_trained(run: Path) -> None:
@@ -139,7 +171,9 @@ def test_adapters_that_are_not_there_or_not_plain_lora_are_refused(run: Path, ti
 def test_what_completions_depend_on_is_in_the_key_and_nothing_else(run: Path, tiny_model: str) -> None:
     def about(*argv: str) -> dict[str, Any]:
         config = settings(*argv, run=str(run))
-        return result_settings(config, tiny_model, read_adapter(config, run), read_problems(config))
+        return result_settings(
+            config, tiny_model, read_adapter(config, run), evaluated_problems(config, on_event=print)
+        )
 
     before = about()
     for same in ("rollout.actors=7", "out=x", "decode.steps=[1]", "decode.samples=3", "statistics.resamples=9"):

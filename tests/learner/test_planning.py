@@ -427,6 +427,35 @@ def test_what_cannot_fit_is_refused_with_the_table() -> None:
     assert check_memory(load_config(["recipe=sudoku", "resources.check_memory=false"]), machine) is None
 
 
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (
+            ["rollout.prompts_per_iteration=3000000"],
+            "an update takes .* timeouts.update is 1800; lower rollout.prompts",
+        ),
+        (["rollout.group_size=4096", "timeouts.lease=0.5"], "a lease of 2 groups takes .* rollout.group_size=4096"),
+    ],
+)
+def test_what_cannot_be_done_in_time_is_refused_in_a_sentence(settings: list[str], says: str, capsys: Any) -> None:
+    machine = Hardware("cpu", 0, 64 * GIB, None, "a test")
+    with pytest.raises(ConfigError, match=says) as refused:
+        check_memory(load_config(["recipe=smoke", *settings]), machine)
+    assert len(str(refused.value).splitlines()) == 1
+    given = [*settings, "timeouts.update=1e9", "timeouts.lease=1e9"]
+    assert check_memory(load_config(["recipe=smoke", *given]), machine) is None, "the control: the remedy"
+    assert plan.main(["recipe=smoke", *settings]) == 1
+    assert capsys.readouterr().out.startswith("TAKES TOO LONG: ")
+
+
+def test_groups_that_are_too_large_are_refused_before_anything(capsys: Any) -> None:
+    for main in (plan.main, learner_main):
+        assert main(["recipe=smoke", "rollout.group_size=100000"]) == 2
+        told = capsys.readouterr()
+        assert "rollout.group_size=100000 is more than 4096" in told.err and "prompts_per_iteration" in told.err
+        assert told.out == "" and len(told.err.splitlines()) == 1
+
+
 def test_unknown_memory_is_a_warning_not_a_refusal() -> None:
     config = load_config([*AGRPO, *ON_GPUS])
     assert "is unknown" in str(check_memory(config, Hardware("cuda", 8, None, None, "a test")))

@@ -88,6 +88,14 @@ def test_rows_come_in_file_order_up_to_size(tmp_path: Path) -> None:
     assert len(task.problems("train", seed=0, size=100, path=str(path))) == 5, "four numbers are passed over"
 
 
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_elements_of_a_json_list_are_told_apart_wherever_they_stand(indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps([{"nums": [1, 2, number], "target": 3} for number in range(3)], indent=indent))
+    problems = get_task("countdown").problems("train", seed=0, size=3, path=str(path))
+    assert [problem.id for problem in problems] == ["countdown-c-1", "countdown-c-2", "countdown-c-3"]
+
+
 FAULTS = [
     ("sudoku", "a.csv", CSV + f"{PUZZLE[1:]},{SOLUTION}\n", r"a\.csv, line 3: .*leading zeros"),
     ("sudoku", "a.csv", CSV + f"{PUZZLE}\n", None),
@@ -242,7 +250,7 @@ def test_the_longest_row_is_read(tmp_path: Path) -> None:
     assert len(text) == files.MAX_ROW
     for name in ("a.jsonl", "a.jsonl.gz"):
         write(tmp_path / name, text * 2)
-        assert [line for line, _ in files.read_rows(str(tmp_path / name))] == [1, 2]
+        assert [number for number, _, _ in files.read_rows(str(tmp_path / name))] == [1, 2]
 
 
 @pytest.mark.parametrize("line", [JSONL, "\n"], ids=["rows", "blank lines"])
