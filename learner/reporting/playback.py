@@ -18,6 +18,7 @@ and, with the order, its completions and bin widths. Shapes: C positions, v view
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,15 +77,14 @@ class PlaybackRecorder:
         kept = recorded_groups(credit, self._completions)
         if kept:
             order, order_arrays = order_map(groups)
+        views_of: defaultdict[tuple[int, int], list[tuple[int, ScoredView]]] = defaultdict(list)
+        for update, scored in enumerate(updates):
+            for view in scored:
+                views_of[view.group, view.row].append((update, view))
         for index in kept:
             group = groups[index]
             for row in range(group.size):
-                views = [
-                    (update, view)
-                    for update, scored in enumerate(updates)
-                    for view in scored
-                    if (view.group, view.row) == (index, row)
-                ]
+                views = views_of[index, row]
                 about = {
                     "advantage": float(credit[index][row]),
                     "group_size": group.size,
