@@ -13,10 +13,10 @@ import ray
 import torch
 from safetensors.torch import load as load_safetensors
 
-from learner.likelihood.scorer import PolicyScores, score
-from learner.likelihood.views import ViewBatch, build_batch
+from learner.likelihood.scorer import PolicyScores, Scores, score
+from learner.likelihood.views import Unit, ViewBatch, build_batch
 from learner.objectives import make_objective
-from learner.objectives.base import Objective, UpdateContext, Wanted
+from learner.objectives.base import Objective, RowSums, UpdateContext, Wanted, Weighed
 from learner.objectives.statistics import Statistics
 from learner.ranks import group as learner_group
 from learner.ranks.group import LearnerGroup
@@ -119,15 +119,31 @@ def plain_gradient(
     family, objective = policy_adapter(model_path), make_objective(config.objective)
     model = _policy(model_path, config).train()
     load_state(model, adapter)
-    needs, (mask_id, pad_id) = objective.needs, (family.mask_token_id, family.pad_token_id)
     context = UpdateContext(config.run.seed, update_index, len(groups), (family.eos_token_id,))
-    for index, (group, credit_G) in enumerate(zip(groups, objective.credit(groups), strict=True)):
-        for unit in objective.wanted(index, group, credit_G, context).units:
-            batch = build_batch(unit, groups, mask_id=mask_id, pad_id=pad_id, law=needs.law, unit_sizes=[len(unit)])
-            policy, reference = score(model, batch, family=family), None
-            if needs.reference:
-                with torch.no_grad(), model.disable_adapter():
-                    reference = score(model, batch, family=family)
+
+    def built(unit: Unit) -> ViewBatch:
+        ids = {"mask_id": family.mask_token_id, "pad_id": family.pad_token_id}
+        return build_batch(unit, groups, **ids, law=objective.needs.law, unit_sizes=[len(unit)])
+
+    def without_adapter(batch: ViewBatch) -> Scores:
+        with torch.no_grad(), model.disable_adapter():
+            return score(model, batch, family=family)
+
+    credit = objective.credit(groups)
+    if isinstance(objective, Weighed):
+        sums = RowSums(*(tuple(np.zeros(group.size) for group in groups) for _ in range(2)))
+        for index, group in enumerate(groups):
+            for batch in map(built, objective.measured(index, group, context)):
+                with torch.no_grad():
+                    found = score(model, batch, family=family), without_adapter(batch)
+                rows_N = np.array([view.row for view in batch.views])[batch.view_of_score]
+                for of_policy, scores in zip(sums, found, strict=True):
+                    np.add.at(of_policy[index], rows_N, batch.weight * scores.logp_N.double().numpy())
+        credit = objective.weigh(groups, credit, sums).by_group
+    for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
+        for batch in map(built, objective.wanted(index, group, credit_G, context).units):
+            policy = score(model, batch, family=family)
+            reference = without_adapter(batch) if objective.needs.reference else None
             loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference), batch)
             (loss / normaliser).backward()
     return pack({name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None})
@@ -219,7 +235,9 @@ class _CutUnits:
 
     def __init__(self, inner: Objective) -> None:
         self.inner = inner
-        self.config, self.needs, self.credit, self.loss = inner.config, inner.needs, inner.credit, inner.loss
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
     def wanted(self, *args: Any, **kwargs: Any) -> Wanted:
         wanted = self.inner.wanted(*args, **kwargs)
