@@ -142,6 +142,13 @@ class ViewBatch:
         """[N] int64."""
         return self.unit_of_view[self.view_of_score]
 
+    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The T positions that each unit scores, by unit, then by position, however many of its views score them: the
+        unit of each [T], its first score [T], and the token of each score [N], all int64."""
+        cells_2N = np.stack([self.unit_of_score, self.position])
+        cells_2T, first_T, token_N = np.unique(cells_2N, axis=1, return_index=True, return_inverse=True)
+        return cells_2T[0], first_T, token_N.reshape(-1)
+
     @property
     def first_views(self) -> list[View]:
         """[U], the first view of each unit."""

@@ -118,14 +118,13 @@ class Agrpo:
             torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in actions
         )
         terms = clipped_terms(logp_N - rollout_logp_N, advantage_N, clip=clip)
-        loss_N, averages = terms.loss_N, terms.averages
         if self.needs.reference:
             assert reference_logp_N is not None, "beta > 0 needs the reference's log-probs"
-            kl_N = terms.ratio_N * k3(logp_N, reference_logp_N)
-            loss_N = loss_N + self.config.beta * kl_N
-            averages = {**averages, "kl": kl_N}
+            terms = terms.with_kl(terms.ratio_N * k3(logp_N, reference_logp_N), self.config.beta)
         prefix, count = names
-        return (weight_N * loss_N).sum(), ratio_statistics(terms.log_ratio_N, averages, prefix=prefix, count=count)
+        return (weight_N * terms.loss_N).sum(), ratio_statistics(
+            terms.log_ratio_N, terms.averages, prefix=prefix, count=count
+        )
 
 
 class Actions(NamedTuple):

@@ -79,16 +79,14 @@ class CoupledGrpo:
         advantage_T = torch.as_tensor(tokens.credit_T, dtype=logp_T.dtype, device=logp_T.device)
         log_ratio_T = logp_T - tokens.logp(old, batch)
         terms = clipped_terms(log_ratio_T, advantage_T, clip=(config.clip_low, config.clip_high))
-        loss_T, averages = terms.loss_N, terms.averages
         if self.needs.reference:
             assert scores.reference is not None, "beta > 0 needs the reference's log-probs"
-            kl_T = k3(logp_T, tokens.logp(scores.reference, batch))
-            loss_T = loss_T + config.beta * kl_T
-            averages = {**averages, "kl": kl_T}
+            terms = terms.with_kl(k3(logp_T, tokens.logp(scores.reference, batch)), config.beta)
+        loss_T = terms.loss_N
         if config.average == "sequence":
             length_T = np.bincount(tokens.unit_T)[tokens.unit_T]
             loss_T = loss_T / torch.as_tensor(length_T, dtype=logp_T.dtype, device=logp_T.device)
-        return loss_T.sum(), ratio_statistics(terms.log_ratio_N, averages, count="scored_tokens")
+        return loss_T.sum(), ratio_statistics(terms.log_ratio_N, terms.averages, count="scored_tokens")
 
 
 def coupled_unit(index: int, row: int, mask_C: np.ndarray, rate: float, length: int, credit: float) -> Unit:
@@ -124,6 +122,5 @@ class Tokens(NamedTuple):
 
 def batch_tokens(batch: ViewBatch) -> Tokens:
     """Which scores of a batch are of the same token."""
-    cells_N = np.stack([batch.unit_of_score, batch.position])
-    cells_2T, first_T, of_score_N = np.unique(cells_N, axis=1, return_index=True, return_inverse=True)
-    return Tokens(cells_2T[0], batch.credit[first_T], of_score_N.reshape(-1))
+    unit_T, first_T, of_score_N = batch.tokens()
+    return Tokens(unit_T, batch.credit[first_T], of_score_N)

@@ -72,10 +72,9 @@ class DiffuGrpo:
             torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in (batch.credit, batch.weight)
         )
         terms = clipped_terms(logp_N - old.logp_N, advantage_N, clip=(config.clip_low, config.clip_high))
-        loss_N, averages = terms.loss_N, terms.averages
         if self.needs.reference:
             assert scores.reference is not None, "beta > 0 needs the reference's log-probs"
-            kl_N = k3(logp_N, scores.reference.logp_N)
-            loss_N = loss_N + config.beta * kl_N
-            averages = {**averages, "kl": kl_N}
-        return (weight_N * loss_N).sum(), ratio_statistics(terms.log_ratio_N, averages, count="scored_tokens")
+            terms = terms.with_kl(k3(logp_N, scores.reference.logp_N), config.beta)
+        return (weight_N * terms.loss_N).sum(), ratio_statistics(
+            terms.log_ratio_N, terms.averages, count="scored_tokens"
+        )

@@ -36,6 +36,7 @@ from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import Law, Unit, View, ViewBatch
 from learner.objectives.advantages import softmax, total_rewards
 from learner.objectives.base import FinalCredit, Needs, RowSums, UpdateContext, Wanted
+from learner.objectives.ratio import weighted_likelihood
 from learner.objectives.statistics import Statistics
 from learner.settings.objectives import DmpoConfig
 from rollout.trajectory import TrajectoryGroup
@@ -128,16 +129,7 @@ class Dmpo:
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """Minus the sum over tokens of W times weight times log-prob."""
-        logp_N = scores.policy.logp_N
-        factor_N = torch.as_tensor(batch.credit * batch.weight, dtype=logp_N.dtype, device=logp_N.device)
-        raised_N = factor_N.detach() > 0
-        kinds = {"logp/raised": raised_N, "logp/lowered": ~raised_N}
-        found = torch.stack([value for of in kinds.values() for value in ((logp_N.detach() * of).sum(), of.sum())])
-        sums = found.tolist()
-        return -(factor_N * logp_N).sum(), Statistics(
-            means={name: (sums[2 * i], sums[2 * i + 1]) for i, name in enumerate(kinds)},
-            totals={"scored_tokens": float(logp_N.numel())},
-        )
+        return weighted_likelihood(scores.policy.logp_N, batch)
 
 
 def effective_share(weight_G: np.ndarray) -> float:

@@ -1,4 +1,5 @@
-"""Terms that several methods are made of: the clipped ratio, the estimator k3 of a KL, and their figures.
+"""Terms that several methods are made of: the clipped ratio, the estimator k3 of a KL, the weighted likelihood, and
+their figures.
 
 Shapes: N actions, which are tokens, choices or whole completions.
 """
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from learner.likelihood.views import ViewBatch
 from learner.objectives.statistics import Statistics
 
 
@@ -19,6 +21,10 @@ class ClippedTerms(NamedTuple):
     loss_N: torch.Tensor
     averages: dict[str, torch.Tensor]
     """What is reported as a mean over actions."""
+
+    def with_kl(self, kl_N: torch.Tensor, beta: float) -> "ClippedTerms":
+        """With beta times a KL estimate added to each action's loss, and reported."""
+        return self._replace(loss_N=self.loss_N + beta * kl_N, averages={**self.averages, "kl": kl_N})
 
 
 def clipped_terms(log_ratio_N: torch.Tensor, advantage_N: torch.Tensor, *, clip: tuple[float, float]) -> ClippedTerms:
@@ -43,6 +49,19 @@ def k3(logp_N: torch.Tensor, reference_logp_N: torch.Tensor) -> torch.Tensor:
     is the KL against the reference (J. Schulman, Approximating KL Divergence, 2020)."""
     d_N = reference_logp_N.detach() - logp_N
     return torch.expm1(d_N) - d_N
+
+
+def weighted_likelihood(logp_N: torch.Tensor, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
+    """Minus the sum of credit times weight times log-prob, and the mean log-prob of what is raised and lowered."""
+    factor_N = torch.as_tensor(batch.credit * batch.weight, dtype=logp_N.dtype, device=logp_N.device)
+    kinds = {"logp/raised": factor_N > 0, "logp/lowered": factor_N < 0}
+    sums = [value for chosen_N in kinds.values() for value in ((logp_N.detach() * chosen_N).sum(), chosen_N.sum())]
+    found = torch.stack([value.to(logp_N.dtype) for value in sums]).tolist()
+    statistics = Statistics(
+        means={name: (found[2 * i], found[2 * i + 1]) for i, name in enumerate(kinds)},
+        totals={"scored_tokens": float(logp_N.numel())},
+    )
+    return -(factor_N * logp_N).sum(), statistics
 
 
 def ratio_statistics(

@@ -164,8 +164,7 @@ def bounds(logp_N: torch.Tensor, batch: ViewBatch, *, beta: float) -> tuple[torc
         return logp_N.new_zeros(views_U.size).index_add(0, tensor(unit), terms)
 
     elbo_U = summed(logp_N * tensor(1.0 / (scores_Z[view_N] * views_U[unit_N])), unit_N)
-    cells_2T, token_N = np.unique(np.stack([unit_N, batch.position]), axis=1, return_inverse=True)
-    unit_T, token_N = cells_2T[0], token_N.reshape(-1)
+    unit_T, _, token_N = batch.tokens()
     place_N = view_N - np.flatnonzero(np.diff(batch.unit_of_view, prepend=-1))[unit_N]
     log_a_TK = logp_N.new_full((unit_T.size, int(views_U.max())), -torch.inf)
     terms_N = beta * logp_N + tensor(np.log(batch.weight))

@@ -30,6 +30,7 @@ from learner.likelihood.views import Law, ViewBatch
 from learner.objectives.advantages import group_advantages, softmax
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.one_step import draw_prompt_masks, one_step_unit
+from learner.objectives.ratio import weighted_likelihood
 from learner.objectives.statistics import Statistics
 from learner.settings.objectives import Wd1Config
 from rollout.trajectory import TrajectoryGroup
@@ -72,13 +73,4 @@ class Wd1:
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over tokens of minus their credit times their log-prob; and the mean log-prob of either kind."""
-        logp_N = scores.policy.logp_N
-        credit_N = torch.as_tensor(batch.credit, dtype=logp_N.dtype, device=logp_N.device)
-        kinds = {"logp/raised": credit_N > 0, "logp/lowered": credit_N < 0}
-        sums = [value for chosen_N in kinds.values() for value in ((logp_N.detach() * chosen_N).sum(), chosen_N.sum())]
-        found = torch.stack([value.to(logp_N.dtype) for value in sums]).tolist()
-        statistics = Statistics(
-            means={name: (found[2 * i], found[2 * i + 1]) for i, name in enumerate(kinds)},
-            totals={"scored_tokens": float(logp_N.numel())},
-        )
-        return -(credit_N * logp_N).sum(), statistics
+        return weighted_likelihood(scores.policy.logp_N, batch)
