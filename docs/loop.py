@@ -22,7 +22,7 @@ from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.views import build_batch
 from learner.objectives import make_objective
 from learner.objectives.base import Objective, UpdateContext
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.verification.parity import write_small_model
 from rewards.task import Grade, Problem, Split, Task
 from rollout.adapters import adapter_parameters, digest, pack, write_peft_folder

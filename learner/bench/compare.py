@@ -12,7 +12,7 @@ from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import UpdatePlan, plan_update
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from rollout.adapters import adapter_parameters
 from rollout.models.family import PolicyAdapter
 from rollout.sampling import noise

@@ -35,7 +35,7 @@ from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import plan_update
 from learner.ranks.rank import PublishedAdapter
 from learner.runs.local_ray import local_ray
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.supply.publish import publish
 from rewards.task import Problem
 from rollout.adapters import digest, pack

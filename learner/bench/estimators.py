@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from learner.likelihood.timesteps import StepTable, TimestepSampling, step_probabilities
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from learner.bench.policy import Shape, prompt_ids
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 
 Noise = Callable[[int, slice], torch.Tensor]
 """(step, the block's positions) -> Gumbel noise [B, W, V]."""

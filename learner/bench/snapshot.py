@@ -19,7 +19,7 @@ from learner.likelihood.views import View, build_batch, step_view
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.rank import lora_spec
 from learner.runs import checkpoint as checkpoints
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.settings.run import RunConfig, load_dumped
 from learner.supply.problems import task_problems
 from rewards.errors import ConfigError

@@ -23,7 +23,7 @@ from learner.bench.model_free import prebuilt_group
 from learner.bench.plain import plain_generate, plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.objectives.advantages import group_advantages
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from rollout.malloc import FIXED_THRESHOLD
 
 LIMIT_S = 300.0

@@ -40,7 +40,7 @@ from learner.bench.policy import BenchEngine, Shape, build_policy, generate, war
 from learner.bench.step_memory import memory_in_fresh_process
 from learner.objectives.advantages import group_advantages
 from learner.planning.flops import Flops, forward_flops, training_flops
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from rollout.malloc import keep_freed_memory
 from rollout.models.family import PolicyAdapter
 from rollout.trajectory import TrajectoryGroup

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from learner.likelihood.scorer import PolicyScores
-    from learner.settings.objectives import ObjectiveSection
+    from learner.settings.objective import ObjectiveSection
 
 
 @dataclass(frozen=True)

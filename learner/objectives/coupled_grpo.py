@@ -36,7 +36,7 @@ from learner.objectives.advantages import leave_one_out_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import CoupledGrpoConfig
+from learner.settings.methods.one_step import CoupledGrpoConfig
 from rollout.trajectory import TrajectoryGroup
 
 

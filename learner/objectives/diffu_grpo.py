@@ -31,7 +31,7 @@ from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.one_step import draw_prompt_masks, one_step_unit
 from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import DiffuGrpoConfig
+from learner.settings.methods.one_step import DiffuGrpoConfig
 from rollout.trajectory import TrajectoryGroup
 
 

@@ -38,7 +38,7 @@ from learner.objectives.advantages import softmax, total_rewards
 from learner.objectives.base import FinalCredit, Needs, RowSums, UpdateContext, Wanted
 from learner.objectives.ratio import weighted_likelihood
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import DmpoConfig
+from learner.settings.methods.bounds import DmpoConfig
 from rollout.trajectory import TrajectoryGroup
 
 

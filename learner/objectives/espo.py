@@ -38,7 +38,7 @@ from learner.objectives.advantages import leave_one_out_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.elbo import BoundTerms, bound_terms, completion_length
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import EspoConfig
+from learner.settings.methods.bounds import EspoConfig
 from rollout.trajectory import TrajectoryGroup
 
 

@@ -33,7 +33,7 @@ from learner.objectives.advantages import group_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.elbo import bound_terms, completion_length
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import GdpoConfig
+from learner.settings.methods.bounds import GdpoConfig
 from rollout.trajectory import TrajectoryGroup
 
 

@@ -46,7 +46,7 @@ from learner.likelihood.views import Law, Unit, View, ViewBatch
 from learner.objectives.advantages import group_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import SpgConfig
+from learner.settings.methods.bounds import SpgConfig
 from rollout.trajectory import TrajectoryGroup
 
 

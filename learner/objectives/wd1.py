@@ -32,7 +32,7 @@ from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.one_step import draw_prompt_masks, one_step_unit
 from learner.objectives.ratio import weighted_likelihood
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import Wd1Config
+from learner.settings.methods.one_step import Wd1Config
 from rollout.trajectory import TrajectoryGroup
 
 

@@ -14,7 +14,8 @@ from typing import Literal
 from pydantic import NonNegativeInt, model_validator
 
 from learner.settings import arguments as overrides
-from learner.settings.objectives import AgrpoConfig, ObjectiveConfig
+from learner.settings.methods.states import AgrpoConfig
+from learner.settings.objectives import ObjectiveConfig
 from learner.settings.resuming import load_start
 from learner.settings.saved import run_of
 from learner.settings.sections import (

@@ -24,7 +24,7 @@ from learner.likelihood.timesteps import StepTable, draw_timesteps, step_probabi
 from learner.likelihood.views import build_batch, step_view
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
 EOS = 0

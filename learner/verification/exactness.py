@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.verification.enumeration import (
     RANDOM_ORDER,
     RETIRING,

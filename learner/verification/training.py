@@ -21,7 +21,7 @@ from learner.likelihood.timesteps import draw_timesteps, last_token_step, step_p
 from learner.likelihood.views import View, ViewBatch, build_batch, step_view
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.verification.cases import Case, TrainingSettings
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.policy import check_laws, recorded_model

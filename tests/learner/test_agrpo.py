@@ -13,7 +13,7 @@ from learner.objectives import make_objective
 from learner.objectives.agrpo import Agrpo
 from learner.objectives.statistics import Statistics
 from learner.ranks.plan import plan_update
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from tests.support.hand_made import make_group, random_group, recorded_case
 
 EOS = 1

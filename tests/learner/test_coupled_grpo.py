@@ -17,7 +17,7 @@ from learner.objectives.one_step import one_step_unit
 from learner.objectives.ratio import clipped_terms, k3
 from learner.objectives.statistics import Statistics
 from learner.ranks.plan import plan_update
-from learner.settings.objectives import CoupledGrpoConfig, DiffuGrpoConfig
+from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig
 from learner.verification.cases import Arrays
 from learner.verification.measurement import Meter
 from learner.verification.methods import coupled

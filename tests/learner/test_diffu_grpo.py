@@ -17,7 +17,8 @@ from learner.objectives.base import UpdateContext
 from learner.objectives.diffu_grpo import DiffuGrpo
 from learner.objectives.one_step import draw_prompt_masks, one_step_unit
 from learner.objectives.ratio import clipped_terms, k3
-from learner.settings.objectives import AgrpoConfig, DiffuGrpoConfig
+from learner.settings.methods.one_step import DiffuGrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.verification.measurement import Meter
 from learner.verification.methods import d1
 from learner.verification.methods.case import read_method_case

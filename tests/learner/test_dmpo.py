@@ -10,7 +10,7 @@ import torch
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.objectives.base import RowSums, UpdateContext, Weighed
 from learner.objectives.dmpo import Dmpo, copies, effective_share
-from learner.settings.objectives import DmpoConfig
+from learner.settings.methods.bounds import DmpoConfig
 from learner.verification.measurement import Meter
 from learner.verification.methods import dmpo as recorded_dmpo
 from learner.verification.methods.case import read_method_case

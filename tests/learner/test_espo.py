@@ -12,7 +12,7 @@ from learner.objectives import make_objective
 from learner.objectives.advantages import group_advantages
 from learner.objectives.elbo import BoundTerms, unit_sums
 from learner.objectives.espo import Espo, stratified_counts
-from learner.settings.objectives import EspoConfig
+from learner.settings.methods.bounds import EspoConfig
 from learner.verification.measurement import Meter
 from learner.verification.methods import espo
 from learner.verification.methods.case import read_method_case

@@ -13,7 +13,7 @@ from learner.objectives import make_objective
 from learner.objectives.elbo import unit_sums
 from learner.objectives.espo import Espo
 from learner.objectives.gdpo import Gdpo, masked_counts, quadrature
-from learner.settings.objectives import EspoConfig, GdpoConfig
+from learner.settings.methods.bounds import EspoConfig, GdpoConfig
 from rollout.trajectory import TrajectoryGroup
 from tests.support.hand_made import make_group, random_group
 from tests.support.unit_scores import (

@@ -9,7 +9,8 @@ import ray
 
 from learner.objectives import make_objective
 from learner.ranks.plan import UpdatePlan, plan_update
-from learner.settings.objectives import ObjectiveConfig, ObjectiveSection
+from learner.settings.objective import ObjectiveSection
+from learner.settings.objectives import ObjectiveConfig
 from rollout.adapters import AdapterState, digest
 from rollout.models.family import policy_adapter
 from rollout.trajectory import TrajectoryGroup

@@ -17,7 +17,7 @@ from learner.likelihood.timesteps import step_table
 from learner.likelihood.views import View, ViewBatch, build_batch, pad_view, step_view
 from learner.objectives.agrpo import Agrpo
 from learner.objectives.statistics import Statistics
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.settings.run import bias_warnings, load_config
 from rewards.errors import ConfigError, TrajectoryError
 from rewards.task import Problem

@@ -16,7 +16,8 @@ from learner.objectives.diffu_grpo import DiffuGrpo
 from learner.objectives.spg import Mask, Spg, bound_unit, bounds, lengths
 from learner.objectives.statistics import Statistics
 from learner.ranks.plan import plan_update
-from learner.settings.objectives import DiffuGrpoConfig, SpgConfig
+from learner.settings.methods.bounds import SpgConfig
+from learner.settings.methods.one_step import DiffuGrpoConfig
 from learner.verification.measurement import Meter
 from learner.verification.methods import spg as recorded
 from learner.verification.methods.case import read_method_case

@@ -10,7 +10,7 @@ from learner.likelihood.timesteps import step_probabilities, step_table
 from learner.likelihood.views import View, pad_view
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import UpdatePlan, deal, plan_update
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from tests.support.hand_made import make_group, random_group
 
 EOS = 1

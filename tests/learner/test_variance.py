@@ -35,7 +35,8 @@ from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import plan_update
 from learner.runs import checkpoint as checkpoints
-from learner.settings.objectives import AgrpoConfig, EspoConfig
+from learner.settings.methods.bounds import EspoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.settings.run import dump_config, load_config
 from rewards.errors import ConfigError, DataError
 from rewards.task import Grade

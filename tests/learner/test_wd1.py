@@ -13,7 +13,7 @@ from learner.objectives.base import UpdateContext
 from learner.objectives.diffu_grpo import DiffuGrpo
 from learner.objectives.one_step import draw_prompt_masks
 from learner.objectives.wd1 import Wd1, softmax
-from learner.settings.objectives import DiffuGrpoConfig, Wd1Config
+from learner.settings.methods.one_step import DiffuGrpoConfig, Wd1Config
 from learner.verification.measurement import Meter
 from learner.verification.methods import wd1 as recorded_wd1
 from learner.verification.methods.case import read_method_case

@@ -22,7 +22,7 @@ from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.timesteps import step_table
 from learner.likelihood.views import build_batch, step_view
 from learner.objectives.agrpo import Agrpo
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.verification.enumeration import (
     BLOCKS,
     EOS,

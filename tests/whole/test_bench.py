@@ -32,7 +32,7 @@ from learner.bench.policy import BenchEngine, Shape, build_policy, generate
 from learner.bench.step_memory import memory_in_fresh_process
 from learner.objectives.advantages import group_advantages
 from learner.planning.flops import forward_flops, training_flops
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from rewards.errors import ConfigError, DataError, WeightMismatch
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, pack

@@ -2,7 +2,7 @@
 
 import pytest
 
-from learner.settings.objectives import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig
 from learner.verification.enumeration import (
     BLOCKS,
     RANDOM_ORDER,

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from learner.settings.objectives import AgrpoConfig, ObjectiveConfig
+from learner.settings.methods.states import AgrpoConfig
+from learner.settings.objectives import ObjectiveConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("learner", "rollout", "rewards", "services")
+UNION = "learner.settings.objectives"
 VARIANTS = [variant for variant in typing.get_args(typing.get_args(ObjectiveConfig)[0]) if variant is not AgrpoConfig]
 
 USE = """
@@ -61,11 +63,14 @@ def extended(tmp_path_factory) -> Path:
         shutil.copytree(REPOSITORY / package, copy / package, ignore=leave_out)
     variant, file = example()
     (copy / "learner" / "objectives" / "one_pass.py").write_text(file)
-    settings = copy / "learner" / "settings" / "objectives.py"
-    text = settings.read_text()
-    assert text.count("\nObjectiveConfig = Annotated[\n    AgrpoConfig") == 1
-    text = text.replace("\nObjectiveConfig = ", f"\n{variant}\n\nObjectiveConfig = ")
-    settings.write_text(text.replace("Annotated[\n    AgrpoConfig", "Annotated[\n    AgrpoConfig | OnePassConfig"))
+    settings = copy / "learner" / "settings"
+    one_step = settings / "methods" / "one_step.py"
+    one_step.write_text(f"{one_step.read_text()}\n\n{variant}")
+    union = settings / "objectives.py"
+    text = union.read_text()
+    assert text.count("import CoupledGrpoConfig") == text.count("Annotated[\n    AgrpoConfig") == 1
+    text = text.replace("import CoupledGrpoConfig", "import OnePassConfig, CoupledGrpoConfig")
+    union.write_text(text.replace("Annotated[\n    AgrpoConfig", "Annotated[\n    AgrpoConfig | OnePassConfig"))
     return copy
 
 
@@ -90,7 +95,8 @@ def test_no_other_file_of_the_product_names_a_method(variant):
     """The settings and the method's own file do; so do its recipe and the reader of its recordings."""
     module, _, name = variant.method.partition(":")
     words = re.compile(rf"\b({variant.__name__}|{name}|{variant.model_fields['type'].default})\b")
-    own = {Path(*module.split(".")).with_suffix(".py"), Path("learner/settings/objectives.py")}
+    settings = {Path(*module.split(".")).with_suffix(".py") for module in (variant.__module__, UNION)}
+    own = {Path(*module.split(".")).with_suffix(".py"), *settings}
     naming = {
         path.relative_to(REPOSITORY)
         for package in ("learner", "rollout")

@@ -19,7 +19,7 @@ from learner.likelihood.masks import text_lengths
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.views import Unit, ViewBatch
 from learner.objectives.coupled_grpo import CoupledGrpo, batch_tokens, coupled_unit
-from learner.settings.objectives import CoupledGrpoConfig
+from learner.settings.methods.one_step import CoupledGrpoConfig
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.methods.case import Call, MethodCase, RecordedPolicy, compare_gradients, recorded_policy
 from rewards.errors import DataError

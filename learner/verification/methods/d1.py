@@ -18,7 +18,8 @@ from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.views import View, ViewBatch
 from learner.objectives.diffu_grpo import DiffuGrpo
 from learner.objectives.one_step import one_step_unit
-from learner.settings.objectives import ClipLow, DiffuGrpoConfig
+from learner.settings.methods.one_step import DiffuGrpoConfig
+from learner.settings.objective import ClipLow
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.methods.case import Call, MethodCase, RecordedPolicy, compare_gradients, recorded_policy
 from rewards.errors import DataError

@@ -17,7 +17,7 @@ from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import ViewBatch
 from learner.objectives.elbo import unit_sums
 from learner.objectives.espo import Espo
-from learner.settings.objectives import EspoConfig
+from learner.settings.methods.bounds import EspoConfig
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.methods.case import MethodCase, RecordedPolicy, compare_gradients, recorded_policy
 from rewards.errors import DataError

@@ -18,7 +18,7 @@ from learner.likelihood.masks import text_lengths
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.views import Unit, ViewBatch
 from learner.objectives.spg import Mask, Spg, bound_unit, bounds
-from learner.settings.objectives import SpgConfig
+from learner.settings.methods.bounds import SpgConfig
 from learner.settings.sections import Fraction
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.methods.case import Call, MethodCase, compare_gradients, recorded_policy

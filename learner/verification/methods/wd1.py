@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from learner.likelihood.scorer import PolicyScores
 from learner.objectives.advantages import group_advantages
 from learner.objectives.wd1 import Wd1
-from learner.settings.objectives import Wd1Config
+from learner.settings.methods.one_step import Wd1Config
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.methods.case import MethodCase, compare_gradients, recorded_policy
 from learner.verification.methods.d1 import OneStepCall

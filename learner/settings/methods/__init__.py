@@ -1,0 +1,1 @@
+"""The settings of the methods, by what their likelihood is made of."""

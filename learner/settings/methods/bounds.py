@@ -1,0 +1,143 @@
+"""Settings of methods that score bounds of a completion's likelihood, from random masks.
+
+The text under a field is its help; it names the unit.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from learner.settings.objective import Cost, ObjectiveSection
+from learner.settings.sections import Fraction, NonNegative
+from rollout.trajectory import SamplerSpec
+
+
+class EspoConfig(ObjectiveSection):
+    """ESPO (arXiv 2512.03759): one ratio per completion, of its evidence lower bounds."""
+
+    method: ClassVar[str] = "learner.objectives.espo:Espo"
+    type: Literal["espo"] = "espo"
+    """The method."""
+    samples: PositiveInt = 2
+    """Masks drawn per completion and update."""
+    estimator: Literal["coupled", "plain"] = "coupled"
+    """coupled: each mask and its complement, as published; plain: the mask alone, for half of the work."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: NonNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 1e-3
+    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+    scale_advantages: bool = False
+    """Divide advantages by the deviation of their group's rewards."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        views = self.samples * (2 if self.estimator == "coupled" else 1)
+        return Cost(views=views, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+
+
+class GdpoConfig(ObjectiveSection):
+    """GDPO (arXiv 2510.08554): as ESPO, with the bound from few fixed mask rates (Gauss-Legendre)."""
+
+    method: ClassVar[str] = "learner.objectives.gdpo:Gdpo"
+    type: Literal["gdpo"] = "gdpo"
+    """The method."""
+    nodes: Annotated[int, Field(ge=1, le=16)] = 3
+    """Mask rates, one drawn mask each."""
+    normalise_ratio: bool = False
+    """Divide the exponent of the ratio by the completion's length; the paper's isn't."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low. Ours: no value was published."""
+    clip_high: NonNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high. Ours: no value was published."""
+    beta: NonNegative = 0.0
+    """Weight of the KL against the policy without adapter (k2 of the bounds, ours: the estimator wasn't published); 0
+    saves the reference forwards."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.nodes, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+
+
+class SpgConfig(ObjectiveSection):
+    """SPG (arXiv 2510.09541): a lower bound of good completions' likelihood goes up, an upper one of bad ones' down."""
+
+    method: ClassVar[str] = "learner.objectives.spg:Spg"
+    type: Literal["spg"] = "spg"
+    """The method."""
+    samples: PositiveInt = 2
+    """Masks drawn per completion and update."""
+    masking: Literal["block_random", "block_all", "random", "all"] = "block_random"
+    """block_random: some of one block, and all later ones; block_all: all of one block and all later ones; random: some
+    of the completion; all: all of it, which needs samples=1."""
+    negative: Literal["mixture", "eubo", "elbo", "zero"] = "mixture"
+    """What is lowered where the advantage isn't positive: the mixture of both bounds, the upper one, the lower one, or
+    nothing."""
+    eubo_beta: Annotated[float, Field(ge=1)] = 1.5
+    """Order of the upper bound."""
+    mixture_weight: Fraction = 0.5
+    """Share of the upper bound in the mixture."""
+    context_mask: Fraction = 0.15
+    """Probability with which each token of the prompt, and of the blocks before the drawn one, is masked."""
+    min_masked: Fraction = 0.0
+    """Smallest masked share of what is drawn from; one token at least."""
+    max_masked: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Largest masked share of what is drawn from."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.samples, scored=sampler.completion_length)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        blocks = sampler.completion_length // sampler.block_length
+        if self.masking in ("block_random", "block_all") and self.samples > blocks:
+            problems.append(
+                f"objective.samples={self.samples} masks each take a block, and "
+                f"rollout.sampler.block_length={sampler.block_length} gives {blocks} to a completion; take shorter "
+                "blocks, fewer samples or objective.masking=random"
+            )
+        if self.masking == "all" and self.samples > 1:
+            problems.append(
+                f"objective.masking=all masks the same tokens each time; set objective.samples={self.samples} to 1"
+            )
+        if self.min_masked > self.max_masked:
+            problems.append(
+                f"objective.min_masked={self.min_masked:g} is above objective.max_masked={self.max_masked:g}; swap the "
+                "two"
+            )
+        return problems
+
+
+class DmpoConfig(ObjectiveSection):
+    """DMPO (arXiv 2510.08233): cross-entropy on the policy's own completions, weighted to favour good ones."""
+
+    method: ClassVar[str] = "learner.objectives.dmpo:Dmpo"
+    type: Literal["dmpo"] = "dmpo"
+    """The method."""
+    alpha: NonNegative = 0.04
+    """Temperature of the target, in units of the reward; 0 takes weights from the rewards alone."""
+    samples: PositiveInt = 4
+    """Masked copies per completion and update."""
+    measured_samples: PositiveInt = 4
+    """Masked copies per completion that measure how far policy and base are apart, once per batch."""
+    antithetic: bool = True
+    """Draw copies in pairs of a mask and its complement."""
+    rate_low: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Smallest mask rate; the largest is 1."""
+    centering: Literal["negative", "mean"] = "negative"
+    """What is taken from the weights w+: those of the negated reward, or their own mean."""
+    centering_strength: NonNegative = 1.0
+    """How much of it."""
+    ess_target: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Flatten the weights of a group until their effective sample size is this share of it; null: as they are."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.samples, scored=sampler.completion_length / 2, measured=self.measured_samples)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        odd = [name for name in ("samples", "measured_samples") if getattr(self, name) % 2]
+        if self.antithetic and odd:
+            problems += [
+                f"objective.{name}={getattr(self, name)} is odd, and antithetic copies are pairs" for name in odd
+            ]
+        return problems

@@ -1,0 +1,63 @@
+"""Settings of methods that score states which the rollout went through.
+
+The text under a field is its help; it names the unit.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from learner.settings.objective import ClipLow, Cost, ObjectiveSection
+from learner.settings.sections import Fraction, NonNegative
+from rollout.sampling.schedule import tokens_per_step
+from rollout.trajectory import SamplerSpec
+
+
+class AgrpoConfig(ObjectiveSection):
+    """AGRPO (arXiv 2510.04019)."""
+
+    method: ClassVar[str] = "learner.objectives.agrpo:Agrpo"
+    type: Literal["agrpo"] = "agrpo"
+    """The method."""
+    k: PositiveInt = 4
+    """Denoising steps sampled per completion and update."""
+    timestep_sampling: Literal["uniform", "entropy"] = "entropy"
+    """Law of the sampled steps; entropy draws by the entropy that the rollout recorded (docs/variance.md: the noise of
+    uniform draws for little more than half of the work)."""
+    low_discrepancy: bool = True
+    """Stratify the draws over a group."""
+    step_range: Literal["all", "until_last_token"] = "all"
+    """Steps that can be sampled; until_last_token is the published range, all is the unbiased one."""
+    weight_floor: Fraction = 0.1
+    """Share a of the uniform law mixed into the entropy law; bounds the importance weight by 1/a. Published: 0."""
+    clip_low: ClipLow = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    position_clip_low: ClipLow | None = None
+    """The same as clip_low for the choice of positions, where the position rule scores it; null: clip_low."""
+    position_clip_high: PositiveFloat | None = None
+    """The same as clip_high for the choice of positions; null: clip_high."""
+    beta: NonNegative = 0.0
+    """Weight of the KL against the policy without adapter, of tokens and of scored choices of positions; 0 saves the
+    reference forwards."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
+        return Cost(views=self.k, scored=revealed, reference=self.beta > 0, choices=True)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        if sampler.threshold is not None:
+            problems.append(
+                f"a confidence threshold ({sampler.threshold:g}) makes how many positions a step reveals depend on the "
+                "policy, which isn't scored; sample without one"
+            )
+        chooses = sampler.position_rule == "decoupled_confidence" and sampler.position_temperature > 0
+        if chooses and self.timestep_sampling == "entropy" and self.weight_floor == 0:
+            problems.append(
+                "objective.timestep_sampling=entropy with rollout.sampler.position_rule=decoupled_confidence needs "
+                "objective.weight_floor above 0, or steps whose choice of positions is all but certain get unbounded "
+                "weights; take 0.2, for example"
+            )
+        return problems
