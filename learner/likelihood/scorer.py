@@ -33,11 +33,19 @@ class Scores:
     choice_logp_Z: torch.Tensor | None = None
     """[Z] float32, log-prob of each view's choice of positions, 0 where there was none; carries the gradient. None
     where the choice is no action of the policy."""
+    law_NV: torch.Tensor | None = None
+    """[N, V] float32, log-probs of all tokens under the untruncated law, -inf for the mask token; carries the gradient.
+    None where nobody asked for them."""
 
     def detached(self) -> "Scores":
         """The same numbers without gradient."""
-        choices = self.choice_logp_Z
-        return Scores(self.logp_N.detach(), self.mass_N, None if choices is None else choices.detach())
+        choices, law = self.choice_logp_Z, self.law_NV
+        return Scores(
+            self.logp_N.detach(),
+            self.mass_N,
+            None if choices is None else choices.detach(),
+            None if law is None else law.detach(),
+        )
 
 
 class PolicyScores(NamedTuple):
@@ -49,6 +57,8 @@ class PolicyScores(NamedTuple):
     """Of the weights that the batch's first update began with."""
     reference: Scores | None = None
     """Of the base without adapter."""
+    teacher: Scores | None = None
+    """Of the weights that the method's phase began with."""
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
@@ -56,6 +66,7 @@ def joined(parts: Sequence[Scores]) -> Scores:
     if len(parts) == 1:
         return parts[0]
     choices = [part.choice_logp_Z for part in parts if part.choice_logp_Z is not None]
+    assert all(part.law_NV is None for part in parts), "whole laws are scored in units of one view"
     return Scores(
         torch.cat([part.logp_N for part in parts]),
         torch.cat([part.mass_N for part in parts]),
@@ -63,8 +74,12 @@ def joined(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter) -> Scores:
-    """Score one forward's views with ``model``, whose device the tensors are moved to."""
+def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, vocabulary: bool = False) -> Scores:
+    """Score one forward's views with ``model``, whose device the tensors are moved to.
+
+    Args:
+        vocabulary: the log-probs of all tokens at the scored positions are wanted too.
+    """
     device = next(model.parameters()).device
     mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
     choices = batch.choices
@@ -79,8 +94,14 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter) ->
     targets_N = torch.from_numpy(batch.targets).to(device)
     if choices is None:
         return restricted_logp(
-            logits_MV, targets_N, batch.support, temperature=batch.temperature, mask_token_id=family.mask_token_id
+            logits_MV,
+            targets_N,
+            batch.support,
+            temperature=batch.temperature,
+            mask_token_id=family.mask_token_id,
+            vocabulary=vocabulary,
         )
+    assert not vocabulary, "whole laws and choices of positions are not scored together"
     scores = restricted_logp(
         logits_MV[torch.from_numpy(choices.candidate_of_score).to(device)],
         targets_N,
@@ -125,6 +146,7 @@ def restricted_logp(
     *,
     temperature: float,
     mask_token_id: int | None,
+    vocabulary: bool = False,
 ) -> Scores:
     """Log-probs under softmax(logits / temperature) without the mask token, restricted to the recorded support.
 
@@ -132,6 +154,7 @@ def restricted_logp(
         support: CSR (indptr [N+1], ids [nnz]) of the tokens kept when the target was drawn; never recomputed, since a
             token could fall outside the support of slightly different logits. None when nothing was truncated.
         mask_token_id: excluded from the law; None for a law that could draw it (recorded cases of other code).
+        vocabulary: the whole law is wanted too; it must not be truncated.
     """
     scaled_NV = logits_NV.float() / temperature
     if mask_token_id is not None:
@@ -139,7 +162,10 @@ def restricted_logp(
         scaled_NV = scaled_NV.index_fill(1, excluded, -torch.inf)
     target_N = scaled_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
     if support is None:
-        return Scores(target_N - scaled_NV.logsumexp(1), torch.ones_like(target_N))
+        total_N = scaled_NV.logsumexp(1)
+        law_NV = scaled_NV - total_N.unsqueeze(1) if vocabulary else None
+        return Scores(target_N - total_N, torch.ones_like(target_N), law_NV=law_NV)
+    assert not vocabulary, "whole laws are of the untruncated law"
     ids_NK, kept_NK = (t.to(scaled_NV.device) for t in _padded(*support))
     inside_N = scaled_NV.gather(1, ids_NK).masked_fill(~kept_NK, -torch.inf).logsumexp(1)
     with torch.no_grad():

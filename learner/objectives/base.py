@@ -31,6 +31,11 @@ class Needs:
     gone; its log-probs are recorded at its own states only.)"""
     reference: bool = False
     """The same views without adapter."""
+    teacher: bool = False
+    """The same views under the weights that the phase began with (``ObjectiveSection.phases``)."""
+    vocabulary: bool = False
+    """Of all these weights not only the tokens' log-probs, but those of the whole vocabulary, at every scored position.
+    For units of one view."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class LearnerRank(Rank):
         # graph; then each pass is made again and takes its part back (Gao et al., arXiv 2101.06983, section 3.2).
         with torch.no_grad():
             found = self._score(passes)
-        assert found.choice_logp_Z is None, "choices of positions are scored in units of one view"
+        assert found.choice_logp_Z is None and found.law_NV is None, "these are scored in units of one view"
         leaf_N = found.logp_N.requires_grad_()
         whole = self._batch(forward.views, data, [len(unit) for unit in forward.units])
         loss, statistics = self._loss(forward, Scores(leaf_N, found.mass_N), reference, whole)
@@ -173,7 +173,8 @@ class LearnerRank(Rank):
 
     def _score(self, passes: Sequence[ViewBatch]) -> Scores:
         """One forward of the model for each pass."""
-        return joined([score(self.engine, batch, family=self.family) for batch in passes])
+        whole = self.objective.needs.vocabulary
+        return joined([score(self.engine, batch, family=self.family, vocabulary=whole) for batch in passes])
 
     def _groups(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[TrajectoryGroup]:
         who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
