@@ -62,7 +62,7 @@ def test_the_grader_answers_as_the_page_says(folder: Path) -> None:
 @pytest.mark.timeout(1500)
 def test_every_command_does_what_it_says(folder: Path) -> None:
     answers = [shell(command, folder) for command in commands()[1:]]
-    grader, dry_run, training, regraded, evaluation, tried, exported = answers
+    grader, dry_run, training, regraded, evaluation, tried, exported, evaluated_again = answers
     assert grader == outputs()[0]
     assert dry_run.count("prompt: ") == 2 and "first batch" in dry_run and "held out" not in dry_run
     summary = json.loads((folder / "runs" / "sorting" / "summary.json").read_text())
@@ -81,3 +81,20 @@ def test_every_command_does_what_it_says(folder: Path) -> None:
     assert (folder / "merged" / "model.safetensors").is_file()
     assert exported.splitlines()[0].endswith("merged") or "\nmerged\n" in exported
     assert exported.count(f"\n{completion['text']}\n") == 1, "the merged model writes what base and adapter write"
+    assert "everything is in" in evaluated_again
+    (of_the_run,) = (folder / "runs" / "sorting" / "evaluations").glob("*/results.jsonl")
+    base_writes, adapter_writes = completions(of_the_run, "base"), completions(of_the_run, "adapter")
+    merged_writes = completions(folder / "evaluations" / "merged" / "results.jsonl", "base")
+    assert len(merged_writes) == 128 * 9 and merged_writes == adapter_writes
+    assert sum(merged_writes[which] == base_writes[which] for which in base_writes) < 0.2 * len(base_writes), "control"
+
+
+def completions(path: Path, policy: str) -> dict[tuple[str, str], tuple[str, int]]:
+    """Of each way to decode and problem: what was written, and whether it is right."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return {
+        (row["cell"].rpartition(" ")[0], problem["id"]): (problem["completions"][0], problem["correct"][0])
+        for row in rows
+        if row["policy"] == policy
+        for problem in row["problems"]
+    }
