@@ -29,7 +29,7 @@ from learner.likelihood.views import Law, ViewBatch
 from learner.objectives.advantages import group_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.one_step import draw_prompt_masks, one_step_unit
-from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
+from learner.objectives.ratio import clipped_token_loss
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.one_step import DiffuGrpoConfig
 from rollout.trajectory import TrajectoryGroup
@@ -66,15 +66,6 @@ class DiffuGrpo:
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over tokens of their weight times l_j; and their figures."""
-        config, logp_N, old = self.config, scores.policy.logp_N, scores.old
+        config, old = self.config, scores.old
         assert old is not None, "a ratio needs the old log-probs"
-        advantage_N, weight_N = (
-            torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in (batch.credit, batch.weight)
-        )
-        terms = clipped_terms(logp_N - old.logp_N, advantage_N, clip=(config.clip_low, config.clip_high))
-        if self.needs.reference:
-            assert scores.reference is not None, "beta > 0 needs the reference's log-probs"
-            terms = terms.with_kl(k3(logp_N, scores.reference.logp_N), config.beta)
-        return (weight_N * terms.loss_N).sum(), ratio_statistics(
-            terms.log_ratio_N, terms.averages, count="scored_tokens"
-        )
+        return clipped_token_loss(scores, old.logp_N, batch, clip=(config.clip_low, config.clip_high), beta=config.beta)

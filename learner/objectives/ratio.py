@@ -1,5 +1,5 @@
-"""Terms that several methods are made of: the clipped ratio, the estimator k3 of a KL, the weighted likelihood, and
-their figures.
+"""Terms that several methods are made of: the clipped ratio, the estimator k3 of a KL, their loss over tokens, the
+weighted likelihood, and their figures.
 
 Shapes: N actions, which are tokens, choices or whole completions.
 """
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import ViewBatch
 from learner.objectives.statistics import Statistics
 
@@ -49,6 +50,27 @@ def k3(logp_N: torch.Tensor, reference_logp_N: torch.Tensor) -> torch.Tensor:
     is the KL against the reference (J. Schulman, Approximating KL Divergence, 2020)."""
     d_N = reference_logp_N.detach() - logp_N
     return torch.expm1(d_N) - d_N
+
+
+def clipped_token_loss(
+    scores: PolicyScores, old_logp_N: torch.Tensor, batch: ViewBatch, *, clip: tuple[float, float], beta: float
+) -> tuple[torch.Tensor, Statistics]:
+    """The sum over tokens of weight times (clipped surrogate + beta * k3 against the reference); and their figures.
+
+    Args:
+        old_logp_N: [N], what the ratio is taken against.
+        beta: above 0 only with the reference's scores.
+    """
+    logp_N = scores.policy.logp_N
+    advantage_N, weight_N = (
+        torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in (batch.credit, batch.weight)
+    )
+    terms = clipped_terms(logp_N - old_logp_N, advantage_N, clip=clip)
+    if beta > 0:
+        assert scores.reference is not None, "beta > 0 needs the reference's log-probs"
+        terms = terms.with_kl(k3(logp_N, scores.reference.logp_N), beta)
+    statistics = ratio_statistics(terms.log_ratio_N, terms.averages, count="scored_tokens")
+    return (weight_N * terms.loss_N).sum(), statistics
 
 
 def weighted_likelihood(logp_N: torch.Tensor, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:

@@ -10,7 +10,7 @@ import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.views import Law, build_batch, step_view
-from learner.objectives import diffu_grpo, make_objective
+from learner.objectives import make_objective, ratio
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
 from learner.objectives.base import UpdateContext
@@ -238,7 +238,7 @@ MISTAKES: list[tuple[str, str, Callable]] = [
 
 @pytest.mark.parametrize(("name", "part", "mistake"), MISTAKES, ids=["k3 reversed", "no clip", "sign"])
 def test_controls_a_mistake_in_the_loss_fails_the_recorded_cases(monkeypatch, name, part, mistake):
-    monkeypatch.setattr(diffu_grpo, part, mistake)
+    monkeypatch.setattr(ratio, part, mistake)
     found = d1.check(read_method_case(GOLDEN / "methods" / "d1", name), Meter("cpu", "float32"))
     assert {"loss", "gradient of the loss"} <= {m.quantity for m in found if not m.passed}
 

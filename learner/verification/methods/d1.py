@@ -143,7 +143,7 @@ def _scores(policy: RecordedPolicy, record: OneStepCall, views: list[View], s: D
 def _log_probs(record: OneStepCall, scores: PolicyScores, s: DiffuGrpoSettings) -> list[Measurement]:
     """Of the texts' tokens under each set of weights, and their ratios."""
     shape, rows = (len(record.call.rows), record.case.settings.C), record.call.rows
-    new_N, old_N, reference_N = (None if part is None else part.logp_N.detach().cpu().numpy() for part in scores)
+    new_N, old_N, reference_N = (None if part is None else part.logp_N.detach().cpu().numpy() for part in scores[:3])
     assert new_N is not None and old_N is not None
     compare = record.meter.elements
     found = [
