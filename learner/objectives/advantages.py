@@ -46,6 +46,15 @@ def leave_one_out_advantages(rewards_GR: np.ndarray, *, scale: bool = False) -> 
     return advantages_G / (total_rewards(rewards_GR).std(ddof=1) + 1e-4) if scale else advantages_G
 
 
+def z_scores(values_G: np.ndarray) -> np.ndarray:
+    """Values minus their mean, over their deviation (of a sample, G-1) plus 1e-4, as TRL does: [G] float64, exactly 0
+    everywhere when all are equal."""
+    values_G = values_G.astype(np.float64)
+    if (values_G == values_G[0]).all():
+        return np.zeros(values_G.size, dtype=np.float64)
+    return (values_G - values_G.mean()) / (values_G.std(ddof=1) + 1e-4)
+
+
 def total_rewards(rewards_GR: np.ndarray) -> np.ndarray:
     """[G] float64, the sum of each completion's reward components. Raises DataError when one isn't a finite number."""
     G, R = rewards_GR.shape

@@ -33,9 +33,10 @@ import numpy as np
 import torch
 
 from learner.likelihood.scorer import PolicyScores
-from learner.likelihood.views import Law, Unit, View, ViewBatch
+from learner.likelihood.views import Law, Unit, ViewBatch
 from learner.objectives.advantages import softmax, total_rewards
 from learner.objectives.base import FinalCredit, Needs, RowSums, UpdateContext, Wanted
+from learner.objectives.copies import copies
 from learner.objectives.ratio import weighted_likelihood
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.bounds import DmpoConfig
@@ -135,13 +136,3 @@ class Dmpo:
 def effective_share(weight_G: np.ndarray) -> float:
     """Of weights that sum to 1, in [1/G, 1]."""
     return float(1.0 / (weight_G.size * np.square(weight_G).sum()))
-
-
-def copies(index: int, row: int, mask_RC: np.ndarray, credit: float, weight: float) -> Unit:
-    """The masked copies of a completion, each with ``weight`` over its number of masked positions; one that masks
-    nothing scores nothing."""
-    return tuple(
-        View(index, row, mask_C, np.flatnonzero(mask_C), credit, weight / float(mask_C.sum()))
-        for mask_C in mask_RC
-        if mask_C.any()
-    )

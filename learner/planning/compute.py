@@ -98,7 +98,9 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     plain = forward_flops(model, lora_r=0, rows=views, length=length, head_rows=max(rows, candidates))
     later_updates = (learner.updates_per_batch - 1) / learner.updates_per_batch
     without_gradient = float(cost.reference) + (later_updates if cost.old else 0.0)
-    without_gradient += 2 * cost.measured / (cost.views * learner.updates_per_batch)
+    without_gradient += (
+        2 * cost.measured / (cost.views * (1 if cost.measured_each_update else learner.updates_per_batch))
+    )
     per_rank = math.ceil(completions * cost.views / learner.ranks)
     in_forward = min(per_rank, learner.views_per_forward)
     scored, _ = scored_rows(config, in_forward)

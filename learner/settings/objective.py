@@ -28,6 +28,8 @@ class Cost:
     """Whether each view is also scored without adapter and gradient."""
     measured: int = 0
     """Views measured when a batch begins, each one forward with and one without adapter, without gradient."""
+    measured_each_update: bool = False
+    """Whether they are measured again before every later update."""
     choices: bool = False
     """Whether choices of positions are scored where the rollout makes them."""
 

@@ -4,11 +4,19 @@ from typing import Annotated
 
 from pydantic import Field
 
-from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, SpgConfig
+from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
 from learner.settings.methods.states import AgrpoConfig
 
 ObjectiveConfig = Annotated[
-    AgrpoConfig | DiffuGrpoConfig | Wd1Config | CoupledGrpoConfig | EspoConfig | GdpoConfig | SpgConfig | DmpoConfig,
+    AgrpoConfig
+    | DiffuGrpoConfig
+    | Wd1Config
+    | CoupledGrpoConfig
+    | EspoConfig
+    | GdpoConfig
+    | SpgConfig
+    | DmpoConfig
+    | RspoConfig,
     Field(discriminator="type"),
 ]

@@ -9,7 +9,8 @@ import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.objectives.base import RowSums, UpdateContext, Weighed
-from learner.objectives.dmpo import Dmpo, copies, effective_share
+from learner.objectives.copies import copies
+from learner.objectives.dmpo import Dmpo, effective_share
 from learner.settings.methods.bounds import DmpoConfig
 from learner.verification.measurement import Meter
 from learner.verification.methods import dmpo as recorded_dmpo

@@ -8,7 +8,7 @@ import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.views import Law, Unit, ViewBatch, build_batch
-from learner.objectives.base import Objective, UpdateContext
+from learner.objectives.base import Objective, RowSums, UpdateContext, Weighed
 from learner.objectives.statistics import Statistics
 from learner.ranks.plan import plan_update
 from rollout.trajectory import TrajectoryGroup
@@ -45,6 +45,19 @@ def table_logp(theta: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
     C = theta.shape[1]
     state_Z = (batch.input_ids[:, -C:] == MASK) @ 2 ** np.arange(C)
     return theta.log_softmax(-1)[state_Z[batch.view_of_score], batch.position, batch.targets]
+
+
+def measured_sums(
+    objective: Weighed, groups: Sequence[TrajectoryGroup], policy: torch.Tensor, reference: torch.Tensor
+) -> RowSums:
+    """What ranks would measure, from two ``state_table``s."""
+    sums = RowSums(*(tuple(np.zeros(group.size) for group in groups) for _ in range(2)))
+    for index, group in enumerate(groups):
+        batch = build(objective.measured(index, group, context()), groups)
+        row_N = np.array([view.row for view in batch.views])[batch.view_of_score]
+        for found, theta in zip(sums, (policy, reference), strict=True):
+            np.add.at(found[index], row_N, batch.weight * table_logp(theta, batch).detach().numpy())
+    return sums
 
 
 def subsets(length: int, count: int) -> Iterator[np.ndarray]:

@@ -141,3 +141,20 @@ class DmpoConfig(ObjectiveSection):
                 f"objective.{name}={getattr(self, name)} is odd, and antithetic copies are pairs" for name in odd
             ]
         return problems
+
+
+class RspoConfig(ObjectiveSection):
+    """RSPO (arXiv 2605.10218): likelihood weighted by how far the advantage is above the distance from the base."""
+
+    method: ClassVar[str] = "learner.objectives.rspo:Rspo"
+    type: Literal["rspo"] = "rspo"
+    """The method."""
+    lam: NonNegative = 0.01
+    """Weight of the distance from the base, of mean log-probs of a token, against the z-scored advantage; 0: plain
+    advantage-weighted likelihood."""
+    samples: PositiveInt = 4
+    """Masks drawn per completion and update."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        views, scored = self.samples, (sampler.completion_length + 1) / 2
+        return Cost(views=views, scored=scored, measured=views, measured_each_update=True)

@@ -14,7 +14,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, NonNegativeFloa
 
 from learner.likelihood.scorer import PolicyScores, Scores
 from learner.likelihood.views import View
-from learner.objectives.dmpo import Dmpo, copies
+from learner.objectives.copies import copies
+from learner.objectives.dmpo import Dmpo
 from learner.settings.methods.bounds import DmpoConfig
 from learner.verification.measurement import Measurement, Meter
 from learner.verification.methods.case import MethodCase, RecordedPolicy, compare_gradients, recorded_policy
