@@ -5,7 +5,7 @@ them, so a finished group survives the actor that drew it. A group on a lost nod
 drawn again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -66,18 +66,18 @@ class ReplayBuffer:
             items.append(ReplayItem(group.group_id, ref, group.policy_version, staleness, report))
         return items
 
-    def find_lost(self, items: Sequence[ReplayItem], *, timeout_s: float) -> list[int]:
-        """Ids of the groups whose objects can't be had any more. Brings each object to this node.
+    def find_lost(self, refs: Mapping[int, ray.ObjectRef[TrajectoryGroup]], *, timeout_s: float) -> list[int]:
+        """Ids of the groups, each with its object, that can't be had any more. Brings each object to this node.
 
         Raises:
             WaitTimeout: an object neither came nor was reported lost within ``timeout_s`` seconds.
         """
         gone = []
-        for item in items:
+        for group_id, ref in refs.items():
             try:
-                bounded_get(item.ref, who=f"group {item.group_id} in the object store", timeout_s=timeout_s)
+                bounded_get(ref, who=f"group {group_id} in the object store", timeout_s=timeout_s)
             except ray.exceptions.ObjectLostError:
-                gone.append(item.group_id)
+                gone.append(group_id)
         return gone
 
     def lost(self, group_ids: Sequence[int]) -> None:

@@ -123,7 +123,7 @@ def pass_groups(actors: list[Any], size: Size) -> dict[str, Any]:
             path.pump(iteration)
         items = replay.take(iteration, iteration)
         marks.append(time.perf_counter())
-        assert not replay.find_lost(items, timeout_s=LIMIT_S)
+        assert not replay.find_lost({item.group_id: item.ref for item in items}, timeout_s=LIMIT_S)
         groups = bounded_get([item.ref for item in items], who="the object store", timeout_s=LIMIT_S)
         marks.append(time.perf_counter())
         plan = plan_update(

@@ -30,6 +30,8 @@ from learner.supply.actors import start_actors
 from learner.supply.feed import Feed
 from learner.supply.greedy import greedy_solve_rates
 from learner.supply.publish import publish
+from learner.supply.window import GroupRef, Supply
+from rollout.adapters import digest
 from rollout.ledger import Ledger
 from rollout.messages import BASE_WEIGHTS, Weights
 from rollout.replay import ReplayBuffer, ReplayItem
@@ -72,8 +74,10 @@ class Controller(Training):
             held_out=subject.held_out,
         )
         rollout = config.rollout
+        self.phases = config.objective.phases()
+        supply = Supply(rollout.prompts_per_iteration, self.phases)
         ledger = Ledger(
-            capacity=rollout.buffer_size,
+            capacity=max(rollout.buffer_size, supply.largest),
             groups_per_lease=rollout.groups_per_lease,
             max_staleness=rollout.max_staleness,
         )
@@ -89,6 +93,7 @@ class Controller(Training):
             subject.train,
             pool,
             ReplayBuffer(ledger),
+            supply,
             on_event=begun.reporter.event,
             stop=stop.is_set,
             on_pump=self._attend,
@@ -101,7 +106,10 @@ class Controller(Training):
         self.workers.learner = self.learner
         pool.wait_ready(self._watch)
         self._take_adapter()
-        self.weights = publish(self.progress.iteration, self.adapter)
+        if self.phases is not None:
+            self.learner.enter_phase(self.phases.of(self.progress.iteration), resumed.phase if resumed else None)
+            supply.restore(resumed.buffer if resumed else ())
+        self._publish(self.progress.iteration)
 
     def evaluate_base(self) -> None:
         """Solve rates of the bare base, without adapter, once per run."""
@@ -127,7 +135,7 @@ class Controller(Training):
         """Print two rollouts of the first iteration and the batch's statistics."""
         self.feed.issue_through(0)
         items = self.feed.gather(0, self.weights)
-        groups = self._groups(items)
+        groups = self._groups([item.ref for item in items])
         for group in groups[:2]:
             print(
                 f"\nproblem {group.problem_id}\nprompt: {self.recorder.prompt(group)!r}\n"
@@ -148,6 +156,12 @@ class Controller(Training):
         for name, value in plan.statistics.items():
             print(f"  {name:<32}{value:>12.5g}")
 
+    def _with_phase(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+        if self.phases is None:
+            return checkpoint
+        buffer = self._groups(list(self.feed.supply.held.values()))
+        return dataclasses.replace(checkpoint, phase=self.learner.phase_state(), buffer=buffer)
+
     def _state_to_save(self) -> checkpoints.Progress:
         return dataclasses.replace(self.progress, ledger=self.feed.replay.ledger.state())
 
@@ -157,14 +171,16 @@ class Controller(Training):
         self.feed.issue_through(iteration + self.config.rollout.max_staleness)
         items = self.feed.gather(iteration, self.weights)
         gathered = time.monotonic()
-        refs = [item.ref for item in items]
+        refs = self.feed.learned_from(iteration, items)
         reports = [self._update(refs, iteration, index) for index in range(self.config.learner.updates_per_batch)]
         updated = time.monotonic()
-        self.adapter = self.learner.publish()
         version = iteration + 1
+        if self.phases is not None and self.phases.begin(version) == version:
+            self.learner.enter_phase(self.phases.of(version))
+        self.adapter = self.learner.publish()
         self.feed.replay.commit(items, self.weights.version)
-        self.weights = publish(version, self.adapter)
-        groups = self._groups(items)
+        self._publish(version)
+        groups = self._groups(refs)
         seconds = {
             "rollout_wait": gathered - begin,
             "update": updated - gathered,
@@ -185,11 +201,22 @@ class Controller(Training):
         self._check_agreement(version, items, reports)
         self._check_finite(reports)
 
+    def _publish(self, version: int) -> None:
+        """To evaluations the newest weights, to rollouts those that the method draws with."""
+        self.trained = self.weights = publish(version, self.adapter)
+        if self.phases is not None:
+            teacher = self.learner.phase_state()["teacher"]
+            self.weights = publish(version, dataclasses.replace(self.adapter, state=teacher, digest=digest(teacher)))
+
     def _update(self, refs: Sequence[Any], iteration: int, index: int) -> UpdateReport:
-        """One optimizer step; meanwhile the actors are kept busy with what may be drawn ahead."""
-        learner = self.config.learner
-        number = iteration * learner.updates_per_batch + index
-        lr = self._learning_rate(number, self.config.run.iterations * learner.updates_per_batch)
+        """One optimizer step; meanwhile the actors are kept busy with what may be drawn ahead. The learning rate's
+        schedule is that of the run, or of each phase."""
+        per_batch, iterations, begin = self.config.learner.updates_per_batch, self.config.run.iterations, 0
+        if self.phases is not None:
+            iterations, begin = self.phases.iterations, self.phases.begin(iteration)
+        number = (iteration - begin) * per_batch + index
+        lr = self._learning_rate(number, iterations * per_batch)
+        index = index if self.phases is None else number
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
             update = thread.submit(self.learner.update, refs, index, lr, on_tick=self._enforce_stop)
             while not concurrent.futures.wait([update], timeout=0.05).done:
@@ -229,7 +256,7 @@ class Controller(Training):
             )
 
     def _evaluate_trained(self, iteration: int) -> None:
-        self._evaluate("trained", self.weights, iteration=iteration)
+        self._evaluate("trained", self.trained, iteration=iteration)
 
     def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
         rates, kept = greedy_solve_rates(self.config, self.feed, self.held_out, weights, on_tick=self._tick)
@@ -238,6 +265,6 @@ class Controller(Training):
         self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
         self.recorder.evaluation(iteration, name, kept)
 
-    def _groups(self, items: Sequence[ReplayItem]) -> list[TrajectoryGroup]:
+    def _groups(self, refs: Sequence[GroupRef]) -> list[TrajectoryGroup]:
         limit = self.config.timeouts.publish
-        return bounded_get([item.ref for item in items], who="the replay buffer's objects", timeout_s=limit)
+        return bounded_get(list(refs), who="the replay buffer's objects", timeout_s=limit)

@@ -102,7 +102,9 @@ class Training(ABC):
         self.reporter.flush()
         state = self._state_to_save()
         progress = dataclasses.replace(state, adapter_digest=self.adapter.digest)
-        saved = checkpoints.Checkpoint(progress, self.adapter.state, self.adapter.peft_config, self.learner.export())
+        saved = self._with_phase(
+            checkpoints.Checkpoint(progress, self.adapter.state, self.adapter.peft_config, self.learner.export())
+        )
         path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
         discard(self.run_dir)
         best = progress.best.get("iteration")
@@ -141,6 +143,10 @@ class Training(ABC):
     def _state_to_save(self) -> checkpoints.Progress:
         """The state of a checkpoint; ``adapter`` is then what the ranks hold."""
         return self.progress
+
+    def _with_phase(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+        """With what a method that learns in phases needs to go on."""
+        return checkpoint
 
     def _take_adapter(self) -> None:
         """Raises WeightMismatch when the ranks don't hold the checkpoint's."""

@@ -48,6 +48,12 @@ class UpdateContext:
     groups: int
     """of the update"""
     eos_ids: tuple[int, ...]
+    phase: int = 0
+    """of a method that learns in phases, whose updates are counted from the begin of each"""
+
+    def shared(self, purpose: str) -> np.random.Generator:
+        """The random numbers of this update for all its groups together, of a method that learns in phases."""
+        return numpy_generator(self.run_seed, "phase", self.phase, self.update_index, purpose)
 
     def stream(self, group: TrajectoryGroup, purpose: str) -> np.random.Generator:
         """The random numbers of this update on this group for this purpose, the same whoever asks and whenever."""

@@ -1,7 +1,7 @@
 """The learner group: DeepSpeed ranks as Ray actors, reserved together in one placement group."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -125,6 +125,15 @@ class LearnerGroup:
     def publish(self) -> PublishedAdapter:
         """The adapter as rank 0 holds it."""
         return self._all("publish", limit=self.config.timeouts.publish)[0]
+
+    def enter_phase(self, number: int, state: Mapping[str, AdapterState] | None = None) -> None:
+        """Begin a phase, or go on in one with what ``phase_state`` gave; see ``LearnerRank.enter_phase``."""
+        self._all("enter_phase", number, state, limit=self.config.timeouts.publish)
+
+    def phase_state(self) -> dict[str, AdapterState]:
+        """What a checkpoint must hold of the present phase."""
+        state: dict[str, AdapterState] = self._all("phase_state", limit=self.config.timeouts.publish)[0]
+        return state
 
     def export(self) -> list[bytes]:
         """Every rank's optimizer state, in rank order."""

@@ -62,6 +62,7 @@ def plan_update(
     ranks: int,
     views_per_forward: int,
     final: FinalCredit | None = None,
+    phase: int = 0,
 ) -> UpdatePlan:
     """Plan one update.
 
@@ -71,13 +72,14 @@ def plan_update(
         eos_ids: tokens that only fill a completion's end.
         views_per_forward: views scored in one pass of the model at most. Changes nothing but memory and speed.
         final: of a method that has measured; None for ``objective.credit``.
+        phase: of a method that learns in phases, number of the present one.
 
     Raises:
         DataError: when a reward isn't finite.
     """
     ids = [group.group_id for group in groups]
     assert ids and all(a < b for a, b in zip(ids, ids[1:], strict=False)), f"group ids are not ascending: {ids}"
-    context = UpdateContext(run_seed, update_index, len(groups), eos_ids)
+    context = UpdateContext(run_seed, update_index, len(groups), eos_ids, phase)
     credit, measured = FinalCredit(objective.credit(groups), Statistics()) if final is None else final
     units: list[Unit] = []
     divisor, parts = 0.0, [measured]

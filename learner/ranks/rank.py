@@ -78,7 +78,7 @@ class UpdateReport:
 class PublishedAdapter:
     """The adapter as the learner's forward uses it."""
 
-    state: dict[str, PackedTensor]
+    state: AdapterState
     digest: str
     peft_config: dict[str, Any]
 
@@ -242,6 +242,7 @@ class Rank(ABC):
             # Finite gradients whose norm overflows would be clipped to a step of zeros, and counted as applied.
             inner_optimizer(self.engine).refuse_step()
         self.engine.step()
+        self._stepped()
         taken = updates_applied(self.engine) - before
         assert taken in (0, 1), f"rank {self.rank} took {taken} optimizer steps in one update"
         return UpdateReport(
@@ -293,6 +294,10 @@ class Rank(ABC):
 
     def _backwards(self, forward: Any) -> int:
         return 1
+
+    def _stepped(self) -> None:
+        """An optimizer step was taken, or refused."""
+        return
 
     def _scored(self) -> tuple[ScoredView, ...]:
         """What the forwards since the newest ``_work`` scored of trajectories that are kept for playback."""

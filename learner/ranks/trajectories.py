@@ -4,7 +4,7 @@ Shapes: N scored positions and Z views of one forward, R completions of the upda
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import ray
@@ -15,11 +15,14 @@ from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
 from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Weighed
 from learner.objectives.statistics import Statistics
+from learner.ranks.optim import inner_optimizer
+from learner.ranks.phases import PhaseWeights, TrainedWeights
 from learner.ranks.plan import Forward, UpdatePlan, deal, plan_update
 from learner.ranks.rank import LossPart, Rank
 from learner.ranks.scored import ScoredView, recorded_groups, scored_views
 from learner.settings.run import RunConfig
 from rewards.errors import TrajectoryError
+from rollout.adapters import AdapterState
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
 
@@ -36,10 +39,40 @@ class LearnerRank(Rank):
         self._old: dict[int, list[Scores]] = {}
         """by update index of this batch: each forward's scores under the weights that the batch began with"""
         self._update_index = 0
+        self._phase = 0
+        self._phase_weights: PhaseWeights | None = None
         self._final: FinalCredit | None = None
         self._sums: RowSums | None = None
         self._kept: tuple[int, ...] = ()
         self._seen: list[ScoredView] = []
+
+    def enter_phase(self, number: int, state: Mapping[str, AdapterState] | None) -> None:
+        """Begin a phase, of a method that learns in them.
+
+        Args:
+            number: of the phase, from 0.
+            state: what ``phase_state`` gave in the middle of it; None at its begin.
+        """
+        phases = self.config.objective.phases()
+        assert phases is not None, f"{self.config.objective.type} learns in no phases"
+        first, self._phase = self._phase_weights is None, number
+        if self._phase_weights is None:
+            trained = TrainedWeights(self.engine.module, self.config.learner.zero_stage)
+            self._phase_weights = PhaseWeights(trained, phases.decay)
+        if state is not None:
+            self._phase_weights.restore(state)
+        elif not first:
+            self._phase_weights.next()
+            inner_optimizer(self.engine).state.clear()
+
+    def phase_state(self) -> dict[str, AdapterState] | None:
+        """From rank 0, what a checkpoint must hold of the present phase; None from the others, which hold the same."""
+        assert self._phase_weights is not None, "no phase was begun"
+        return self._phase_weights.state() if self.rank == 0 else None
+
+    def _stepped(self) -> None:
+        if self._phase_weights is not None:
+            self._phase_weights.updated()
 
     def _work(
         self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]], update_index: int
@@ -66,6 +99,7 @@ class LearnerRank(Rank):
             ranks=self.world,
             views_per_forward=self.config.learner.views_per_forward,
             final=self._final,
+            phase=self._phase,
         )
 
     def _final_credit(self, groups: list[TrajectoryGroup], update_index: int) -> FinalCredit | None:
@@ -81,7 +115,8 @@ class LearnerRank(Rank):
 
     def _measure(self, objective: Weighed, groups: list[TrajectoryGroup], update_index: int) -> RowSums:
         """Sums of weighted log-probs of each completion, under the present policy and the base, over all ranks."""
-        context = UpdateContext(self.config.run.seed, update_index, len(groups), (self.family.eos_token_id,))
+        eos_ids = (self.family.eos_token_id,)
+        context = UpdateContext(self.config.run.seed, update_index, len(groups), eos_ids, self._phase)
         units = [unit for index, group in enumerate(groups) for unit in objective.measured(index, group, context)]
         per_forward = self.config.learner.views_per_forward
         starts = np.cumsum([0, *(group.size for group in groups)])
@@ -112,12 +147,16 @@ class LearnerRank(Rank):
         return forward.passes
 
     def _losses(self, forward: Forward, data: list[TrajectoryGroup]) -> Iterator[LossPart]:
-        passes, reference = self._passes(forward, data), None
+        passes, reference, teacher = self._passes(forward, data), None, None
+        if self.objective.needs.teacher:
+            assert self._phase_weights is not None, "a method with a teacher learns in phases"
+            with torch.no_grad(), self._phase_weights.teaching():
+                teacher = self._score(passes)
         if self.objective.needs.reference:
             with torch.no_grad(), self.engine.module.disable_adapter():
                 reference = self._score(passes)
         if forward.passes == 1:
-            loss, statistics = self._loss(forward, self._score(passes), reference, passes[0])
+            loss, statistics = self._loss(forward, self._score(passes), reference, teacher, passes[0])
             yield LossPart(loss, float(loss.detach()), statistics)
             return
         # A unit of more views than a pass may hold. The loss' slope by each log-prob comes from a pass that keeps no
@@ -127,7 +166,7 @@ class LearnerRank(Rank):
         assert found.choice_logp_Z is None and found.law_NV is None, "these are scored in units of one view"
         leaf_N = found.logp_N.requires_grad_()
         whole = self._batch(forward.views, data, [len(unit) for unit in forward.units])
-        loss, statistics = self._loss(forward, Scores(leaf_N, found.mass_N), reference, whole)
+        loss, statistics = self._loss(forward, Scores(leaf_N, found.mass_N), reference, teacher, whole)
         (slope_N,) = torch.autograd.grad(loss, leaf_N)
         value, start = float(loss.detach()), 0
         for batch in passes:
@@ -137,7 +176,12 @@ class LearnerRank(Rank):
             start, value, statistics = end, 0.0, Statistics()
 
     def _loss(
-        self, forward: Forward, policy: Scores, reference: Scores | None, batch: ViewBatch
+        self,
+        forward: Forward,
+        policy: Scores,
+        reference: Scores | None,
+        teacher: Scores | None,
+        batch: ViewBatch,
     ) -> tuple[torch.Tensor, Statistics]:
         """The objective's loss of a forward's units, and its figures; 0 for a pad."""
         if forward.is_pad:
@@ -145,7 +189,7 @@ class LearnerRank(Rank):
         needs, old = self.objective.needs, None
         if needs.old:
             old = self._old[self._update_index][forward.number] if self._update_index else policy.detached()
-        loss, statistics = self.objective.loss(PolicyScores(policy, old, reference), batch)
+        loss, statistics = self.objective.loss(PolicyScores(policy, old, reference, teacher), batch)
         self._seen += scored_views(batch, policy, self._kept)
         if needs.law is Law.RAW:
             return loss, statistics

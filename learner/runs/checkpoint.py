@@ -1,27 +1,34 @@
 """Checkpoints: everything a run needs to go on as if it had not stopped, in safetensors and JSON.
 
 A checkpoint is a folder ``iteration-000040`` with the adapter in PEFT format, one optimizer shard per rank, and
-``state.json``. ``manifest.json`` holds the sha256 of every other file. The folder appears by one rename, so it is there
-whole or not at all. Random generators have no state to save: every stream is derived from its name (``rollout.seeds``),
-and the names (run seed, group ids, versions) are in the settings and in ``state.json``.
+``state.json``; of a method that learns in phases also ``phase-*`` (its teacher, the running mean of its weights) and
+``buffer`` (the groups that it learns from). ``manifest.json`` holds the sha256 of every other file. The folder appears
+by one rename, so it is there whole or not at all. Random generators have no state to save: every stream is derived from
+its name (``rollout.seeds``), and the names (run seed, group ids, versions) are in the settings and in ``state.json``.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from learner.runs.atomic import atomic_dir
 from learner.settings.saved import checkpoints_in, iteration_of
 from learner.settings.sections import GroupSection
 from rewards.errors import CheckpointError, DataError, WeightMismatch
-from rollout.adapters import AdapterState, digest, read_peft_folder, write_peft_folder
+from rollout.adapters import AdapterState, digest, pack, read_peft_folder, unpack, write_peft_folder
+from rollout.trajectory import TrajectoryGroup
 
 FORMAT = 2
 _PREFIX = "iteration-"
+_PHASE = "phase-"
+_BUFFER = "buffer"
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,10 @@ class Checkpoint:
     adapter: AdapterState
     peft_config: dict[str, Any]
     shards: Sequence[bytes]
+    phase: Mapping[str, AdapterState] = field(default_factory=dict)
+    """Weights beside the trained ones, of a method that learns in phases."""
+    buffer: Sequence[TrajectoryGroup] = ()
+    """The groups that such a method learns from, by ascending group id."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -85,6 +96,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         write_peft_folder(inside / "adapter", checkpoint.adapter, checkpoint.peft_config)
         for rank, shard in enumerate(checkpoint.shards):
             (inside / f"optimizer-{rank:04d}.safetensors").write_bytes(shard)
+        for name, state in checkpoint.phase.items():
+            tensors = {parameter: unpack(tensor) for parameter, tensor in state.items()}
+            save_file(tensors, inside / f"{_PHASE}{name}.safetensors")
+        for group in checkpoint.buffer:
+            (inside / _BUFFER).mkdir(exist_ok=True)
+            group.save(inside / _BUFFER / f"{group.group_id:08d}.safetensors")
         (inside / "state.json").write_text(json.dumps(asdict(checkpoint.progress), indent=2) + "\n")
         sums = {name: _sha256(inside / name) for name in _files(inside)}
         manifest = {"format": FORMAT, "sha256": sums}
@@ -112,15 +129,22 @@ def load(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path / name} is damaged (its sha256 is not the recorded one)")
         progress = Progress(**json.loads((path / "state.json").read_text()))
         adapter, peft_config = read_peft_folder(path / "adapter")
-        shards = [(path / name).read_bytes() for name in sorted(manifest["sha256"]) if name.startswith("optimizer-")]
-    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+        names = sorted(manifest["sha256"])
+        shards = [(path / name).read_bytes() for name in names if name.startswith("optimizer-")]
+        phase = {
+            name.removeprefix(_PHASE).removesuffix(".safetensors"): pack(load_file(path / name))
+            for name in names
+            if name.startswith(_PHASE)
+        }
+        buffer = [TrajectoryGroup.load(path / name) for name in names if name.startswith(f"{_BUFFER}/")]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, DataError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
     if digest(adapter) != progress.adapter_digest:
         raise CheckpointError(f"the adapter in {path} is not the one that its state.json names")
     ranks = progress.layout.get("ranks")
     if len(shards) != ranks:
         raise CheckpointError(f"{path} holds {len(shards)} optimizer shards of {ranks} ranks")
-    return Checkpoint(progress, adapter, peft_config, shards)
+    return Checkpoint(progress, adapter, peft_config, shards, phase, buffer)
 
 
 def newest_good(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) -> Checkpoint | None:

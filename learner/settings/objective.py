@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from learner.settings.sections import Section
-from rollout.trajectory import SamplerSpec
+from rollout.trajectory import BranchSpec, SamplerSpec
 
 ClipLow = Annotated[float, Field(gt=0, le=1)]
 Average = Literal["sequence", "token"]
@@ -32,17 +32,52 @@ class Cost:
     """Whether they are measured again before every later update."""
     choices: bool = False
     """Whether choices of positions are scored where the rollout makes them."""
+    teacher: bool = False
+    """Whether each view is also scored by the phase's teacher, without gradient."""
+    completions: int | None = None
+    """Completions that an update learns from; None for all of its groups'."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """How a method learns in phases: all completions of a phase are written by the weights that it began with, the
+    teacher's, and every update learns from a buffer of them."""
+
+    iterations: int
+    """of a phase"""
+    prompts: int
+    """Groups in the buffer. An iteration that begins a phase draws all of them, a later one replaces the oldest."""
+    decay: float | None
+    """Of the running mean of the weights, with which a phase ends; None ends it with the last weights."""
+
+    def of(self, iteration: int) -> int:
+        """Number of the phase that an iteration, from 0, is part of."""
+        return iteration // self.iterations
+
+    def begin(self, iteration: int) -> int:
+        """The first iteration of that phase."""
+        return iteration - iteration % self.iterations
 
 
 class ObjectiveSection(Section):
     """What all methods share. A variant's ``type`` names it."""
 
+    smallest_group: ClassVar[int] = 2
+    """Completions of a prompt that the method needs at least."""
     method: ClassVar[str]
     """Where the class is that does it, as module:Class; nothing that torch needs is loaded with the settings."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         """Of completions that this sampler wrote."""
         raise NotImplementedError
+
+    def phases(self) -> Phases | None:
+        """How it learns in phases; None when every iteration learns from its own groups alone."""
+        return None
+
+    def branches(self, sampler: SamplerSpec) -> BranchSpec | None:
+        """Which states of the completions are branched, and graded too; None for a method that needs none."""
+        return None
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         """Why the method can't learn from completions of this sampler, one sentence each; empty when it can."""

@@ -5,8 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig
+from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
-from learner.settings.methods.states import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig, D2Config
 
 ObjectiveConfig = Annotated[
     AgrpoConfig
@@ -17,6 +18,8 @@ ObjectiveConfig = Annotated[
     | GdpoConfig
     | SpgConfig
     | DmpoConfig
-    | RspoConfig,
+    | RspoConfig
+    | DtmConfig
+    | D2Config,
     Field(discriminator="type"),
 ]

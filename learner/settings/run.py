@@ -72,6 +72,7 @@ class RunConfig(Section):
             *_sampler_problems(self),
             *self.objective.refuses(self.rollout.sampler.spec()),
             *_rollout_problems(self),
+            *_phase_problems(self),
             *group_problems(self.learner, self.resources),
             *model_problems(self.model, self.learner),
         ]
@@ -271,6 +272,11 @@ def _rollout_problems(config: RunConfig) -> list[str]:
             f"rollout.groups_per_lease={rollout.groups_per_lease} is more than "
             f"rollout.prompts_per_iteration={rollout.prompts_per_iteration}; lower it"
         )
+    if rollout.group_size < config.objective.smallest_group:
+        problems.append(
+            f"rollout.group_size={rollout.group_size} gives a completion none to be compared with; take "
+            f"{config.objective.smallest_group} or more"
+        )
     if rollout.group_size > LARGEST_GROUP:
         problems.append(
             f"rollout.group_size={rollout.group_size} is more than {LARGEST_GROUP}, and a group is drawn, delivered "
@@ -302,6 +308,29 @@ def _rollout_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"model.base.d_model={config.model.base.d_model} does not split into "
             f"model.base.n_heads={config.model.base.n_heads} heads of even width; change one of them"
+        )
+    return problems
+
+
+def _phase_problems(config: RunConfig) -> list[str]:
+    phases, rollout = config.objective.phases(), config.rollout
+    if phases is None:
+        return []
+    problems = []
+    if phases.prompts < rollout.prompts_per_iteration:
+        problems.append(
+            f"objective.buffer_prompts={phases.prompts} can't hold the {rollout.prompts_per_iteration} groups that "
+            "rollout.prompts_per_iteration draws; raise the one or lower the other"
+        )
+    if rollout.max_staleness > 0:
+        problems.append(
+            f"rollout.max_staleness={rollout.max_staleness} would draw ahead with the teacher of the phase before; "
+            f"objective.type={config.objective.type} needs 0"
+        )
+    if rollout.buffer_groups is not None and rollout.buffer_groups < phases.prompts:
+        problems.append(
+            f"rollout.buffer_groups={rollout.buffer_groups} can't hold the {phases.prompts} groups that a phase begins "
+            "with; raise it to at least that, or leave it null"
         )
     return problems
 

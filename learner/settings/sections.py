@@ -16,7 +16,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder; no shell expands the ~ of key=~/x."""
-AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
 class Section(BaseModel):
@@ -176,7 +175,7 @@ class RolloutSection(Section):
     actors on a local Ray, as many as there is room for on a cluster."""
     prompts_per_iteration: PositiveInt = 16
     """Prompt groups of one iteration."""
-    group_size: AtLeastTwo = 8
+    group_size: PositiveInt = 8
     """G, completions of one prompt."""
     groups_per_lease: PositiveInt = 4
     """Prompt groups that an actor takes, computes and delivers together."""

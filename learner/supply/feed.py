@@ -7,6 +7,7 @@ import numpy as np
 from learner.runs.stopping import StopRequested
 from learner.settings.run import RunConfig
 from learner.supply.verdicts import Verdicts
+from learner.supply.window import GroupRef, Supply
 from rewards.errors import GradingFailed
 from rewards.task import Problem
 from rollout.messages import Weights
@@ -33,13 +34,15 @@ class Feed:
         problems: Sequence[Problem],
         pool: RolloutPool,
         replay: ReplayBuffer,
+        supply: Supply,
         *,
         on_event: Callable[[str, str, str], None],
         stop: Callable[[], bool],
         on_pump: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.problems, self.pool, self.replay = config, problems, pool, replay
+        self.config, self.problems, self.pool, self.replay, self.supply = config, problems, pool, replay, supply
         self.sampler = config.rollout.sampler.spec()
+        self.branches = config.objective.branches(self.sampler)
         self.verdicts = Verdicts(on_event)
         self._lease_seconds: list[dict[str, float]] = []
         self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
@@ -57,8 +60,7 @@ class Feed:
 
     def specs(self, iteration: int) -> list[GroupSpec]:
         """The iteration's groups: the next problems of a fresh shuffle per epoch."""
-        count, seed = self.config.rollout.prompts_per_iteration, self.config.run.seed
-        group_ids = range(iteration * count, (iteration + 1) * count)
+        group_ids, seed = self.supply.group_ids(iteration), self.config.run.seed
         orders = {epoch: self._order(epoch) for epoch in {group_id // len(self.problems) for group_id in group_ids}}
         return [
             GroupSpec(
@@ -84,7 +86,8 @@ class Feed:
                     raise StopRequested
                 self.pump(weights, timeout_s=1.0)
             items = self.replay.take(iteration, version)
-            lost = self.replay.find_lost(items, timeout_s=self.config.timeouts.publish)
+            refs = {item.group_id: item.ref for item in items}
+            lost = self.replay.find_lost(refs, timeout_s=self.config.timeouts.publish)
             if lost:
                 self._on_event("warning", "lost", f"the objects of groups {lost} are gone; they are drawn again")
                 self.replay.lost(lost)
@@ -101,6 +104,20 @@ class Feed:
             asked=sum(report.verdicts for report in reports),
         )
         return items
+
+    def learned_from(self, iteration: int, items: Sequence[ReplayItem]) -> Sequence[GroupRef]:
+        """The objects of the groups that the iteration learns from, by ascending group id, now that its own are there.
+
+        Those of earlier iterations whose objects are gone are told and left out.
+        """
+        refs = self.supply.take_in(iteration, items)
+        if len(refs) > len(items):
+            lost = self.replay.find_lost(self.supply.held, timeout_s=self.config.timeouts.publish)
+            if lost:
+                self._on_event("warning", "lost", f"the objects of groups {lost} are gone; the buffer is smaller now")
+                self.supply.let_go(lost)
+                refs = list(self.supply.held.values())
+        return refs
 
     def pump(self, weights: Weights, *, timeout_s: float) -> None:
         """Lease what may be leased, then take in what has happened, waiting at most ``timeout_s`` seconds for it."""
@@ -146,7 +163,7 @@ class Feed:
                 )
             if lease is None:
                 return
-            self.pool.submit(lease, self.sampler, weights)
+            self.pool.submit(lease, self.sampler, weights, self.branches)
 
     def _order(self, epoch: int) -> np.ndarray:
         return numpy_generator(self.config.run.seed, "prompt order", epoch).permutation(len(self.problems))

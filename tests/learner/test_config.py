@@ -132,7 +132,7 @@ MISTAKES = {
     "top_p 0": (["rollout.sampler.top_p=0"], ["top_p=0", "above 0"]),
     "top_p above 1": (["rollout.sampler.top_p=1.5"], ["top_p=1.5", "at most 1"]),
     "top_k 0": (["rollout.sampler.top_k=0"], ["top_k=0", "above 0"]),
-    "group of one": (["rollout.group_size=1"], ["group_size=1", "at least 2"]),
+    "group of one": (["rollout.group_size=1"], ["group_size=1", "take 2 or more"]),
     "room for fewer actors": (["rollout.max_actors=1"], ["max_actors=1", "rollout.actors=2"]),
     "lease beyond the iteration": (["rollout.groups_per_lease=17"], ["groups_per_lease=17", "=16"]),
     "buffer below the iteration": (["rollout.buffer_groups=3"], ["buffer_groups=3", "at least"]),

@@ -7,6 +7,7 @@ import pytest
 
 from learner.settings.run import load_config
 from learner.supply.feed import Feed
+from learner.supply.window import Supply
 from rewards.task import Problem
 from rollout.ledger import Ledger
 from rollout.replay import ReplayBuffer
@@ -23,7 +24,8 @@ def make_feed() -> Callable[..., Feed]:
         config = load_config(["recipe=smoke", "run.iterations=6", *settings])
         ledger = Ledger(capacity=config.rollout.buffer_size, groups_per_lease=2, max_staleness=0)
         pool: Any = None
-        return Feed(config, PROBLEMS, pool, ReplayBuffer(ledger), on_event=print, stop=lambda: False)
+        supply = Supply(config.rollout.prompts_per_iteration, config.objective.phases())
+        return Feed(config, PROBLEMS, pool, ReplayBuffer(ledger), supply, on_event=print, stop=lambda: False)
 
     return make
 

@@ -28,10 +28,19 @@ from rollout.code import code_identity
 from rollout.engines.torch import TorchEngine
 from rollout.ledger import STATUSES, Ledger
 from rollout.messages import BASE_WEIGHTS, EvalResult, Weights
+from rollout.models.encoding import completion_text, load_tokenizer
 from rollout.models.lora import LoraSpec
 from rollout.pool import ActorLost, Delivery, Resize, RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
-from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import (
+    BranchSpec,
+    DrawnBranches,
+    GreedyBranches,
+    GroupSpec,
+    Lease,
+    SamplerSpec,
+    TrajectoryGroup,
+)
 from rollout.waits import bounded_get
 
 pytestmark = pytest.mark.slow
@@ -330,7 +339,7 @@ def test_delivered_groups_survive_their_actor(pool: RolloutPool, weights: Callab
     replay.ledger.issue(1, plan(4, first=2))
     lost = pump(pool, replay, 1, weights(1))  # ends only if both were replaced
     assert {event.actor_id for event in lost} == killed.keys()
-    assert replay.find_lost(items, timeout_s=30.0) == []
+    assert replay.find_lost({item.group_id: item.ref for item in items}, timeout_s=30.0) == []
     groups = groups_of(items)
     assert not {group.actor_id for group in groups} - killed.keys()
     assert min(group.nbytes for group in groups) > 100 * 1024, "must be too big for Ray to ship inside a message"
@@ -366,6 +375,38 @@ def test_broken_reward_drops_the_group(pool: RolloutPool, weights: Callable[[int
     assert [item.group_id for item in replay.take(0, 0)] == [1]
     reason = "reward component letters is not a finite number"
     assert replay.ledger.counts()["dropped_by_reason"] == {reason: 1}
+
+
+@pytest.mark.parametrize("branches", [GreedyBranches(3), DrawnBranches(2, 1.0)])
+def test_branches_are_graded_once_for_each_text(
+    pool: RolloutPool, weights: Callable[[int], Weights], tiny_model: str, branches: BranchSpec
+) -> None:
+    sampler = SamplerSpec(4, 4, steps=4, position_rule="random", temperature=1.0)
+    spec = GroupSpec(0, Problem("p", {"number": 0}), SIZE, seed=100)
+    pool.submit(Lease(0, (spec,)), sampler, weights(0), branches)
+    (delivery,) = waited(pool)
+    (group,) = bounded_get(delivery.refs, who="the group", timeout_s=30.0)
+    assert group.branch_step is not None and group.branch_ids is not None and group.branch_rewards is not None
+    tokenizer = load_tokenizer(tiny_model)
+    asked = 0
+    for row in range(SIZE):
+        fills = group.branch_ids[row][group.branch_step[row] >= 0].reshape(-1, 4)
+        texts = [completion_text(tokenizer, ids_C.tolist()) for ids_C in fills]
+        found = group.branch_rewards[row][group.branch_step[row] >= 0].reshape(-1, 2)
+        right = group.branch_correct[row][group.branch_step[row] >= 0].ravel()
+        digits = np.array([sum(c in "0123456789" for c in text) for text in texts])
+        letters = np.array([sum(c.isalpha() for c in text) for text in texts])
+        assert (found == np.stack([digits, letters], axis=1)).all() and (right == (digits % 2 == 0)).all()
+        asked += len({completion_text(tokenizer, group.completion_ids[row].tolist()), *texts})
+    assert delivery.report.groups[0].verdicts == asked
+    assert asked < SIZE * (1 + group.branch_step.shape[1] * group.branch_ids.shape[2]), "some texts are equal"
+
+
+def waited(pool: RolloutPool) -> list[Delivery]:
+    deadline = time.monotonic() + 60.0
+    while not (events := pool.poll(1.0)):
+        assert time.monotonic() < deadline, "nothing is delivered"
+    return [event for event in events if isinstance(event, Delivery)]
 
 
 def test_wrong_weights_are_refused(make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights]) -> None:
@@ -540,14 +581,14 @@ def test_lost_node(
         pool = make_pool(1, resources={"CPU": 1, "far": 1})
         pump(pool, replay, 0, weights(0))
     items = replay.take(0, 0)
-    assert replay.find_lost(items, timeout_s=60.0) == [0, 1]
+    assert replay.find_lost({item.group_id: item.ref for item in items}, timeout_s=60.0) == [0, 1]
     replay.lost([0, 1])
     assert not replay.ledger.complete(0) and replay.ledger.counts()["lost"] == 2
     with far_node(cluster):
         lost = pump(pool, replay, 0, weights(0))
         assert [event.actor_id for event in lost] == ["rollout-0"]
         items = replay.take(0, 0)
-        assert replay.find_lost(items, timeout_s=60.0) == []
+        assert replay.find_lost({item.group_id: item.ref for item in items}, timeout_s=60.0) == []
         assert content(groups_of(items)) == undisturbed[:2]
 
 
