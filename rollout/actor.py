@@ -25,7 +25,7 @@ from rollout.grading import GradeResult, GraderPool
 from rollout.messages import EvalReport, EvalResult, GroupReport, LeaseReport, Weights
 from rollout.models.encoding import completion_text, encode_prompt
 from rollout.seeds import derive_seed
-from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 from rollout.usage import process_usage
 from rollout.waits import bounded_get
 
@@ -92,8 +92,11 @@ class RolloutActor:
             "engine": self._engine.describe(),
         }
 
-    def run_lease(self, lease: Lease, sampler: SamplerSpec, weights: Weights) -> tuple[Any, ...]:
+    def run_lease(
+        self, lease: Lease, sampler: SamplerSpec, weights: Weights, branches: BranchSpec | None = None
+    ) -> tuple[Any, ...]:
         """Draw and grade the lease's groups: its LeaseReport, then one TrajectoryGroup per group, in the lease's order.
+        ``branches`` says which states of their completions are branched and graded too.
 
         Raises:
             WeightMismatch: the weights that were loaded are not those that were published.
@@ -103,11 +106,11 @@ class RolloutActor:
         begin = time.perf_counter()
         self._hold(weights)
         loaded = time.perf_counter()
-        drawn, futures = self._generate(lease.groups, sampler)
+        drawn, asked = self._generate(lease.groups, sampler, branches)
         generated = time.perf_counter()
         groups, reports = [], []
-        for group, pending in zip(drawn, futures, strict=True):
-            grades = self._graders.collect(pending)
+        for group, pending in zip(drawn, asked, strict=True):
+            grades = self._collect(pending)
             groups.append(self._with_grades(group, grades))
             reports.append(_report(groups[-1], grades))
         report = LeaseReport(
@@ -137,17 +140,16 @@ class RolloutActor:
             GroupSpec(i, problem, samples, seed) for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
         ]
         begin = time.perf_counter()
-        groups, futures = self._generate(specs, sampler)
+        groups, asked = self._generate(specs, sampler)
         generated = time.perf_counter()
         results = [
-            self._eval_result(group, self._graders.collect(pending), with_trajectory=group.group_id < keep)
-            for group, pending in zip(groups, futures, strict=True)
+            self._eval_result(group, self._collect(pending), with_trajectory=group.group_id < keep)
+            for group, pending in zip(groups, asked, strict=True)
         ]
         return EvalReport(results, generated - begin)
 
-    def _eval_result(
-        self, group: TrajectoryGroup, grades: Sequence[GradeResult], *, with_trajectory: bool
-    ) -> EvalResult:
+    def _eval_result(self, group: TrajectoryGroup, graded: Sequence["_Grades"], *, with_trajectory: bool) -> EvalResult:
+        grades = [row.completion for row in graded]
         return EvalResult(
             problem_id=group.problem_id,
             completions=tuple(self._text(ids_C) for ids_C in group.completion_ids),
@@ -157,7 +159,7 @@ class RolloutActor:
             nfe=tuple(group.nfe.tolist()),
             grader_failures=sum(grade.failed for grade in grades),
             reason=next((grade.error for grade in grades if grade.failed), None),
-            trajectory=self._with_grades(group, grades) if with_trajectory else None,
+            trajectory=self._with_grades(group, graded) if with_trajectory else None,
         )
 
     def _hold(self, weights: Weights) -> None:
@@ -180,42 +182,95 @@ class RolloutActor:
         return self._engine.policy_version, self._engine.adapter_digest
 
     def _generate(
-        self, specs: Sequence[GroupSpec], sampler: SamplerSpec
-    ) -> tuple[list[TrajectoryGroup], list[list[Future[GradeResult]]]]:
-        """Groups without grades, and for each the futures of its grades: graders work while the engine does."""
+        self, specs: Sequence[GroupSpec], sampler: SamplerSpec, branches: BranchSpec | None = None
+    ) -> tuple[list[TrajectoryGroup], list[list["_Asked"]]]:
+        """Groups without grades, and what each of their rows asked the graders, who work while the engine does."""
         tokenizer = self._engine.tokenizer
         prompts = [encode_prompt(tokenizer, self._task.messages(spec.problem.fields)) for spec in specs]
-        futures: dict[tuple[int, int], Future[GradeResult]] = {}
+        asked: dict[tuple[int, int], _Asked] = {}
 
-        def grade(group: int, completion: int, ids_C: np.ndarray) -> None:
+        def grade(group: int, completion: int, ids_FC: np.ndarray) -> None:
             fields = specs[group].problem.fields
-            futures[group, completion] = self._graders.submit(fields, self._text(ids_C))
+            texts = [self._text(ids_C) for ids_C in ids_FC]
+            futures = {text: self._graders.submit(fields, text) for text in dict.fromkeys(texts)}
+            number = {text: i for i, text in enumerate(futures)}
+            asked[group, completion] = _Asked(list(futures.values()), [number[text] for text in texts])
 
-        groups = self._engine.generate(specs, prompts, sampler, on_completion=grade)
-        return groups, [[futures[g, c] for c in range(spec.size)] for g, spec in enumerate(specs)]
+        groups = self._engine.generate(specs, prompts, sampler, branches=branches, on_completion=grade)
+        return groups, [[asked[g, c] for c in range(spec.size)] for g, spec in enumerate(specs)]
+
+    def _collect(self, asked: Sequence["_Asked"]) -> list["_Grades"]:
+        found = iter(self._graders.collect([future for row in asked for future in row.futures]))
+        return [_Grades([next(found) for _ in row.futures], row.of_text) for row in asked]
 
     def _text(self, ids_C: np.ndarray) -> str:
         return completion_text(self._engine.tokenizer, ids_C.tolist())
 
-    def _with_grades(self, group: TrajectoryGroup, grades: Sequence[GradeResult]) -> TrajectoryGroup:
+    def _with_grades(self, group: TrajectoryGroup, grades: Sequence["_Grades"]) -> TrajectoryGroup:
         names = tuple(self._task.components)
+        verdicts = [grade for row in grades for grade in row.verdicts]
         counters = {
-            "grader_timeouts": sum(grade.timed_out for grade in grades),
-            "grader_crashes": sum(grade.crashed for grade in grades),
+            "grader_timeouts": sum(grade.timed_out for grade in verdicts),
+            "grader_crashes": sum(grade.crashed for grade in verdicts),
         }
         graded = dataclasses.replace(
             group,
-            rewards=np.array([[grade.components[name] for name in names] for grade in grades], dtype=np.float32),
+            rewards=_rewards([row.completion for row in grades], names),
             reward_names=names,
-            correct=np.array([grade.correct for grade in grades], dtype=np.bool_),
+            correct=np.array([row.completion.correct for row in grades], dtype=np.bool_),
             actor_id=self._actor_id,
             counters={**group.counters, **counters},
+            **_branch_grades(group, grades, names),
         )
         graded.validate()
         return graded
 
 
-def _report(group: TrajectoryGroup, grades: Sequence[GradeResult]) -> GroupReport:
+@dataclass(frozen=True)
+class _Asked:
+    """Of a row: the verdicts that are out, one for each text that differs, and which of them each of its texts has, the
+    completion's first, then those of its branches."""
+
+    futures: list[Future[GradeResult]]
+    of_text: list[int]
+
+
+@dataclass(frozen=True)
+class _Grades:
+    """What a row's ``_Asked`` got."""
+
+    verdicts: list[GradeResult]
+    of_text: list[int]
+
+    @property
+    def completion(self) -> GradeResult:
+        return self.verdicts[0]
+
+    @property
+    def branches(self) -> list[GradeResult]:
+        return [self.verdicts[number] for number in self.of_text[1:]]
+
+
+def _rewards(grades: Sequence[GradeResult], names: Sequence[str]) -> np.ndarray:
+    """[., R] float32."""
+    values = [[grade.components[name] for name in names] for grade in grades]
+    return np.array(values, dtype=np.float32).reshape(len(grades), len(names))
+
+
+def _branch_grades(group: TrajectoryGroup, rows: Sequence[_Grades], names: Sequence[str]) -> dict[str, Any]:
+    """The fields of the group that hold the grades of its branches, 0 for states that a completion never reached."""
+    if group.branch_ids is None or group.branch_step is None:
+        return {}
+    grades = [grade for row in rows for grade in row.branches]
+    shape = group.branch_ids.shape[:3]
+    rewards, correct = np.zeros((*shape, len(names)), np.float32), np.zeros(shape, np.bool_)
+    at = np.broadcast_to((group.branch_step >= 0)[:, :, None], shape)
+    rewards[at], correct[at] = _rewards(grades, names), [grade.correct for grade in grades]
+    return {"branch_rewards": rewards, "branch_correct": correct}
+
+
+def _report(group: TrajectoryGroup, rows: Sequence[_Grades]) -> GroupReport:
+    grades = [grade for row in rows for grade in row.verdicts]
     return GroupReport(
         group_id=group.group_id,
         problem_id=group.problem_id,

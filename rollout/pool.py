@@ -25,7 +25,7 @@ from rewards.task import Problem
 from rollout.actor import ActorSettings, RolloutActor
 from rollout.messages import EvalReport, EvalResult, LeaseReport, Weights
 from rollout.places import STATES, Evaluation, Place, Task
-from rollout.trajectory import Lease, SamplerSpec
+from rollout.trajectory import BranchSpec, Lease, SamplerSpec
 from rollout.waits import bounded_get, bounded_wait
 
 # Repeating the task would end the same way.
@@ -117,11 +117,11 @@ class RolloutPool:
         """Number of actors that could take a lease now."""
         return len(self._idle_places())
 
-    def submit(self, lease: Lease, sampler: SamplerSpec, weights: Weights) -> None:
+    def submit(self, lease: Lease, sampler: SamplerSpec, weights: Weights, branches: BranchSpec | None = None) -> None:
         """Give the lease to an idle actor."""
         place = self._idle_places()[0]
         method = place.handle.run_lease.options(num_returns=1 + len(lease.groups))
-        place.take(Task(method.remote(lease, sampler, weights), weights, lease_id=lease.lease_id))
+        place.take(Task(method.remote(lease, sampler, weights, branches), weights, lease_id=lease.lease_id))
 
     def poll(self, timeout_s: float) -> list[Delivery | ActorLost]:
         """What has happened; waits up to ``timeout_s`` seconds for something to happen.

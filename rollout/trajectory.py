@@ -1,6 +1,11 @@
 """The trajectory contract: what a rollout leaves behind for the learner.
 
-Shapes: G completions of one prompt, C completion positions, P prompt tokens, R reward components, m denoising steps.
+Shapes: G completions of one prompt, C completion positions, P prompt tokens, R reward components, m denoising steps, S
+branched states of a completion, Z fills of a state.
+
+A branch is a completion of a state that the rollout went through: every masked position is filled at once, each from
+its own law, out of the logits that the step made anyway. It is graded like a completion.
+
 Everything is numpy, so a group comes out of Ray's object store without a copy.
 """
 
@@ -9,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -56,6 +61,34 @@ class SamplerSpec:
     def greedy(self, *, steps: int, position_rule: PositionRule) -> "SamplerSpec":
         """Temperature 0 without truncation, in this many steps and this order; the rest as it is."""
         return replace(self, steps=steps, position_rule=position_rule, temperature=0.0, top_k=None, top_p=1.0)
+
+
+@dataclass(frozen=True)
+class GreedyBranches:
+    """The likeliest fill of the states before the steps whose drawn tokens had the largest mean entropy."""
+
+    states: int
+    """S, at most as many as there were steps."""
+    until_last_token: bool = False
+    """Whether only steps up to the one that revealed the last token other than EOS count."""
+
+    fills: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class DrawnBranches:
+    """Fills drawn as the rollout draws a step's tokens, at one state of each completion. Its step is drawn beforehand,
+    with a density over the progress t from 0 to 1 that is proportional to t**degree; a completion that ends before it
+    has none."""
+
+    fills: int
+    degree: float
+
+    states: ClassVar[int] = 1
+
+
+BranchSpec = GreedyBranches | DrawnBranches
+"""Which states of a completion are branched, and how they are filled."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +155,18 @@ class TrajectoryGroup:
     position_entropy: np.ndarray | None = None
     """[G, m] float32, nats: the entropies of the laws that the step's positions were picked from, one after the other,
     added up; 0 where ``position_logp`` is."""
+    branch_step: np.ndarray | None = None
+    """[G, S] int16, the steps before which the branched states were, the one of the largest entropy first; -1 where a
+    completion had fewer. None, as all of them, where nothing was branched."""
+    branch_ids: np.ndarray | None = None
+    """[G, S, Z, C] int32, whole completions: what was revealed, and the fill."""
+    branch_logp: np.ndarray | None = None
+    """[G, S, Z, C] float32, log-prob of drawn fills under the law they were drawn from, 0 where nothing was filled;
+    None for greedy ones."""
+    branch_rewards: np.ndarray | None = None
+    """[G, S, Z, R] float32."""
+    branch_correct: np.ndarray | None = None
+    """[G, S, Z] bool."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -168,6 +213,18 @@ class TrajectoryGroup:
             )
             if recorded is not None:
                 expected[name] = ((G, m), np.float32)
+        branched = (self.branch_step, self.branch_ids, self.branch_rewards, self.branch_correct)
+        self._require(len({array is None for array in branched}) == 1, "some arrays of its branches are missing")
+        if self.branch_ids is not None:
+            S, Z = self.branch_ids.shape[1:3]
+            expected |= {
+                "branch_step": ((G, S), np.int16),
+                "branch_ids": ((G, S, Z, C), np.int32),
+                "branch_rewards": ((G, S, Z, R), np.float32),
+                "branch_correct": ((G, S, Z), np.bool_),
+            }
+            if self.branch_logp is not None:
+                expected["branch_logp"] = ((G, S, Z, C), np.float32)
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
             self._require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
@@ -188,6 +245,7 @@ class TrajectoryGroup:
         for name, recorded in choices.items():
             self._require(recorded is None or bool(np.isfinite(recorded).all()), f"{name} is not finite")
         self._require(self.position_logp is None or bool((self.position_logp <= 0).all()), "position_logp above 0")
+        self._validate_branches(last)
         if self.support_indptr is None or self.support_ids is None:
             self._require(not self.sampler.truncates, "the sampler truncates but no support was recorded")
         else:
@@ -221,14 +279,23 @@ class TrajectoryGroup:
             meta["sampler"] = SamplerSpec(**meta["sampler"])
             meta.pop("timings", None)  # older files have seconds that nothing reads
             meta["reward_names"] = tuple(meta["reward_names"])
-            absent: dict[str, Any] = {
-                name: None
-                for name in ("support_indptr", "support_ids", "position_logp", "position_entropy")
-                if name not in arrays
-            }
+            absent: dict[str, Any] = {name: None for name in ("support_indptr", "support_ids") if name not in arrays}
             return cls(**meta, **arrays, **absent)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise DataError(f"{path} is not a readable trajectory group: {error}") from error
+
+    def _validate_branches(self, last: int) -> None:
+        if self.branch_step is None or self.branch_ids is None:
+            return
+        inside = (self.branch_step >= -1) & (self.branch_step <= last)
+        self._require(bool(inside.all()), f"branch_step outside -1..{last}")
+        shown_GSC = (self.unmask_step[:, None] < self.branch_step[:, :, None])[:, :, None]
+        kept = self.branch_ids == self.completion_ids[:, None, None]
+        self._require(bool((kept | ~shown_GSC).all()), "a branch differs from its completion where that was revealed")
+        if self.branch_logp is not None:
+            hidden = (self.branch_step >= 0)[:, :, None, None] & ~shown_GSC
+            fits = np.where(hidden, self.branch_logp <= 1e-6, self.branch_logp == 0)
+            self._require(bool(fits.all()), "branch_logp is above 0, not finite, or not 0 where nothing was filled")
 
     def _validate_support(self, cells: int) -> None:
         assert self.support_indptr is not None and self.support_ids is not None

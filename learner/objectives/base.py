@@ -1,6 +1,6 @@
 """What a method is, for the ranks, the plan and playback: ``Objective``.
 
-Shapes: G completions of a group, N scored tokens of a batch.
+Shapes: G completions of a group, S steps of a completion that have a credit of their own, N scored tokens of a batch.
 """
 
 from collections.abc import Sequence
@@ -104,8 +104,9 @@ class Objective(Protocol):
         """What ``loss`` wants to be scored."""
 
     def credit(self, groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:
-        """For each of the update's groups [G] float64, what each completion is credited with. The only place where a
-        method turns rewards into that: the plan keeps it, and playback shows what was kept.
+        """For each of the update's groups [G] float64, what each completion is credited with; or [G, S], what each of S
+        steps of it is. The only place where a method turns rewards into that: the plan keeps it, and playback shows
+        what was kept.
 
         Raises:
             DataError: when a reward isn't finite.

@@ -49,7 +49,7 @@ class UpdatePlan:
     statistics: dict[str, float]
     """Figures of the whole update (the same on every rank, so not to be added up over ranks)."""
     credit: tuple[np.ndarray, ...]
-    """[group], what the objective credits each completion with, [G] float64."""
+    """[group], what the objective credits each completion with, as ``Objective.credit`` gives it."""
 
 
 def plan_update(
@@ -135,6 +135,14 @@ def _group_statistics(group: TrajectoryGroup, credit_G: np.ndarray, eos_ids: tup
     if group.position_logp is not None and group.position_entropy is not None:
         choices = float((group.position_logp < 0).sum())
         means["position_entropy"] = (float(group.position_entropy.sum(dtype=np.float64)), choices)
+    if group.branch_step is not None and group.branch_rewards is not None and group.branch_correct is not None:
+        there_GS = group.branch_step >= 0
+        fills = float(there_GS.sum() * group.branch_correct.shape[2])
+        means |= {
+            "branches/missing_share": (float((~there_GS).sum()), float(there_GS.size)),
+            "branches/reward": (float(group.branch_rewards.sum(dtype=np.float64)), fills),
+            "branches/solve_rate": (float(group.branch_correct.sum()), fills),
+        }
     for name, values_G in zip(group.reward_names, group.rewards.T, strict=True):
         means[f"reward/{name}"] = (float(values_G.sum(dtype=np.float64)), G)
     all_eos = int((last_token_step(group, eos_ids) < 0).sum())

@@ -67,7 +67,8 @@ class UpdateReport:
     forwards: int
     seconds: float
     credit: tuple[np.ndarray, ...] = ()
-    """[group], what each completion was credited with, [G] float64, the same on every rank; empty where nothing is."""
+    """[group], what each completion was credited with, as ``Objective.credit`` gives it, the same on every rank; empty
+    where nothing is."""
     scored: tuple[ScoredView, ...] = ()
     """What this rank scored of the groups that are kept for playback, in the order of the plan."""
     usage: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +118,7 @@ class Plan(Protocol):
 
     @property
     def credit(self) -> tuple[np.ndarray, ...]:
-        """[group], what each completion is credited with, [G] float64; empty where nothing is."""
+        """[group], what each completion is credited with, as ``Objective.credit`` gives it; empty where nothing is."""
 
 
 def lora_spec(config: GroupConfig) -> LoraSpec:

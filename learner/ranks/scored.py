@@ -43,7 +43,7 @@ def recorded_groups(credit: Sequence[np.ndarray], completions: int) -> tuple[int
     silent = [not credit_G.any() for credit_G in credit]
     chosen: list[int] = []
     for index in sorted(range(len(credit)), key=lambda index: silent[index]):
-        if sum(credit[i].size for i in chosen) >= completions:
+        if sum(len(credit[i]) for i in chosen) >= completions:
             break
         chosen.append(index)
     return tuple(sorted(chosen))

@@ -69,7 +69,8 @@ class PlaybackRecorder:
 
         Args:
             groups: all of the iteration's, as its updates saw them.
-            credit: [group], what each completion was credited with, [G] float64.
+            credit: [group], what each completion was credited with, [G] float64, or [G, S] each of its steps; then the
+                mean is kept.
             updates: what each update on them scored of the recorded groups.
         """
         order: dict[str, Any] = {}
@@ -86,7 +87,7 @@ class PlaybackRecorder:
             for row in range(group.size):
                 views = views_of[index, row]
                 about = {
-                    "advantage": float(credit[index][row]),
+                    "advantage": float(np.mean(credit[index][row])),
                     "group_size": group.size,
                     "updates": len(updates),
                     "learner_version": iteration - 1,

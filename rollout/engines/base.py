@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rollout.adapters import AdapterState
-from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
 
 class Engine(Protocol):
@@ -22,6 +22,7 @@ class Engine(Protocol):
         prompts: Sequence[list[int]],
         sampler: SamplerSpec,
         *,
+        branches: BranchSpec | None = None,
         on_completion: Callable[[int, int, np.ndarray], None] | None = None,
     ) -> list[TrajectoryGroup]: ...
 

@@ -20,7 +20,7 @@ from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.sampling.denoise import Completion, Request, Tokens, denoise
 from rollout.seeds import derive_seed
-from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
 
 class TorchEngine:
@@ -70,6 +70,7 @@ class TorchEngine:
         prompts: Sequence[Sequence[int]],
         sampler: SamplerSpec,
         *,
+        branches: BranchSpec | None = None,
         on_completion: Callable[[int, int, np.ndarray], None] | None = None,
         on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
     ) -> list[TrajectoryGroup]:
@@ -77,7 +78,9 @@ class TorchEngine:
 
         Args:
             prompts: token ids of each group's prompt.
-            on_completion: called with (group index, completion index, ids [C] int32) as soon as one is finished.
+            branches: which states of the completions are branched.
+            on_completion: called with (group index, completion index, ids [1 + F, C] int32) as soon as one is finished:
+                its own, and those of its branches' F fills in their order, states that it never reached left out.
             on_step: as ``denoise`` calls it, completions counted through all groups.
 
         Returns:
@@ -90,7 +93,8 @@ class TorchEngine:
 
         def finished(index: int, completion: Completion) -> None:
             if on_completion:
-                on_completion(*place[index], completion.ids)
+                fills = [] if completion.branches is None else [completion.branches.found_ids]
+                on_completion(*place[index], np.concatenate([completion.ids[None], *fills]))
 
         with torch.inference_mode():
             completions = denoise(
@@ -100,6 +104,7 @@ class TorchEngine:
                 Tokens(self.family.mask_token_id, (self.family.eos_token_id,), self.family.pad_token_id),
                 max_rows=self.max_rows,
                 device=self.device,
+                branches=branches,
                 on_completion=finished,
                 on_step=on_step,
             )
@@ -172,6 +177,11 @@ class TorchEngine:
         if sampler.scores_positions:
             names += ["position_logp", "position_entropy"]
         arrays: dict[str, Any] = {name: np.stack([getattr(c, name) for c in completions]) for name in names}
+        if branches := [c.branches for c in completions if c.branches is not None]:
+            kept = [name for name in ("step", "ids", "logp") if getattr(branches[0], name) is not None]
+            arrays |= {f"branch_{name}": np.stack([getattr(b, name) for b in branches]) for name in kept}
+            shape = arrays["branch_ids"].shape[:3]
+            arrays |= {"branch_rewards": np.zeros((*shape, 0), np.float32), "branch_correct": np.zeros(shape, bool)}
         return TrajectoryGroup(
             group_id=spec.group_id,
             problem_id=spec.problem.id,

@@ -16,10 +16,11 @@ import torch
 
 from rewards.errors import ConfigError
 from rollout.sampling import noise
+from rollout.sampling.branches import Branches, Branching, branching
 from rollout.sampling.positions import choice_entropy, choice_logp, log_confidence
 from rollout.sampling.schedule import tokens_per_step
 from rollout.sampling.truncation import Law, truncate, without_mask
-from rollout.trajectory import PositionRule, SamplerSpec
+from rollout.trajectory import BranchSpec, PositionRule, SamplerSpec
 
 POSITION_RULES: tuple[str, ...] = get_args(PositionRule)
 _POSITION_STREAM = -1  # the step's stream for choosing positions; completion positions are >= 0
@@ -49,6 +50,7 @@ class Completion:
     position_logp: np.ndarray | None = None
     position_entropy: np.ndarray | None = None
     nfe: int = 0
+    branches: Branches | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def denoise(
     *,
     max_rows: int,
     device: torch.device,
+    branches: BranchSpec | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
     on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
 ) -> list[Completion]:
@@ -76,8 +79,9 @@ def denoise(
 
     Args:
         forward: (input_ids [R, L] int64, attention_mask [R, L] int64 or None, logit_rows [N] int64 flat indices) ->
-            logits [N, V] of the candidate positions only.
+            logits [N, V] of the candidate positions only, and of those that branches fill.
         max_rows: rows denoised together; waiting requests take the places of finished ones.
+        branches: which states are branched too; draws are the same with and without.
         on_completion: called with (request index, completion) as soon as a completion is finished.
         on_step: called after each step with (request index, ids [C] int32, masked [C] bool), for whoever watches; ids
             are 0 where masked, and both go on changing.
@@ -100,6 +104,9 @@ def denoise(
     while True:
         while len(live) < max_rows and (index := next(waiting, None)) is not None:
             live.append(_Row(index, requests[index], sampler, loop.P))
+            if branches is not None:
+                key = requests[index].key
+                live[-1].branching = branching(branches, sampler, key, mask=tokens.mask, eos=tokens.eos)
         if not live:
             return [completion for completion in loop.done if completion is not None]
         loop.step(live)
@@ -108,6 +115,8 @@ def denoise(
                 on_step(row.index, row.out.ids, row.masked)
         for row in [row for row in live if row.finished(loop, tokens)]:
             live.remove(row)
+            if row.branching is not None:
+                row.out.branches = row.branching.finish(row.out)
             loop.done[row.index] = row.out
             if on_completion:
                 on_completion(row.index, row.out)
@@ -124,6 +133,7 @@ class _Row:
         self.prompt_ids = request.prompt_ids
         self.step = 0
         self.masked = np.ones(C, dtype=bool)
+        self.branching: Branching | None = None
         self.out = Completion(
             ids=np.zeros(C, np.int32),
             unmask_step=np.zeros(C, np.int16),
@@ -180,10 +190,16 @@ class _Loop:
         candidates = self._candidates(live)
         row_of_N = np.repeat(np.arange(len(live)), [len(c) for c in candidates])
         position_N = np.concatenate(candidates)
-        L = self.P + self.sampler.completion_length
-        logit_rows_N = torch.from_numpy(row_of_N * L + self.P + position_N).to(self.device)
-        input_ids_RL, attention_mask_RL = self._inputs(live)
-        logits_NV = self.forward(input_ids_RL, attention_mask_RL, logit_rows_N)
+        states = [
+            (r, row.branching, np.flatnonzero(row.masked))
+            for r, row in enumerate(live)
+            if row.branching is not None and row.branching.wants(row.step)
+        ]
+        asked_rows = [row_of_N, *(np.full(position_B.size, r) for r, _, position_B in states)]
+        asked_at = [position_N, *(position_B for _, _, position_B in states)]
+        logits_NV, *fill_logits = self._logits(live, asked_rows, asked_at)
+        for (r, branches, position_B), logits_BV in zip(states, fill_logits, strict=True):
+            branches.take(live[r].step, position_B, logits_BV)
         if self.choosing == "before drawing":
             picks = self._pick(live, candidates, logits_NV)
             candidates = [positions[pick] for positions, pick in zip(candidates, picks, strict=True)]
@@ -255,6 +271,16 @@ class _Loop:
                 assert out.position_logp is not None and out.position_entropy is not None
                 out.position_logp[live[r].step] = min(logp, 0.0)
                 out.position_entropy[live[r].step] = max(entropy, 0.0)
+
+    def _logits(
+        self, live: list[_Row], rows: Sequence[np.ndarray], positions: Sequence[np.ndarray]
+    ) -> Sequence[torch.Tensor]:
+        """One forward: the logits [., V] of each part's completion positions in these rows."""
+        L = self.P + self.sampler.completion_length
+        logit_rows = torch.from_numpy(np.concatenate(rows) * L + self.P + np.concatenate(positions))
+        input_ids_RL, attention_mask_RL = self._inputs(live)
+        logits = self.forward(input_ids_RL, attention_mask_RL, logit_rows.to(self.device))
+        return logits.split([part.size for part in positions])
 
     def _inputs(self, live: list[_Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
         C = self.sampler.completion_length

@@ -133,9 +133,9 @@ def test_completions_are_reported_as_soon_as_they_are_finished(tiny_model):
     forwards_before: list[int] = []
     with head_rows(engine) as seen:
 
-        def note(group: int, row: int, ids: np.ndarray) -> None:
+        def note(group: int, row: int, ids_FC: np.ndarray) -> None:
             assert (group, row) not in reported
-            reported[group, row] = ids.copy()
+            (reported[group, row],) = ids_FC.copy()
             forwards_before.append(len(seen))
 
         groups = draw(engine, sampler(), on_completion=note)

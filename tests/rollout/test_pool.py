@@ -381,7 +381,7 @@ def test_broken_reward_drops_the_group(pool: RolloutPool, weights: Callable[[int
 def test_branches_are_graded_once_for_each_text(
     pool: RolloutPool, weights: Callable[[int], Weights], tiny_model: str, branches: BranchSpec
 ) -> None:
-    sampler = SamplerSpec(4, 4, steps=4, position_rule="random", temperature=1.0)
+    sampler = SamplerSpec(4, 4, steps=4, position_rule="random", temperature=0.05)
     spec = GroupSpec(0, Problem("p", {"number": 0}), SIZE, seed=100)
     pool.submit(Lease(0, (spec,)), sampler, weights(0), branches)
     (delivery,) = waited(pool)
