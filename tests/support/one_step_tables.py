@@ -2,7 +2,8 @@
 prompt, since nothing else differs between their views."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +31,9 @@ def table(seed: int = 0, *, gradient: bool = True) -> torch.Tensor:
     return torch.tensor(np.random.default_rng(seed).normal(size=(2**P, C, V)), requires_grad=gradient)
 
 
-def build(units: Sequence[Unit], groups: Sequence[TrajectoryGroup]) -> ViewBatch:
+def build(units: Sequence[Unit], groups: Sequence[TrajectoryGroup], law: Law = Law.RAW) -> ViewBatch:
     views = [view for unit in units for view in unit]
-    return build_batch(views, groups, mask_id=MASK, pad_id=0, law=Law.RAW, unit_sizes=[len(unit) for unit in units])
+    return build_batch(views, groups, mask_id=MASK, pad_id=0, law=law, unit_sizes=[len(unit) for unit in units])
 
 
 def table_logp(theta: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
@@ -40,19 +41,37 @@ def table_logp(theta: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
     return theta.log_softmax(-1)[states_Z[batch.view_of_score], batch.position, batch.targets]
 
 
+class Denoiser(NamedTuple):
+    """A kind of table."""
+
+    table: Callable[..., torch.Tensor]
+    """(seed, gradient=) -> the logits"""
+    logp: Callable[[torch.Tensor, ViewBatch], torch.Tensor]
+    """[N] of a batch's tokens"""
+
+
+ONE_STEP = Denoiser(table, table_logp)
+
+
 def scored(
-    theta: torch.Tensor, batch: ViewBatch, *, old: torch.Tensor | None = None, reference: torch.Tensor | None = None
+    theta: torch.Tensor,
+    batch: ViewBatch,
+    *,
+    old: torch.Tensor | None = None,
+    reference: torch.Tensor | None = None,
+    denoiser: Denoiser = ONE_STEP,
 ) -> PolicyScores:
     """The batch under each table; without ``old`` the policy hasn't moved."""
 
-    def scores(logp_N: torch.Tensor) -> Scores:
+    def scores(logits: torch.Tensor) -> Scores:
+        logp_N = denoiser.logp(logits, batch)
         return Scores(logp_N, torch.ones_like(logp_N))
 
-    policy = scores(table_logp(theta, batch))
+    policy = scores(theta)
     return PolicyScores(
         policy,
-        policy.detached() if old is None else scores(table_logp(old, batch)),
-        None if reference is None else scores(table_logp(reference, batch)),
+        policy.detached() if old is None else scores(old),
+        None if reference is None else scores(reference),
     )
 
 
@@ -71,6 +90,7 @@ def planned_gradient(
     views_per_forward: int,
     backwards: bool = False,
     per_forward: bool = False,
+    denoiser: Denoiser = ONE_STEP,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Gradient of an update of a table that is neither the old one nor the reference, summed over all forwards of all
     ranks, and the merged figures.
@@ -88,14 +108,16 @@ def planned_gradient(
         ranks=ranks,
         views_per_forward=views_per_forward,
     )
-    theta, old, reference = table(), table(1, gradient=False), table(2, gradient=False)
+    theta = denoiser.table(0)
+    old, reference = (denoiser.table(seed, gradient=False) for seed in (1, 2))
     figures = []
     for forward in (forward for rank in plan.forwards for forward in rank):
         if forward.is_pad:
             continue
         units = list(forward.units)
-        batch = build(units[::-1] if backwards else units, groups)
-        loss, part = objective.loss(scored(theta, batch, old=old, reference=reference), batch)
+        batch = build(units[::-1] if backwards else units, groups, objective.needs.law)
+        scores = scored(theta, batch, old=old, reference=reference, denoiser=denoiser)
+        loss, part = objective.loss(scores, batch)
         (loss / (len(units) if per_forward else plan.normaliser)).backward()
         figures.append(part)
     assert theta.grad is not None

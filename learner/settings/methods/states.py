@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from learner.settings.objective import ClipLow, Cost, ObjectiveSection
+from learner.settings.objective import Average, ClipLow, Cost, ObjectiveSection
 from learner.settings.sections import Fraction, NonNegative
 from rollout.sampling.schedule import tokens_per_step
 from rollout.trajectory import SamplerSpec
@@ -47,12 +47,7 @@ class AgrpoConfig(ObjectiveSection):
         return Cost(views=self.k, scored=revealed, reference=self.beta > 0, choices=True)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        problems = super().refuses(sampler)
-        if sampler.threshold is not None:
-            problems.append(
-                f"a confidence threshold ({sampler.threshold:g}) makes how many positions a step reveals depend on the "
-                "policy, which isn't scored; sample without one"
-            )
+        problems = super().refuses(sampler) + _threshold_problem(sampler)
         chooses = sampler.position_rule == "decoupled_confidence" and sampler.position_temperature > 0
         if chooses and self.timestep_sampling == "entropy" and self.weight_floor == 0:
             problems.append(
@@ -61,3 +56,41 @@ class AgrpoConfig(ObjectiveSection):
                 "weights; take 0.2, for example"
             )
         return problems
+
+
+class D2Config(ObjectiveSection):
+    """d2-StepMerge (arXiv 2509.21474): the rollout's steps merged into segments, each scored from its first state."""
+
+    method: ClassVar[str] = "learner.objectives.d2:D2"
+    type: Literal["d2"] = "d2"
+    """The method."""
+    segments: PositiveInt = 16
+    """Views of each completion, N: 16 is the published number for planning tasks and MATH, 8 for GSM8K. As many as the
+    sampler's steps, or more, are the exact likelihood of the path."""
+    prompt_mask: Fraction = 0.15
+    """Probability with which each prompt token is masked."""
+    clip_low: ClipLow = 0.5
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.5
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 0.04
+    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+    average: Average = "sequence"
+    """sequence: mean over a completion's tokens, then over completions, as GRPO's; token: over all tokens of the
+    update, as the authors' code does."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        views = min(self.segments, sampler.steps)
+        return Cost(views=views, scored=sampler.completion_length / views, old=True, reference=self.beta > 0)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        return super().refuses(sampler) + _threshold_problem(sampler)
+
+
+def _threshold_problem(sampler: SamplerSpec) -> list[str]:
+    if sampler.threshold is None:
+        return []
+    return [
+        f"a confidence threshold ({sampler.threshold:g}) makes how many positions a step reveals depend on the policy, "
+        "which isn't scored; sample without one"
+    ]
