@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig
+from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig, TraflConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
 from learner.settings.methods.states import AgrpoConfig, D2Config
@@ -19,6 +19,7 @@ ObjectiveConfig = Annotated[
     | SpgConfig
     | DmpoConfig
     | RspoConfig
+    | TraflConfig
     | DtmConfig
     | D2Config,
     Field(discriminator="type"),

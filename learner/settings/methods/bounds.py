@@ -5,7 +5,7 @@ The text under a field is its help; it names the unit.
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from learner.settings.objective import Cost, ObjectiveSection
 from learner.settings.sections import Fraction, NonNegative
@@ -158,3 +158,40 @@ class RspoConfig(ObjectiveSection):
     def cost(self, sampler: SamplerSpec) -> Cost:
         views, scored = self.samples, (sampler.completion_length + 1) / 2
         return Cost(views=views, scored=scored, measured=views, measured_each_update=True)
+
+
+class TraflConfig(ObjectiveSection):
+    """TraFL (arXiv 2605.13935): the squared residual between likelihood ratio and reward, up to a normaliser."""
+
+    method: ClassVar[str] = "learner.objectives.trafl:Trafl"
+    type: Literal["trafl"] = "trafl"
+    """The method."""
+    b: PositiveFloat = 0.3
+    """How far the mean log-prob of a token is to be above the base's for one unit of reward, nats. Ours: which constant
+    the paper uses isn't known; times completion_length it is the weight of the reward against the KL of a completion,
+    which is reported."""
+    samples: PositiveInt = 4
+    """Masks drawn per completion and update."""
+    masks: Literal["paired", "independent"] = "paired"
+    """paired: masks and their complements, as published; independent: each drawn by itself."""
+    unbiased: bool = False
+    """Leave the variance between masks out of the squares; needs independent masks."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.samples, scored=sampler.completion_length / 2, reference=True)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        if self.masks == "paired" and self.samples % 2:
+            problems.append(f"objective.samples={self.samples} is odd, and paired masks are pairs")
+        if self.masks == "paired" and sampler.completion_length < 2:
+            problems.append(
+                "objective.masks=paired finds no mask of a single token that leaves a complement; take "
+                "objective.masks=independent"
+            )
+        if self.unbiased and (self.masks == "paired" or self.samples < 2):
+            problems.append(
+                f"objective.unbiased=true needs two masks or more that are drawn independently, and objective.masks="
+                f"{self.masks}, objective.samples={self.samples}; take objective.masks=independent and more samples"
+            )
+        return problems
