@@ -73,26 +73,33 @@ class Dtm:
         scored = active if self.config.scored == "active_block" else np.flatnonzero(hidden_C)
         return (View(index, row, hidden_C, scored, tilt, weight=1.0 / scored.size),)
 
-    def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
+    def position_losses(self, scores: PolicyScores, batch: ViewBatch) -> torch.Tensor:
+        """[N], the cross-entropy of each scored position with its target."""
         policy_NV, teacher = scores.policy.law_NV, scores.teacher
         assert policy_NV is not None and teacher is not None and teacher.law_NV is not None
-        device = policy_NV.device
-        # The mask token, of log-prob -inf, is nobody's target.
-        policy_NV = policy_NV.masked_fill(policy_NV == -torch.inf, 0.0)
-        shared_N = self.config.control_variate * (teacher.law_NV.exp() * policy_NV).sum(1)
+        shared_N = self.config.control_variate * _expected(teacher.law_NV, policy_NV)
         extra_N = np.expm1(batch.credit) + (1.0 - self.config.control_variate)
-        own_N = torch.as_tensor(extra_N, dtype=shared_N.dtype, device=device) * scores.policy.logp_N
-        weight_N = torch.as_tensor(batch.weight, dtype=shared_N.dtype, device=device)
-        loss = -(weight_N * (shared_N + own_N)).sum()
-        N = float(batch.targets.size)
+        own_N = torch.as_tensor(extra_N, dtype=shared_N.dtype, device=shared_N.device) * scores.policy.logp_N
+        return -(shared_N + own_N)
+
+    def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
+        loss_N = self.position_losses(scores, batch)
+        weight_N = torch.as_tensor(batch.weight, dtype=loss_N.dtype, device=loss_N.device)
+        policy_NV, teacher = scores.policy.law_NV, scores.teacher
+        assert policy_NV is not None and teacher is not None and teacher.law_NV is not None
         with torch.no_grad():
-            teacher_NV = teacher.law_NV.masked_fill(teacher.law_NV == -torch.inf, 0.0)
-            divergence = (teacher.law_NV.exp() * (teacher_NV - policy_NV)).sum()
-        means = {"teacher/kl": (float(divergence), N)}
-        return loss, Statistics(means=means, totals={"scored_tokens": N})
+            divergence_N = _expected(teacher.law_NV, teacher.law_NV) - _expected(teacher.law_NV, policy_NV)
+        N = float(batch.targets.size)
+        means = {"teacher/kl": (float(divergence_N.sum()), N)}
+        return (weight_N * loss_N).sum(), Statistics(means=means, totals={"scored_tokens": N})
 
     def _drawn(self, index: int, group: TrajectoryGroup, context: UpdateContext) -> list[int]:
         """Rows of the group that the update learns from: its part of a draw from the whole buffer."""
         R = context.groups * group.size  # groups are of one size
         drawn_R = context.shared("completions").permutation(R)[: self.config.completions]
         return sorted(int(row) for row in drawn_R - index * group.size if 0 <= row < group.size)
+
+
+def _expected(law_NV: torch.Tensor, logp_NV: torch.Tensor) -> torch.Tensor:
+    """[N], of ``logp_NV`` under the law; the mask token, of log-prob -inf in both, is nobody's target."""
+    return (law_NV.exp() * logp_NV.masked_fill(logp_NV == -torch.inf, 0.0)).sum(1)

@@ -72,28 +72,29 @@ class PhaseWeights:
 
     def __init__(self, trained: TrainedWeights, decay: float | None) -> None:
         self._trained, self._decay = trained, decay
-        self._teacher: Weights = trained.used()
-        self._mean: Weights | None = None if decay is None else trained.exact()
+        self.teacher: Weights = trained.used()
+        self.mean: Weights | None = None if decay is None else trained.exact()
+        """Copies of the adapter's parameters, whole."""
 
     def updated(self) -> None:
         """An update was made: move the mean."""
-        if self._mean is None or self._decay is None:
+        if self.mean is None or self._decay is None:
             return
         for name, now in self._trained.exact().items():
-            self._mean[name].lerp_(now.to(self._mean[name].dtype), 1.0 - self._decay)
+            self.mean[name].lerp_(now.to(self.mean[name].dtype), 1.0 - self._decay)
 
     def next(self) -> None:
         """End the phase and begin another. The optimizer's moments are the caller's to clear."""
-        if self._mean is not None:
-            self._trained.set(self._mean)
-        self._teacher = self._trained.used()
-        self._mean = None if self._decay is None else self._trained.exact()
+        if self.mean is not None:
+            self._trained.set(self.mean)
+        self.teacher = self._trained.used()
+        self.mean = None if self._decay is None else self._trained.exact()
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
         """The teacher's weights in the place of the trained ones, for forwards without gradient."""
         own = self._trained.used()
-        self._trained.use(self._teacher)
+        self._trained.use(self.teacher)
         try:
             yield
         finally:
@@ -101,17 +102,17 @@ class PhaseWeights:
 
     def state(self) -> dict[str, AdapterState]:
         """For a checkpoint: ``teacher`` and, where it is kept, ``mean``."""
-        packed: dict[str, AdapterState] = {"teacher": pack(self._teacher)}
-        if self._mean is not None:
-            packed["mean"] = pack(self._mean)
+        packed: dict[str, AdapterState] = {"teacher": pack(self.teacher)}
+        if self.mean is not None:
+            packed["mean"] = pack(self.mean)
         return packed
 
     def restore(self, state: Mapping[str, AdapterState]) -> None:
         """Take over what ``state`` gave."""
-        device = next(iter(self._teacher.values())).device
+        device = next(iter(self.teacher.values())).device
         held = {
             part: {name: unpack(tensor).to(device) for name, tensor in weights.items()}
             for part, weights in state.items()
         }
-        self._teacher = held["teacher"]
-        self._mean = held["mean"] if self._decay is not None else None
+        self.teacher = held["teacher"]
+        self.mean = held["mean"] if self._decay is not None else None

@@ -48,12 +48,13 @@ class MethodSettings(BaseModel):
     V: PositiveInt
     P: PositiveInt
     C: PositiveInt
-    G: PositiveInt
+    G: PositiveInt = 1
     mask: Annotated[Natural, Field(validation_alias=AliasChoices("mask", "mask_id"))]
     eos: Annotated[Natural, Field(validation_alias=AliasChoices("eos", "eos_id"))]
     pad_id: Natural
-    lora_r: PositiveInt
-    lora_alpha: PositiveFloat
+    lora_r: PositiveInt | None = None
+    """None, as lora_alpha: all weights were trained."""
+    lora_alpha: PositiveFloat | None = None
     base_weights: FileName = "weights_base.npz"
 
 
@@ -199,7 +200,7 @@ class RecordedPolicy:
     """The recorded model with its adapter, which holds the weights of the rollout to begin with."""
 
     case: MethodCase
-    model: PeftModel
+    model: torch.nn.Module
     family: PolicyAdapter
     parameters: Mapping[str, torch.nn.Parameter]
     """The trained ones, by the recorded names."""
@@ -208,12 +209,13 @@ class RecordedPolicy:
         """Put the adapter's weights of the rollout, or those of the loss, in place."""
         self.case.arrays.fill(f"{weights}/", self.parameters)
 
-    def scores(self, batch: ViewBatch) -> Scores:
+    def scores(self, batch: ViewBatch, *, vocabulary: bool = False) -> Scores:
         """With the weights in place and their gradient."""
-        return score(self.model, batch, family=self.family)
+        return score(self.model, batch, family=self.family, vocabulary=vocabulary)
 
     def reference(self, batch: ViewBatch) -> Scores:
         """Without adapter and gradient."""
+        assert isinstance(self.model, PeftModel), "weights without adapter have no reference"
         with torch.no_grad(), self.model.disable_adapter():
             return self.scores(batch)
 
@@ -231,6 +233,8 @@ def recorded_policy(case: MethodCase, meter: Meter) -> Iterator[RecordedPolicy]:
         DataError: as ``recorded_model``, and for an adapter that doesn't fit it.
     """
     s = case.settings
+    if s.lora_r is None or s.lora_alpha is None:
+        raise DataError(f"setting {'lora_r' if s.lora_r is None else 'lora_alpha'} is missing")
     with recorded_model(case.weights, meter, mask=s.mask, eos=s.eos, pad=s.pad_id) as (base, family):
         adapted = attach_lora(base, family, LoraSpec(s.lora_r, s.lora_alpha, include_head=False)).to(meter.device)
         policy = RecordedPolicy(case, adapted, family, adapter_parameters(adapted))
