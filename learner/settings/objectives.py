@@ -7,7 +7,7 @@ from pydantic import Field
 from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig, TraflConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
-from learner.settings.methods.states import AgrpoConfig, D2Config
+from learner.settings.methods.states import AgrpoConfig, D2Config, TraceRlConfig
 
 ObjectiveConfig = Annotated[
     AgrpoConfig
@@ -21,6 +21,7 @@ ObjectiveConfig = Annotated[
     | RspoConfig
     | TraflConfig
     | DtmConfig
-    | D2Config,
+    | D2Config
+    | TraceRlConfig,
     Field(discriminator="type"),
 ]

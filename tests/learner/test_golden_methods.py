@@ -76,8 +76,8 @@ def test_control_a_record_that_is_off_is_found(case, copy):
     names = []
 
     def change(arrays):
-        arrays["rewards" if "rewards" in arrays else "rewards_per_func"].flat[0] += 0.25
-        losses = arrays["loss" if "loss" in arrays else "losses"]
+        arrays[first_of(arrays, "rewards", "rewards_per_func", "ex_advantages")].flat[0] += 0.25
+        losses = arrays[first_of(arrays, "loss", "losses", "loss_per_micro_batch")]
         losses.flat[0] += 2e-5 * max(1, abs(losses.flat[0]))
         names.extend(sorted(name for name in arrays if name.startswith("grad/")))
         arrays[names[-1]].flat[5] += 3e-4 * max(1.0, *(np.abs(arrays[name]).max() for name in names))
@@ -115,6 +115,10 @@ def test_one_array_that_is_off_is_found(copy, name, array, change, quantity):
     spoiled = copy(find(name))
     edit(spoiled, lambda arrays: change(arrays[array]))
     assert quantity in failing(check_of(spoiled))
+
+
+def first_of(arrays, *names: str) -> str:
+    return next(name for name in names if name in arrays)
 
 
 def find(start: str) -> MethodFile:

@@ -5,7 +5,7 @@ The text under a field is its help; it names the unit.
 
 from typing import ClassVar, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from learner.settings.objective import Average, ClipLow, Cost, ObjectiveSection
 from learner.settings.sections import Fraction, NonNegative
@@ -82,6 +82,35 @@ class D2Config(ObjectiveSection):
     def cost(self, sampler: SamplerSpec) -> Cost:
         views = min(self.segments, sampler.steps)
         return Cost(views=views, scored=sampler.completion_length / views, old=True, reference=self.beta > 0)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        return super().refuses(sampler) + _threshold_problem(sampler)
+
+
+class TraceRlConfig(ObjectiveSection):
+    """TraceRL for models that attend to the whole sequence (arXiv 2509.06949): all steps, some of them at a time."""
+
+    method: ClassVar[str] = "learner.objectives.trace_rl:TraceRl"
+    type: Literal["trace_rl"] = "trace_rl"
+    """The method."""
+    shrink: PositiveInt = 8
+    """Consecutive steps that are scored in one view, from the state before the first of them; 1 is the exact likelihood
+    of the path."""
+    eos_scored: NonNegativeInt | None = None
+    """How many EOS of a completion are scored, the first ones; null: all that were drawn. Published: 0, for a model
+    whose turn ends with a token of its own before them."""
+    clip_low: ClipLow = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 0.01
+    """Weight of the KL against the policy that the batch's first update began with, summed over a view's tokens."""
+    kl: Literal["k3", "k1"] = "k3"
+    """Its estimator. k3: exp(d) - d - 1; k1: -d, whose gradient keeps no policy near another."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        views = -(-sampler.steps // self.shrink)
+        return Cost(views=views, scored=sampler.completion_length / views, old=True)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         return super().refuses(sampler) + _threshold_problem(sampler)
