@@ -44,6 +44,7 @@ def note_start(
     Raises:
         UnmaskError: when the disk refuses.
     """
+    run_dir.keep_identity()
     first = next(iter(starts(run_dir.path)), None)
     recipe = overrides.recipe_in(argv, kind) or default_recipe
     row = {
@@ -51,6 +52,7 @@ def note_start(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(["python", "-m", "learner.sft" if kind == "sft" else "learner.main", *argv]),
         "folder": os.getcwd(),
+        "place": str(run_dir.path),
         "goes_on_after": after,
         "changes": list(changes),
         # A run that goes on does so with its own settings, whatever recipe is named.

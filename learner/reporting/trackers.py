@@ -100,9 +100,9 @@ class WandbTracker:
 
 
 def _wandb_id(run_dir: Path, run_id: str) -> str:
-    """Not the name alone: W&B would go on with an older run of that name, and never takes the id of a deleted one."""
-    identity = RunDirectory(run_dir).identity
-    return f"{run_id}-{identity.partition('-')[0]}" if identity else run_id
+    """Not the name: W&B would go on with an older run of that name, never takes the id of a deleted one, and a folder
+    that was renamed is the same run."""
+    return RunDirectory(run_dir).identity or run_id
 
 
 def _missing(name: str) -> ConfigError:

@@ -21,7 +21,7 @@ from typing import Any
 from learner.runs.atomic import atomic_write_text, disk_errors, recover_replaced, remove_leftovers
 from learner.runs.lock import FileLock, Held
 from learner.settings.run import name_problems
-from learner.settings.saved import checkpoints_in
+from learner.settings.saved import checkpoints_in, starts
 from rewards.errors import ConfigError
 from services.store.schema import sqlite_url
 
@@ -114,7 +114,22 @@ class RunDirectory:
     @property
     def identity(self) -> str:
         """Tells the run from others of its name, wherever its records lie; empty for a run of an Unmask that gave none.
-        Raises ``UnmaskError`` when the disk refuses."""
+        A folder that was renamed is the same run. A copy under another name, beside what it is a copy of, is another
+        one. Raises ``UnmaskError`` when the disk refuses."""
+        kept = self._kept_identity()
+        places = [Path(start["place"]) for start in starts(self.path) if isinstance(start.get("place"), str)]
+        before = places[-1] if places else self.path
+        if kept and before.name != self.id and RunDirectory(before)._kept_identity() == kept:
+            return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{kept} {self.id}"))
+        return kept
+
+    def keep_identity(self) -> None:
+        """To be called at each start, before it is noted under the folder's present name. Raises ``UnmaskError`` when
+        the disk refuses."""
+        if self.identity != self._kept_identity():
+            atomic_write_text(self._uuid_path, f"{self.identity}\n")
+
+    def _kept_identity(self) -> str:
         with disk_errors(self._uuid_path), contextlib.suppress(FileNotFoundError):
             return self._uuid_path.read_text().strip()
         return ""

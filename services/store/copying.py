@@ -7,17 +7,6 @@ from services.store import schema
 
 _CHUNK = 2000
 _BLOBS = 50  # rows at a time that carry a trajectory
-_OF_RUN = (
-    schema.metrics,
-    schema.latest_metrics,
-    schema.metric_buckets,
-    schema.events,
-    schema.workers,
-    schema.samples,
-    schema.checkpoints,
-    schema.truncations,
-    schema.actions,
-)
 
 
 def copy_runs(source: sa.Engine, target: sa.Engine) -> tuple[list[str], list[str]]:
@@ -48,7 +37,7 @@ def copy_runs(source: sa.Engine, target: sa.Engine) -> tuple[list[str], list[str
 def _copy_run(reading: sa.Connection, writing: sa.Connection, run_id: str) -> None:
     run = reading.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).mappings().one()
     writing.execute(schema.runs.insert().values(dict(run)))
-    for table in _OF_RUN:
+    for table in schema.OF_A_RUN:
         columns = [column for column in table.c if column.name != "id"]
         query = sa.select(*columns).where(table.c.run_id == run_id).order_by(*table.primary_key.columns)
         chunk = _BLOBS if table is schema.samples else _CHUNK

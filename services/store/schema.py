@@ -227,6 +227,7 @@ actions = sa.Table(  # what people asked of a run, and the audit trail; see ``ac
     sa.Index("actions_waiting", "run_id", "status"),
 )
 
+OF_A_RUN = tuple(table for table in metadata.sorted_tables if "run_id" in table.c)
 _OUR_NAMES = ", ".join(f"'{name}'" for name in metadata.tables)
 
 
@@ -387,11 +388,10 @@ def _server_engine(url: sa.URL, *, read_only: bool) -> sa.Engine:
         "tcp_user_timeout": 20_000,
         "options": options + (" -c default_transaction_read_only=on" if read_only else ""),
     }
-    isolation = "REPEATABLE READ" if read_only else "READ COMMITTED"
     return sa.create_engine(
         url,
         connect_args={name: value for name, value in arguments.items() if name not in url.query},
-        isolation_level=isolation,
+        isolation_level="REPEATABLE READ" if read_only else "READ COMMITTED",
         json_serializer=to_json,
         pool_pre_ping=read_only,  # a restarted server must not cost a reader an error; the writer tries again anyway
         pool_size=2,

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from rewards.errors import ConfigError, StoreError
+from rewards.errors import StoreError, UnmaskError
 from services.store import buckets, schema
+from services.store.entering import enter
 from services.store.retention import KEEP_ALL, Retention, prune
 from services.store.values import plain, size, stored
 
@@ -61,8 +62,8 @@ class StoreWriter:
 
         identity: tells the run from others of its name (``RunDirectory.identity``).
 
-        Raises ``ConfigError`` when the store has another run of this name, ``StoreError`` when it can't be opened:
-        nothing has started yet, so this is the time to say so.
+        Raises ``ConfigError`` and ``StoreError`` as ``enter`` does, and when the store can't be opened: nothing has
+        started yet, so this is the time to say so.
         """
         self.run_id = run_id
         self.lost_rows = 0
@@ -70,7 +71,6 @@ class StoreWriter:
         self._max_queued_bytes = max_queued_bytes
         self._engine = schema.open_engine(url, create=True)
         self._insert = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
-        now = time.time()
         started = dict(
             task=task,
             objective=objective,
@@ -78,36 +78,18 @@ class StoreWriter:
             config=plain(config or {}),
             status="running",
             ended=None,
-            heartbeat=now,
+            heartbeat=time.time(),
             host=socket.gethostname(),
             pid=os.getpid(),
             lost_rows=0,
             summary=None,
         )
-        table = schema.runs
-        self._mine = (table.c.id == run_id) & (table.c.identity == identity)
-        enter = self._insert(table).values(id=run_id, identity=identity, created=now, starts=1, **started)
-        enter = enter.on_conflict_do_update(
-            index_elements=["id"],
-            set_=started | {"starts": table.c.starts + 1, "revision": table.c.revision + 1},
-            where=table.c.identity == identity,
-        )
+        self._mine = (schema.runs.c.id == run_id) & (schema.runs.c.identity == identity)
         try:
-            with self._engine.begin() as connection:
-                connection.execute(enter)
-                mine = connection.execute(sa.select(table.c.starts, table.c.revision).where(self._mine)).one_or_none()
-                if mine is not None:  # who worked for an earlier process of the run went with it
-                    theirs = schema.workers.update().where(schema.workers.c.run_id == run_id)
-                    connection.execute(theirs.values(status="retired", revision=mine.revision))
-        except schema.UNANSWERED as error:
-            reason = schema.short_reason(error)
-            raise StoreError(f"cannot enter the run in the run store {self._engine.url}: {reason}") from error
-        if mine is None:
+            mine = enter(self._engine, run_id, identity, started)
+        except UnmaskError:
             self._engine.dispose()
-            raise ConfigError(
-                f"the run store {self._engine.url} holds another run named {run_id}: choose another run.name, "
-                f"or another store.url"
-            )
+            raise
         self._start: int = mine.starts
         self.is_new = self._start == 1
         self._revision: int | None = mine.revision  # None: to be read
@@ -123,6 +105,8 @@ class StoreWriter:
         self._in_doubt = 0  # calls of a transaction that failed: to be tried again as they were
         self._thread = threading.Thread(target=self._write_until_closed, name="run-store-writer", daemon=True)
         self._thread.start()
+        if mine.renamed_from is not None:
+            self.event("info", "renamed", f"the folder of run {mine.renamed_from} is now {run_id}, and so is the run")
 
     def metrics(self, iteration: int, values: Mapping[str, float]) -> None:
         """One value a name and iteration; a second report of the same replaces the first. NaN and inf are kept."""

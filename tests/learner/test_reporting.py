@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import re
 import sqlite3
 import subprocess
 import sys
@@ -374,7 +373,7 @@ def test_a_missing_tracker_package_is_told_at_the_start(tmp_path, name, package)
     assert "ConfigError" in done.stderr.splitlines()[-1] and f"pip install 'unmask-rl[{name}]'" in done.stderr
 
 
-def test_a_new_run_of_an_old_name_is_another_run_in_wandb(tmp_path, monkeypatch):
+def test_wandb_has_one_run_for_each_of_ours_whatever_its_name(tmp_path, monkeypatch):
     asked = []
     wandb = types.ModuleType("wandb")
     wandb.Error = RuntimeError
@@ -386,8 +385,9 @@ def test_a_new_run_of_an_old_name_is_another_run_in_wandb(tmp_path, monkeypatch)
         build_trackers(["wandb"], run_dir=run.path, run_id=run.id, config={})
     first.close()
     second.close()
-    assert asked[0] == asked[1] != asked[2], "the same when it is resumed"
-    assert all(re.fullmatch(r"a-[0-9a-f]{8}", name) for name in asked)
+    renamed = RunDirectory(first.path.rename(first.path.with_name("b")))
+    build_trackers(["wandb"], run_dir=renamed.path, run_id=renamed.id, config={})
+    assert asked[0] == asked[1] == asked[3] != asked[2], "the same when it is resumed"
 
 
 def test_an_unknown_tracker_is_refused(tmp_path):

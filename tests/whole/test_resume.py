@@ -233,6 +233,18 @@ def test_stopped_while_ranks_start(runs: Runs) -> None:
     assert store_status(runs["not-yet"]) == ("stopped", 1)
 
 
+def test_renamed_run_goes_on_as_the_same_run(runs: Runs, undisturbed: RunDirectory) -> None:
+    runs.train("old-name", "run.iterations=4")
+    begun = store_events(runs["old-name"])
+    runs["old-name"].path.rename(runs["new-name"].path)
+    runs.train("new-name", "resume=auto")
+    assert_same_run(runs["new-name"], undisturbed)
+    assert store_status(runs["new-name"]) == ("finished", 2), "one run in its store, and only one"
+    told = store_events(runs["new-name"])
+    assert told[: len(begun)] == [{**event, "run_id": "new-name"} for event in begun]
+    assert "renamed" in [event["kind"] for event in told]
+
+
 # ---- damage, other settings
 
 
