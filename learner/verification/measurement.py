@@ -78,6 +78,7 @@ BOUNDS = {
     "logps": _LOGP,
     "entropies": _ENTROPY,
     "masks": _everywhere("absolute", 0.0),
+    "likeliest fills": Bound("absolute", 0.0, 0.002, 0.15),
     "token log-probs": Bound("absolute", 1e-4, 2e-4, 0.5),
     "ratios": Bound("relative", 1e-4, 2e-4, 0.4),
     "row values": _SCALED_LOSS,
