@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig, TraflConfig
+from learner.settings.methods.branches import EgspoConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
 from learner.settings.methods.states import AgrpoConfig, D2Config, TraceRlConfig
@@ -22,6 +23,7 @@ ObjectiveConfig = Annotated[
     | TraflConfig
     | DtmConfig
     | D2Config
-    | TraceRlConfig,
+    | TraceRlConfig
+    | EgspoConfig,
     Field(discriminator="type"),
 ]

@@ -1,0 +1,62 @@
+"""Settings of methods that learn from branches of recorded states.
+
+The text under a field is its help; it names the unit.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from learner.settings.objective import ClipLow, Cost, ObjectiveSection
+from learner.settings.sections import NonNegative
+from rollout.sampling.schedule import tokens_per_step
+from rollout.trajectory import BranchSpec, GreedyBranches, SamplerSpec
+
+
+class EgspoConfig(ObjectiveSection):
+    """EGSPO and EGSPO-SA (arXiv 2603.12554): the steps of largest entropy, each with a ratio and an advantage."""
+
+    method: ClassVar[str] = "learner.objectives.egspo:Egspo"
+    type: Literal["egspo"] = "egspo"
+    """The method."""
+    k: PositiveInt = 8
+    """Steps of each completion that are learned from, those of the largest mean entropy."""
+    lam: NonNegative = 0.5
+    """Weight of what a step gained (EGSPO-SA): the reward less that of the likeliest fill of the state before the step.
+    0: EGSPO, which grades completions alone. The paper's values for each task were not reachable; 0.5 is the code's."""
+    normalise: bool = True
+    """Divide returns by 1 + lam."""
+    centre: Literal["return", "reward"] = "return"
+    """return: advantages are returns less their mean over the steps of equal rank of a group; reward: the mean of the
+    rewards is taken off, and what the step gained added as it is (the code's standard returns), which is unbiased."""
+    step_reward: str | None = None
+    """The component of the reward that alone counts for the likeliest fills; null: all of it. The code's is that of a
+    right answer."""
+    step_range: Literal["all", "until_last_token"] = "all"
+    """Steps that can be taken; until_last_token: up to the one that revealed the last token other than EOS."""
+    aggregate: Literal["sum", "mean"] = "sum"
+    """How the log-probs of a step's tokens make its own; with mean, nothing is divided by the tokens of a step."""
+    clip_low: ClipLow = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.5
+    """The ratio is clipped above at 1 + clip_high."""
+    kl: Literal["k3", "exact"] = "k3"
+    """Of the step's log-prob; or the whole law's of each token, which needs its log-probs for the whole vocabulary."""
+    beta: NonNegative = 0.04
+    """Weight of the KL against the policy without adapter; 0 saves the reference forwards."""
+
+    def branches(self, sampler: SamplerSpec) -> BranchSpec | None:
+        return GreedyBranches(self.k, self.step_range == "until_last_token") if self.lam > 0 else None
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
+        return Cost(views=self.k, scored=revealed, reference=self.beta > 0)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler)
+        if self.k > sampler.steps:
+            problems.append(
+                f"objective.k={self.k} steps of a completion, and rollout.sampler.steps={sampler.steps} are all; take "
+                f"{sampler.steps} at most"
+            )
+        return problems
