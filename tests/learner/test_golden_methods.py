@@ -76,7 +76,7 @@ def test_control_a_record_that_is_off_is_found(case, copy):
     names = []
 
     def change(arrays):
-        arrays[first_of(arrays, "rewards", "rewards_per_func", "ex_advantages")].flat[0] += 0.25
+        arrays[first_of(arrays, "rewards", "rewards_per_func", "ex_advantages")].flat[-1] += 0.25
         losses = arrays[first_of(arrays, "loss", "losses", "loss_per_micro_batch")]
         losses.flat[0] += 2e-5 * max(1, abs(losses.flat[0]))
         names.extend(sorted(name for name in arrays if name.startswith("grad/")))
