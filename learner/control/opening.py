@@ -14,7 +14,7 @@ from learner.runs import checkpoint as checkpoints
 from learner.runs.aside import put_aside
 from learner.runs.directory import RunDirectory
 from learner.runs.start import changed_settings, open_run
-from learner.runs.stopping import Interrupted, lasting_output
+from learner.runs.stopping import interrupted, lasting_output
 from learner.settings.run import dump_config
 from learner.settings.sections import RunPlace, Section, StoreSection
 from rewards.errors import StoreError
@@ -138,8 +138,10 @@ def told_failures(reporter: Reporter) -> Iterator[None]:
     """Whatever ends the block early is in the store, which knows the run as stopped or failed."""
     try:
         yield
-    except Interrupted as error:
-        reporter.event("warning", "stop", f"{error} ended the run at once; its checkpoints are what is left")
+    except KeyboardInterrupt as error:
+        reporter.event(
+            "warning", "stop", f"{interrupted(error)} ended the run at once; its checkpoints are what is left"
+        )
         reporter.store.status("stopped")
         raise
     except BaseException as error:

@@ -27,7 +27,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few 
     get_authentication_mode,
 )
 
-from learner.runs.stopping import not_for_children
+from learner.runs.stopping import not_for_children, uninterrupted
 from rewards.errors import ConfigError
 from rollout.process import for_ray_workers
 
@@ -56,7 +56,8 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
     failed = False
     try:
-        with _authentication(token), loopback_only(), not_for_children():
+        # Half of a Ray, and one whose end is cut short, leave processes behind.
+        with uninterrupted(), _authentication(token), loopback_only(), not_for_children():
             place: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(private / "ray")}
             ray.init(address="local", num_cpus=num_cpus, runtime_env=for_ray_workers(), **place, **quiet | options)
         address = ray.get_runtime_context().gcs_address
@@ -67,12 +68,13 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
         failed = not isinstance(error, ConfigError)
         raise
     finally:
-        ray.shutdown()
-        _forget_authentication()
-        if failed:
-            _keep_logs(private)
-        else:
-            shutil.rmtree(private, ignore_errors=True)
+        with uninterrupted():
+            ray.shutdown()
+            _forget_authentication()
+            if failed:
+                _keep_logs(private)
+            else:
+                shutil.rmtree(private, ignore_errors=True)
 
 
 @contextlib.contextmanager

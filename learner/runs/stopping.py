@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,16 +37,25 @@ class Interrupted(KeyboardInterrupt):
         """What shells expect of a process that a signal ended."""
 
 
+_ended_by: int = signal.SIGINT
+
+
+def interrupted(error: KeyboardInterrupt) -> Interrupted:
+    """The ``Interrupted`` that it was: Ray raises a bare one in its place when the signal came while Ray was asked."""
+    return error if isinstance(error, Interrupted) else Interrupted(_ended_by)
+
+
 def exit_status(command: Callable[[], int]) -> int:
     """Of any ``python -m learner.X``: what the command returns, 2 for wrong settings, 1 for another error of ours (both
     are printed on standard error, see ``rewards.command``), and 128 + signal when one ended it."""
     try:
         with piped():
             return reported(command)
-    except Interrupted as error:
+    except KeyboardInterrupt as error:
+        ended = interrupted(error)
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            print(f"stopped by {error}", file=sys.stderr)
-        return error.exit_status
+            print(f"stopped by {ended}", file=sys.stderr)
+        return ended.exit_status
 
 
 @contextlib.contextmanager
@@ -104,13 +113,32 @@ class _Lasting(io.FileIO):
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """In the block the signals that ask for an end raise ``Interrupted``."""
-    before = {signum: signal.signal(signum, _interrupt) for signum in _heeded()}
+    """In the block the first of the signals that ask for an end raises ``Interrupted``."""
+    before = _handled_by(_interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        _restore(before)
+        raise
+    _restore(before)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """In the block, which must end soon, signals that ask for an end wait until it does; the first of them counts."""
+    if threading.current_thread() is not threading.main_thread():  # signals are for the main thread
+        yield
+        return
+    came: list[int] = []
+    before = _handled_by(lambda signum, frame: came.append(signum))
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        _restore(before)
+        if came and callable(handler := before[came[0]]):
+            handler(came[0], None)
 
 
 @contextlib.contextmanager
@@ -129,13 +157,27 @@ def _heeded() -> list[signal.Signals]:
     return [*_INSISTING, *(each for each in _ASKING if signal.getsignal(each) != signal.SIG_IGN)]
 
 
+def _handled_by(handler: Any) -> dict[int, Any]:
+    """Has the signals that ask for an end handled so; the handlers before."""
+    return {signum: signal.signal(signum, handler) for signum in _heeded()}
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """From here on all that the process started is being ended: another signal would only leave some of it behind."""
+    global _ended_by
+    _ended_by = signum
+    _handled_by(signal.SIG_IGN)
     raise Interrupted(signum)
 
 
 class StopFlag:
     """While entered, SIGINT, SIGTERM, SIGHUP and SIGUSR1 set the flag, and a SIGINT or SIGTERM that is the second one
-    interrupts at once.
+    interrupts at once; further ones change nothing.
 
     Enter it after ``ray.init``, which installs a SIGTERM handler of its own.
     """
@@ -171,19 +213,18 @@ class StopFlag:
         return 128 + self._signum
 
     def __enter__(self) -> "StopFlag":
-        for signum in _heeded():
-            self._before[signum] = signal.signal(signum, self._handle)
+        self._before = _handled_by(self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        if not isinstance(error, KeyboardInterrupt):
+            _restore(self._before)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum in _INSISTING and self._signum in _INSISTING:
-            raise Interrupted(signum)
+            _interrupt(signum, frame)
         if self._signum is None:
             self._asked_at = time.monotonic()
         if self._signum is None or signum in _INSISTING:

@@ -5,14 +5,33 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from learner.runs.stopping import Interrupted, StopFlag, interrupting, not_for_children
+from learner.runs.stopping import (
+    Interrupted,
+    StopFlag,
+    exit_status,
+    interrupted,
+    interrupting,
+    not_for_children,
+    uninterrupted,
+)
 from rewards.command import piped
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before() -> Iterator[None]:
+    """What ends a command by a signal leaves all further ones ignored."""
+    before = {signum: signal.getsignal(signum) for signum in ASKING}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def unread(*command: str, unbuffered: str = "") -> tuple[int, str]:
@@ -99,7 +118,7 @@ def test_what_the_terminal_can_t_show_is_escaped() -> None:
     assert (done.returncode, done.stdout) == (0, "\\u2212 1\n")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", ASKING)
 def test_a_first_signal_asks(signum: signal.Signals) -> None:
     with StopFlag() as stop:
         os.kill(os.getpid(), signum)
@@ -130,6 +149,63 @@ def test_a_hangup_before_there_is_anything_to_save_ends_at_once() -> None:
     with pytest.raises(Interrupted, match="SIGHUP") as ended, interrupting():
         os.kill(os.getpid(), signal.SIGHUP)
     assert ended.value.exit_status == 129
+
+
+def test_what_comes_after_the_signal_that_ended_a_command_disturbs_nothing() -> None:
+    """Impatient people press Ctrl-C again while processes are being ended."""
+
+    def command() -> int:
+        with interrupting(), StopFlag():
+            try:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                for signum in ASKING:
+                    os.kill(os.getpid(), signum)
+                ended.append("whole")
+        return 0
+
+    ended: list[str] = []
+    assert exit_status(command) == 130 and ended == ["whole"]
+    os.kill(os.getpid(), signal.SIGINT)  # while the interpreter ends
+
+
+def test_the_end_of_a_block_that_was_not_interrupted_leaves_the_handlers_as_they_were() -> None:
+    """The control of the test above."""
+    with interrupting(), StopFlag():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_wait_for_what_must_not_be_cut_short() -> None:
+    done = []
+    with pytest.raises(Interrupted, match="SIGTERM"), interrupting(), uninterrupted():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("all")
+    assert done == ["all"]
+
+
+def test_in_another_thread_nothing_waits() -> None:
+    entered: list[bool] = []
+
+    def enter() -> None:
+        with uninterrupted():
+            entered.append(True)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join(10)
+    assert entered
+
+
+def test_a_bare_interrupt_is_known_by_the_signal_that_caused_it() -> None:
+    with pytest.raises(Interrupted), interrupting():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupted(KeyboardInterrupt()).exit_status == 143, "Ray's own, in place of ours"
+    mine = Interrupted(signal.SIGHUP)
+    assert interrupted(mine) is mine
 
 
 def test_a_hangup_of_the_whole_group_spares_what_was_started_in_shelter() -> None:
