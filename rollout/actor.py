@@ -25,7 +25,7 @@ from rollout.grading import GradeResult, GraderPool
 from rollout.messages import EvalReport, EvalResult, GroupReport, LeaseReport, Weights
 from rollout.models.encoding import completion_text, encode_prompt
 from rollout.seeds import derive_seed
-from rollout.trajectory import BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 from rollout.usage import process_usage
 from rollout.waits import bounded_get
 
@@ -53,6 +53,8 @@ class ActorSettings:
     """Names the random streams of evaluations; a lease's groups bring their own seeds."""
     code_digest: str
     """The controller's ``code_identity().digest``; an actor with other code refuses to start."""
+    speed_weight: float = 0.0
+    """Of the reward's part ``SPEED``, where a threshold decoded the completions and one of the group is right."""
 
 
 class RolloutActor:
@@ -78,6 +80,11 @@ class RolloutActor:
                 "install the same version on all nodes, or submit the job with --working-dir"
             )
         self._task = get_task(self._settings.task)
+        if self._settings.speed_weight and SPEED in self._task.components:
+            raise ConfigError(
+                f"task {self._settings.task} has a reward part {SPEED!r} of its own; rename it, or leave "
+                "reward.speed_weight at 0"
+            )
         self._engine = self._settings.make_engine()
         self._graders = GraderPool(
             self._settings.task, workers=self._settings.graders, timeout_s=self._settings.grade_timeout_s
@@ -213,11 +220,18 @@ class RolloutActor:
             "grader_timeouts": sum(grade.timed_out for grade in verdicts),
             "grader_crashes": sum(grade.crashed for grade in verdicts),
         }
+        correct_G = np.array([row.completion.correct for row in grades], dtype=np.bool_)
+        rewards_GR, parts = _rewards([row.completion for row in grades], names), names
+        if self._settings.speed_weight and group.sampler.threshold is not None:
+            # Where nothing is right, speed would be all that there is to learn.
+            weight = self._settings.speed_weight if correct_G.any() else 0.0
+            speed_G = weight * group.tokens_per_forward([self._engine.tokenizer.eos_token_id])
+            rewards_GR, parts = np.column_stack([rewards_GR, speed_G.astype(np.float32)]), (*names, SPEED)
         graded = dataclasses.replace(
             group,
-            rewards=_rewards([row.completion for row in grades], names),
-            reward_names=names,
-            correct=np.array([row.completion.correct for row in grades], dtype=np.bool_),
+            rewards=rewards_GR,
+            reward_names=parts,
+            correct=correct_G,
             actor_id=self._actor_id,
             counters={**group.counters, **counters},
             **_branch_grades(group, grades, names),

@@ -11,7 +11,7 @@ Everything is numpy, so a group comes out of Ray's object store without a copy.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +24,9 @@ from rewards.errors import DataError, TrajectoryError
 from rewards.task import Problem
 
 SCHEMA_VERSION = 2
+
+SPEED = "speed"
+"""The part of a reward that is a weight times a completion's tokens per forward."""
 
 PositionRule = Literal["random", "low_confidence", "entropy", "left_to_right", "decoupled_confidence"]
 
@@ -45,7 +48,12 @@ class SamplerSpec:
     """Of the untruncated law whose largest probability is a position's confidence in ``decoupled_confidence``."""
     threshold: float | None = None
     """Reveal what passes this confidence (at temperature 1), at least one position a step, instead of following
-    ``steps`` and ``position_rule``: for evaluation."""
+    ``steps`` and ``position_rule``."""
+
+    @property
+    def most_steps(self) -> int:
+        """Denoising steps of a completion, at most."""
+        return self.steps if self.threshold is None else self.completion_length
 
     @property
     def scores_positions(self) -> bool:
@@ -60,7 +68,8 @@ class SamplerSpec:
 
     def greedy(self, *, steps: int, position_rule: PositionRule) -> "SamplerSpec":
         """Temperature 0 without truncation, in this many steps and this order; the rest as it is."""
-        return replace(self, steps=steps, position_rule=position_rule, temperature=0.0, top_k=None, top_p=1.0)
+        greedy = replace(self, temperature=0.0, top_k=None, top_p=1.0, threshold=None)
+        return replace(greedy, steps=steps, position_rule=position_rule)
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,11 @@ class TrajectoryGroup:
     def size(self) -> int:
         return int(self.completion_ids.shape[0])
 
+    def tokens_per_forward(self, eos_ids: Collection[int]) -> np.ndarray:
+        """[G] float64: tokens of the text (all but ``eos_ids``) per forward pass that their completion took part in."""
+        texts_G: np.ndarray = (~np.isin(self.completion_ids, list(eos_ids))).sum(axis=1)
+        return texts_G / self.nfe
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
@@ -233,7 +247,7 @@ class TrajectoryGroup:
         self._require(
             self.sampler.completion_length == C, f"{C} positions, sampler says {self.sampler.completion_length}"
         )
-        last = (m if self.sampler.threshold is None else C) - 1
+        last = self.sampler.most_steps - 1
         self._require(
             bool(((self.unmask_step >= 0) & (self.unmask_step <= last)).all()), f"unmask_step outside 0..{last}"
         )

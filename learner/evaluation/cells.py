@@ -65,7 +65,7 @@ def _sampler(config: EvaluateConfig) -> SamplerSpec:
     """The training sampler with what the evaluation says otherwise."""
     decode = config.decode
     C, block = config.lengths
-    changes: dict[str, Any] = {"completion_length": C, "block_length": block}
+    changes: dict[str, Any] = {"completion_length": C, "block_length": block, "threshold": None}
     for name in ("position_temperature", "temperature", "top_k", "top_p"):
         if getattr(decode, name) is not None:
             changes[name] = getattr(decode, name)

@@ -76,10 +76,11 @@ def too_slow(
 def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     """Count one iteration's work. ``prompt``: tokens of a prompt."""
     rollout, sampler, learner = config.rollout, config.rollout.sampler, config.learner
+    steps = sampler.spec().most_steps
     C, length, r = sampler.completion_length, prompt + sampler.completion_length, config.lora.r
     completions = rollout.prompts_per_iteration * rollout.group_size
     head = completions * C * candidates_per_token(config)
-    one_forward = forward_flops(model, lora_r=r, rows=completions, length=length, head_rows=head / sampler.steps)
+    one_forward = forward_flops(model, lora_r=r, rows=completions, length=length, head_rows=head / steps)
     leases = math.ceil(rollout.prompts_per_iteration / rollout.groups_per_lease)
     rounds = math.ceil(leases / rollout.actors)
     rows_of_lease = rollout.groups_per_lease * rollout.group_size
@@ -106,8 +107,8 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     scored, _ = scored_rows(config, in_forward)
     return Work(
         completions=completions,
-        engine_forwards=rounds * math.ceil(rows_of_lease / rollout.max_rows) * sampler.steps,
-        engine=one_forward * sampler.steps,
+        engine_forwards=rounds * math.ceil(rows_of_lease / rollout.max_rows) * steps,
+        engine=one_forward * steps,
         views=views,
         learner_forwards=math.ceil(per_rank / learner.views_per_forward) * learner.updates_per_batch,
         learner=training,
@@ -124,6 +125,8 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
 def candidates_per_token(config: RunConfig) -> float:
     """Positions that the head sees per position that is revealed, on average over a rollout."""
     sampler = config.rollout.sampler
+    if sampler.threshold is not None:
+        return (sampler.block_length + 1) / 2  # a position a step, at most
     if sampler.position_rule in ("random", "left_to_right"):
         return 1.0
     steps = sampler.steps * sampler.block_length // sampler.completion_length

@@ -14,6 +14,7 @@ from learner.likelihood.scorer import PolicyScores, Scores, joined, score
 from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
 from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Weighed
+from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
 from learner.ranks.optim import inner_optimizer
 from learner.ranks.phases import PhaseWeights, TrainedWeights
@@ -102,16 +103,16 @@ class LearnerRank(Rank):
             phase=self._phase,
         )
 
-    def _final_credit(self, groups: list[TrajectoryGroup], update_index: int) -> FinalCredit | None:
-        """Of a method that measures."""
-        objective = self.objective
+    def _final_credit(self, groups: list[TrajectoryGroup], update_index: int) -> FinalCredit:
+        """Of the rewards as the settings show them to the method, and of what a method measures."""
+        objective, seen = self.objective, [seen_rewards(group, self.config.reward) for group in groups]
         if not isinstance(objective, Weighed):
-            return None
+            return FinalCredit(objective.credit(seen), Statistics())
         assert not (objective.needs.old and objective.measures_each_update), "old scores are of views planned ahead"
         if update_index == 0 or objective.measures_each_update:
             self._sums = self._measure(objective, groups, update_index)
         assert self._sums is not None, "a batch begins with its first update"
-        return objective.weigh(groups, objective.credit(groups), self._sums)
+        return objective.weigh(seen, objective.credit(seen), self._sums)
 
     def _measure(self, objective: Weighed, groups: list[TrajectoryGroup], update_index: int) -> RowSums:
         """Sums of weighted log-probs of each completion, under the present policy and the base, over all ranks."""

@@ -167,7 +167,7 @@ def _order(pair: tuple[int, ScoredView]) -> tuple[Any, ...]:
 def order_map(groups: Sequence[TrajectoryGroup]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """When each position is drawn, over all completions: what goes into a sample's JSON, and its arrays."""
     sampler = groups[0].sampler
-    C, m = sampler.completion_length, sampler.steps
+    C, m = sampler.completion_length, sampler.most_steps
     per_bin = (-(-C // ORDER_BINS[0]), -(-m // ORDER_BINS[1]))
     counts = np.zeros((-(-C // per_bin[0]), -(-m // per_bin[1])), dtype=np.uint32)
     steps_C, drawn_C = np.zeros(C, dtype=np.float64), np.zeros(C, dtype=np.int64)

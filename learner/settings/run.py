@@ -26,6 +26,7 @@ from learner.settings.sections import (
     LoraSection,
     ModelSection,
     ResourcesSection,
+    RewardSection,
     RolloutSection,
     RunPlace,
     RunSection,
@@ -51,6 +52,7 @@ class RunConfig(Section):
     model: ModelSection = ModelSection()
     lora: LoraSection = LoraSection()
     rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
     learner: LearnerSection = LearnerSection()
     objective: ObjectiveConfig = AgrpoConfig()
     evaluation: EvaluationSection = EvaluationSection()
@@ -71,6 +73,7 @@ class RunConfig(Section):
             *store_problems(self.store),
             *_sampler_problems(self),
             *self.objective.refuses(self.rollout.sampler.spec()),
+            *_reward_problems(self),
             *_rollout_problems(self),
             *_phase_problems(self),
             *group_problems(self.learner, self.resources),
@@ -262,6 +265,22 @@ def _sampler_problems(config: RunConfig) -> list[str]:
         ]
     if 1 not in config.evaluation.step_divisors:
         problems.append("evaluation.step_divisors lacks 1, the full number of steps, which picks the best checkpoint")
+    return problems
+
+
+def _reward_problems(config: RunConfig) -> list[str]:
+    reward, sampler, problems = config.reward, config.rollout.sampler, []
+    if reward.speed_weight and sampler.threshold is None:
+        problems.append(
+            f"reward.speed_weight={reward.speed_weight:g} needs rollout.sampler.threshold, or the number of forward "
+            "passes isn't the policy's doing; set it (0.9, for example), or the weight to 0"
+        )
+    branched = config.objective.branches(sampler.spec()) is not None
+    if branched and (reward.speed_weight or reward.normalise == "components"):
+        problems.append(
+            f"objective.type={config.objective.type} compares completions with branches, which are graded by the task "
+            "alone; leave reward.speed_weight at 0 and reward.normalise at total"
+        )
     return problems
 
 

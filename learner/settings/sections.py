@@ -159,10 +159,24 @@ class SamplerConfig(Section):
     """Tokens kept before drawing; null: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass kept after top_k; 1: all."""
+    threshold: Fraction | None = None
+    """Reveal in each step all positions of the block whose largest probability (temperature 1) is above this, one at
+    least, in place of what steps and position_rule say; null: what those say. Evaluations go by steps in any case."""
 
     def spec(self) -> SamplerSpec:
         """What the engine takes."""
         return SamplerSpec(**self.model_dump())
+
+
+class RewardSection(Section):
+    """How the parts of a reward become what completions are compared by, in all methods alike."""
+
+    normalise: Literal["total", "components"] = "total"
+    """total: the parts are added as they are; components: each part is first made a z-score over the completions of a
+    prompt, so that none drowns the others by its scale, as LightningRL does (arXiv 2603.13319)."""
+    speed_weight: NonNegative = 0.0
+    """Weight of a further part, speed: tokens of a completion's text per forward pass that wrote it, 0 where no
+    completion of the prompt is right. Needs rollout.sampler.threshold. LightningRL: 1, with a threshold of 0.9."""
 
 
 class RolloutSection(Section):

@@ -39,6 +39,7 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         pull_timeout_s=config.timeouts.publish,
         run_seed=seed,
         code_digest=code_identity().digest,
+        speed_weight=config.reward.speed_weight,
     )
     return RolloutPool(
         settings,
