@@ -27,6 +27,7 @@ from learner.runs.checkpoint import (
 from learner.settings.saved import checkpoints_in
 from rewards.errors import CheckpointError
 from rollout.adapters import AdapterState, digest, pack
+from tests.support.hand_made import random_group
 from tests.support.learner_ranks import (
     ProbedGroup,
     adamw_steps,
@@ -44,6 +45,9 @@ FILES = (
     "adapter/adapter_model.safetensors",
     "optimizer-0000.safetensors",
     "optimizer-0001.safetensors",
+    "phase-teacher.safetensors",
+    "phase-mean.safetensors",
+    "buffer/00000007.safetensors",
     "state.json",
     "manifest.json",
 )
@@ -71,13 +75,17 @@ def make(iteration: int) -> Checkpoint:
         train_seconds=1.5,
     )
     shards = [save_safetensors({"master.0": torch.full((5,), float(rank))}) for rank in range(2)]
-    return Checkpoint(progress, adapter, PEFT_CONFIG, shards)
+    return Checkpoint(progress, adapter, PEFT_CONFIG, shards, {"teacher": adapter, "mean": adapter}, [random_group(7)])
 
 
 def assert_same(a: Checkpoint, b: Checkpoint) -> None:
     assert a.progress == b.progress and a.peft_config == b.peft_config
     assert digest(a.adapter) == digest(b.adapter)
     assert list(a.shards) == list(b.shards)
+    assert {name: digest(s) for name, s in a.phase.items()} == {name: digest(s) for name, s in b.phase.items()}
+    assert [group.group_id for group in a.buffer] == [group.group_id for group in b.buffer]
+    for ours, theirs in zip(a.buffer, b.buffer, strict=True):
+        assert (ours.completion_ids == theirs.completion_ids).all() and ours.sampler == theirs.sampler
 
 
 @pytest.fixture

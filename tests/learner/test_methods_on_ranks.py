@@ -1,6 +1,7 @@
 """Every method of the settings on real ranks: an update's gradient, on the policy and off it, doesn't depend on ranks,
 forwards, passes and ZeRO stage; and a batch after a checkpoint is learnt from as without one, bit for bit."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import get_args
 
@@ -13,7 +14,7 @@ from learner.settings.objective import ObjectiveSection
 from learner.settings.objectives import ObjectiveConfig
 from rollout.adapters import AdapterState, digest
 from rollout.models.family import policy_adapter
-from rollout.trajectory import TrajectoryGroup
+from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from tests.support.learner_ranks import (
     SAMPLER,
     ProbedGroup,
@@ -42,8 +43,16 @@ def at(method: str, ranks: int = 1, stage: int = 0, views: int = 16):
     """With a strong KL term where the method has one, so that it matters in the first update too."""
     kl = {"objective__beta": 1.0} if "beta" in VARIANTS[method].model_fields else {}
     layout = {"learner__ranks": ranks, "learner__zero_stage": stage, "learner__views_per_forward": views}
-    blocks = {"rollout__sampler__block_length": SAMPLER.block_length}
-    return settings(objective__type=method, learner__updates_per_batch=2, **blocks, **layout, **kl)
+    spec = sampler_of(method)
+    sampler = {f"rollout__sampler__{key}": getattr(spec, key) for key in ("block_length", "position_rule", "steps")}
+    return settings(objective__type=method, learner__updates_per_batch=2, **sampler, **layout, **kl)
+
+
+def sampler_of(method: str) -> SamplerSpec:
+    """The one of all tests, or one token a step from left to right where the method asks for that."""
+    if not VARIANTS[method]().refuses(SAMPLER):
+        return SAMPLER
+    return dataclasses.replace(SAMPLER, position_rule="left_to_right", steps=SAMPLER.completion_length)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,11 +74,16 @@ def adapter(tiny_model) -> AdapterState:
 
 
 @pytest.fixture(scope="module")
-def batch(tiny_model, adapter) -> list[TrajectoryGroup]:
-    return draw_batch(tiny_model, settings(), adapter)
+def batches(tiny_model, adapter) -> dict[SamplerSpec, list[TrajectoryGroup]]:
+    return {spec: draw_batch(tiny_model, settings(), adapter, spec) for spec in set(map(sampler_of, METHODS))}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def batch(batches, method) -> list[TrajectoryGroup]:
+    return batches[sampler_of(method)]
+
+
+@pytest.fixture
 def refs(cluster, batch) -> list[ray.ObjectRef]:
     return put(batch)
 
@@ -131,11 +145,14 @@ def test_after_a_checkpoint_the_next_batch_is_learnt_from_bit_for_bit(groups, ad
     for index in updates:
         group.update(refs, index, LR)
     saved, shards = group.publish().state, group.export()
+    phase = group.phase_state() if VARIANTS[method]().phases() else None
     later = refs[2:]
     went_on = [group.update(later, index, LR).loss for index in updates]
     through = group.publish().digest
 
     group.restart(at(method, views=3), saved, shards)
+    if phase is not None:
+        group.enter_phase(0, phase)
     assert [group.update(later, index, LR).loss for index in updates] == went_on
     assert group.publish().digest == through != digest(saved)
     group.restart(at(method, views=3), saved)

@@ -142,9 +142,9 @@ def plain_gradient(
         credit = objective.weigh(groups, credit, sums).by_group
     for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
         for batch in map(built, objective.wanted(index, group, credit_G, context).units):
-            policy = score(model, batch, family=family)
+            policy = score(model, batch, family=family, vocabulary=objective.needs.vocabulary)
             reference = without_adapter(batch) if objective.needs.reference else None
-            loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference), batch)
+            loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference, policy.detached()), batch)
             (loss / normaliser).backward()
     return pack({name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None})
 
@@ -154,6 +154,7 @@ class ProbedRank(LearnerRank):
 
     def start(self, address: str, adapter: AdapterState | None, shard: bytes | None) -> dict[str, Any]:
         described = super().start(address, adapter, shard)
+        self._phase_weights = None  # of the engine before
         self.counts: Counter[str] = Counter()
 
         def model_called(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -259,6 +260,8 @@ class ProbedGroup(LearnerGroup):
         assert config.learner.ranks == self.config.learner.ranks
         self.reconfigure(config)
         self._start(adapter, shards)
+        if config.objective.phases() is not None:
+            self.enter_phase(0)
         return self
 
     def reconfigure(self, config: RunConfig) -> None:
