@@ -45,7 +45,8 @@ class UpdatePlan:
     forwards: tuple[tuple[Forward, ...], ...]
     """[rank][forward]; every rank has the same number of forwards, at least one, none empty."""
     normaliser: float
-    """The objective's divisors of all groups, those without signal included."""
+    """The objective's divisors of all groups, those without signal included; 1 where they add up to 0, as of a method
+    that counts what it scores in an update without signal."""
     statistics: dict[str, float]
     """Figures of the whole update (the same on every rank, so not to be added up over ranks)."""
     credit: tuple[np.ndarray, ...]
@@ -91,7 +92,7 @@ def plan_update(
     statistics = Statistics.merged([*parts, Statistics(totals={"views": float(sum(map(len, units)))})])
     return UpdatePlan(
         forwards=deal(units, ranks, views_per_forward, pad=(pad_view(groups[0]),)),
-        normaliser=divisor,
+        normaliser=divisor or 1.0,
         statistics=statistics.values(),
         credit=credit,
     )

@@ -8,7 +8,7 @@ from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, 
 from learner.settings.methods.branches import EgspoConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
-from learner.settings.methods.states import AgrpoConfig, D2Config, TraceRlConfig
+from learner.settings.methods.states import AgrpoConfig, D2Config, JustGrpoConfig, TraceRlConfig
 
 ObjectiveConfig = Annotated[
     AgrpoConfig
@@ -24,6 +24,7 @@ ObjectiveConfig = Annotated[
     | DtmConfig
     | D2Config
     | TraceRlConfig
+    | JustGrpoConfig
     | EgspoConfig,
     Field(discriminator="type"),
 ]

@@ -131,7 +131,7 @@ def test_loss_and_slopes_off_the_policy_by_hand(kl):
     )
     assert figures.values()["scored_tokens"] == 9 and "kl" in figures.values()
     (other,) = torch.autograd.grad(sum(by_token) / 9, theta)
-    assert torch.linalg.norm(slope - other) > 0.1 * torch.linalg.norm(slope), "control: a mean over tokens is another"
+    assert torch.linalg.norm(slope - other) > 0.05 * torch.linalg.norm(slope), "control: a mean over tokens is another"
 
 
 def test_before_the_policy_has_moved_the_kl_has_no_gradient_with_k3_and_has_one_with_k1():

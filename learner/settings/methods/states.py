@@ -3,9 +3,10 @@
 The text under a field is its help; it names the unit.
 """
 
-from typing import ClassVar, Literal
+import math
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from learner.settings.objective import Average, ClipLow, Cost, ObjectiveSection
 from learner.settings.sections import Fraction, NonNegative
@@ -114,6 +115,46 @@ class TraceRlConfig(ObjectiveSection):
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         return super().refuses(sampler) + _threshold_problem(sampler)
+
+
+class JustGrpoConfig(ObjectiveSection):
+    """JustGRPO (arXiv 2601.15165): completions written left to right, one token a step, each scored exactly."""
+
+    method: ClassVar[str] = "learner.objectives.just_grpo:JustGrpo"
+    type: Literal["just_grpo"] = "just_grpo"
+    """The method. It needs rollout.sampler.position_rule=left_to_right, and as many steps as positions."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each block's positions that is scored, those with the largest entropy; 1 is the published exact form,
+    0.25 the fast one, which is biased."""
+    clip_low: ClipLow = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    beta: NonNegative = 0.0
+    """Weight of the KL against the policy without adapter (ours: none was published); 0 saves the reference
+    forwards."""
+
+    def scored_per_block(self, sampler: SamplerSpec) -> int:
+        """Positions scored of a block in which all were drawn; at least 1."""
+        return math.ceil(self.share * sampler.block_length - 1e-9)  # 0.1 of 30 is 3.0000000000000004
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        views = self.scored_per_block(sampler) * (sampler.completion_length // sampler.block_length)
+        return Cost(views=views, scored=1, reference=self.beta > 0)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler) + _threshold_problem(sampler)
+        if sampler.position_rule != "left_to_right":
+            problems.append(
+                "objective.type=just_grpo learns from completions that were written left to right, and "
+                f"rollout.sampler.position_rule={sampler.position_rule} doesn't; set it to left_to_right"
+            )
+        if sampler.steps != sampler.completion_length:
+            problems.append(
+                f"objective.type=just_grpo needs one token a step, and rollout.sampler.steps={sampler.steps} for "
+                f"{sampler.completion_length} positions reveals more; set it to {sampler.completion_length}"
+            )
+        return problems
 
 
 def _threshold_problem(sampler: SamplerSpec) -> list[str]:
