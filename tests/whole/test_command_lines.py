@@ -16,6 +16,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.sft": [["--wrong"], ["run.nonsense=1"], ["recipe=sudoku"]],
     "learner.evaluate": [["--wrong"], ["--run"], ["--run", "/nowhere"], ["decode.stepps=[1]"]],
     "learner.plan": [["--wrong"], ["run.nonsense=1"], ["--gpus", "none"], ["--gpu", "H100"]],
+    "learner.compare": [["--wrong"], ["budget=many"], ["plan=nothing"], ["plan=smoke", "--parallel", "0"]],
     "learner.reproduce": [["--wrong"], ["seeds=one"], ["recipes=nothing"], ["run.nonsense=1"]],
     "learner.verify": [["--wrong"], ["--device", "abacus"], ["--golden", "/nowhere"]],
     "learner.export": [["--wrong"], [], ["--adapter", "x", "--out", str(ROOT)]],

@@ -1,0 +1,200 @@
+"""The cells of a comparison: one run each, of a method with a point of its grid and a seed.
+
+Which cells there are follows from the settings, and from what the tuning cells found: their results choose the point
+that a method is reported with, and their measured cost the number of iterations that the budget pays for.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from learner.comparison.budget import iterations_within, planned_cost
+from learner.comparison.settings import ComparisonConfig, grid_points, method_arguments, run_config
+from learner.settings.run import RunConfig
+from rewards.errors import ConfigError
+
+Role = Literal["tuning", "reported"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that is to be trained and evaluated."""
+
+    method: str
+    role: Role
+    point: Mapping[str, Any]
+    """Value by key of the method's grid."""
+    seed: int
+    iterations: int
+    evaluate_every: int
+    problems: int
+    """Held-out problems of the evaluation."""
+    shared_arguments: tuple[str, ...]
+    """``learner.main``'s, but for what the fields above say."""
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        values = "-".join(f"{key.rpartition('.')[2]}{_plain(value)}" for key, value in self.point.items())
+        return f"{self.method}-{values}-s{self.seed}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """What ``learner.main`` trains with, but for the place."""
+        return [
+            *self.shared_arguments,
+            f"run.seed={self.seed}",
+            f"run.iterations={self.iterations}",
+            f"evaluation.every={self.evaluate_every}",
+        ]
+
+    @cached_property
+    def run(self) -> RunConfig:
+        """The run's settings."""
+        return run_config(self.arguments)
+
+    @cached_property
+    def key(self) -> str:
+        """Names all that the cell's results depend on, 16 hex digits."""
+        run = self.run.model_dump(mode="json", exclude={"resources", "timeouts", "store", "trackers"})
+        for actors in ("actors", "max_actors"):
+            run["rollout"].pop(actors)
+        about = json.dumps([run, self.problems], sort_keys=True)
+        return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a cell gave, as its file holds it."""
+
+    key: str
+    failed: str | None
+    """Why it has no results, in one sentence."""
+    results: Mapping[str, Any]
+    """See ``learner.comparison.findings``; empty where it failed."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Findings | None":
+        """None where there are none, or where they are not readable."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+Found = Mapping[str, Findings]
+"""By the cell's name."""
+
+
+def tuning_cells(config: ComparisonConfig, method: str) -> list[Cell]:
+    """The cells that choose a method's point, in the order of its grid; each has the iterations that the budget pays
+    for at the method's full cost."""
+    cells = []
+    for point in grid_points(config, method):
+        arguments = method_arguments(config, method, point)
+        iterations = iterations_within(config.budget, planned_cost(run_config(arguments)))
+        cells += [_cell(config, method, "tuning", point, seed, iterations) for seed in config.tuning_seeds]
+    return cells
+
+
+def chosen_point(config: ComparisonConfig, method: str, found: Found) -> dict[str, Any] | None:
+    """The point with the highest mean solve rate, in all steps, of its tuning cells; the first of equals. None while
+    one of them is missing, and when every point has a cell that failed."""
+    rates = {}
+    for number, point in enumerate(grid_points(config, method)):
+        cells = [cell for cell in tuning_cells(config, method) if cell.point == point]
+        if any(cell.name not in found for cell in cells):
+            return None
+        results = [found[cell.name] for cell in cells]
+        if not any(each.failed for each in results):
+            rates[number] = sum(full_rate(each) for each in results) / len(results)
+    return grid_points(config, method)[max(rates, key=lambda number: (rates[number], -number))] if rates else None
+
+
+def reported_cells(config: ComparisonConfig, method: str, found: Found) -> list[Cell]:
+    """The cells that are reported of a method; empty while its point isn't known, and where it has none.
+
+    A method spends less than its full cost where completions without signal aren't scored, so what its tuning cells
+    spent says how many iterations the budget pays for.
+    """
+    point = chosen_point(config, method, found)
+    if point is None:
+        return []
+    tuned = [found[cell.name].results for cell in tuning_cells(config, method) if cell.point == point]
+    cost = sum(each["spent"]["total"] for each in tuned) / sum(each["iterations"] for each in tuned)
+    iterations = iterations_within(config.budget, cost)
+    return [_cell(config, method, "reported", point, seed, iterations) for seed in config.seeds]
+
+
+def known_cells(config: ComparisonConfig, found: Found, role: Role) -> list[Cell]:
+    """The cells that the findings so far tell of, in the order in which they are to be run. The reported ones go by
+    seed, so that a comparison which is cut short is one of all methods."""
+    if role == "tuning":
+        return [cell for method in config.methods for cell in tuning_cells(config, method)]
+    by_method = [reported_cells(config, method, found) for method in config.methods]
+    return [cells[number] for number in range(len(config.seeds)) for cells in by_method if cells]
+
+
+def ready_cells(config: ComparisonConfig, found: Found) -> list[Cell]:
+    """The cells that are known and not done, in the order in which they are to be run: tuning first."""
+    cells = [*known_cells(config, found, "tuning"), *known_cells(config, found, "reported")]
+    return [cell for cell in cells if cell.name not in found]
+
+
+def found_cells(config: ComparisonConfig, out: Path) -> dict[str, Findings]:
+    """What the folder holds of the comparison's cells, by name.
+
+    Raises:
+        ConfigError: a cell was run with other settings.
+    """
+    found: dict[str, Findings] = {}
+    for role in ("tuning", "reported"):  # what the first ones found says which the others are
+        for cell in known_cells(config, found, role):
+            findings = Findings.read(findings_path(out, cell))
+            if findings is None:
+                continue
+            if findings.key != cell.key:
+                raise ConfigError(
+                    f"{out / cell.name} is a run of other settings than this comparison's; set them back, give another "
+                    f"out=, or delete that folder and {findings_path(out, cell)}"
+                )
+            found[cell.name] = findings
+    return found
+
+
+def findings_path(out: Path, cell: Cell) -> Path:
+    """Where a cell's findings are kept."""
+    return out / "cells" / f"{cell.name}.json"
+
+
+def full_rate(findings: Findings) -> float:
+    """Solve rate in as many denoising steps as in training."""
+    solved = findings.results["solved"]
+    trained: str = solved[max(solved, key=int)]["trained"]
+    return trained.count("1") / len(trained)
+
+
+def _cell(
+    config: ComparisonConfig, method: str, role: Role, point: Mapping[str, Any], seed: int, iterations: int
+) -> Cell:
+    return Cell(
+        method=method,
+        role=role,
+        point=point,
+        seed=seed,
+        iterations=iterations,
+        evaluate_every=max(1, -(-iterations // config.curve_points)),
+        problems=config.problems,
+        shared_arguments=tuple(method_arguments(config, method, point)),
+    )
+
+
+def _plain(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")
