@@ -37,6 +37,12 @@ class Scores:
     """[N, V] float32, log-probs of all tokens under the untruncated law, -inf for the mask token; carries the gradient.
     None where nobody asked for them."""
 
+    def at(self, index_n: np.ndarray) -> "Scores":
+        """Of these scores alone, [n] int64, without choices of positions."""
+        assert self.choice_logp_Z is None
+        at_n = torch.from_numpy(index_n).to(self.logp_N.device)
+        return Scores(self.logp_N[at_n], self.mass_N[at_n], law_NV=None if self.law_NV is None else self.law_NV[at_n])
+
     def detached(self) -> "Scores":
         """The same numbers without gradient."""
         choices, law = self.choice_logp_Z, self.law_NV
@@ -59,6 +65,10 @@ class PolicyScores(NamedTuple):
     """Of the base without adapter."""
     teacher: Scores | None = None
     """Of the weights that the method's phase began with."""
+
+    def at(self, index_n: np.ndarray) -> "PolicyScores":
+        """Of these scores alone, [n] int64; of the raw law."""
+        return PolicyScores(*(None if scores is None else scores.at(index_n) for scores in self))
 
 
 def joined(parts: Sequence[Scores]) -> Scores:

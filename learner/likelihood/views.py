@@ -7,9 +7,10 @@ others mask at random. A ``View`` is small; inputs exist for one forward at a ti
 Views whose scores meet in one term that isn't a sum (a ratio of sequences, say) form a ``Unit``.
 
 Shapes: Z views and U units of a forward, L tokens of its longest view, N scored positions in all, M candidate positions
-in all, P prompt tokens, C completion positions, n scored positions of one view.
+in all, P prompt tokens, C completion positions, n scored positions and F fills of one view.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +28,16 @@ class Law(Enum):
     """What drew the token in the rollout: tempered, on the recorded support. Of recorded states only."""
     RAW = "raw"
     """Temperature 1, the whole vocabulary but the mask token. Of any state."""
+
+
+class Fills(NamedTuple):
+    """What is scored in the place of the completion's own tokens: several fills of the scored positions, all in one
+    forward."""
+
+    ids_Fn: np.ndarray
+    """[F, n] int64, the tokens of each fill."""
+    credit_F: np.ndarray
+    """[F] float64, what each is credited with."""
 
 
 class View(NamedTuple):
@@ -50,6 +61,11 @@ class View(NamedTuple):
     """The denoising step whose state before it this is, where it is one of the rollout's."""
     draws: int = 1
     """How many draws of the view the weight stands for."""
+    fills: Fills | None = None
+    """None where the completion's own tokens are scored. The view has a score for each token of each fill, one fill
+    after the other."""
+    part: int = 0
+    """Which loss the view belongs to, where a method adds up several (``Wanted.added``)."""
 
 
 Unit = tuple[View, ...]
@@ -149,6 +165,29 @@ class ViewBatch:
         cells_2T, first_T, token_N = np.unique(cells_2N, axis=1, return_index=True, return_inverse=True)
         return cells_2T[0], first_T, token_N.reshape(-1)
 
+    def of_part(self, part: int) -> tuple["ViewBatch", np.ndarray] | None:
+        """The views of one loss as a batch of their own, and which scores of this batch theirs are, [n] int64; None
+        where there are none."""
+        assert self.support is None and self.choices is None, "parts are of the raw law"
+        kept_Z = np.array([view.part == part for view in self.views])
+        if not kept_Z.any():
+            return None
+        at_n, L, number_Z = np.flatnonzero(kept_Z[self.view_of_score]), self.input_ids.shape[1], np.cumsum(kept_Z) - 1
+        names = ("position", "targets", "credit", "weight")
+        view_n = number_Z[self.view_of_score[at_n]]
+        batch = dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[at_n] for name in names},
+            input_ids=self.input_ids[kept_Z],
+            attention_mask=None if self.attention_mask is None else self.attention_mask[kept_Z],
+            score_rows=view_n * L + self.score_rows[at_n] % L,
+            view_of_score=view_n,
+            unit_of_view=np.unique(self.unit_of_view[kept_Z], return_inverse=True)[1],
+            logp=None if self.logp is None else self.logp[at_n],
+            views=tuple(view for view in self.views if view.part == part),
+        )
+        return batch, at_n
+
     @property
     def first_views(self) -> list[View]:
         """[U], the first view of each unit."""
@@ -177,6 +216,9 @@ def build_batch(
     input_ids_ZL = np.full((Z, L), pad_id, dtype=np.int64)
     score_rows: list[np.ndarray] = []
     cells: list[np.ndarray] = []
+    position: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    credit: list[np.ndarray] = []
     for z, view in enumerate(views):
         group = groups[view.group]
         C = group.completion_ids.shape[1]
@@ -184,10 +226,18 @@ def build_batch(
         prompt = group.prompt_ids if view.hidden_P is None else np.where(view.hidden_P, mask_id, group.prompt_ids)
         input_ids_ZL[z, L - lengths_Z[z] : L - C] = prompt
         input_ids_ZL[z, L - C :] = np.where(view.hidden_C, mask_id, group.completion_ids[view.row])
-        score_rows.append(z * L + L - C + view.scored_n)
-        cells.append(view.row * C + view.scored_n)
+        if view.fills is None:
+            position.append(view.scored_n)
+            targets.append(group.completion_ids[view.row, view.scored_n])
+            credit.append(np.full(view.scored_n.size, view.credit))
+        else:
+            position.append(np.tile(view.scored_n, len(view.fills.ids_Fn)))
+            targets.append(view.fills.ids_Fn.ravel())
+            credit.append(view.fills.credit_F.repeat(view.scored_n.size))
+        score_rows.append(z * L + L - C + position[-1])
+        cells.append(view.row * C + position[-1])
     counts_Z = np.array([cell.size for cell in cells])
-    recorded = all(view.step is not None or not view.scored_n.size for view in views)
+    recorded = all(not view.scored_n.size or (view.step is not None and view.fills is None) for view in views)
     assert recorded or law is Law.RAW, "the law that drew a token is known at recorded states only"
 
     def gather(name: str) -> np.ndarray:
@@ -199,14 +249,14 @@ def build_batch(
         input_ids=input_ids_ZL,
         attention_mask=_attention_mask(lengths_Z, L),
         score_rows=np.concatenate(score_rows),
-        position=np.concatenate([view.scored_n for view in views]),
-        targets=gather("completion_ids").astype(np.int64),
+        position=np.concatenate(position),
+        targets=np.concatenate(targets).astype(np.int64),
         view_of_score=np.repeat(np.arange(Z), counts_Z),
         unit_of_view=np.arange(Z) if unit_sizes is None else np.repeat(np.arange(len(unit_sizes)), unit_sizes),
         temperature=sampler.temperature if drawn else 1.0,
         support=_support([groups[v.group] for v in views], cells) if drawn else None,
         logp=gather("logp" if drawn else "logp_raw") if recorded else None,
-        credit=np.repeat(np.array([v.credit for v in views], dtype=np.float64), counts_Z),
+        credit=np.concatenate(credit).astype(np.float64),
         weight=np.repeat(np.array([v.weight for v in views], dtype=np.float64), counts_Z),
         views=tuple(views),
         choices=_position_choices(views, groups, L) if drawn else None,

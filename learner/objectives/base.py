@@ -72,6 +72,9 @@ class Wanted:
     """The group's part of what the update's loss is divided by: the loss is the sum of all losses over the sum of all
     divisors, however the units are dealt out."""
     statistics: Statistics
+    added: "Wanted | None" = None
+    """A further loss, of views whose ``part`` isn't 0, that is added to this one: it is divided by the sum of its own
+    divisors. The plan brings its weights to that."""
 
 
 class RowSums(NamedTuple):

@@ -83,16 +83,23 @@ def plan_update(
     context = UpdateContext(run_seed, update_index, len(groups), eos_ids, phase)
     credit, measured = FinalCredit(objective.credit(groups), Statistics()) if final is None else final
     units: list[Unit] = []
-    divisor, parts = 0.0, [measured]
+    divisor, added_divisor, parts = 0.0, 0.0, [measured]
     for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
         wanted = objective.wanted(index, group, credit_G, context)
         units += wanted.units
         divisor += wanted.divisor
         parts += [wanted.statistics, _group_statistics(group, credit_G, eos_ids)]
+        if wanted.added is not None:
+            units += wanted.added.units
+            added_divisor += wanted.added.divisor
+            parts.append(wanted.added.statistics)
+    normaliser = divisor or 1.0
+    if added_divisor:
+        units = [tuple(_weighted(view, normaliser / added_divisor) for view in unit) for unit in units]
     statistics = Statistics.merged([*parts, Statistics(totals={"views": float(sum(map(len, units)))})])
     return UpdatePlan(
         forwards=deal(units, ranks, views_per_forward, pad=(pad_view(groups[0]),)),
-        normaliser=divisor or 1.0,
+        normaliser=normaliser,
         statistics=statistics.values(),
         credit=credit,
     )
@@ -110,6 +117,11 @@ def deal(units: Sequence[Unit], ranks: int, views_per_forward: int, *, pad: Unit
         tuple(Forward(i, tuple(part) or (pad,), passes[i]) for i, part in enumerate(_split(share, count)))
         for share in shares
     )
+
+
+def _weighted(view: View, factor: float) -> View:
+    """The view of an added loss with the factor in its weight; others as they are."""
+    return view._replace(weight=view.weight * factor) if view.part else view
 
 
 def _views(units: Sequence[Unit]) -> int:

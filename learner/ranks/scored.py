@@ -50,8 +50,10 @@ def recorded_groups(credit: Sequence[np.ndarray], completions: int) -> tuple[int
 
 
 def scored_views(batch: ViewBatch, scores: Scores, wanted: Collection[int]) -> list[ScoredView]:
-    """The views of one forward that belong to the ``wanted`` groups, those that score nothing left out."""
-    kept = [z for z, view in enumerate(batch.views) if view.scored_n.size and view.group in wanted]
+    """The views of one forward that score tokens of the ``wanted`` groups' completions."""
+    kept = [
+        z for z, view in enumerate(batch.views) if view.scored_n.size and view.fills is None and view.group in wanted
+    ]
     if not kept:
         return []
     logp_N = scores.logp_N.detach().float().cpu().numpy()

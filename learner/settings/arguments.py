@@ -79,10 +79,16 @@ def settings_of(recipe: str | None) -> dict[str, Any]:
 def laid_over(settings: dict[str, Any], argv: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
     """``settings`` with the ``key.sub=value`` arguments laid over them. Raises ConfigError."""
     # The choice of a variant comes first, since it drops what the settings say of another one.
-    for argument in sorted(argv, key=lambda argument: not argument.partition("=")[0].strip().endswith(".type")):
+    for argument in sorted(argv, key=_rank):
         if not argument.startswith("recipe="):
             apply_override(settings, "run." + argument if argument.startswith("resume=") else argument, model)
     return settings
+
+
+def _rank(argument: str) -> tuple[bool, int]:
+    """Choices of variants first, outer ones before those inside them."""
+    key = argument.partition("=")[0].strip()
+    return not key.endswith(".type"), key.count(".") if key.endswith(".type") else 0
 
 
 def help_text(model: type[BaseModel], kind: Literal["run", "sft"]) -> str:
@@ -154,7 +160,9 @@ def _with_variants_named(data: Mapping[str, Any], model: type[BaseModel]) -> dic
         if not isinstance(given, Mapping):
             continue
         if isinstance(field.discriminator, str):
-            named[name] = {field.discriminator: getattr(field.get_default(), field.discriminator)} | dict(given)
+            one = {field.discriminator: getattr(field.get_default(), field.discriminator)} | dict(given)
+            chosen = [s for s in sections if variant_name(s, field) == one[field.discriminator]]
+            named[name] = _with_variants_named(one, chosen[0]) if chosen else one
         elif sections:
             named[name] = _with_variants_named(given, sections[0])
     return named

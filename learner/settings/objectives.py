@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig, TraflConfig
-from learner.settings.methods.branches import EgspoConfig
+from learner.settings.methods.branches import DispoConfig, EgspoConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
 from learner.settings.methods.states import AgrpoConfig, D2Config, JustGrpoConfig, TraceRlConfig
@@ -25,6 +25,7 @@ ObjectiveConfig = Annotated[
     | D2Config
     | TraceRlConfig
     | JustGrpoConfig
-    | EgspoConfig,
+    | EgspoConfig
+    | DispoConfig,
     Field(discriminator="type"),
 ]

@@ -3,14 +3,17 @@
 The text under a field is its help; it names the unit.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
+from learner.settings.methods.bounds import EspoConfig, GdpoConfig, SpgConfig
+from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
+from learner.settings.methods.states import D2Config
 from learner.settings.objective import ClipLow, Cost, ObjectiveSection
-from learner.settings.sections import NonNegative
+from learner.settings.sections import Fraction, NonNegative
 from rollout.sampling.schedule import tokens_per_step
-from rollout.trajectory import BranchSpec, GreedyBranches, SamplerSpec
+from rollout.trajectory import BranchSpec, DrawnBranches, GreedyBranches, SamplerSpec
 
 
 class EgspoConfig(ObjectiveSection):
@@ -60,3 +63,51 @@ class EgspoConfig(ObjectiveSection):
                 f"{sampler.steps} at most"
             )
         return problems
+
+
+BaseConfig = Annotated[
+    DiffuGrpoConfig | Wd1Config | CoupledGrpoConfig | EspoConfig | GdpoConfig | SpgConfig | D2Config,
+    Field(discriminator="type"),
+]
+"""Methods that a loss of drawn fills can be added to: those that score the raw law of views, and nothing recorded or
+measured."""
+
+
+class DispoConfig(ObjectiveSection):
+    """DiSPO (arXiv 2602.06462): a loss of another method, and one of drawn fills of a state of each completion."""
+
+    method: ClassVar[str] = "learner.objectives.dispo:Dispo"
+    type: Literal["dispo"] = "dispo"
+    """The method."""
+    base: BaseConfig = DiffuGrpoConfig()
+    alpha: PositiveFloat = 0.5
+    """Weight of the loss of fills. The paper takes 0.1, 0.5 and 0.9."""
+    samples: Annotated[int, Field(ge=2)] = 2
+    """Z, fills of a state, each graded."""
+    degree: NonNegative = 4.0
+    """The state's progress t from 0 to 1 is drawn with a density proportional to t**degree."""
+    prompt_mask: Fraction = 0.15
+    """Probability with which each prompt token is masked where fills are scored."""
+    prompt_masks: PositiveInt = 1
+    """Masks of the prompt that a fill's log-prob is the mean over. Ours: how many wasn't reachable."""
+    clip_low: ClipLow = 0.5
+    """The ratio of a whole fill is clipped below at 1 - clip_low. Ours: no value was published."""
+    clip_high: PositiveFloat = 0.5
+    """The ratio of a whole fill is clipped above at 1 + clip_high. Ours: no value was published."""
+    beta: NonNegative = 0.04
+    """Weight of the fills' KL against the policy without adapter, beside the base's own. Ours: no value was
+    published."""
+
+    def branches(self, sampler: SamplerSpec) -> BranchSpec:
+        return DrawnBranches(self.samples, self.degree)
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        base, C = self.base.cost(sampler), sampler.completion_length
+        views = base.views + self.prompt_masks
+        # Of a state at progress t, 1 - t is masked: 1 / (degree + 2) of the completion on average.
+        filled = self.prompt_masks * self.samples * C / (self.degree + 2)
+        scored = (base.views * base.scored + filled) / views
+        return Cost(views=views, scored=scored, old=True, reference=base.reference or self.beta > 0)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        return [problem.replace("objective.", "objective.base.") for problem in self.base.refuses(sampler)]

@@ -213,11 +213,11 @@ class RecordedPolicy:
         """With the weights in place and their gradient."""
         return score(self.model, batch, family=self.family, vocabulary=vocabulary)
 
-    def reference(self, batch: ViewBatch) -> Scores:
+    def reference(self, batch: ViewBatch, *, vocabulary: bool = False) -> Scores:
         """Without adapter and gradient."""
         assert isinstance(self.model, PeftModel), "weights without adapter have no reference"
         with torch.no_grad(), self.model.disable_adapter():
-            return self.scores(batch)
+            return self.scores(batch, vocabulary=vocabulary)
 
     def gradient(self, loss: torch.Tensor) -> dict[str, np.ndarray]:
         """Of a scalar, by the recorded names."""

@@ -285,8 +285,7 @@ class _Call:
     def scores(self, policy: RecordedPolicy, objective: Egspo, batch: ViewBatch) -> PolicyScores:
         whole, reference = objective.needs.vocabulary, None
         if objective.needs.reference:
-            with torch.no_grad(), policy.model.disable_adapter():
-                reference = policy.scores(batch, vocabulary=whole)
+            reference = policy.reference(batch, vocabulary=whole)
         return PolicyScores(policy.scores(batch, vocabulary=whole), reference=reference)
 
     def compare(
