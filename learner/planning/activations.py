@@ -109,6 +109,13 @@ def scoring(*, rows: int, vocabulary: int, itemsize: int) -> int:
     return rows * vocabulary * max(itemsize + 8, 12)
 
 
+def scoring_laws(*, rows: int, vocabulary: int, itemsize: int) -> int:
+    """The same where whole laws are scored, the teacher's and the policy's: the model's logits; of the policy the
+    tempered fp32 copy, its law, and the law without the mask token; of the teacher its law and its exponential; of the
+    loss the product; and the gradients of two of them."""
+    return rows * vocabulary * (itemsize + 9 * 4 + 1)
+
+
 def scoring_positions(*, candidates: int, rows: int, vocabulary: int, itemsize: int, tempered: bool) -> int:
     """The same where the choice of positions is scored, on the logits of all candidates (decoupled confidence)."""
     kept_cells = itemsize + 4 + 4 * tempered

@@ -15,6 +15,11 @@ class Work:
     """Of one iteration, at most: no completion ends early, every group has a signal, no drawn step repeats."""
 
     completions: int
+    """Drawn; a mean over a phase, where the method learns in phases."""
+    learned: int
+    """Completions that an update learns from."""
+    held: int
+    """Groups in a full buffer."""
     engine_forwards: int
     """Of the actor with the most leases."""
     engine: Flops
@@ -26,7 +31,7 @@ class Work:
     learner: Flops
     """Of all ranks, all updates."""
     reference: Flops
-    """Forwards without gradient, of the reference and of the old policy; not in ``learner``."""
+    """Forwards without gradient, of the reference, the old policy and a teacher; not in ``learner``."""
     published: int
     """Bytes that one actor pulls."""
     published_by_all: int
@@ -78,15 +83,19 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     rollout, sampler, learner = config.rollout, config.rollout.sampler, config.learner
     steps = sampler.spec().most_steps
     C, length, r = sampler.completion_length, prompt + sampler.completion_length, config.lora.r
-    completions = rollout.prompts_per_iteration * rollout.group_size
+    phases = config.objective.phases()
+    drawn = rollout.prompts_per_iteration if phases is None else math.ceil(phases.drawn(rollout.prompts_per_iteration))
+    held = rollout.buffer_size if phases is None else phases.prompts + rollout.buffer_size
+    completions = drawn * rollout.group_size
     head = completions * C * candidates_per_token(config)
     one_forward = forward_flops(model, lora_r=r, rows=completions, length=length, head_rows=head / steps)
-    leases = math.ceil(rollout.prompts_per_iteration / rollout.groups_per_lease)
+    leases = math.ceil(drawn / rollout.groups_per_lease)
     rounds = math.ceil(leases / rollout.actors)
     rows_of_lease = rollout.groups_per_lease * rollout.group_size
     busiest = min(completions, rounds * rows_of_lease)
     cost = config.objective.cost(sampler.spec())
-    views = completions * cost.views * learner.updates_per_batch
+    learned = completions_learned(config)
+    views = learned * cost.views * learner.updates_per_batch
     rows, candidates = scored_rows(config, views)
     training = training_flops(
         model,
@@ -98,15 +107,17 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     )
     plain = forward_flops(model, lora_r=0, rows=views, length=length, head_rows=max(rows, candidates))
     later_updates = (learner.updates_per_batch - 1) / learner.updates_per_batch
-    without_gradient = float(cost.reference) + (later_updates if cost.old else 0.0)
+    without_gradient = float(cost.reference) + float(cost.teacher) + (later_updates if cost.old else 0.0)
     without_gradient += (
         2 * cost.measured / (cost.views * (1 if cost.measured_each_update else learner.updates_per_batch))
     )
-    per_rank = math.ceil(completions * cost.views / learner.ranks)
+    per_rank = math.ceil(learned * cost.views / learner.ranks)
     in_forward = min(per_rank, learner.views_per_forward)
     scored, _ = scored_rows(config, in_forward)
     return Work(
         completions=completions,
+        learned=learned,
+        held=held,
         engine_forwards=rounds * math.ceil(rows_of_lease / rollout.max_rows) * steps,
         engine=one_forward * steps,
         views=views,
@@ -115,11 +126,20 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         reference=plain * without_gradient,
         published=adapter_bytes(config, model),
         published_by_all=adapter_bytes(config, model) * rollout.actors,
-        trajectories=trajectory_bytes(config, prompt) * rollout.prompts_per_iteration,
-        buffered=trajectory_bytes(config, prompt) * rollout.buffer_size,
+        trajectories=trajectory_bytes(config, prompt) * drawn,
+        buffered=trajectory_bytes(config, prompt) * held,
         engine_share=busiest / completions,
         batch_arrays=in_forward * length * 16 + scored * (40 + 9 * (sampler.top_k or 1)),
     )
+
+
+def completions_learned(config: RunConfig) -> int:
+    """Completions that an update learns from, at most."""
+    rollout, phases = config.rollout, config.objective.phases()
+    groups = rollout.prompts_per_iteration if phases is None else phases.prompts
+    there = groups * rollout.group_size
+    limit = config.objective.cost(rollout.sampler.spec()).completions
+    return there if limit is None else min(limit, there)
 
 
 def candidates_per_token(config: RunConfig) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from learner.planning.compute import Duration, Work, duration, too_slow, work_of
+from learner.planning.compute import Duration, Work, completions_learned, duration, too_slow, work_of
 from learner.planning.hardware import CPU_FLOPS_PER_THREAD, GPUS, Hardware
 from learner.planning.memory import GIB, Device, ProcessMemory, actor_memory, rank_memory
 from learner.planning.shapes import ModelShape
@@ -224,8 +224,7 @@ class _Needs:
 
     def largest_views(self) -> int | None:
         bytes_ = self.budgets()[0].bytes
-        completions = self.config.rollout.prompts_per_iteration * self.config.rollout.group_size
-        upper = completions * self.config.objective.cost(self.config.rollout.sampler.spec()).views
+        upper = completions_learned(self.config) * self.config.objective.cost(self.config.rollout.sampler.spec()).views
         return None if bytes_ is None else _largest(lambda n: self.rank(n).peak <= bytes_, upper)
 
     def largest_rows(self) -> int | None:

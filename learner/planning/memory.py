@@ -219,7 +219,9 @@ def trained(config: RunConfig, model: ModelShape) -> int:
 
 def _scoring(config: RunConfig, model: ModelShape, rows: int, candidates: int) -> int:
     e, V = itemsize(config), model.vocabulary
-    tokens = activations.scoring(rows=rows, vocabulary=V, itemsize=e)
+    whole = config.objective.cost(config.rollout.sampler.spec()).vocabulary
+    count = activations.scoring_laws if whole else activations.scoring
+    tokens = count(rows=rows, vocabulary=V, itemsize=e)
     if not candidates:
         return tokens
     tempered = config.rollout.sampler.confidence_temperature != 1.0

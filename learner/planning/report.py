@@ -74,8 +74,9 @@ def _head(plan: RunPlan) -> list[str]:
         f"hardware  {there} ({hardware.source})",
         f"run       {config.learner.ranks} learner ranks (ZeRO-{config.learner.zero_stage}, {config.learner.dtype}), "
         f"{config.rollout.actors} actors; {plan.work.completions} completions an iteration "
-        f"({config.rollout.prompts_per_iteration} prompts x {config.rollout.group_size}), {config.objective.type} with "
-        f"{config.objective.cost(config.rollout.sampler.spec()).views} views of each",
+        f"({plan.work.completions // config.rollout.group_size} prompts x {config.rollout.group_size}), "
+        f"{config.objective.type} with {config.objective.cost(config.rollout.sampler.spec()).views} views of each"
+        + (f" of {plan.work.learned}" if plan.work.learned != plan.work.completions else ""),
     ]
 
 
@@ -95,7 +96,7 @@ def _memory(plan: RunPlan) -> list[str]:
         lines.append(_row("memory of the nodes", plan.node_bytes, "all processes' own, and the object store"))
         for item in plan.rank.host or plan.actor.host:
             lines.append(_row(f"  each process: {item.name}", item.bytes, item.note))
-    lines.append(_row("  object store: a full buffer", plan.work.buffered, f"{config.rollout.buffer_size} groups"))
+    lines.append(_row("  object store: a full buffer", plan.work.buffered, f"{plan.work.held} groups"))
     lines.append(_row("  arrays of one learner forward", plan.work.batch_arrays))
     if plan.sandboxed_bytes:
         graders = f"{config.rollout.actors} actors x {config.rollout.graders_per_actor} graders"

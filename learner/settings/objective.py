@@ -34,6 +34,8 @@ class Cost:
     """Whether choices of positions are scored where the rollout makes them."""
     teacher: bool = False
     """Whether each view is also scored by the phase's teacher, without gradient."""
+    vocabulary: bool = False
+    """Whether whole laws are scored, not only the tokens' log-probs."""
     completions: int | None = None
     """Completions that an update learns from; None for all of its groups'."""
 
@@ -53,6 +55,10 @@ class Phases:
     def of(self, iteration: int) -> int:
         """Number of the phase that an iteration, from 0, is part of."""
         return iteration // self.iterations
+
+    def drawn(self, prompts_per_iteration: int) -> float:
+        """Groups that an iteration draws, on average over a phase."""
+        return (self.prompts + (self.iterations - 1) * prompts_per_iteration) / self.iterations
 
     def begin(self, iteration: int) -> int:
         """The first iteration of that phase."""

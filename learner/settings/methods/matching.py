@@ -42,7 +42,7 @@ class DtmConfig(ObjectiveSection):
     def cost(self, sampler: SamplerSpec) -> Cost:
         block = self.block_length or sampler.block_length
         scored = (block if self.scored == "active_block" else sampler.completion_length) / 2
-        return Cost(views=1, scored=scored, teacher=True, completions=self.completions)
+        return Cost(views=1, scored=scored, teacher=True, vocabulary=True, completions=self.completions)
 
     def phases(self) -> Phases:
         return Phases(self.phase_iterations, self.buffer_prompts, self.ema)
