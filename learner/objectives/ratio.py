@@ -28,14 +28,21 @@ class ClippedTerms(NamedTuple):
         return self._replace(loss_N=self.loss_N + beta * kl_N, averages={**self.averages, "kl": kl_N})
 
 
-def clipped_terms(log_ratio_N: torch.Tensor, advantage_N: torch.Tensor, *, clip: tuple[float, float]) -> ClippedTerms:
+def clipped_terms(
+    log_ratio_N: torch.Tensor,
+    advantage_N: torch.Tensor,
+    *,
+    clip: tuple[float, float],
+    ratio_N: torch.Tensor | None = None,
+) -> ClippedTerms:
     """The clipped surrogate (PPO, arXiv 1707.06347, eq. 7) of actions whose log-ratio carries the gradient.
 
     Args:
         clip: (low, high). With a width of 0 and a ratio of exactly 1, the gradient is the unclipped one.
+        ratio_N: what stands for the ratio, of a method that bounds it; None for the exponential.
     """
     low, high = 1.0 - clip[0], 1.0 + clip[1]
-    ratio_N = log_ratio_N.exp()
+    ratio_N = log_ratio_N.exp() if ratio_N is None else ratio_N
     loss_N = -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(low, high) * advantage_N)
     averages = {
         "ratio/mean": ratio_N,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from learner.settings.methods.bounds import DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig, TraflConfig
+from learner.settings.methods.bounds import BgpoConfig, DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig, TraflConfig
 from learner.settings.methods.branches import DispoConfig, EgspoConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
@@ -18,6 +18,7 @@ ObjectiveConfig = Annotated[
     | EspoConfig
     | GdpoConfig
     | SpgConfig
+    | BgpoConfig
     | DmpoConfig
     | RspoConfig
     | TraflConfig

@@ -58,6 +58,24 @@ class GdpoConfig(ObjectiveSection):
         return Cost(views=self.nodes, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
 
 
+class BgpoConfig(ObjectiveSection):
+    """BGPO (arXiv 2510.11683): a bound of the ratio of evidence lower bounds that is a sum over masks."""
+
+    method: ClassVar[str] = "learner.objectives.bgpo:Bgpo"
+    type: Literal["bgpo"] = "bgpo"
+    """The method."""
+    samples: PositiveInt = 8
+    """Masks drawn per completion and update; ours: the published number isn't known. They are never in memory
+    together."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low. Ours, as above it."""
+    clip_high: NonNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=self.samples, scored=(sampler.completion_length + 1) / 2, old=True)
+
+
 class SpgConfig(ObjectiveSection):
     """SPG (arXiv 2510.09541): a lower bound of good completions' likelihood goes up, an upper one of bad ones' down."""
 
