@@ -1,19 +1,21 @@
 """The one C++ op that DeepSpeed compiles at first use (its shared-memory collectives for CPU ranks), built in advance.
 
-``python -m learner.ranks.build_ops`` builds it into ``<environment>/torch_extensions`` (about half a minute). A rank
-calls ``prepare_environment`` before it imports DeepSpeed; on a machine where nothing was built, the rank builds it
-then.
+``python -m learner.ranks.build_ops`` builds it into ``<environment>/torch_extensions`` (about half a minute), or, where
+that can't be written, into the cache of bases. A rank calls ``prepare_environment`` before it imports DeepSpeed; on a
+machine where nothing was built, the rank builds it then.
 """
 
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from learner.runs.stopping import exit_status
+from learner.settings.sections import ModelSection
 from rewards.command import Parser
 from rewards.errors import ConfigError
 from rollout.process import prepare_process
@@ -24,11 +26,13 @@ OP_NAME = "deepspeed_shm_comm"
 def prepare_environment() -> Path:
     """Makes DeepSpeed's build of the op safe in this process, and returns the folder that holds built ops.
 
-    Sets TORCH_EXTENSIONS_DIR to a folder of this environment unless it is set, puts the interpreter's folder on PATH
-    (the wheel's ``ninja`` sits there), and removes build locks whose builder is dead, as torch would wait for them for
-    ever. Raises ConfigError when the op has yet to be built and there is no C++ compiler.
+    Sets TORCH_EXTENSIONS_DIR to a folder of this environment or of the cache unless it is set, puts the interpreter's
+    folder on PATH (the wheel's ``ninja`` sits there), and removes build locks whose builder is dead, as torch would
+    wait for them for ever. Raises ConfigError when no folder can be written, which torch does for an op that is built
+    too, or the op has yet to be built and there is no C++ compiler.
     """
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")))
+    folder = _folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     scripts = str(Path(sys.executable).parent)  # not resolved: the environment's bin, not the base interpreter's
     search_path = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if scripts not in search_path:
@@ -41,6 +45,24 @@ def prepare_environment() -> Path:
             "install one (apt-get install g++) or name it in the environment variable CXX"
         )
     return folder
+
+
+def _folder() -> Path:
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    ours = (Path(sys.prefix) / "torch_extensions", ModelSection().cache_path / "torch_extensions")
+    refused = []
+    for folder in (Path(named),) if named else ours:
+        try:
+            place = folder / OP_NAME
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+            return folder
+        except OSError as error:
+            refused.append(f"{folder} ({error.strerror})")
+    raise ConfigError(
+        f"DeepSpeed's op can't be kept in {' nor in '.join(refused)}; set TORCH_EXTENSIONS_DIR to a folder that can be "
+        "written"
+    )
 
 
 def remove_dead_locks(folder: Path) -> list[Path]:

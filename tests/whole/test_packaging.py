@@ -151,10 +151,11 @@ def test_a_lock_is_removed_when_its_builder_is_dead_and_kept_while_it_lives(tmp_
     assert not lock.exists()
 
 
-def prepare(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``prepare_environment`` in a process whose PATH holds nothing."""
+def prepare(folder: Path, prefix: str = sys.prefix, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``prepare_environment`` in a process of the environment ``prefix`` whose PATH holds nothing."""
     code = (
-        "import os; from learner.ranks.build_ops import prepare_environment as p; print(p()); print(os.environ['PATH'])"
+        "import os, sys; from learner.ranks.build_ops import prepare_environment as p; "
+        f"sys.prefix = {prefix!r}; print(p()); print(os.environ['PATH'])"
     )
     environment = {"PATH": str(folder), "HOME": str(folder)} | environment
     return subprocess.run(
@@ -176,9 +177,32 @@ def test_missing_compiler_is_said_in_one_sentence_unless_the_op_is_built(tmp_pat
     assert answer.returncode != 0
     assert "ConfigError: DeepSpeed has to compile a small op, and there is no C++ compiler 'c++'" in answer.stderr
     built = tmp_path / build_ops.OP_NAME / f"{build_ops.OP_NAME}.so"
-    built.parent.mkdir()
+    built.parent.mkdir(exist_ok=True)
     built.touch()
     assert prepare(tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path)).returncode == 0
+
+
+def test_ops_are_built_in_the_cache_where_the_environment_can_t_be_written(tmp_path: Path) -> None:
+    """Root writes into any folder; a file in its place stops root too."""
+    (tmp_path / "c++").touch(mode=0o755)
+    environment, cache, named = tmp_path / "environment", tmp_path / "cache", tmp_path / "named"
+    environment.mkdir()
+    own = environment / "torch_extensions"
+
+    def answer(**variables: str) -> subprocess.CompletedProcess[str]:
+        return prepare(tmp_path, str(environment), **{"UNMASK_CACHE": str(cache)} | variables)
+
+    assert answer().stdout.splitlines()[0] == str(own), "the control"
+    shutil.rmtree(own)
+    own.touch()
+    assert answer().stdout.splitlines()[0] == str(cache / "torch_extensions")
+    shutil.rmtree(cache)
+    cache.touch()
+    told = answer().stderr.splitlines()[-1]
+    assert f"ConfigError: DeepSpeed's op can't be kept in {own} (" in told and f"nor in {cache}/torch_ext" in told
+    assert told.endswith("set TORCH_EXTENSIONS_DIR to a folder that can be written")
+    named.touch()
+    assert f"can't be kept in {named} (Not a directory); set" in answer(TORCH_EXTENSIONS_DIR=str(named)).stderr
 
 
 @pytest.mark.slow
