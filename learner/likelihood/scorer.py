@@ -68,7 +68,8 @@ class PolicyScores(NamedTuple):
 
     def at(self, index_n: np.ndarray) -> "PolicyScores":
         """Of these scores alone, [n] int64; of the raw law."""
-        return PolicyScores(*(None if scores is None else scores.at(index_n) for scores in self))
+        old, reference, teacher = (None if scores is None else scores.at(index_n) for scores in self[1:])
+        return PolicyScores(self.policy.at(index_n), old, reference, teacher)
 
 
 def joined(parts: Sequence[Scores]) -> Scores:

@@ -8,6 +8,7 @@ from learner.planning.flops import Flops, forward_flops, training_flops
 from learner.planning.memory import adapter_bytes, scored_rows, trajectory_bytes
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
+from rollout.trajectory import GreedyBranches
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     drawn = rollout.prompts_per_iteration if phases is None else math.ceil(phases.drawn(rollout.prompts_per_iteration))
     held = rollout.buffer_size if phases is None else phases.prompts + rollout.buffer_size
     completions = drawn * rollout.group_size
-    head = completions * C * candidates_per_token(config)
+    head = completions * (C * candidates_per_token(config) + branched_positions(config))
     one_forward = forward_flops(model, lora_r=r, rows=completions, length=length, head_rows=head / steps)
     leases = math.ceil(drawn / rollout.groups_per_lease)
     rounds = math.ceil(leases / rollout.actors)
@@ -140,6 +141,17 @@ def completions_learned(config: RunConfig) -> int:
     there = groups * rollout.group_size
     limit = config.objective.cost(rollout.sampler.spec()).completions
     return there if limit is None else min(limit, there)
+
+
+def branched_positions(config: RunConfig) -> float:
+    """Positions that the head sees for the branches of a completion, on average."""
+    sampler = config.rollout.sampler.spec()
+    branches = config.objective.branches(sampler)
+    if branches is None:
+        return 0.0
+    if isinstance(branches, GreedyBranches):  # which steps count is known in the end: all masked positions of each
+        return sampler.completion_length * (sampler.steps + 1) / 2
+    return sampler.completion_length / (branches.degree + 2)
 
 
 def candidates_per_token(config: RunConfig) -> float:

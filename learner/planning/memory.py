@@ -14,6 +14,7 @@ from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
 from rollout.models.few_bits import BYTES_PER_PARAMETER
 from rollout.sampling.schedule import tokens_per_step
+from rollout.trajectory import GreedyBranches
 
 GIB = 1 << 30
 GATHERED_LIVE = 1_000_000_000
@@ -155,12 +156,15 @@ def actor_memory(
     drawn = rows * revealed
     if sampler.position_rule in ("low_confidence", "entropy"):
         drawn = block
+    branches = config.objective.branches(sampler.spec())
+    filled = 0 if branches is None else rows * sampler.completion_length  # at the first step, of every row
+    also = f", and logits at {filled:,} positions of branches" if filled else ""
     moments = [
         Item("one block's forward", activations.working_forward(trunk), f"{rows} rows of {trunk.length} tokens"),
         Item(
             "drawing tokens",
-            activations.sampling(cells=drawn * V, itemsize=e, truncation=truncation(config), cpu=cpu),
-            f"logits at {drawn:,} positions and the sampler's copies",
+            activations.sampling(cells=drawn * V, itemsize=e, truncation=truncation(config), cpu=cpu) + filled * V * e,
+            f"logits at {drawn:,} positions and the sampler's copies{also}",
         ),
     ]
     if sampler.position_rule == "decoupled_confidence":
@@ -196,7 +200,16 @@ def trajectory_bytes(config: RunConfig, prompt: int) -> int:
     kept = sampler.top_k or (256 if sampler.top_p < 1.0 else 0)
     support = C * (8 + 4 * kept) if kept else 0
     choices = 8 * sampler.steps if sampler.position_rule == "decoupled_confidence" else 0
-    return G * (C * per_position + support + choices + 16) + 4 * prompt
+    return G * (C * per_position + support + choices + _branch_bytes(config) + 16) + 4 * prompt
+
+
+def _branch_bytes(config: RunConfig) -> int:
+    """Of one completion's branches, but for their rewards."""
+    branches = config.objective.branches(config.rollout.sampler.spec())
+    if branches is None:
+        return 0
+    per_position = 4 if isinstance(branches, GreedyBranches) else 8  # tokens, and log-probs of drawn ones
+    return branches.states * (2 + branches.fills * (config.rollout.sampler.completion_length * per_position + 1))
 
 
 def weight_bytes(config: RunConfig, model: ModelShape) -> int:

@@ -14,7 +14,7 @@ from learner.settings.objective import ObjectiveSection
 from learner.settings.objectives import ObjectiveConfig
 from rollout.adapters import AdapterState, digest
 from rollout.models.family import policy_adapter
-from rollout.trajectory import SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, SamplerSpec, TrajectoryGroup
 from tests.support.learner_ranks import (
     SAMPLER,
     ProbedGroup,
@@ -73,14 +73,18 @@ def adapter(tiny_model) -> AdapterState:
     return random_adapter(tiny_model, settings())
 
 
+def drawing_of(method: str) -> tuple[SamplerSpec, BranchSpec | None]:
+    return sampler_of(method), VARIANTS[method]().branches(sampler_of(method))
+
+
 @pytest.fixture(scope="module")
-def batches(tiny_model, adapter) -> dict[SamplerSpec, list[TrajectoryGroup]]:
-    return {spec: draw_batch(tiny_model, settings(), adapter, spec) for spec in set(map(sampler_of, METHODS))}
+def batches(tiny_model, adapter) -> dict[tuple[SamplerSpec, BranchSpec | None], list[TrajectoryGroup]]:
+    return {how: draw_batch(tiny_model, settings(), adapter, *how) for how in set(map(drawing_of, METHODS))}
 
 
 @pytest.fixture
 def batch(batches, method) -> list[TrajectoryGroup]:
-    return batches[sampler_of(method)]
+    return batches[drawing_of(method)]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from learner.main import main as learner_main
 from learner.planning import activations, hardware, shapes
 from learner.planning.activations import Trunk
 from learner.planning.check import check_memory
+from learner.planning.compute import branched_positions
 from learner.planning.fit import plan_run
 from learner.planning.hardware import Hardware
 from learner.planning.memory import GIB, actor_memory, rank_memory, trajectory_bytes
@@ -307,6 +309,31 @@ def test_trajectories_are_no_larger_than_real_ones(tmp_path: Any) -> None:
     config = load_config([*AGRPO])
     group = prebuilt_group(size=8, prompt=256, completion=384, block=12, steps=128, kept=150, vocabulary=126_464)
     assert trajectory_bytes(config, 256) == pytest.approx(group.nbytes, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["egspo", "dispo"])
+def test_branches_take_room_in_the_object_store_and_logits_of_all_that_is_masked(method: str) -> None:
+    sizes = [setting for setting in AGRPO if not setting.startswith("objective.")]
+    config, plain = (load_config([*sizes, f"objective.type={each}"]) for each in (method, "diffu_grpo"))
+    branches = config.objective.branches(config.rollout.sampler.spec())
+    assert branches is not None
+    shape = (config.rollout.group_size, branches.states, branches.fills)
+    arrays = [np.zeros(shape[:2], np.int16), np.zeros((*shape, 384), np.int32), np.zeros(shape, bool)]
+    if method == "dispo":
+        arrays.append(np.zeros((*shape, 384), np.float32))
+    more = trajectory_bytes(config, 256) - trajectory_bytes(plain, 256)
+    assert more == sum(array.nbytes for array in arrays)
+    model = shapes.model_shape(plain)
+    drawing = [
+        next(
+            item.bytes for item in actor_memory(each, model, device="cuda", prompt=256).moments if "tokens" in item.name
+        )
+        for each in (config, plain)
+    ]
+    assert drawing[0] - drawing[1] == config.rollout.max_rows * 384 * model.vocabulary * 2
+    head = branched_positions(config)
+    assert head == pytest.approx(384 * (128 + 1) / 2 if method == "egspo" else 384 / 6)
+    assert branched_positions(plain) == 0
 
 
 @pytest.mark.parametrize(

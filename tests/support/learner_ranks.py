@@ -31,7 +31,7 @@ from rollout.engines.torch import TorchEngine
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
-from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.hand_made import acting_adapter
 
 SAMPLER = SamplerSpec(24, 12, 8, "random", temperature=0.8, top_k=20, top_p=0.95)
@@ -63,22 +63,33 @@ def random_adapter(model_path: str, config: RunConfig) -> AdapterState:
 
 
 def draw_batch(
-    model_path: str, config: RunConfig, adapter: AdapterState, sampler: SamplerSpec = SAMPLER
+    model_path: str,
+    config: RunConfig,
+    adapter: AdapterState,
+    sampler: SamplerSpec = SAMPLER,
+    branches: BranchSpec | None = None,
 ) -> list[TrajectoryGroup]:
     """4 groups of 4, drawn by an engine that holds ``adapter`` as version 0, with prompts of two lengths and random
-    rewards; the second group is without signal."""
+    rewards, of branches too; the second group is without signal."""
     engine = TorchEngine(
         model_path=model_path, lora=lora_spec(config), max_rows=16, threads=1, dtype=config.learner.dtype
     )
     engine.load_adapter(0, adapter, digest(adapter))
     specs = [GroupSpec(i, Problem(f"p{i}", {}), 4, 277 + i) for i in range(4)]
-    drawn = engine.generate(specs, [list(range(10, 28 + i % 2)) for i in range(4)], sampler)
+    prompts = [list(range(10, 28 + i % 2)) for i in range(4)]
+    drawn = engine.generate(specs, prompts, sampler, branches=branches)
     rewards = np.random.default_rng(2).random((4, 4, 2)).astype(np.float32)
     rewards[1] = 0.25
-    return [
+    graded = [
         dataclasses.replace(group, rewards=rewards_GR, reward_names=("shape", "verdict"))
         for group, rewards_GR in zip(drawn, rewards, strict=True)
     ]
+    if branches is None:
+        return graded
+    shape = (4, 4, branches.states, branches.fills, 2)
+    of_branches = np.random.default_rng(3).random(shape).astype(np.float32)
+    of_branches[1] = 0.25
+    return [dataclasses.replace(group, branch_rewards=of_branches[i]) for i, group in enumerate(graded)]
 
 
 def put(groups: Sequence[TrajectoryGroup]) -> list[ray.ObjectRef]:
@@ -140,12 +151,15 @@ def plain_gradient(
                 for of_policy, scores in zip(sums, found, strict=True):
                     np.add.at(of_policy[index], rows_N, batch.weight * scores.logp_N.double().numpy())
         credit = objective.weigh(groups, credit, sums).by_group
-    for index, (group, credit_G) in enumerate(zip(groups, credit, strict=True)):
-        for batch in map(built, objective.wanted(index, group, credit_G, context).units):
-            policy = score(model, batch, family=family, vocabulary=objective.needs.vocabulary)
-            reference = without_adapter(batch) if objective.needs.reference else None
-            loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference, policy.detached()), batch)
-            (loss / normaliser).backward()
+    credited = enumerate(zip(groups, credit, strict=True))
+    wanted = [objective.wanted(index, group, credit_G, context) for index, (group, credit_G) in credited]
+    added = [each.added for each in wanted if each.added is not None]
+    parts = [(each, normaliser) for each in wanted] + [(each, sum(a.divisor for a in added)) for each in added]
+    for batch, divisor in ((built(unit), divisor) for each, divisor in parts for unit in each.units):
+        policy = score(model, batch, family=family, vocabulary=objective.needs.vocabulary)
+        reference = without_adapter(batch) if objective.needs.reference else None
+        loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference, policy.detached()), batch)
+        (loss / divisor).backward()
     return pack({name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None})
 
 

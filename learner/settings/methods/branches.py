@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from learner.settings.methods.bounds import EspoConfig, GdpoConfig, SpgConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
-from learner.settings.methods.states import D2Config
+from learner.settings.methods.states import D2Config, threshold_problem
 from learner.settings.objective import ClipLow, Cost, ObjectiveSection
 from learner.settings.sections import Fraction, NonNegative
 from rollout.sampling.schedule import tokens_per_step
@@ -53,10 +53,11 @@ class EgspoConfig(ObjectiveSection):
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
-        return Cost(views=self.k, scored=revealed, reference=self.beta > 0)
+        reference = self.beta > 0
+        return Cost(self.k, scored=revealed, reference=reference, vocabulary=reference and self.kl == "exact")
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        problems = super().refuses(sampler)
+        problems = super().refuses(sampler) + threshold_problem(sampler)
         if self.k > sampler.steps:
             problems.append(
                 f"objective.k={self.k} steps of a completion, and rollout.sampler.steps={sampler.steps} are all; take "
@@ -110,4 +111,10 @@ class DispoConfig(ObjectiveSection):
         return Cost(views=views, scored=scored, old=True, reference=base.reference or self.beta > 0)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        return [problem.replace("objective.", "objective.base.") for problem in self.base.refuses(sampler)]
+        problems = [problem.replace("objective.", "objective.base.") for problem in self.base.refuses(sampler)]
+        if sampler.threshold is not None:
+            problems.append(
+                f"objective.type=dispo draws the step of its states beforehand, and a confidence threshold "
+                f"({sampler.threshold:g}) leaves open how many steps there will be; sample without one"
+            )
+        return problems

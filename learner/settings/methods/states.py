@@ -48,7 +48,7 @@ class AgrpoConfig(ObjectiveSection):
         return Cost(views=self.k, scored=revealed, reference=self.beta > 0, choices=True)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        problems = super().refuses(sampler) + _threshold_problem(sampler)
+        problems = super().refuses(sampler) + threshold_problem(sampler)
         chooses = sampler.position_rule == "decoupled_confidence" and sampler.position_temperature > 0
         if chooses and self.timestep_sampling == "entropy" and self.weight_floor == 0:
             problems.append(
@@ -85,7 +85,7 @@ class D2Config(ObjectiveSection):
         return Cost(views=views, scored=sampler.completion_length / views, old=True, reference=self.beta > 0)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        return super().refuses(sampler) + _threshold_problem(sampler)
+        return super().refuses(sampler) + threshold_problem(sampler)
 
 
 class TraceRlConfig(ObjectiveSection):
@@ -114,7 +114,7 @@ class TraceRlConfig(ObjectiveSection):
         return Cost(views=views, scored=sampler.completion_length / views, old=True)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        return super().refuses(sampler) + _threshold_problem(sampler)
+        return super().refuses(sampler) + threshold_problem(sampler)
 
 
 class JustGrpoConfig(ObjectiveSection):
@@ -143,7 +143,7 @@ class JustGrpoConfig(ObjectiveSection):
         return Cost(views=views, scored=1, reference=self.beta > 0)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        problems = super().refuses(sampler) + _threshold_problem(sampler)
+        problems = super().refuses(sampler) + threshold_problem(sampler)
         if sampler.position_rule != "left_to_right":
             problems.append(
                 "objective.type=just_grpo learns from completions that were written left to right, and "
@@ -157,7 +157,8 @@ class JustGrpoConfig(ObjectiveSection):
         return problems
 
 
-def _threshold_problem(sampler: SamplerSpec) -> list[str]:
+def threshold_problem(sampler: SamplerSpec) -> list[str]:
+    """Why a method that scores the steps of the rollout can't learn from this sampler, if it can't."""
     if sampler.threshold is None:
         return []
     return [
