@@ -44,7 +44,8 @@ def iterations_within(budget: float, cost: float) -> int:
 
 
 def _learning(config: RunConfig, completions: float, views: float) -> float:
-    """``views``: of one update. Those of an iteration's later updates are as many, but for repeated draws."""
+    """``views``: of an iteration's first update. Its later ones score as many, but for repeated draws and masks without
+    a complement, a percent or two."""
     cost, updates = config.objective.cost(config.rollout.sampler.spec()), config.learner.updates_per_batch
     old = (updates - 1) * views if cost.old else 0.0
     measured = 2 * completions * cost.measured * (updates if cost.measured_each_update else 1)
