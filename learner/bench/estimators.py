@@ -8,7 +8,8 @@ and only c is random. With the Gram matrix K = <g, g'> its conditional variance 
 ``(Cov[c] * K).sum()``, so no gradient is ever sampled. Cov[c] has a closed form. One draw picks step t with probability
 p_t and weight w_t = 1/(D p_t). Independent draws don't covary. Low-discrepancy draws fall into different strata, every
 assignment of the S = G k strata being equally likely, so two of them covary by -1/(S-1) times the covariance, over
-strata, of what each would be on average inside a stratum.
+strata, of what each would be on average inside a stratum. Draws stratified over their own completion are independent,
+one in each of its k strata.
 
 Shapes: G completions of a group, m steps, k draws per completion, S = G*k strata. Everything is float64.
 """
@@ -18,8 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from learner.likelihood.timesteps import StepTable, TimestepSampling, step_probabilities
+from learner.likelihood.timesteps import StepTable, Strata, TimestepSampling, step_probabilities
 from learner.settings.methods.states import AgrpoConfig
+
+STRATA: dict[Strata, str] = {"none": "off", "group": "on", "row": "own"}
+"""As the tables say it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Estimator:
 
     sampling: TimestepSampling
     weight_floor: float
-    low_discrepancy: bool
+    strata: Strata
     k: int | None
     """Draws per completion; None: every eligible step once, which leaves nothing random."""
 
@@ -36,7 +40,7 @@ class Estimator:
     def of(cls, config: AgrpoConfig) -> "Estimator":
         """The one that a run's settings name; ``weight_floor`` means nothing to uniform sampling."""
         floor = config.weight_floor if config.timestep_sampling == "entropy" else 0.0
-        return cls(config.timestep_sampling, floor, config.low_discrepancy, config.k)
+        return cls(config.timestep_sampling, floor, config.strata_of_draws, config.k)
 
     @property
     def law(self) -> str:
@@ -47,10 +51,10 @@ class Estimator:
     def label(self) -> str:
         if self.k is None:
             return "all steps"
-        return f"{self.law}, k={self.k}, low discrepancy {'on' if self.low_discrepancy else 'off'}"
+        return f"{self.law}, k={self.k}, low discrepancy {STRATA[self.strata]}"
 
 
-ALL_STEPS = Estimator("uniform", 0.0, False, None)
+ALL_STEPS = Estimator("uniform", 0.0, "none", None)
 
 
 def mean_weights(table: StepTable) -> np.ndarray:
@@ -76,8 +80,12 @@ def weight_covariance(estimator: Estimator, table: StepTable) -> np.ndarray:
     w_Gm = _weights(table, p_Gm)
     mean_Gm = p_Gm * w_Gm
     within_Gmm = k * (_diagonals(p_Gm * w_Gm**2) - mean_Gm[:, :, None] * mean_Gm[:, None, :])
-    if not estimator.low_discrepancy:
+    if estimator.strata == "none":
         return _block_diagonal(within_Gmm) / S**2
+    if estimator.strata == "row":  # k independent draws, one in each stratum
+        parts_kGm = strata_probabilities(p_Gm, k) * w_Gm
+        outer_Gmm = np.einsum("kgm,kgn->gmn", parts_kGm, parts_kGm)
+        return _block_diagonal(k * _diagonals(p_Gm * w_Gm**2) - outer_Gmm) / S**2
     strata_SGm = strata_probabilities(p_Gm, S) * w_Gm
     centred_SN = strata_SGm.reshape(S, G * m) - mean_Gm.reshape(G * m)
     between_NN = centred_SN.T @ centred_SN / S
@@ -91,8 +99,10 @@ def expected_views(estimator: Estimator, table: StepTable) -> np.ndarray:
     if estimator.k is None:
         return table.eligible_Gm.sum(axis=1).astype(np.float64)
     p_Gm = step_probabilities(table, estimator.sampling, estimator.weight_floor)
-    if not estimator.low_discrepancy:
+    if estimator.strata == "none":
         return (1.0 - (1.0 - p_Gm) ** estimator.k).sum(axis=1)
+    if estimator.strata == "row":
+        return (1.0 - (1.0 - strata_probabilities(p_Gm, estimator.k)).prod(axis=0)).sum(axis=1)
     S = len(p_Gm) * estimator.k
     # A row's k draws lie in k different strata, every choice of k being equally likely: the elementary symmetric
     # polynomial of degree k in the strata's probabilities of missing the step, over the number of choices.

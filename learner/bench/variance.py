@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from learner.bench.estimators import ALL_STEPS, Estimator, draw_weights, expected_views, weight_covariance
+from learner.bench.estimators import ALL_STEPS, STRATA, Estimator, draw_weights, expected_views, weight_covariance
 from learner.bench.snapshot import GroupGradients, Snapshot, group_gradients, read_snapshot
 from learner.bench.variance_plot import plot_variance
 from learner.evaluation.intervals import percentile_interval
@@ -77,7 +77,7 @@ class Measured:
 def grid(ks: Sequence[int], own: Estimator) -> tuple[Estimator, ...]:
     """All combinations, the run's own estimator among them, and every step scored."""
     laws = [("uniform", 0.0), *(("entropy", floor) for floor in FLOORS)]
-    found = [Estimator(law, floor, on, k) for law, floor in laws for on in (False, True) for k in ks]  # type: ignore[arg-type]
+    found = [Estimator(law, floor, strata, k) for law, floor in laws for strata in STRATA for k in ks]  # type: ignore[arg-type]
     return (*found, *([] if own in found else [own]), ALL_STEPS)
 
 
@@ -148,14 +148,14 @@ def analyse(measured: Measured, own: Estimator, *, view_cost: float, seed: int) 
     for name in ("timestep_x_views", "total_x_views", "total_x_work"):
         figures[f"{name}_ratio"] = figures[name] / figures[name][:, [index]]
     pairs = {
-        e: measured.estimators.index(replace(estimator, low_discrepancy=False))
+        e: measured.estimators.index(replace(estimator, strata="none"))
         for e, estimator in enumerate(measured.estimators)
-        if estimator.low_discrepancy and replace(estimator, low_discrepancy=False) in measured.estimators
+        if estimator.strata != "none" and replace(estimator, strata="none") in measured.estimators
     }
     rows = [
         {
             "law": estimator.law if estimator.k is not None else "all steps",
-            "low_discrepancy": estimator.low_discrepancy,
+            "strata": estimator.strata,
             "k": estimator.k,
             "own": estimator == own,
             "largest_weight": float(measured.weight_E[e]),
@@ -238,7 +238,7 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         every = row["k"] is None
         cells = [
             row["law"] + (" (this run)" if row["own"] else ""),
-            "" if every else "on" if row["low_discrepancy"] else "off",
+            "" if every else STRATA[row["strata"]],
             "all" if every else str(row["k"]),
             f"{row['views']['value']:.2f}",
             f"{row['largest_weight']:.3g}",
@@ -261,7 +261,9 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     snapshot, rollout, n = found["snapshot"], found["rollout_variance"], found["settings"]["groups_per_update"]
     best = min(found["estimators"], key=lambda row: row["total_x_work_ratio"]["value"])
     name = "all steps" if best["k"] is None else f"{best['law']}, k={best['k']}"
-    name += ", low discrepancy" if best["low_discrepancy"] else ""
+    name += {"none": "", "group": ", low discrepancy", "row": ", low discrepancy within each completion"}[
+        best["strata"]
+    ]
     return [
         f"{snapshot['task']}, iteration {snapshot['iteration']}, sampled solve rate {found['solve_rate']:.3f}: "
         f"{found['groups']} groups, {found['groups_with_signal']} with a signal.",

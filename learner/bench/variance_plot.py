@@ -13,6 +13,9 @@ PANELS = (
 )
 
 
+STYLES = {"none": (0, (4, 3)), "group": "-", "row": (0, (1, 1))}
+
+
 def plot_variance(found: dict[str, Any], path: Path) -> None:
     """Draw ``variance.json``'s content into a PNG."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
@@ -21,11 +24,11 @@ def plot_variance(found: dict[str, Any], path: Path) -> None:
     (every,) = (row for row in rows if row["k"] is None)
     laws = list(dict.fromkeys(row["law"] for row in rows if row["k"] is not None))
     ks = sorted({row["k"] for row in rows if row["k"] is not None})
-    lines = [(law, on) for law in laws for on in (False, True)]
+    lines = [(law, strata) for law in laws for strata in STYLES]
     figure = new_figure(figsize=(15, 7), layout="constrained")
     for axis, (name, title, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for i, (law, on) in enumerate(lines):
-            mine = sorted((r for r in rows if (r["law"], r["low_discrepancy"]) == (law, on)), key=lambda r: r["k"])
+        for i, (law, strata) in enumerate(lines):
+            mine = sorted((r for r in rows if (r["law"], r["strata"]) == (law, strata)), key=lambda r: r["k"])
             # Side by side, or the intervals would hide each other.
             x = [ks.index(row["k"]) + 0.075 * (i - (len(lines) - 1) / 2) for row in mine]
             value = [row[name]["value"] for row in mine]
@@ -38,14 +41,14 @@ def plot_variance(found: dict[str, Any], path: Path) -> None:
                 value,
                 yerr=error,
                 color=COLOURS[laws.index(law) % len(COLOURS)],
-                linestyle="-" if on else (0, (4, 3)),
+                linestyle=STYLES[strata],
                 marker="o",
                 markersize=5,
-                markerfacecolor=None if on else "white",
+                markerfacecolor="white" if strata == "none" else None,
                 linewidth=1.2,
                 elinewidth=0.9,
                 capsize=2,
-                label=law + (", low discrepancy" if on else ""),
+                label=law + {"none": "", "group": ", low discrepancy", "row": ", within completions"}[strata],
             )
         ticks = [str(k) for k in ks]
         if not name.startswith("timestep"):

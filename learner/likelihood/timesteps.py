@@ -21,6 +21,8 @@ from rollout.trajectory import TrajectoryGroup
 
 StepRange = Literal["all", "until_last_token"]
 TimestepSampling = Literal["uniform", "entropy"]
+Strata = Literal["none", "group", "row"]
+"""Which draws are stratified together: all of a group, or the k of each completion."""
 
 # Keeps a step of zero entropy drawable (published value).
 ENTROPY_FLOOR = 1e-8
@@ -82,15 +84,18 @@ def last_token_step(group: TrajectoryGroup, eos_ids: tuple[int, ...]) -> np.ndar
     return np.where(is_token_GC, group.unmask_step, -1).max(axis=1).astype(np.int64)
 
 
-def draw_uniforms(generator: np.random.Generator, completions: int, k: int, *, low_discrepancy: bool) -> np.ndarray:
+def draw_uniforms(generator: np.random.Generator, completions: int, k: int, *, strata: Strata) -> np.ndarray:
     """[G, k] float64: k uniforms per completion.
 
-    With ``low_discrepancy`` the S = G*k numbers fall one in each of S equal strata, in random order: each is still
-    uniform on its own, which is all that unbiasedness needs.
+    With strata over the group the S = G*k numbers fall one in each of S equal strata, in random order: each is still
+    uniform on its own, which is all that unbiasedness needs. With strata over a row its k numbers fall one in each of k
+    strata: the mean over the row's draws of a function of u still has the function's mean as expectation.
     """
     S = completions * k
     order_S, jitter_S = generator.permutation(S), generator.random(S)
-    return (stratify(order_S, jitter_S) if low_discrepancy else jitter_S).reshape(completions, k)
+    if strata == "row":
+        return stratify(np.arange(k), jitter_S.reshape(completions, k))
+    return (stratify(order_S, jitter_S) if strata == "group" else jitter_S).reshape(completions, k)
 
 
 def stratify(order_S: np.ndarray, jitter_S: np.ndarray) -> np.ndarray:

@@ -59,7 +59,7 @@ class Agrpo:
         config = self.config
         table = step_table(group, config.step_range, context.eos_ids)
         stream = context.stream(group, "timesteps")
-        u_Gk = draw_uniforms(stream, group.size, config.k, low_discrepancy=config.low_discrepancy)
+        u_Gk = draw_uniforms(stream, group.size, config.k, strata=config.strata_of_draws)
         drawn = draw_timesteps(table, u_Gk, config.timestep_sampling, config.weight_floor)
         live = [row for row in range(group.size) if credit_G[row] != 0 or self.needs.reference]
         units = [

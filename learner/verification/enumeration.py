@@ -206,16 +206,20 @@ def expected_weights(table: StepTable, slot: int, config: AgrpoConfig, size: int
     All orders of the strata are listed; between the edges of the law the draw is constant in the jitter.
     """
     S = size * config.k
-    orders = list(itertools.permutations(range(S))) if config.low_discrepancy else [tuple(range(S))]
+    strata = config.strata_of_draws
+    orders = list(itertools.permutations(range(S))) if strata == "group" else [tuple(range(S))]
     p_nm = step_probabilities(table, config.timestep_sampling, config.weight_floor)
     total_nm = np.zeros_like(p_nm)
     for row, p_m in enumerate(p_nm):
-        scale = S if config.low_discrepancy else 1
+        scale = {"none": 1, "row": config.k, "group": S}[strata]
         edges = np.unique(np.concatenate([[0.0, 1.0], (scale * np.cumsum(p_m)) % 1.0]))
         jitter, length = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
         cases = list(itertools.product(orders, range(len(jitter))))
-        u = [stratify(np.array(o), jitter[c]) if config.low_discrepancy else np.full(S, jitter[c]) for o, c in cases]
-        u_Qk = np.array(u)[:, slot * config.k : (slot + 1) * config.k]
+        if strata == "row":  # strata of a row are independent: each by itself, at the same jitter, is all it takes
+            u_Qk = np.array([stratify(np.arange(config.k), jitter[c]) for _, c in cases])
+        else:
+            u = [stratify(np.array(o), jitter[c]) if strata == "group" else np.full(S, jitter[c]) for o, c in cases]
+            u_Qk = np.array(u)[:, slot * config.k : (slot + 1) * config.k]
         again = [array[[row] * len(cases)] for array in (table.eligible_Gm, table.denominator_G, table.entropy_Gm)]
         drawn = draw_timesteps(StepTable(*again), u_Qk, config.timestep_sampling, config.weight_floor)
         for (_, cell), steps in zip(cases, drawn, strict=True):

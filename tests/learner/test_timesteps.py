@@ -116,10 +116,13 @@ def test_step_ranges_of_rows_that_ended_early(retired):
 def test_one_draw_in_each_stratum():
     """T4."""
     for seed in range(20):
-        u = draw_uniforms(numpy_generator(seed), 8, 24, low_discrepancy=True)
+        u = draw_uniforms(numpy_generator(seed), 8, 24, strata="group")
         assert u.shape == (8, 24)
         np.testing.assert_array_equal(np.floor(np.sort(u.ravel()) * 192), np.arange(192))
-    plain = draw_uniforms(numpy_generator(0), 8, 24, low_discrepancy=False)
+        own = draw_uniforms(numpy_generator(seed), 8, 24, strata="row")
+        np.testing.assert_array_equal(np.floor(own * 24), np.tile(np.arange(24), (8, 1)))
+    assert (np.floor(np.sort(u, axis=1) * 24) != np.arange(24)).any(), "control: a group's strata don't fill a row's"
+    plain = draw_uniforms(numpy_generator(0), 8, 24, strata="none")
     assert (np.floor(np.sort(plain.ravel()) * 192) != np.arange(192)).any(), "control: plain uniforms don't fill strata"
 
 

@@ -137,9 +137,9 @@ def test_units_are_dealt_whole(sizes, ranks, views_per_forward):
     assert all(forward.number == i for rank in dealt for i, forward in enumerate(rank))
 
 
-@pytest.mark.parametrize("low_discrepancy", [True, False])
+@pytest.mark.parametrize("draws", [{}, {"strata": "row"}, {"low_discrepancy": False}], ids=str)
 @pytest.mark.parametrize("sampling", ["uniform", "entropy"])
-def test_weights_average_to_every_step_once(sampling, low_discrepancy):
+def test_weights_average_to_every_step_once(sampling, draws):
     """Over run seeds, the summed weight of each step tends to k/m, through the generators that a run uses."""
     group = random_group(5, size=2)
     rewards = np.array([[1.0, 0.0], [0.0, 0.0]], dtype=np.float32)
@@ -147,7 +147,7 @@ def test_weights_average_to_every_step_once(sampling, low_discrepancy):
     runs, k, m = 500, 3, group.sampler.steps
     total, unweighted = np.zeros((2, m)), np.zeros((2, m))
     for seed in range(runs):
-        config = {"timestep_sampling": sampling, "low_discrepancy": low_discrepancy}
+        config = {"timestep_sampling": sampling, **draws}
         for view in live_views(plan([group], run_seed=seed, k=k, **config)):
             total[view.row, view.step] += view.weight / runs
             unweighted[view.row, view.step] += 1 / runs

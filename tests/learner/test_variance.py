@@ -51,13 +51,16 @@ from tests.support.hand_made import acting_adapter, make_group, random_group
 EOS = 1
 DRAWS = 1000
 ESTIMATORS = [
-    Estimator("uniform", 0.0, False, 3),
-    Estimator("uniform", 0.0, True, 1),
-    Estimator("uniform", 0.0, True, 3),
-    Estimator("entropy", 0.0, False, 3),
-    Estimator("entropy", 0.0, True, 3),
-    Estimator("entropy", 0.2, False, 2),
-    Estimator("entropy", 0.2, True, 2),
+    Estimator("uniform", 0.0, "none", 3),
+    Estimator("uniform", 0.0, "group", 1),
+    Estimator("uniform", 0.0, "group", 3),
+    Estimator("entropy", 0.0, "none", 3),
+    Estimator("entropy", 0.0, "group", 3),
+    Estimator("entropy", 0.2, "none", 2),
+    Estimator("entropy", 0.2, "group", 2),
+    Estimator("uniform", 0.0, "row", 3),
+    Estimator("entropy", 0.0, "row", 3),
+    Estimator("entropy", 0.2, "row", 2),
 ]
 by_label = partial(pytest.mark.parametrize, "estimator", ids=lambda e: e.label)
 
@@ -118,7 +121,7 @@ def product_draws(estimator: Estimator, table, *, seed: int = 0, draws: int = DR
     rng, (G, m), k = np.random.default_rng(seed), table.eligible_Gm.shape, estimator.k
     factor_DGm, views_DG = np.zeros((draws, G, m)), np.zeros((draws, G))
     for d in range(draws):
-        u_Gk = draw_uniforms(rng, G, k, low_discrepancy=estimator.low_discrepancy)
+        u_Gk = draw_uniforms(rng, G, k, strata=estimator.strata)
         for row, drawn in enumerate(draw_timesteps(table, u_Gk, estimator.sampling, estimator.weight_floor)):
             factor_DGm[d, row, drawn.steps] = (drawn.weights if weighted else drawn.counts) / (G * k)
             views_DG[d, row] = len(drawn.steps)
@@ -156,7 +159,7 @@ def test_moments_are_those_of_the_products_draws(made_up, estimator):
 
 def test_control_wrong_weights_are_seen_as_biased(made_up):
     table = made_up[0].table
-    factor_DGm, _ = product_draws(Estimator("entropy", 0.0, False, 3), table, weighted=False)
+    factor_DGm, _ = product_draws(Estimator("entropy", 0.0, "none", 3), table, weighted=False)
     assert z_score(factor_DGm, mean_weights(table)).max() > 20
 
 
@@ -166,7 +169,7 @@ def test_control_strata_matter(group):
     table = step_table(random_group(3), "all", (EOS,))
     gradient_GmP = np.tile(np.eye(4), (4, 1, 1))
     gradients = as_gradients(table, gradient_GmP)
-    off, on = (Estimator("uniform", 0.0, low_discrepancy, 3) for low_discrepancy in (False, True))
+    off, on = (Estimator("uniform", 0.0, strata, 3) for strata in ("none", "group"))
     variance_off, variance_on = measure([gradients, gradients], [off, on]).timestep_EN[:, 0]
     assert variance_on < 1e-12 < 0.05 < variance_off, "12 strata cut 4 equal steps evenly"
     factor_DGm, _ = product_draws(on, table, draws=50)
@@ -175,13 +178,15 @@ def test_control_strata_matter(group):
 
 def test_covariance_is_that_of_sampled_factors(made_up):
     """Cell by cell, off the diagonal too: the blocks of two rows are where strata show."""
-    table, estimator = made_up[0].table, Estimator("entropy", 0.2, True, 2)
+    table, estimator = made_up[0].table, Estimator("entropy", 0.2, "group", 2)
     factor_DN = product_draws(estimator, table, draws=3000)[0].reshape(3000, -1)
     centred_DN = factor_DN - mean_weights(table).ravel()
     exact_NN = weight_covariance(estimator, table)
     products_DNN = centred_DN[:, :, None] * centred_DN[:, None, :]
     assert z_score(products_DNN, exact_NN).max() < 5
-    independent_NN = weight_covariance(dataclasses.replace(estimator, low_discrepancy=False), table)
+    own_NN = weight_covariance(dataclasses.replace(estimator, strata="row"), table)
+    assert z_score(products_DNN, own_NN).max() > 10, "control: strata of their own have another covariance"
+    independent_NN = weight_covariance(dataclasses.replace(estimator, strata="none"), table)
     assert z_score(products_DNN, independent_NN).max() > 10, "control: other draws have another covariance"
 
 
@@ -196,10 +201,10 @@ def test_every_step_once_leaves_nothing_random(made_up):
 def test_one_draw_is_one_view_and_a_floor_bounds_the_weight(group):
     sharp = dataclasses.replace(group, entropy=np.where(group.unmask_step == 0, 1e-9, group.entropy).astype(np.float32))
     table = step_table(sharp, "all", (EOS,))
-    for law in (Estimator("entropy", 0.0, True, 1), Estimator("entropy", 0.2, True, 1)):
+    for law in (Estimator("entropy", 0.0, "group", 1), Estimator("entropy", 0.2, "group", 1)):
         np.testing.assert_allclose(expected_views(law, table), 1.0, rtol=1e-12)
-    assert draw_weights(Estimator("entropy", 0.0, True, 1), table).max() > 1e6
-    assert 2 < draw_weights(Estimator("entropy", 0.2, True, 1), table).max() <= 5
+    assert draw_weights(Estimator("entropy", 0.0, "group", 1), table).max() > 1e6
+    assert 2 < draw_weights(Estimator("entropy", 0.2, "group", 1), table).max() <= 5
 
 
 def test_strata_cut_the_law_into_equal_parts(made_up):
@@ -211,13 +216,13 @@ def test_strata_cut_the_law_into_equal_parts(made_up):
 
 def test_no_law_of_independent_draws_beats_the_bound(made_up):
     gradients, _ = made_up
-    laws = [Estimator(law, floor, False, 1) for law, floor in (("uniform", 0.0), ("entropy", 0.0), ("entropy", 0.3))]
+    laws = [Estimator(law, floor, "none", 1) for law, floor in (("uniform", 0.0), ("entropy", 0.0), ("entropy", 0.3))]
     bound = least_variance(gradients)
     assert (measure([gradients, gradients], laws).timestep_EN > bound).all()
     norms_Gm = np.zeros((4, 4))
     norms_Gm[gradients.rows_N, gradients.steps_N] = np.sqrt(np.diag(gradients.gram_NN))
     best = dataclasses.replace(gradients.table, entropy_Gm=norms_Gm + 1e-6)
-    reached = measure([dataclasses.replace(gradients, table=best)] * 2, [Estimator("entropy", 0.0, False, 1)])
+    reached = measure([dataclasses.replace(gradients, table=best)] * 2, [Estimator("entropy", 0.0, "none", 1)])
     assert reached.timestep_EN[0, 0] == pytest.approx(bound, rel=1e-4), "and p by the norm reaches it"
 
 
@@ -236,15 +241,15 @@ def test_figures_are_relative_to_the_runs_own_setting(made_up):
     gradients, gradient_GmP = made_up
     others = [as_gradients(gradients.table, gradient_GmP * factor) for factor in (1.0, -0.5, 2.0, 0.0)]
     own = Estimator.of(AgrpoConfig(k=3, timestep_sampling="uniform", weight_floor=0.5))
-    assert own == Estimator("uniform", 0.0, True, 3), "a floor means nothing to uniform sampling"
+    assert own == Estimator("uniform", 0.0, "group", 3), "a floor means nothing to uniform sampling"
     estimators = grid([1, 2], own)
-    assert len(estimators) == 5 * 2 * 2 + 2 == len(set(estimators))
+    assert len(estimators) == 5 * 2 * 3 + 2 == len(set(estimators))
     found = analyse(measure(others, estimators), own, view_cost=2.0, seed=0)
     assert (found["groups"], found["groups_with_signal"]) == (4, 3)
-    rows = {(row["law"], row["low_discrepancy"], row["k"]): row for row in found["estimators"]}
+    rows = {(row["law"], row["strata"], row["k"]): row for row in found["estimators"]}
     for name in ("timestep_x_views_ratio", "total_x_work_ratio"):
-        assert rows["uniform", True, 3][name] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    off, on = rows["uniform", False, 2], rows["uniform", True, 2]
+        assert rows["uniform", "group", 3][name] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    off, on = rows["uniform", "none", 2], rows["uniform", "group", 2]
     expected = on["timestep_variance"]["value"] / off["timestep_variance"]["value"]
     assert on["timestep_on_over_off"]["value"] == pytest.approx(expected) and off["timestep_on_over_off"] is None
     work = found["forwards_per_completion"] + 2.0 * on["views"]["value"]
@@ -338,11 +343,11 @@ def test_the_command_writes_table_json_and_plot(run, tmp_path, capsys):
     assert main([str(run), "--out", str(tmp_path / "out"), "--groups", "3", "--k", "1,4"]) == 0
     found = json.loads((tmp_path / "out" / "variance.json").read_text())
     assert found["snapshot"]["iteration"] == 7 and found["groups"] == 3
-    assert len(found["estimators"]) == 5 * 2 * 2 + 1, "the run's own k = 4 is one of them"
+    assert len(found["estimators"]) == 5 * 2 * 3 + 1, "the run's own k = 4 is one of them"
     assert sum(row["own"] for row in found["estimators"]) == 1
     assert (tmp_path / "out" / "variance.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "out" / "variance.md").read_text()
-    assert table.count("\n| ") == 22 and "entropy, floor 0.1 (this run)" in table
+    assert table.count("\n| ") == 32 and "entropy, floor 0.1 (this run)" in table
     assert "Least total variance x work" in capsys.readouterr().out
 
 

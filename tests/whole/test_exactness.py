@@ -39,11 +39,12 @@ def test_enumerated_groups_are_what_an_engine_could_deliver(toy):
         group.validate()
 
 
-@pytest.mark.parametrize("low_discrepancy", [True, False])
+@pytest.mark.parametrize("strata", [("group", True), ("row", True), ("group", False)])
 @pytest.mark.parametrize(("sampling", "floor"), [("uniform", 0.0), ("entropy", 0.0), ("entropy", 0.2)])
 @pytest.mark.parametrize("toy", [RANDOM_ORDER, RETIRING, TWO_TOKENS_A_STEP], ids=str)
-def test_expected_gradient_is_the_reward_gradient(toy, sampling, floor, low_discrepancy):
-    config = AgrpoConfig(k=K, timestep_sampling=sampling, weight_floor=floor, low_discrepancy=low_discrepancy)
+def test_expected_gradient_is_the_reward_gradient(toy, sampling, floor, strata):
+    law = {"timestep_sampling": sampling, "weight_floor": floor, "strata": strata[0], "low_discrepancy": strata[1]}
+    config = AgrpoConfig(k=K, **law)
     law_n = independent_law(toy, toy.parameters, enumerate_trajectories(toy))
     assert relative_error(expected_estimate(toy, law_n, config), exact_gradient(toy)) < 1e-6
 
