@@ -14,7 +14,8 @@ A sample is one completion as safetensors. Beside the arrays of ``learner.report
     order_mean_step  [C] float32, the mean step at which a position was drawn; NaN where none was
 
 and in the header's metadata, under ``playback``, a JSON object: version, tokens (the text of each token by itself),
-and, with the order, its completions and bin widths. Shapes: C positions, v views, q scored tokens.
+with the order, its completions and bin widths, and, where states were branched, branches (see ``branches_of``). Shapes:
+C positions, v views, q scored tokens.
 """
 
 import json
@@ -69,8 +70,7 @@ class PlaybackRecorder:
 
         Args:
             groups: all of the iteration's, as its updates saw them.
-            credit: [group], what each completion was credited with, [G] float64, or [G, S] each of its steps; then the
-                mean is kept.
+            credit: [group], what each completion was credited with, as ``Objective.credit`` gives it.
             updates: what each update on them scored of the recorded groups.
         """
         order: dict[str, Any] = {}
@@ -87,7 +87,7 @@ class PlaybackRecorder:
             for row in range(group.size):
                 views = views_of[index, row]
                 about = {
-                    "advantage": float(np.mean(credit[index][row])),
+                    "advantage": float(np.ravel(credit[index][row])[0]),
                     "group_size": group.size,
                     "updates": len(updates),
                     "learner_version": iteration - 1,
@@ -122,7 +122,10 @@ class PlaybackRecorder:
     ) -> None:
         ids = group.completion_ids[row].tolist()
         special = np.array([token in self._special for token in ids], dtype=np.bool_)
+        branches = branches_of(group, row, self._tokenizer)
         playback = {"version": VERSION, "tokens": [self._token(token) for token in ids], **order}
+        if branches:
+            playback["branches"] = branches
         self._reporter.sample(
             iteration,
             group,
@@ -134,12 +137,36 @@ class PlaybackRecorder:
             data=about,
             arrays={"special": special, **arrays},
             metadata={"playback": json.dumps(playback)},
+            branches=branches,
         )
 
     def _token(self, token: int) -> str:
         if token not in self._texts:
             self._texts[token] = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
         return self._texts[token]
+
+
+def branches_of(group: TrajectoryGroup, row: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """What became of a completion's branched states: for each fill the step before which the state was, the text, the
+    verdict, the rewards by part, and of a drawn fill its log-prob."""
+    if group.branch_step is None or group.branch_ids is None:
+        return []
+    assert group.branch_rewards is not None and group.branch_correct is not None
+    found = []
+    for s, z in np.ndindex(group.branch_correct.shape[1:]):
+        if (step := int(group.branch_step[row, s])) < 0:
+            continue
+        rewards = zip(group.reward_names, group.branch_rewards[row, s, z].tolist(), strict=True)
+        branch = {
+            "step": step,
+            "completion": completion_text(tokenizer, group.branch_ids[row, s, z].tolist()),
+            "correct": bool(group.branch_correct[row, s, z]),
+            "rewards": dict(rewards),
+        }
+        if group.branch_logp is not None:
+            branch["logp"] = float(group.branch_logp[row, s, z].sum(dtype=np.float64))
+        found.append(branch)
+    return found
 
 
 def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray]:

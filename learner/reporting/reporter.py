@@ -102,12 +102,13 @@ class Reporter:
         data: Mapping[str, Any] | None = None,
         arrays: Mapping[str, np.ndarray] | None = None,
         metadata: Mapping[str, str] | None = None,
+        branches: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Keep one completion of a group for playback, and its text in samples/completions.jsonl, from which
         ``rewards.grade`` grades it anew.
 
         ``kind``: where it was drawn (train, base, trained, ...); ``fields``: its problem's; ``data`` is kept beside it,
-        ``arrays`` and ``metadata`` with the trajectory (see ``learner.reporting.playback``).
+        ``arrays`` and ``metadata`` with the trajectory, ``branches`` with the text, see ``learner.reporting.playback``.
         """
         rewards = {name: float(value) for name, value in zip(group.reward_names, group.rewards[row], strict=True)}
         correct = bool(group.correct[row])
@@ -146,6 +147,8 @@ class Reporter:
             "prompt": prompt,
             "completion": completion,
         }
+        if branches:
+            text["branches"] = list(branches)
         self._append(self._samples_file, "samples", text)
 
     def truncate_after(self, iteration: int) -> None:

@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from services.dashboard.models import Number, number
-from services.dashboard.playback_models import Cells, OrderMap, Playback, SampleReference, ScoredToken, ScoredView
+from services.dashboard.playback_models import (
+    Branch,
+    Cells,
+    OrderMap,
+    Playback,
+    SampleReference,
+    ScoredToken,
+    ScoredView,
+)
 from services.store.schema import MAX_BLOB_BYTES
 
 MAX_HEADER_BYTES = 8 * 2**20
@@ -59,6 +67,7 @@ def playback(row: Mapping[str, Any]) -> Playback:
         position_logp=None if position_logp is None else position_logp[:MAX_STEPS].tolist(),
         updates=updates if isinstance(updates, int) else int(max((s.update for s in scored), default=-1)) + 1,
         scored=scored,
+        branches=_branches(kept),
         sampler=sampler,
         provenance={name: _text(str(data[name])) for name in known if name in data},
         notes=notes,
@@ -181,6 +190,26 @@ def _scored(arrays: Mapping[str, np.ndarray], cells: Cells, choices: np.ndarray 
             )
         )
     return found
+
+
+def _branches(kept: Mapping[str, Any]) -> list[Branch]:
+    found, problem = kept.get("branches", []), "its branches are none"
+    _require(isinstance(found, list) and len(found) <= MAX_SCORED, problem)
+    branches = []
+    for each in found:
+        _require(isinstance(each, dict) and isinstance(each.get("rewards"), dict), problem)
+        step = each.get("step")
+        _require(isinstance(step, int) and 0 <= step < MAX_STEPS, problem)
+        branches.append(
+            Branch(
+                step=step,
+                text=_text(each.get("completion", "")),
+                correct=each.get("correct") is True,
+                reward=sum((_float(value) for value in each["rewards"].values()), 0.0),
+                logp=_float(each["logp"]) if "logp" in each else None,
+            )
+        )
+    return branches
 
 
 def _token(cells: Cells, position: int, new: float, *, recorded: bool) -> ScoredToken:

@@ -63,6 +63,18 @@ class ScoredView(Model):
     tokens: list[ScoredToken]
 
 
+class Branch(Model):
+    """A completion of a state that was branched: all that was masked filled at once."""
+
+    step: int
+    """The denoising step before which the state was, from 0."""
+    text: str
+    correct: bool
+    reward: Number
+    logp: Number | None
+    """Of a drawn fill, under the law that it was drawn from; null for the likeliest fill."""
+
+
 class SampleReference(Model):
     """Another sample of the run."""
 
@@ -105,6 +117,8 @@ class Playback(Model):
     """Updates that were made on the batch."""
     scored: list[ScoredView]
     """By update and step; empty where the completion had no signal."""
+    branches: list[Branch]
+    """Of the completion's states; empty where none was branched."""
     sampler: dict[str, Any]
     provenance: dict[str, str]
     """Policy version, adapter digest, actor, seed, forward passes."""

@@ -23,7 +23,7 @@ from learner.reporting.reporter import Reporter
 from learner.runs.directory import RunDirectory
 from rewards.task import Problem
 from rollout.adapters import AdapterState, digest, load_state
-from rollout.models.encoding import load_tokenizer
+from rollout.models.encoding import completion_text, load_tokenizer
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
@@ -43,6 +43,7 @@ from tests.support.learner_ranks import (
     random_adapter,
     settings,
 )
+from tests.support.playable_runs import branched
 
 LR = 1e-3
 
@@ -330,6 +331,24 @@ def test_the_text_file_holds_what_a_grader_needs(reporter, tiny_model, tmp_path)
         *((f"base-0-1-{row}", "hand-made", {"n": 2}) for row in (0, 1)),
         *((f"train-1-1-{row}", "hand-made", {"n": 1}) for row in (0, 1)),
     ]
+
+
+def test_branches_are_kept_beside_their_completion(reporter, tiny_model, tmp_path) -> None:
+    tokenizer, group = load_tokenizer(tiny_model), branched(random_group(1, size=2, length=16))
+    assert group.branch_step is not None and group.branch_ids is not None and group.branch_rewards is not None
+    group.branch_step[1], group.branch_ids[1], group.branch_rewards[1] = -1, 0, 0
+    credit = np.array([[0.5, 1.0, -1.0], [0.25, 0.0, 0.0]])
+    recorder_of(reporter, tokenizer, completions=1).iteration(1, [group], [credit], [[]])
+    rows = read_rows(tmp_path / "r" / "samples" / "completions.jsonl")
+    (first, *_, about, _), (other, *_, nothing, _) = stored(reporter, tmp_path)
+    assert [row["data"]["advantage"] for row in (first, other)] == [0.5, 0.25], "the first stands for the completion"
+    texts = [completion_text(tokenizer, ids_C.tolist()) for ids_C in group.branch_ids[0, 0]]
+    assert [branch["completion"] for branch in about["branches"]] == texts and texts[0] != texts[1]
+    assert [branch["step"] for branch in about["branches"]] == [5, 5]
+    named = dict(zip(group.reward_names, group.rewards[0].tolist(), strict=True))
+    assert about["branches"][1]["rewards"] == named and about["branches"][1]["logp"] < 0
+    assert rows[0]["branches"] == about["branches"]
+    assert "branches" not in nothing and "branches" not in rows[1], "the completion ended before its step"
 
 
 def test_the_bytes_of_an_iteration_are_bounded(reporter, tiny_model, tmp_path) -> None:

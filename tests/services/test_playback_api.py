@@ -70,6 +70,22 @@ def row(trajectory: bytes | None = None, *, kept: Any = None, **changes: Any) ->
 # ---- the document
 
 
+def test_branches_are_told_and_checked() -> None:
+    kept = {"version": 1, "tokens": ["a", "b", "c", "d"]}
+    branch = {"step": 1, "completion": "ab", "correct": True, "rewards": {"shape": 0.5, "verdict": 1.0}}
+
+    def told(branches: Any) -> Any:
+        return playback(row(save(arrays(), {"playback": json.dumps(kept | {"branches": branches})}))).branches
+
+    assert playback(row()).branches == []
+    likeliest, drawn = told([branch, branch | {"logp": -2.5, "correct": False}])
+    assert (likeliest.step, likeliest.text, likeliest.correct, likeliest.reward) == (1, "ab", True, 1.5)
+    assert likeliest.logp is None and drawn.logp == -2.5 and not drawn.correct
+    for broken in ("x", [1], [branch | {"step": -1}], [branch | {"step": "1"}], [branch | {"rewards": 3}]):
+        with pytest.raises(UnreadableSample, match="its branches are none"):
+            told(broken)
+
+
 def test_the_document_says_what_was_recorded() -> None:
     found = playback(row())
     assert found.cells.text == ["a", "b", "\n", "<|end|>"]

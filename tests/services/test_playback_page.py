@@ -20,6 +20,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     write_playable(runs, "gsm8k-a", long=True, iterations=1)
     write_playable(runs, "whole", iterations=1, scored="nothing")
     write_playable(runs, "masks", iterations=1, scored="masks")
+    write_playable(runs, "branched", iterations=1, scored="branches")
     with writer(runs, "empty") as store:
         assert store.flush(30)
     with writer(runs, "broken") as store:
@@ -143,6 +144,21 @@ def test_drawn_masks_are_masks_and_no_steps(page: Watched, service: Dashboard) -
     page.wait_until(
         "the other update's masks", lambda: page.text(".play-scroll tbody") != "\n".join(map("\t".join, rows))
     )
+
+
+def test_branches_are_shown_with_their_rewards(page: Watched, service: Dashboard) -> None:
+    document = sample(service, "branched")
+    assert [branch["step"] for branch in document["branches"]] == [5, 5]
+    play(page, "branched", document)
+    rows = page.page.get_by_role("region", name="Branches").locator("tbody tr")
+    assert rows.count() == 2
+    for row, branch in zip(rows.all(), document["branches"], strict=True):
+        cells = row.locator("td").all_inner_texts()
+        assert cells[0] == "6" and cells[2] == ("✓ right" if branch["correct"] else "✗ wrong")
+        assert float(cells[1]) == pytest.approx(branch["reward"], abs=1e-3) and "-" in cells[3].replace("−", "-")
+    assert document["completion"] in rows.nth(1).inner_text()
+    play(page, "masks", sample(service, "masks"))
+    assert not page.page.get_by_role("region", name="Branches").count(), "control: a method without branches"
 
 
 def test_colours_have_legends_and_say_something(page: Watched, service: Dashboard) -> None:

@@ -1,6 +1,7 @@
 """Runs whose samples can be played back, written by the run's own recorder: made-up completions of given texts."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from services.store.writer import StoreWriter
 
 EOS = "<|endoftext|>"
 
-Scored = Literal["steps", "masks", "nothing"]
+Scored = Literal["steps", "masks", "branches", "nothing"]
 
 PUZZLE = ["Puzzle: ", *"0321003004002100"]
 GRID = ["<answer>", *"4321123434122143", "</answer>"]
@@ -151,6 +152,28 @@ def written(
     return group
 
 
+def branched(group: TrajectoryGroup) -> TrajectoryGroup:
+    """With two fills, drawn at step 5, of every completion; the second has its tokens."""
+    G, R = group.size, len(group.reward_names)
+    ids = np.repeat(group.completion_ids[:, None, None], 2, axis=2)
+    hidden_GC = group.unmask_step >= 5
+    ids[:, 0, 0] = np.where(hidden_GC, group.completion_ids.max(), group.completion_ids)
+    rewards = np.zeros((G, 1, 2, R), np.float32)
+    rewards[:, 0, 1] = group.rewards
+    correct = np.zeros((G, 1, 2), bool)
+    correct[:, 0, 1] = group.correct
+    found = dataclasses.replace(
+        group,
+        branch_step=np.full((G, 1), 5, np.int16),
+        branch_ids=ids,
+        branch_logp=np.where(np.broadcast_to(hidden_GC[:, None, None], ids.shape), -0.5, 0.0).astype(np.float32),
+        branch_rewards=rewards,
+        branch_correct=correct,
+    )
+    found.validate()
+    return found
+
+
 def scored_of(groups: Sequence[TrajectoryGroup], *, k: int, update: int, shift: float) -> list[ScoredView]:
     """k draws of steps for each recorded completion with an advantage; log-probs have moved by ``shift`` or so."""
     views = []
@@ -232,8 +255,11 @@ def playable(
             views = {
                 "steps": lambda u: scored_of(groups, k=k, update=u, shift=(1e-7, 0.05)[u]),
                 "masks": lambda u: masks_of(groups, update=u),
+                "branches": lambda u: [],
                 "nothing": lambda u: [],
             }[scored]
+            if scored == "branches":
+                groups = [branched(group) for group in groups]
             updates = [views(u) for u in range(2)]
             reporter.iteration(iteration, {"reward/mean": 1.0 + 0.1 * iteration, "loss": 0.1, "solve_rate": 0.4})
             recorder.iteration(iteration, groups, [group_advantages(group.rewards) for group in groups], updates)

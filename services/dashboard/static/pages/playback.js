@@ -6,7 +6,7 @@ import { StepAxis, viewTable } from "../playback/axis.js";
 import { Cells, describe, isRevealed } from "../playback/cells.js";
 import { MODES, legend, scale } from "../playback/colours.js";
 import { OrderMap, fifthBars, mapLegend } from "../playback/ordermap.js";
-import { besideChoice, nameOf, provenance, rewards, sampleChoice, siblings, verdict } from "../playback/panels.js";
+import { besideChoice, branches, nameOf, provenance, rewards, sampleChoice, siblings, verdict } from "../playback/panels.js";
 
 const SPEEDS = [0.25, 0.5, 1, 2, 4];
 const WHOLE_MS = 8000; // playing from the first step to the last, at speed 1
@@ -313,6 +313,7 @@ class Page {
         "div.play-more",
         { dataset: { plays: this.plays.length } },
         card("What the update scored", [this.table]),
+        this.plays.some((each) => each.branches.length) && card("Branches", [this.#each(branches)], "states before these steps, filled at once"),
         card("Where it comes from", [this.#each(provenance)]),
         card("Prompt", [h("pre.play-prompt", { tabIndex: 0, ariaLabel: "Prompt" }, play.prompt)]),
       ),

@@ -35,6 +35,32 @@ export function rewards(plays) {
   );
 }
 
+/** What became of the states that were branched, each filled at once; null where none was. */
+export function branches(play) {
+  if (!play.branches.length) return null;
+  const drawn = play.branches.some((branch) => branch.logp !== null);
+  const row = (branch) =>
+    h(
+      "tr",
+      null,
+      h("td.num", null, String(branch.step + 1)),
+      h("td.num", null, figure(branch.reward)),
+      h("td", null, verdict(branch.correct)),
+      drawn && h("td.num", null, figure(branch.logp)),
+      h("td.mono", null, branch.text),
+    );
+  return h(
+    "div.play-scroll",
+    { tabIndex: 0, role: "region", ariaLabel: "Branches" },
+    h(
+      "table.table",
+      null,
+      h("thead", null, h("tr", null, h("th.num", { scope: "col" }, "Step"), h("th.num", { scope: "col" }, "Reward"), h("th", { scope: "col" }, "Verdict"), drawn && h("th.num", { scope: "col" }, "Log-prob"), h("th", { scope: "col" }, "Filled at once"))),
+      h("tbody", null, play.branches.map(row)),
+    ),
+  );
+}
+
 /** Where a completion comes from. */
 export function provenance(play) {
   const { sampler, provenance: from } = play;
