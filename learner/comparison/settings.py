@@ -193,6 +193,11 @@ def require_equal_terms(config: ComparisonConfig) -> None:
                     f"learner.lr_schedule={run.learner.lr_schedule} depends on a run's length, which the budget "
                     "decides here; take constant"
                 )
+            if run.rollout.sampler.threshold is not None:
+                problems.append(
+                    f"method {method} samples with rollout.sampler.threshold={run.rollout.sampler.threshold:g}, and "
+                    "how many forward passes that took is not known afterwards; take steps"
+                )
             own = overrides.flat(run.model_dump(mode="json"))
             if others := [key for key in {**shared, **own} if shared.get(key) != own.get(key) and not _may_differ(key)]:
                 problems.append(_unequal(method, {key: (own.get(key), shared.get(key)) for key in others}))

@@ -120,6 +120,10 @@ def test_settings_for_all_methods_are_no_difference() -> None:
         ("seeds=[0, 0]", "names a seed twice"),
         ("methods={agrpo: , wd1: {grid: {objective.psi: [1.0]}}}", "different sizes (agrpo 2, wd1 1)"),
         ("settings=[learner.lr_schedule=cosine]", "learner.lr_schedule=cosine depends on a run's length"),
+        (
+            "methods={wd1: {settings: [rollout.sampler.threshold=0.9]}}",
+            "wd1 samples with rollout.sampler.threshold=0.9",
+        ),
         ("settings=[run.iterations=many]", "run.iterations"),
         ("bugdet=3", "unknown key 'bugdet'; did you mean 'budget'?"),
     ],
