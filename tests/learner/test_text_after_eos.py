@@ -1,4 +1,4 @@
-"""Completions that say something behind their first EOS are counted: programs that cut there would score other texts."""
+"""Completions that say something behind their first EOS are counted: programs that cut there score other texts."""
 
 import pytest
 
