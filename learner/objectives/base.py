@@ -108,8 +108,8 @@ class Objective(Protocol):
 
     def credit(self, groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:
         """For each of the update's groups [G] float64, what each completion is credited with; or [G, S], what each of S
-        steps of it is. The only place where a method turns rewards into that: the plan keeps it, and playback shows
-        what was kept.
+        steps of it is, the first of which stands for the completion. The only place where a method turns rewards into
+        that: the plan keeps it, and playback shows what was kept.
 
         Raises:
             DataError: when a reward isn't finite.
