@@ -64,6 +64,7 @@ def _method_report(config: ComparisonConfig, method: str, cells: Sequence[Cell],
             "spent": sum(found[cell.name].results["spent"]["total"] for cell in tried if found[cell.name].results),
         },
         "seeds": [cell.seed for cell in cells],
+        "runs": [cell.name for cell in cells],
         "iterations": sorted({each["iterations"] for each in results}),
         "spent": _mean([each["spent"]["total"] for each in results]),
         "base": {

@@ -13,7 +13,7 @@ from services.dashboard.connections import Crowd, file_limit
 from services.dashboard.index import RunIndex
 from services.dashboard.jobs import Jobs
 from services.dashboard.problems import InvalidField, Problem, documented, handle_errors
-from services.dashboard.routes import actions, details, live, playback, runs, series, service
+from services.dashboard.routes import actions, comparisons, details, live, playback, runs, series, service
 from services.dashboard.routes import settings as settings_routes
 from services.dashboard.security import Security
 from services.dashboard.settings import Settings
@@ -29,6 +29,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     settings_routes.router,
     live.router,
     playback.router,
+    comparisons.router,
     actions.router,
 )
 """Every router of the API; its paths come below ``/api/v1``."""

@@ -5,14 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from learner.comparison.budget import iterations_within, planned_cost
 from learner.comparison.cells import (
-    Cell,
     Findings,
     chosen_point,
     findings_path,
@@ -27,44 +25,10 @@ from learner.comparison.outline import outline_text
 from learner.comparison.plot import PLOT, plot_comparison
 from learner.comparison.processes import RunFailed, Stopped, lock_of_runs, run_module
 from learner.comparison.report import comparison_report
-from learner.comparison.settings import ComparisonConfig, grid_points, load_comparison, plan_names
+from learner.comparison.settings import grid_points, load_comparison, plan_names
 from learner.comparison.table import report_text
 from rewards.errors import ConfigError, WaitTimeout
-
-
-def plan(*arguments: str, **how: Any) -> ComparisonConfig:
-    return load_comparison(["plan=smoke", *arguments], **how)
-
-
-def done(cell: Cell, rate: float, *, spent_share: float = 1.0) -> Findings:
-    """As of a run that solved this share of 8 problems and spent this share of its full cost."""
-    right = round(8 * rate)
-    solved = "1" * right + "0" * (8 - right)
-    total = spent_share * cell.iterations * planned_cost(cell.run)
-    results = {
-        "iterations": cell.iterations,
-        "spent": {"total": total, "an iteration": total / cell.iterations},
-        "solved": {steps: {"base": "10000000", "trained": solved} for steps in ("8", "4", "2")},
-        "curve": {
-            "iteration": [0, cell.iterations],
-            "forward_equivalents": [0.0, total],
-            "solve_rate": {"m": [0.125, rate], "m/2": [0.1, 0.2], "m/4": [0.0, 0.1]},
-        },
-        "training_solve_rate": [rate] * cell.iterations,
-        "grad_norm": {"mean": 0.5, "deviation": 0.1},
-        "no_signal_share": 0.25,
-        "machine": {"train_s": 20.0, "curve_s": [0.0, 20.0], "peak_rank_bytes": 1 << 29, "wall_s": 30.0},
-    }
-    return Findings(cell.key, None, results)
-
-
-def all_done(config: ComparisonConfig, rates: dict[str, float]) -> dict[str, Findings]:
-    found: dict[str, Findings] = {}
-    for method in config.methods:
-        found |= {cell.name: done(cell, rates[method]) for cell in tuning_cells(config, method)}
-        found |= {cell.name: done(cell, rates[method]) for cell in reported_cells(config, method, found)}
-    return found
-
+from tests.support.compared import all_done, done, plan
 
 # ---- equal terms
 

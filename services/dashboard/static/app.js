@@ -20,6 +20,7 @@ import { closeDialog, dialog, showHelp, showToken } from "./dialogs.js";
 const ROUTES = [
   [/^\/?(?:runs)?$/, [], () => import("./pages/runs.js")],
   [/^\/compare$/, [], () => import("./pages/compare.js")],
+  [/^\/comparisons(?:\/([^/]+))?$/, ["name"], () => import("./pages/comparison.js")],
   [/^\/run\/([^/]+)\/workers$/, ["id"], () => import("./pages/workers.js")],
   [/^\/run\/([^/]+)\/play(?:\/([^/]+))?$/, ["id", "sample"], () => import("./pages/playback.js")],
   [/^\/run\/([^/]+)(?:\/(samples|events|config))?$/, ["id", "tab"], () => import("./pages/run.js")],

@@ -139,7 +139,7 @@ export class ChartGroup {
 class Chart {
   constructor(group, host, spec) {
     this.group = group;
-    this.spec = { height: 190, kind: "lines", format: figure, series: [], ...spec };
+    this.spec = { height: 190, kind: "lines", along: "iteration", format: figure, series: [], ...spec };
     this.seen = false;
     this.stale = true;
     this.drawings = 0;
@@ -372,7 +372,7 @@ class Chart {
   }
 
   describe() {
-    const parts = this.spec.series.filter((series) => series.data.x.length).map(({ label, data }) => `${label}: ${this.spec.format(valueAt(data, data.x.length - 1))} at iteration ${data.x.at(-1)}`);
+    const parts = this.spec.series.filter((series) => series.data.x.length).map(({ label, data }) => `${label}: ${this.spec.format(valueAt(data, data.x.length - 1))} at ${this.spec.along} ${data.x.at(-1)}`);
     this.plot.setAttribute("aria-label", `${this.spec.title}. ${parts.join("; ") || "no values yet"}`);
   }
 

@@ -44,7 +44,7 @@ export async function render(root, params, app) {
   const card = h("section.card", null, note, h("div.table-wrap", null, table));
   put(
     root,
-    h("div.head", null, h("div", null, h("h1", null, "Runs"), summary), h("div.row", null, compare, submit)),
+    h("div.head", null, h("div", null, h("h1", null, "Runs"), summary), h("div.row", null, h("a.button", { href: "#/comparisons", title: "Methods under one protocol (learner.compare)" }, "Comparisons"), compare, submit)),
     h("div.row.filters", null, filter, statuses),
     card,
   );
