@@ -36,6 +36,9 @@ class Scores:
     law_NV: torch.Tensor | None = None
     """[N, V] float32, log-probs of all tokens under the untruncated law, -inf for the mask token; carries the gradient.
     None where nobody asked for them."""
+    value_Z: torch.Tensor | None = None
+    """[Z] float32, what the method's head says of each view's prompt; carries the head's gradient, none of the
+    policy's. None without a head, and for other weights than the current ones."""
 
     def at(self, index_n: np.ndarray) -> "Scores":
         """Of these scores alone, [n] int64, without choices of positions."""

@@ -36,6 +36,18 @@ class Needs:
     vocabulary: bool = False
     """Of all these weights not only the tokens' log-probs, but those of the whole vocabulary, at every scored position.
     For units of one view."""
+    head: "HeadSpec | None" = None
+    """A learned value of each prompt, in ``Scores.value_Z`` of the current policy."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A small network that gives each prompt a number, learned beside the policy from the method's loss alone."""
+
+    width: int
+    """Units of its hidden layer."""
+    lr: float
+    """Its peak learning rate, on the adapter's schedule."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ completions in the update,
     delta = s_policy - s_base - b * (r - the group's mean of r) + z
     loss = (1 / S) * sum over completions of  delta^2
 
--z stands for the logarithm of the law's normaliser, per token. ``normaliser`` is where it comes from: ``profiled``, the
-value that makes the group's loss smallest, minus the group's mean of the rest of delta. (The gradient through it is 0,
-the group's deltas adding up to 0.) With exact scores, on completions of the policy, the expected gradient is
-(2 / C^2) times that of KL(policy | base) - b C E[r] but for a factor (G-1)/G from the group's means. b C is thus
-1 / tau, which is reported; whether b or b C is the paper's constant is not known.
+z stands for the logarithm of the law's normaliser, per token. ``normaliser`` is where it comes from: ``learned``, a
+head on the prompt (``learner.ranks.heads``), which the same loss trains; ``profiled``, the value that makes the group's
+loss smallest, minus the group's mean of the rest of delta. (The gradient through it is 0, the group's deltas adding up
+to 0.) With exact scores, on completions of the policy, the expected gradient is (2 / C^2) times that of KL(policy |
+base) - b C E[r], with (G-1)/G before the reward, which the group's mean is taken off, and with ``profiled`` before the
+KL too. b C is thus 1 / tau, which is reported; whether b or b C is the paper's constant is not known.
 
 ``paired`` masks are K / 2 masks and their complements, as published: the state that masks everything is never scored,
 so s is a bound without that state. ``independent`` ones have any count from 1 on. The square of a mean over K masks has
@@ -34,7 +35,7 @@ import torch
 from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import Law, Unit, ViewBatch
 from learner.objectives.advantages import group_advantages
-from learner.objectives.base import Needs, UpdateContext, Wanted
+from learner.objectives.base import HeadSpec, Needs, UpdateContext, Wanted
 from learner.objectives.copies import copies, independent_masks, paired_masks
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.bounds import TraflConfig
@@ -49,18 +50,22 @@ class Trafl:
 
     @property
     def needs(self) -> Needs:
-        return Needs(law=Law.RAW, reference=True)
+        config = self.config
+        head = HeadSpec(config.head_width, config.head_lr) if config.normaliser == "learned" else None
+        return Needs(law=Law.RAW, reference=True, head=head)
 
     def credit(self, groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:
         """What s_policy - s_base is to be, up to a constant of the group."""
         return tuple(self.config.b * group_advantages(group.rewards) for group in groups)
 
     def wanted(self, index: int, group: TrajectoryGroup, credit_G: np.ndarray, context: UpdateContext) -> Wanted:
-        """All completions of a group as one unit, whatever they are credited with: each meets the others' mean."""
+        """All completions, whatever they are credited with; where each meets the mean of the group's, as one unit."""
         K = self.config.samples
         rows = zip(range(group.size), self.draw(group, context), credit_G, strict=True)
-        unit: Unit = tuple(view for row, mask_KC, credit in rows for view in copies(index, row, mask_KC, credit, 1 / K))
-        return Wanted([unit], divisor=float(group.size), statistics=Statistics())
+        units: list[Unit] = [copies(index, row, mask_KC, credit, 1 / K) for row, mask_KC, credit in rows]
+        if self.config.normaliser == "profiled":
+            units = [tuple(view for unit in units for view in unit)]
+        return Wanted(units, divisor=float(group.size), statistics=Statistics())
 
     def draw(self, group: TrajectoryGroup, context: UpdateContext) -> np.ndarray:
         """[G, K, C] bool, every row's masks; none is empty."""
@@ -71,21 +76,26 @@ class Trafl:
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over completions, and its figures."""
         assert scores.reference is not None, "distances are from the base"
-        log_ratio_SK = self._log_ratios(scores.policy.logp_N, scores.reference.logp_N, batch)
-        K, device = self.config.samples, log_ratio_SK.device
+        learned = self.config.normaliser == "learned"
+        K = int((batch.unit_of_view == 0).sum()) if learned else self.config.samples
+        log_ratio_SK = self._log_ratios(scores.policy.logp_N, scores.reference.logp_N, batch).reshape(-1, K)
+        device = log_ratio_SK.device
         credit_S = torch.tensor([view.credit for view in batch.views[::K]], dtype=torch.float64, device=device)
         rest_SK = log_ratio_SK - credit_S[:, None]
-        z_SK = -_unit_means(rest_SK.detach(), torch.from_numpy(batch.unit_of_view[::K]).to(device))
+        if learned:
+            assert scores.policy.value_Z is not None, "the normaliser is the head's"
+            z_SK = scores.policy.value_Z.double().reshape(-1, K)
+        else:
+            z_SK = -_unit_means(rest_SK.detach(), torch.from_numpy(batch.unit_of_view[::K]).to(device))
         delta_SK = rest_SK + z_SK
         loss = self._squares(delta_SK).sum()
         return loss, self._figures(log_ratio_SK, credit_S, z_SK, delta_SK, batch)
 
     def _log_ratios(self, logp_N: torch.Tensor, reference_N: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
-        """[S, K] float64, each mask's s_policy - s_base."""
-        K = self.config.samples
+        """[Z] float64, each mask's s_policy - s_base."""
         view_N, weight_N = (torch.from_numpy(array).to(logp_N.device) for array in (batch.view_of_score, batch.weight))
         sums_Z = torch.zeros(len(batch.views), dtype=torch.float64, device=logp_N.device)
-        return K * sums_Z.index_add(0, view_N, weight_N * (logp_N - reference_N).double()).reshape(-1, K)
+        return self.config.samples * sums_Z.index_add(0, view_N, weight_N * (logp_N - reference_N).double())
 
     def _squares(self, delta_SK: torch.Tensor) -> torch.Tensor:
         """[S], each completion's squared delta."""

@@ -5,10 +5,14 @@ Shapes: N scored positions and Z views of one forward, R completions of the upda
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import ray
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 
 from learner.likelihood.scorer import PolicyScores, Scores, joined, score
 from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
@@ -16,14 +20,16 @@ from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Weighed
 from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
-from learner.ranks.optim import inner_optimizer
+from learner.ranks.heads import PromptHead, prompt_view
+from learner.ranks.optim import export_state, inner_optimizer, updates_applied
 from learner.ranks.phases import PhaseWeights, TrainedWeights
 from learner.ranks.plan import Forward, UpdatePlan, deal, plan_update
-from learner.ranks.rank import LossPart, Rank
+from learner.ranks.rank import LossPart, Plan, Rank
 from learner.ranks.scored import ScoredView, recorded_groups, scored_views
 from learner.settings.run import RunConfig
 from rewards.errors import TrajectoryError
 from rollout.adapters import AdapterState
+from rollout.seeds import derive_seed
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
 
@@ -42,10 +48,26 @@ class LearnerRank(Rank):
         self._update_index = 0
         self._phase = 0
         self._phase_weights: PhaseWeights | None = None
+        self._head: PromptHead | None = None
+        self._applied = 0
+        """optimizer steps before the present update"""
         self._final: FinalCredit | None = None
         self._sums: RowSums | None = None
         self._kept: tuple[int, ...] = ()
         self._seen: list[ScoredView] = []
+
+    def start(self, address: str, adapter: AdapterState | None, shard: bytes | None) -> dict[str, Any]:
+        described, self._head = super().start(address, adapter, shard), None
+        if (spec := self.objective.needs.head) is not None:
+            seed = derive_seed(self.config.run.seed, "head")
+            self._head = PromptHead(self.engine.module, self.family, spec, seed=seed)
+            if shard is not None:
+                self._head.restore(load_safetensors(shard))
+        return described
+
+    def export(self) -> bytes:
+        head = {} if self._head is None else self._head.state()
+        return save_safetensors({**export_state(self.engine), **head})
 
     def enter_phase(self, number: int, state: Mapping[str, AdapterState] | None) -> None:
         """Begin a phase, of a method that learns in them.
@@ -71,7 +93,29 @@ class LearnerRank(Rank):
         assert self._phase_weights is not None, "no phase was begun"
         return self._phase_weights.state() if self.rank == 0 else None
 
+    def _accumulate(self, plan: Plan, data: list[TrajectoryGroup]) -> tuple[Statistics, float]:
+        head = self._head
+        if head is None:
+            return super()._accumulate(plan, data)
+        self._read_prompts(head, data)
+        head.zero_grad()
+        found = super()._accumulate(plan, data)
+        self._applied = updates_applied(self.engine)
+        if not head.reduce(self.world):
+            inner_optimizer(self.engine).refuse_step()
+        return found
+
+    def _read_prompts(self, head: PromptHead, groups: list[TrajectoryGroup]) -> None:
+        units = [(prompt_view(group, index),) for index, group in enumerate(groups)]
+        shares = deal(units, self.world, self.config.learner.views_per_forward, pad=(pad_view(groups[0]),))
+        batches = [batch for forward in shares[self.rank] for batch in self._passes(forward, groups)]
+        head.read(batches, groups, lambda batch: self._score([batch]))
+
     def _stepped(self) -> None:
+        if self._head is not None and updates_applied(self.engine) > self._applied:
+            learner = self.config.learner
+            schedule = inner_optimizer(self.engine).param_groups[0]["lr"] / learner.lr
+            self._head.step(schedule, learner.max_grad_norm)
         if self._phase_weights is not None:
             self._phase_weights.updated()
 
@@ -157,7 +201,8 @@ class LearnerRank(Rank):
             with torch.no_grad(), self.engine.module.disable_adapter():
                 reference = self._score(passes)
         if forward.passes == 1:
-            loss, statistics = self._loss(forward, self._score(passes), reference, teacher, passes[0])
+            policy = replace(self._score(passes), value_Z=self._values(forward))
+            loss, statistics = self._loss(forward, policy, reference, teacher, passes[0])
             yield LossPart(loss, float(loss.detach()), statistics)
             return
         # A unit of more views than a pass may hold. The loss' slope by each log-prob comes from a pass that keeps no
@@ -167,14 +212,23 @@ class LearnerRank(Rank):
         assert found.choice_logp_Z is None and found.law_NV is None, "these are scored in units of one view"
         leaf_N = found.logp_N.requires_grad_()
         whole = self._batch(forward.views, data, [len(unit) for unit in forward.units])
-        loss, statistics = self._loss(forward, Scores(leaf_N, found.mass_N), reference, teacher, whole)
-        (slope_N,) = torch.autograd.grad(loss, leaf_N)
+        values_Z = self._values(forward)
+        policy = Scores(leaf_N, found.mass_N, value_Z=values_Z)
+        loss, statistics = self._loss(forward, policy, reference, teacher, whole)
+        inputs = [leaf_N] if values_Z is None else [leaf_N, values_Z]
+        slope_N, *slopes_Z = torch.autograd.grad(loss, inputs, allow_unused=True)
         value, start = float(loss.detach()), 0
-        for batch in passes:
+        for number, batch in enumerate(passes):
             logp_n = self._score([batch]).logp_N
             end = start + logp_n.numel()
-            yield LossPart((slope_N[start:end] * logp_n).sum(), value, statistics)
+            part = (slope_N[start:end] * logp_n).sum()
+            if number == 0 and values_Z is not None and slopes_Z[0] is not None:
+                part = part + (slopes_Z[0] * values_Z).sum()
+            yield LossPart(part, value, statistics)
             start, value, statistics = end, 0.0, Statistics()
+
+    def _values(self, forward: Forward) -> torch.Tensor | None:
+        return None if self._head is None else self._head.values(forward.views)
 
     def _loss(
         self,

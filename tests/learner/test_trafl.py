@@ -17,6 +17,10 @@ from tests.support.unit_scores import build, context, measured_sums, plan_gradie
 C = 4
 
 
+def profiled(**config) -> TraflConfig:
+    return TraflConfig(normaliser="profiled", **config)
+
+
 def group_of(rewards, group_id: int = 0, length: int = C):
     ids = np.random.default_rng(group_id).integers(1, 9, (len(rewards), length))
     rewards_GR = np.array(rewards, np.float32)[:, None]
@@ -67,20 +71,20 @@ def smallest_square(objective: Trafl, groups, theta, reference) -> torch.Tensor:
 
 @pytest.mark.parametrize("masks", ["paired", "independent"])
 def test_loss_and_gradient_are_those_of_the_least_squares_in_the_normaliser(masks):
-    objective, theta, reference = Trafl(TraflConfig(b=0.7, masks=masks)), state_table(C), state_table(C, seed=1)
+    objective, theta, reference = Trafl(profiled(b=0.7, masks=masks)), state_table(C), state_table(C, seed=1)
     loss, _ = loss_of(objective, GROUPS, theta, reference)
     exact = smallest_square(objective, GROUPS, theta, reference)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-12)
     (found,), (expected,) = (torch.autograd.grad(value, theta) for value in (loss, exact))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
-    other = Trafl(TraflConfig(b=0.8, masks=masks))
+    other = Trafl(profiled(b=0.8, masks=masks))
     assert abs(torch.autograd.grad(loss_of(other, GROUPS, theta, reference)[0], theta)[0] - found).max() > 1e-3, (
         "control"
     )
 
 
 def test_a_constant_in_every_score_of_the_base_or_in_the_reward_changes_nothing():
-    objective, theta, reference = Trafl(TraflConfig()), state_table(C), state_table(C, seed=1)
+    objective, theta, reference = Trafl(profiled()), state_table(C), state_table(C, seed=1)
     batch = batch_of(objective, GROUPS)
     logp_N, reference_N = table_logp(theta, batch), table_logp(reference, batch).detach()
     plain, moved = (objective.loss(scored(logp_N, reference_N=reference_N + by), batch)[0].item() for by in (0.0, 5.0))
@@ -109,7 +113,7 @@ def exact_scores(batch, logp_S: np.ndarray, length: int) -> torch.Tensor:
 
 def test_with_exact_scores_the_residual_is_0_for_every_completion_of_the_tilted_law():
     length, tokens = 2, 3
-    objective = Trafl(TraflConfig(b=0.6))
+    objective = Trafl(profiled(b=0.6))
     rewards, batch = enumerated(objective, length, tokens)
     base = np.random.default_rng(1).dirichlet(np.ones(len(rewards)))
     tilted = base * np.exp(objective.config.b * length * rewards)
@@ -129,7 +133,7 @@ def test_on_its_own_completions_the_expected_gradient_is_the_kl_minus_the_reward
     logits = torch.tensor(np.random.default_rng(2).normal(size=tokens), requires_grad=True)
     base = np.random.default_rng(1).dirichlet(np.ones(tokens))
     rewards = np.random.default_rng(7).random(tokens)
-    objective = Trafl(TraflConfig(b=b, masks="independent", samples=1))
+    objective = Trafl(profiled(b=b, masks="independent", samples=1))
     pi = logits.detach().softmax(-1).numpy()
     total = torch.zeros((), dtype=torch.float64)
     for pair in itertools.product(range(tokens), repeat=2):
@@ -150,6 +154,73 @@ def test_on_its_own_completions_the_expected_gradient_is_the_kl_minus_the_reward
     assert abs(found - wrong).max() > 1e-3, "control: without the reward"
 
 
+# ---- the learned normaliser
+
+
+def learned_loss(batch, logp_N: torch.Tensor, reference_N: torch.Tensor, value_Z: torch.Tensor, **config):
+    scores = scored(logp_N, reference_N=reference_N)
+    scores = scores._replace(policy=dataclasses.replace(scores.policy, value_Z=value_Z))
+    return Trafl(TraflConfig(**config)).loss(scores, batch)
+
+
+def test_a_learned_normaliser_is_added_to_every_residual_and_its_slope_is_twice_their_sum():
+    objective, theta, reference = Trafl(TraflConfig(b=0.7)), state_table(C), state_table(C, seed=1)
+    assert objective.needs.head is not None and Trafl(profiled()).needs.head is None
+    batch = batch_of(objective, GROUPS)
+    assert [int((batch.unit_of_view == unit).sum()) for unit in range(3)] == [4, 4, 4], "a completion is a unit"
+    z_Q = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
+    groups_Z = torch.tensor([view.group for view in batch.views])
+    reference_N = table_logp(reference, batch).detach()
+    loss, figures = learned_loss(batch, table_logp(theta, batch), reference_N, z_Q[groups_Z], b=0.7)
+    pairs = zip(distances(objective, GROUPS, theta, reference), objective.credit(GROUPS), strict=True)
+    residuals = [d_GK.mean(1) - torch.from_numpy(credit_G) for d_GK, credit_G in pairs]
+    stated = sum((rest_G + z).square().sum() for rest_G, z in zip(residuals, z_Q, strict=True))
+    assert loss.item() == pytest.approx(stated.item(), rel=1e-6)
+    for found, expected in zip(*(torch.autograd.grad(value, [theta, z_Q]) for value in (loss, stated)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert figures.values()["normaliser"] == pytest.approx((4 * 0.3 - 3 * 0.2 + 3 * 0.1) / 10)
+
+
+def test_with_exact_scores_and_the_laws_own_normaliser_the_residual_is_0_for_every_completion():
+    length, b = 2, 0.6
+    rewards, batch = enumerated(Trafl(TraflConfig(b=b)), length, tokens=3)
+    base = np.random.default_rng(1).dirichlet(np.ones(len(rewards)))
+    mass = base * np.exp(b * length * rewards)
+    logp_N, reference_N = (exact_scores(batch, np.log(law), length) for law in (mass / mass.sum(), base))
+    z = np.log(mass.sum()) / length - b * rewards.mean()  # the reward comes without its group's mean
+    for value, fits in ((z, True), (0.0, False)):
+        value_Z = torch.full((len(batch.views),), value, dtype=torch.float64)
+        assert (learned_loss(batch, logp_N, reference_N, value_Z, b=b)[0].item() < 1e-20) == fits
+
+
+@pytest.mark.parametrize("z", [0.0, 0.8])
+def test_on_its_own_completions_the_policys_expected_gradient_does_not_depend_on_the_normaliser(z):
+    """One completion at a time, weighted by its probability, with the reward as it is."""
+    tokens, b = 3, 0.6
+    logits = torch.tensor(np.random.default_rng(2).normal(size=tokens), requires_grad=True)
+    base = np.random.default_rng(1).dirichlet(np.ones(tokens))
+    settings = {"b": b, "masks": "independent", "samples": 1}
+    rewards, batch = enumerated(Trafl(TraflConfig(**settings)), 1, tokens)
+    logp_N = logits.log_softmax(-1)
+    weight = logits.detach().softmax(-1)
+    slopes = []
+    for row in range(tokens):
+        only = build([(view,) for view in batch.views if view.row == row], [one_token_group(rewards, tokens)])
+        found = learned_loss(
+            only, logp_N[row : row + 1], torch.from_numpy(np.log(base[row : row + 1])), torch.tensor([z]), **settings
+        )[0]
+        slopes.append(weight[row] * torch.autograd.grad(found, logits, retain_graph=True)[0])
+    law = logits.softmax(-1)
+    stated = (law * (law.log() - torch.from_numpy(np.log(base) + b * rewards))).sum()
+    (exact,) = torch.autograd.grad(stated, logits)
+    torch.testing.assert_close(sum(slopes), 2 * exact, rtol=1e-6, atol=1e-9)
+
+
+def one_token_group(rewards: np.ndarray, tokens: int):
+    ids = np.arange(2, 2 + tokens)[:, None]
+    return make_group(ids, np.zeros_like(ids), steps=1, rewards=rewards[:, None])
+
+
 # ---- several masks
 
 
@@ -160,7 +231,7 @@ def test_products_of_different_masks_have_no_variance_of_the_masks_in_their_mean
     masks = [(np.array([True, False]), 1 / 4), (np.array([False, True]), 1 / 4), (np.array([True, True]), 1 / 2)]
 
     def mean_loss(unbiased: bool) -> tuple[float, float]:
-        objective = Trafl(TraflConfig(b=0.7, masks="independent", samples=2, unbiased=unbiased))
+        objective = Trafl(profiled(b=0.7, masks="independent", samples=2, unbiased=unbiased))
         (credit_G,) = objective.credit([group])
         total, mean_d_G = 0.0, np.zeros(2)
         for draws in itertools.product(masks, repeat=4):
@@ -190,7 +261,7 @@ def test_of_one_group_it_is_the_other_method_with_b_one_over_lam():
     lam = 0.25
     group = group_of(z_scores(np.array([0.0, 1.0, 0.3, 0.2])) * (1 - 1e-4))
     theta, reference = state_table(C), state_table(C, seed=1)
-    squares = Trafl(TraflConfig(b=1 / lam, masks="independent"))
+    squares = Trafl(profiled(b=1 / lam, masks="independent"))
     other = Rspo(RspoConfig(lam=lam))
     final = other.weigh([group], other.credit([group]), measured_sums(other, [group], theta, reference))
     batch = build(other.wanted(0, group, final.by_group[0], context()).units, [group])
@@ -200,7 +271,7 @@ def test_of_one_group_it_is_the_other_method_with_b_one_over_lam():
 
 
 def test_layout_changes_nothing_and_groups_stay_whole():
-    objective = Trafl(TraflConfig())
+    objective = Trafl(profiled())
     expected, figures = plan_gradient(objective, GROUPS, ranks=1, views_per_forward=64)
     for ranks, views in ((1, 1), (2, 16), (3, 5)):
         found, again = plan_gradient(objective, GROUPS, ranks=ranks, views_per_forward=views, reverse=True)
@@ -212,17 +283,17 @@ def test_layout_changes_nothing_and_groups_stay_whole():
 
 
 def test_draws_are_of_the_update_and_pairs_cover_each_position_once():
-    objective = Trafl(TraflConfig())
+    objective = Trafl(profiled())
     mask_GKC = objective.draw(GROUPS[0], context())
     np.testing.assert_array_equal(mask_GKC.sum(axis=1), 2)
     np.testing.assert_array_equal(mask_GKC, objective.draw(GROUPS[0], context()))
     assert (mask_GKC != objective.draw(GROUPS[0], context(update_index=1))).any()
-    independent = Trafl(TraflConfig(masks="independent", samples=3)).draw(GROUPS[0], context())
+    independent = Trafl(profiled(masks="independent", samples=3)).draw(GROUPS[0], context())
     assert independent.shape == (4, 3, C) and independent.any(axis=2).all()
 
 
 def test_figures_are_those_of_the_residuals():
-    objective, theta, reference = Trafl(TraflConfig()), state_table(C), state_table(C, seed=1)
+    objective, theta, reference = Trafl(profiled()), state_table(C), state_table(C, seed=1)
     loss, figures = loss_of(objective, GROUPS, theta, reference)
     values = figures.values()
     d_SK = torch.cat(distances(objective, GROUPS, theta, reference))
@@ -236,13 +307,13 @@ def test_figures_are_those_of_the_residuals():
 def test_settings_that_can_t_work_are_refused():
     sampler = GROUPS[0].sampler
     for config, words in (
-        (TraflConfig(samples=3), "samples=3 is odd"),
-        (TraflConfig(unbiased=True), "take objective.masks=independent"),
-        (TraflConfig(masks="independent", samples=1, unbiased=True), "and more samples"),
+        (profiled(samples=3), "samples=3 is odd"),
+        (profiled(unbiased=True), "take objective.masks=independent"),
+        (profiled(masks="independent", samples=1, unbiased=True), "and more samples"),
     ):
         (problem,) = config.refuses(sampler)
         assert words in problem
     single = dataclasses.replace(sampler, completion_length=1, block_length=1, steps=1)
-    assert "single token" in TraflConfig().refuses(single)[0]
-    assert not TraflConfig().refuses(sampler)
-    assert not TraflConfig(masks="independent", samples=3, unbiased=True).refuses(sampler)
+    assert "single token" in profiled().refuses(single)[0]
+    assert not profiled().refuses(sampler)
+    assert not profiled(masks="independent", samples=3, unbiased=True).refuses(sampler)

@@ -157,6 +157,8 @@ def plain_gradient(
     parts = [(each, normaliser) for each in wanted] + [(each, sum(a.divisor for a in added)) for each in added]
     for batch, divisor in ((built(unit), divisor) for each, divisor in parts for unit in each.units):
         policy = score(model, batch, family=family, vocabulary=objective.needs.vocabulary)
+        if objective.needs.head is not None:
+            policy = dataclasses.replace(policy, value_Z=torch.zeros(len(batch.views)))  # as it is at first
         reference = without_adapter(batch) if objective.needs.reference else None
         loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference, policy.detached()), batch)
         (loss / divisor).backward()
@@ -190,6 +192,23 @@ class ProbedRank(LearnerRank):
     def cut_units(self) -> None:
         """Control: from now on each view is a unit of its own."""
         self.objective = _CutUnits(self.objective)
+
+    def head_values(self) -> list[float]:
+        """Of each prompt of the newest update."""
+        assert self._head is not None
+        values: list[float] = self._head.net(self._head.features_QD).squeeze(1).tolist()
+        return values
+
+    def head_gradients(self) -> AdapterState:
+        """Of the newest update, averaged over ranks."""
+        assert self._head is not None
+        return pack({name: p.grad for name, p in self._head.net.named_parameters() if p.grad is not None})
+
+    def spoil_head(self) -> None:
+        """From now on the head's values are infinite."""
+        assert self._head is not None
+        with torch.no_grad():
+            list(self._head.net.parameters())[-1].fill_(torch.inf)
 
     def counted(self) -> dict[str, int]:
         """What was counted since the last call."""

@@ -192,6 +192,13 @@ class TraflConfig(ObjectiveSection):
     """Masks drawn per completion and update."""
     masks: Literal["paired", "independent"] = "paired"
     """paired: masks and their complements, as published; independent: each drawn by itself."""
+    normaliser: Literal["learned", "profiled"] = "learned"
+    """learned: the logarithm of the target's normaliser is what a small network makes of the prompt, as published;
+    profiled: the value that suits the group's completions best, without a network."""
+    head_width: PositiveInt = 64
+    """Units of the network's hidden layer (ours: its shape isn't known)."""
+    head_lr: PositiveFloat = 3e-4
+    """The network's peak learning rate, on the schedule of learner.lr (ours: it isn't known)."""
     unbiased: bool = False
     """Leave the variance between masks out of the squares; needs independent masks."""
 
