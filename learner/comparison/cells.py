@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from learner.comparison.budget import iterations_within, planned_cost
-from learner.comparison.settings import ComparisonConfig, grid_points, method_arguments, run_config
+from learner.comparison.settings import ComparisonConfig, grid_points, method_arguments, run_config, step_counts
 from learner.settings.run import RunConfig
 from rewards.errors import ConfigError
 
@@ -34,6 +34,8 @@ class Cell:
     evaluate_every: int
     problems: int
     """Held-out problems of the evaluation."""
+    step_counts: tuple[int, ...]
+    """Numbers of denoising steps of the evaluation, the largest first."""
     shared_arguments: tuple[str, ...]
     """``learner.main``'s, but for what the fields above say."""
 
@@ -64,7 +66,7 @@ class Cell:
         run = self.run.model_dump(mode="json", exclude={"resources", "timeouts", "store", "trackers"})
         for actors in ("actors", "max_actors"):
             run["rollout"].pop(actors)
-        about = json.dumps([run, self.problems], sort_keys=True)
+        about = json.dumps([run, self.problems, self.step_counts], sort_keys=True)
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
@@ -103,8 +105,8 @@ def tuning_cells(config: ComparisonConfig, method: str) -> list[Cell]:
 
 
 def chosen_point(config: ComparisonConfig, method: str, found: Found) -> dict[str, Any] | None:
-    """The point with the highest mean solve rate, in all steps, of its tuning cells; the first of equals. None while
-    one of them is missing, and when every point has a cell that failed."""
+    """The point with the highest mean solve rate, in the most steps, of its tuning cells; the first of equals. None
+    while one of them is missing, and when every point has a cell that failed."""
     rates = {}
     for number, point in enumerate(grid_points(config, method)):
         cells = [cell for cell in tuning_cells(config, method) if cell.point == point]
@@ -173,7 +175,7 @@ def findings_path(out: Path, cell: Cell) -> Path:
 
 
 def full_rate(findings: Findings) -> float:
-    """Solve rate in as many denoising steps as in training."""
+    """Solve rate in the most denoising steps of the evaluation."""
     solved = findings.results["solved"]
     trained: str = solved[max(solved, key=int)]["trained"]
     return trained.count("1") / len(trained)
@@ -190,6 +192,7 @@ def _cell(
         iterations=iterations,
         evaluate_every=max(1, -(-iterations // config.curve_points)),
         problems=config.problems,
+        step_counts=step_counts(config),
         shared_arguments=tuple(method_arguments(config, method, point)),
     )
 

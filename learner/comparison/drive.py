@@ -95,10 +95,9 @@ def run_cell(cell: Cell, out: Path, limit_s: float, stop: Callable[[], bool], lo
     place = [f"run.dir={out}", f"run.name={cell.name}", "run.resume=auto"]
     try:
         peak = run_module("learner.main", [*cell.arguments, *place], log=log, lock=lock, limit_s=limit_s, stop=stop)
-        evaluation = cell.run.evaluation
         grid = [
-            f"decode.position_rules=[{evaluation.position_rule}]",
-            f"decode.step_divisors={list(evaluation.step_divisors)}",
+            f"decode.position_rules=[{cell.run.evaluation.position_rule}]",
+            f"decode.steps={list(cell.step_counts)}",
             "decode.thresholds=[]",
             f"data.size={cell.problems}",
             f"out={folder / EVALUATION}",

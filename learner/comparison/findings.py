@@ -42,8 +42,8 @@ def results_of(cell: Cell, run: RunDirectory, evaluation: Path) -> dict[str, Any
             "iteration": at,
             "forward_equivalents": [float(cost_I[i - 1]) if i else 0.0 for i in at],
             "solve_rate": {
-                name.split("/", 1)[1].removesuffix("/solve_rate"): [row.get(name) for row in curve]
-                for name in sorted({name for row in curve for name in row if name.startswith("eval/")})
+                str(count): [row.get(_metric(cell.run.rollout.sampler.steps // count)) for row in curve]
+                for count in cell.step_counts
             },
         },
         "training_solve_rate": [row.get("solve_rate") for row in trained],
@@ -76,6 +76,11 @@ def _solved(folder: Path) -> dict[str, dict[str, str]]:
         policy = "trained" if chunk["policy"] == "adapter" else "base"
         solved[steps[label]][policy] += "".join(str(problem["correct"][0]) for problem in chunk["problems"])
     return solved
+
+
+def _metric(divisor: int) -> str:
+    """Of an evaluation on the way, in so many times fewer steps than in training."""
+    return f"eval/{'m' if divisor == 1 else f'm/{divisor}'}/solve_rate"
 
 
 def outcomes(solved: str) -> np.ndarray:

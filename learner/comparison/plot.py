@@ -26,18 +26,19 @@ def plot_comparison(report: Mapping[str, Any], out: Path) -> None:
     with disk_errors(out / PLOT), rc_context(STYLE):
         figure = new_figure(figsize=(18, 5.6), layout="constrained")
         by_cost, by_time, final = figure.subplots(1, 3)
+        steps = step_counts(report)[0]
         for name in methods:
             curve, machine = report["methods"][name]["curve"], report["machine"]["methods"][name]
             style = _style(list(report["methods"]).index(name))
-            by_cost.plot(curve["forward_equivalents"], curve["solve_rate"]["m"], label=name, **style)
-            by_time.plot(machine["curve_s"], curve["solve_rate"]["m"], label=name, **style)
+            by_cost.plot(curve["forward_equivalents"], curve["solve_rate"][steps], label=name, **style)
+            by_time.plot(machine["curve_s"], curve["solve_rate"][steps], label=name, **style)
         for axis, title, unit in (
             (by_cost, "Solve rate by work", "forward-equivalents"),
             (by_time, "Solve rate by time", "seconds of training"),
         ):
             axis.set_title(title)
             axis.set_xlabel(unit)
-            axis.set_ylabel("held out, greedy, m steps")
+            axis.set_ylabel(f"held out, greedy, {steps} steps")
             axis.xaxis.set_major_formatter("{x:,.6g}")
             axis.set_ylim(-0.02, 1.02)
         _draw_final(final, report, methods)

@@ -159,7 +159,7 @@ def _machine_reports(done: Mapping[str, Sequence[Cell]], found: Found) -> dict[s
     train_s = {method: fmean(each["train_s"] for each in machine) for method, machine in machines.items()}
     reports = {}
     for method, machine in machines.items():
-        curves = [found[cell.name].results["curve"]["solve_rate"]["m"] for cell in done[method]]
+        curves = [_most_steps(found[cell.name].results["curve"]["solve_rate"]) for cell in done[method]]
         reports[method] = {
             "train_s": train_s[method],
             "curve_s": [fmean(at) for at in zip(*(each["curve_s"] for each in machine), strict=True)],
@@ -171,6 +171,10 @@ def _machine_reports(done: Mapping[str, Sequence[Cell]], found: Found) -> dict[s
             ),
         }
     return reports
+
+
+def _most_steps(by_count: Mapping[str, Any]) -> Any:
+    return by_count[max(by_count, key=int)]
 
 
 def _rate_at(seconds: float, curve_s: Sequence[float], rates: Sequence[float]) -> float:

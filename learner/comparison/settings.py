@@ -19,7 +19,8 @@ OF_A_METHOD = (
     "objective.",
     *(f"learner.{name}" for name in ("lr", "warmup_fraction", "betas", "adam_eps", "weight_decay", "max_grad_norm")),
     "learner.updates_per_batch",
-    *(f"rollout.sampler.{name}" for name in ("position_rule", "position_temperature", "confidence_temperature")),
+    *(f"rollout.sampler.{name}" for name in ("steps", "position_rule", "position_temperature")),
+    "rollout.sampler.confidence_temperature",
 )
 """Keys that a method may have of its own; one that ends in a dot stands for its section. All else is shared."""
 OF_A_CELL = ("run.name", "run.dir", "run.seed", "run.iterations", "run.resume", "evaluation.every")
@@ -163,8 +164,28 @@ def _plan_file(name_or_path: str) -> str:
 # ---- the settings of the runs
 
 
+def step_counts(config: ComparisonConfig) -> tuple[int, ...]:
+    """Numbers of denoising steps in which all methods are evaluated: m, m/2, ... of the shared settings."""
+    shared = _shared(config)
+    return tuple(shared.rollout.sampler.steps // divisor for divisor in shared.evaluation.step_divisors)
+
+
 def method_arguments(config: ComparisonConfig, method: str, point: Point) -> list[str]:
-    """``learner.main``'s arguments for a method with a point of its grid, but for what a cell sets."""
+    """``learner.main``'s arguments for a method with a point of its grid, but for what a cell sets. One that trains in
+    another number of steps is evaluated in the shared ones all the same."""
+    arguments = _own_arguments(config, method, point)
+    steps, counts = run_config(arguments).rollout.sampler.steps, step_counts(config)
+    if steps in counts:
+        return arguments
+    divisors = [1, *(steps // count for count in counts)]
+    return [*arguments, f"evaluation.step_divisors={divisors}"]
+
+
+def _shared(config: ComparisonConfig) -> RunConfig:
+    return run_config([f"recipe={config.recipe}", *config.settings])
+
+
+def _own_arguments(config: ComparisonConfig, method: str, point: Point) -> list[str]:
     about = config.methods[method]
     named = about.recipe is not None or any(setting.startswith("objective.type=") for setting in about.settings)
     own = [*([] if named else [f"objective.type={method}"]), *about.settings]
@@ -180,11 +201,11 @@ def run_config(arguments: Sequence[str]) -> RunConfig:
 def require_equal_terms(config: ComparisonConfig) -> None:
     """Refuses methods that differ in more than what makes a method. Raises ConfigError, one sentence per problem."""
     problems = []
-    shared = overrides.flat(run_config([f"recipe={config.recipe}", *config.settings]).model_dump(mode="json"))
+    shared = overrides.flat(_shared(config).model_dump(mode="json"))
     for method in config.methods:
         for point in grid_points(config, method):
             try:
-                run = run_config(method_arguments(config, method, point))
+                run = run_config(_own_arguments(config, method, point))
             except ConfigError as error:
                 problems += [f"method {method}: {problem}" for problem in str(error).splitlines()]
                 break
@@ -192,6 +213,12 @@ def require_equal_terms(config: ComparisonConfig) -> None:
                 problems.append(
                     f"learner.lr_schedule={run.learner.lr_schedule} depends on a run's length, which the budget "
                     "decides here; take constant"
+                )
+            steps, counts = run.rollout.sampler.steps, step_counts(config)
+            if steps < counts[0] or any(steps % count for count in counts):
+                problems.append(
+                    f"method {method} has rollout.sampler.steps={steps}, which can't be cut into the "
+                    f"{', '.join(map(str, counts))} steps that all methods are evaluated in; take a multiple of them"
                 )
             if run.rollout.sampler.threshold is not None:
                 problems.append(
@@ -209,9 +236,9 @@ def _unequal(method: str, others: Mapping[str, tuple[Any, Any]]) -> str:
     told = [f"{key}={_yaml(own)} where the comparison has {_yaml(shared)}" for key, (own, shared) in others.items()]
     more = f" and {len(told) - 3} more" if len(told) > 3 else ""
     return (
-        f"method {method} has {', '.join(told[:3])}{more}; only objective, learning rate, optimizer, updates per batch "
-        "and the order of positions in training are a method's own, so set it in settings, for all methods, or take it "
-        "out"
+        f"method {method} has {', '.join(told[:3])}{more}; only objective, learning rate, optimizer, updates per "
+        "batch, steps and order of positions in training are a method's own, so set it in settings, for all methods, "
+        "or take it out"
     )
 
 

@@ -34,7 +34,7 @@ class Curve(Found):
 
     forward_equivalents: list[float] = []
     solve_rate: dict[str, list[float]] = {}
-    """By steps: m, m/2, ..."""
+    """By number of denoising steps."""
 
 
 class Tuning(Found):

@@ -70,6 +70,16 @@ def test_a_method_may_be_what_it_is(setting: str) -> None:
     plan(f"methods={{agrpo: , wd1: {{settings: [{setting!r}]}}}}")
 
 
+def test_a_method_may_be_trained_in_more_steps_and_is_evaluated_as_all_are() -> None:
+    own = "rollout.sampler.position_rule=left_to_right, rollout.sampler.steps=24"
+    config = plan(f"methods={{agrpo: , slow: {{settings: [objective.type=just_grpo, {own}]}}}}")
+    agrpo, slow = (tuning_cells(config, method)[0] for method in ("agrpo", "slow"))
+    assert agrpo.step_counts == slow.step_counts == (8, 4, 2)
+    assert agrpo.run.evaluation.step_divisors == (1, 2, 4)
+    assert slow.run.evaluation.step_divisors == (1, 3, 6, 12), "24, 8, 4 and 2 steps"
+    assert planned_cost(slow.run) > 16 * 24, "its rollouts are paid for"
+
+
 def test_settings_for_all_methods_are_no_difference() -> None:
     config = plan("settings=[rollout.sampler.temperature=0.5]")
     assert all(cell.run.rollout.sampler.temperature == 0.5 for cell in known_cells(config, {}, "tuning"))
@@ -88,6 +98,7 @@ def test_settings_for_all_methods_are_no_difference() -> None:
             "methods={wd1: {settings: [rollout.sampler.threshold=0.9]}}",
             "wd1 samples with rollout.sampler.threshold=0.9",
         ),
+        ("methods={wd1: {settings: [rollout.sampler.steps=4]}}", "can't be cut into the 8, 4, 2 steps"),
         ("settings=[run.iterations=many]", "run.iterations"),
         ("bugdet=3", "unknown key 'bugdet'; did you mean 'budget'?"),
     ],

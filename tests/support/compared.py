@@ -26,7 +26,7 @@ def done(cell: Cell, rate: float, *, spent_share: float = 1.0) -> Findings:
         "curve": {
             "iteration": [0, cell.iterations],
             "forward_equivalents": [0.0, total],
-            "solve_rate": {"m": [0.125, rate], "m/2": [0.1, 0.2], "m/4": [0.0, 0.1]},
+            "solve_rate": {"8": [0.125, rate], "4": [0.1, 0.2], "2": [0.0, 0.1]},
         },
         "training_solve_rate": [rate] * cell.iterations,
         "grad_norm": {"mean": 0.5, "deviation": 0.1},

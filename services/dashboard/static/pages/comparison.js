@@ -24,10 +24,11 @@ async function list(root, app) {
 
 async function one(root, name, app) {
   app.title([["Runs", "#/runs"], ["Comparisons", "#/comparisons"], [name, null]]);
-  const tables = h("div");
+  const top = h("div");
+  const bottom = h("div");
   const charts = h("div.grid");
   const groups = [new ChartGroup(), new ChartGroup()]; // the two have different axes
-  const byWork = groups[0].add(charts, { id: "by-work", title: "Solved by work", unit: "forward-equivalents of training", hint: "Held-out problems, greedy, in m steps; mean over seeds", along: "forward-equivalents", format: percent, zero: true, height: 300 });
+  const byWork = groups[0].add(charts, { id: "by-work", title: "Solved by work", unit: "forward-equivalents of training", hint: "Held-out problems, greedy, in as many steps as all are trained with; mean over seeds", along: "forward-equivalents", format: percent, zero: true, height: 300 });
   const byTime = groups[1].add(charts, { id: "by-time", title: "Solved by time", unit: "seconds of training", hint: "The same against seconds, which depend on the machine", along: "second", format: percent, zero: true, height: 300 });
   app.onTheme(() => groups.forEach((group) => group.retheme()));
   app.onLeave(() => groups.forEach((group) => group.close()));
@@ -37,15 +38,17 @@ async function one(root, name, app) {
   async function load() {
     const comparison = await get(at`comparisons/${name}`);
     if (!app.alive()) return;
-    put(tables, head(name, comparison), rates(comparison), costs(comparison), failures(comparison));
+    put(top, head(name, comparison), rates(comparison));
+    put(bottom, costs(comparison), failures(comparison));
     const methods = Object.entries(comparison.methods);
-    const series = (x) => methods.map(([key, method], index) => ({ key, label: key, ...styleOf(index), data: points(x(key, method) ?? [], method.curve.solve_rate.m ?? []) }));
+    const [most] = counts(comparison);
+    const series = (x) => methods.map(([key, method], index) => ({ key, label: key, ...styleOf(index), data: points(x(key, method) ?? [], method.curve.solve_rate[most] ?? []) }));
     byWork.set(series((_, method) => method.curve.forward_equivalents));
     byTime.set(series((key) => comparison.machine.methods[key]?.curve_s));
     if (!comparison.complete) timer = setTimeout(() => load().catch((error) => app.toast(error.message, "error")), AGAIN_MS);
   }
   await load();
-  if (app.alive()) put(root, tables, charts);
+  if (app.alive()) put(root, top, charts, bottom);
 }
 
 const styleOf = (index) => ({ color: (index % 8) + 1, dash: DASHES[Math.floor(index / 8) % DASHES.length] });
