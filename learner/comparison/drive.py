@@ -78,7 +78,7 @@ def _run_all(
             for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 with contextlib.suppress(Stopped):
-                    found[cell.name] = findings = future.result()
+                    found[cell.name] = findings = future.result(timeout=0)
                     print(f"{cell.name}: {_outcome(findings)}", flush=True)
                     _write(config, out, found)
     if stop():

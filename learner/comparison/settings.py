@@ -134,7 +134,9 @@ def load_comparison(argv: Sequence[str], *, only: Sequence[str] = ()) -> Compari
     for argument in argv:
         if not argument.startswith("plan="):
             overrides.apply_override(data, argument, ComparisonConfig)
-    methods = data.get("methods")
+    if "methods" not in data:
+        raise ConfigError(f"there is nothing to compare; give plan=NAME ({', '.join(plan_names())}) or methods={{...}}")
+    methods = data["methods"]
     if isinstance(methods, dict):
         absent = [name for name in only if name not in methods]
         if absent:
