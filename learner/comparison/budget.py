@@ -38,9 +38,9 @@ def spent(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([_rolled_out(config, row) + _learning(config, row["completions"], row["views"]) for row in rows])
 
 
-def iterations_within(budget: float, cost: float) -> int:
-    """Iterations of this cost that the budget pays for; one at least."""
-    return max(1, int(budget // cost))
+def iterations_for(budget: float, cost: float) -> int:
+    """Iterations of this cost that come nearest to the budget; one at least."""
+    return max(1, round(budget / cost))
 
 
 def _learning(config: RunConfig, completions: float, views: float) -> float:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from learner.comparison.budget import iterations_within, planned_cost
+from learner.comparison.budget import iterations_for, planned_cost
 from learner.comparison.settings import ComparisonConfig, grid_points, method_arguments, run_config, step_counts
 from learner.settings.run import RunConfig
 from rewards.errors import ConfigError
@@ -95,11 +95,11 @@ Found = Mapping[str, Findings]
 
 def tuning_cells(config: ComparisonConfig, method: str) -> list[Cell]:
     """The cells that choose a method's point, in the order of its grid; each has the iterations that the budget pays
-    for at the method's full cost."""
+    for, to the nearest, at the method's full cost."""
     cells = []
     for point in grid_points(config, method):
         arguments = method_arguments(config, method, point)
-        iterations = iterations_within(config.budget, planned_cost(run_config(arguments)))
+        iterations = iterations_for(config.budget, planned_cost(run_config(arguments)))
         cells += [_cell(config, method, "tuning", point, seed, iterations) for seed in config.tuning_seeds]
     return cells
 
@@ -129,7 +129,7 @@ def reported_cells(config: ComparisonConfig, method: str, found: Found) -> list[
         return []
     tuned = [found[cell.name].results for cell in tuning_cells(config, method) if cell.point == point]
     cost = sum(each["spent"]["total"] for each in tuned) / sum(each["iterations"] for each in tuned)
-    iterations = iterations_within(config.budget, cost)
+    iterations = iterations_for(config.budget, cost)
     return [_cell(config, method, "reported", point, seed, iterations) for seed in config.seeds]
 
 
