@@ -20,7 +20,7 @@ from learner.comparison.table import report_text
 from learner.runs.atomic import atomic_write_text, disk_errors
 from learner.runs.directory import RunDirectory, make_folder
 from learner.runs.lock import FileLock, Held
-from learner.runs.stopping import StopFlag
+from learner.runs.stopping import StopFlag, lasting_output
 from rewards.errors import ConfigError, DataError
 from rollout.code import code_identity
 
@@ -43,7 +43,7 @@ def compare(config: ComparisonConfig, *, parallel: int) -> int:
         own = FileLock(out / "comparison.lock")
     except Held as holder:
         raise ConfigError(f"another comparison works in {out} ({holder}); wait for it, or give out=") from None
-    with own, StopFlag() as stop:
+    with own, StopFlag() as stop, lasting_output(lambda error: None):  # nobody has to read what it prints
         found = found_cells(config, out)
         for name in [name for name, findings in found.items() if findings.failed]:
             print(f"{name} failed before and is tried again", flush=True)
