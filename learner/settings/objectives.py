@@ -4,11 +4,19 @@ from typing import Annotated
 
 from pydantic import Field
 
-from learner.settings.methods.bounds import BgpoConfig, DmpoConfig, EspoConfig, GdpoConfig, RspoConfig, SpgConfig, TraflConfig
+from learner.settings.methods.bounds import (
+    BgpoConfig,
+    DmpoConfig,
+    EspoConfig,
+    GdpoConfig,
+    RspoConfig,
+    SpgConfig,
+    TraflConfig,
+)
 from learner.settings.methods.branches import DispoConfig, EgspoConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
-from learner.settings.methods.states import AgrpoConfig, D2Config, JustGrpoConfig, TraceRlConfig
+from learner.settings.methods.states import AgrpoConfig, D2Config, DiffpoConfig, JustGrpoConfig, TraceRlConfig
 
 ObjectiveConfig = Annotated[
     AgrpoConfig
@@ -24,6 +32,7 @@ ObjectiveConfig = Annotated[
     | TraflConfig
     | DtmConfig
     | D2Config
+    | DiffpoConfig
     | TraceRlConfig
     | JustGrpoConfig
     | EgspoConfig

@@ -173,3 +173,30 @@ def threshold_problem(sampler: SamplerSpec) -> list[str]:
         f"a confidence threshold ({sampler.threshold:g}) makes how many positions a step reveals depend on the policy, "
         "which isn't scored; sample without one"
     ]
+
+
+class DiffpoConfig(ObjectiveSection):
+    """DiFFPO (arXiv 2510.02212): two states of each completion, the masked one and that before a drawn step."""
+
+    method: ClassVar[str] = "learner.objectives.diffpo:Diffpo"
+    type: Literal["diffpo"] = "diffpo"
+    """The method."""
+    prompt_mask: Fraction = 0.15
+    """Probability with which each prompt token is masked (ours: d1's)."""
+    clip_low: ClipLow = 0.5
+    """The ratio is clipped below at 1 - clip_low (ours: d1's)."""
+    clip_high: PositiveFloat = 0.5
+    """The ratio is clipped above at 1 + clip_high (ours: d1's)."""
+    beta: NonNegative = 0.04
+    """Weight of the KL against the policy without adapter (ours: d1's); 0 saves the reference forwards."""
+
+    def cost(self, sampler: SamplerSpec) -> Cost:
+        return Cost(views=2, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+
+    def refuses(self, sampler: SamplerSpec) -> list[str]:
+        problems = super().refuses(sampler) + threshold_problem(sampler)
+        if sampler.steps < 2:
+            problems.append(
+                f"rollout.sampler.steps={sampler.steps} leaves no step after the first to draw one from; take 2 or more"
+            )
+        return problems
