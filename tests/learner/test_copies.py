@@ -51,7 +51,7 @@ def score(theta: torch.Tensor, mask_RC: np.ndarray, weight_R: np.ndarray, ids_C:
     group = make_group([ids_C], np.zeros((1, C)), steps=1)
     views = [copies(0, 0, mask_C[None], 0.0, float(w))[0] for mask_C, w in zip(mask_RC, weight_R, strict=True)]
     batch = build([(view,) for view in views], [group])
-    return float((torch.from_numpy(batch.weight) * table_logp(theta, batch)).sum())
+    return (torch.from_numpy(batch.weight) * table_logp(theta, batch)).sum().item()
 
 
 def probability(mask_C: np.ndarray, *, paired: bool) -> float:
