@@ -65,8 +65,8 @@ def probability(mask_C: np.ndarray, *, paired: bool) -> float:
 def test_over_all_masks_the_score_is_the_bound_over_the_length_or_one_without_its_last_state(paired):
     theta, ids_C, masks = state_table(C), np.array([2, 5, 1, 1]), all_masks()
     found = score(theta, np.array(masks), np.array([probability(mask, paired=paired) for mask in masks]), ids_C)
-    exact = float(exact_bound(theta, ids_C)) / C
-    last = float(theta.log_softmax(-1)[-1, np.arange(C), ids_C].mean())
+    exact = exact_bound(theta, ids_C).item() / C
+    last = theta.log_softmax(-1)[-1, np.arange(C), ids_C].mean().item()
     assert found == pytest.approx((exact * C - last) / (C - 1) if paired else exact, rel=1e-12)
     assert (abs(found - exact) > 1e-3) == paired, "pairs leave the state out that masks everything"
 
