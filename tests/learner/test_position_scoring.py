@@ -376,7 +376,7 @@ def test_entropy_sampling_of_steps_needs_a_floor():
         ("rollout.sampler.position_temperature=-1", "at least 0"),
         ("rollout.sampler.position_temperature=.inf", "finite"),
         ("rollout.sampler.confidence_temperature=0", "above 0"),
-        ("rollout.sampler.threshold=0.9", "unknown key"),
+        ("rollout.sampler.threshold=0.9", "isn't scored; sample without one"),
         ("objective.position_clip_low=0", "above 0"),
     ],
 )
