@@ -14,6 +14,8 @@ from learner.runs.start import require_adapter_fits, starting_adapter
 from learner.settings.run import RunConfig
 from learner.small_base.base_model import base_name, ensure_base, print_progress
 from learner.supply.problems import fitting, task_problems
+from learner.supply.window import Supply
+from rewards.errors import ConfigError
 from rewards.task import Problem, Task, get_task
 from rollout.adapters import AdapterState
 from rollout.models.encoding import load_tokenizer
@@ -54,6 +56,7 @@ def subject_of(config: RunConfig, found: FoundRun) -> Subject:
     if found.resumed is not None:
         identity.require_fixed_settings(found.run_dir.path, found.resumed.progress, config)
         checkpoints.require_layout(found.resumed.progress, checkpoints.layout_of(config.learner))
+        _require_new_groups(config, found.resumed.progress)
     told: list[tuple[str, str, str]] = []
     task = get_task(config.task.name)
     train, held_out = task_problems(config, task, on_event=lambda *event: told.append(event))
@@ -88,6 +91,20 @@ def grounds_of(config: RunConfig, subject: Subject, found: FoundRun) -> Grounds:
     elif subject.adapter is not None:
         require_adapter_fits(config.lora, subject.adapter, path, lora_spec(config))
     return Grounds(subject, path, family, tokenizer, is_now)
+
+
+def _require_new_groups(config: RunConfig, progress: checkpoints.Progress) -> None:
+    """Refuses fewer groups an iteration where the next ones would be numbered, and so drawn, as earlier ones were.
+    Raises ConfigError."""
+    if not progress.ledger:
+        return
+    n, issued = config.rollout.prompts_per_iteration, progress.ledger["last_iteration"] + 1
+    used = progress.ledger["last_group_id"] + 1
+    if Supply(n, config.objective.phases()).group_ids(issued).start < used:
+        raise ConfigError(
+            f"rollout.prompts_per_iteration={n} would draw groups again that the {issued} iterations so far drew; take "
+            f"{-(-used // issued)} or more, {identity.ANEW}"
+        )
 
 
 def _that_fits(

@@ -21,19 +21,26 @@ _FIXED = (
     *("run.seed", "task.name", "objective.type", "model.quantization"),
     *("lora.r", "lora.alpha", "lora.include_head", "lora.target_modules", "lora.adapter"),
 )
+_OF_A_BUFFER = ("rollout.prompts_per_iteration", "rollout.group_size", "rollout.sampler.")
+"""Of a method that learns in phases: how the groups of its buffer were numbered and drawn."""
 _FILES = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
 _WHOLE_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 20
-_ANEW = "or start a new run with lora.adapter=<checkpoint>/adapter"
+ANEW = "or start a new run with lora.adapter=<checkpoint>/adapter"
+"""How a refusal of a resume ends."""
 
 
 def fixed_settings(config: Section) -> dict[str, Any]:
     """The settings that a run keeps, by dotted key."""
-    settings = flat(config.model_dump(mode="json"))
-    return {key: value for key, value in settings.items() if key in _FIXED or key.startswith("model.base.")}
+    settings, kept = flat(config.model_dump(mode="json")), [*_FIXED, "model.base."]
+    if isinstance(config, RunConfig):
+        kept += [f"objective.{name}" for name in config.objective.fixed]
+        kept += _OF_A_BUFFER if config.objective.phases() is not None else ()
+    sections = tuple(key for key in kept if key.endswith("."))
+    return {key: value for key, value in settings.items() if key in kept or key.startswith(sections)}
 
 
 def require_fixed_settings(run: Path, progress: checkpoints.Progress, config: Section) -> None:
@@ -45,7 +52,7 @@ def require_fixed_settings(run: Path, progress: checkpoints.Progress, config: Se
     before = flat(saved_settings(run)) | progress.identity
     problems = [
         f"{key}={json.dumps(now)} would make {run.name} another run, which was started with {json.dumps(before[key])}; "
-        f"leave it as it was, {_ANEW}"
+        f"leave it as it was, {ANEW}"
         for key, now in fixed_settings(config).items()
         if key in before and before[key] != now
     ]
@@ -63,12 +70,12 @@ def require_same(progress: checkpoints.Progress, identity: Mapping[str, Any]) ->
     if held.get("base", identity["base"]) != identity["base"]:
         raise CheckpointError(
             f"the base model's files are not those that the checkpoint of iteration {progress.iteration} was trained "
-            f"on; restore them, {_ANEW}"
+            f"on; restore them, {ANEW}"
         )
     if held.get("data", identity["data"]) != identity["data"]:
         raise CheckpointError(
             f"the training data are not those that the checkpoint of iteration {progress.iteration} was trained on "
-            f"(task.train_path, task.train_size, or what the file holds); restore them, {_ANEW}"
+            f"(task.train_path, task.train_size, or what the file holds); restore them, {ANEW}"
         )
 
 
@@ -82,7 +89,7 @@ def require_small_base(progress: checkpoints.Progress, name: str) -> None:
     if held != name:
         raise ConfigError(
             f"these settings ask for the small base {name}, and the run was started on {held}; leave "
-            f"rollout.sampler.completion_length and what makes the training problems as they were, {_ANEW}"
+            f"rollout.sampler.completion_length and what makes the training problems as they were, {ANEW}"
         )
 
 

@@ -72,6 +72,8 @@ class ObjectiveSection(Section):
     """Completions of a prompt that the method needs at least."""
     method: ClassVar[str]
     """Where the class is that does it, as module:Class; nothing that torch needs is loaded with the settings."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Its settings that a run keeps, beside the type: another value would not fit what a checkpoint holds."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         """Of completions that this sampler wrote."""

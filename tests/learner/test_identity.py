@@ -58,8 +58,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 class Started:
     """A run of these settings, as it stands after two iterations."""
 
-    def __init__(self, folder: Path, base: Path) -> None:
-        self.arguments = [*SMALL, f"run.dir={folder}", "run.name=mine", f"model.path={base}"]
+    def __init__(self, folder: Path, base: Path, *changes: str) -> None:
+        self.arguments = [*SMALL, f"run.dir={folder}", "run.name=mine", f"model.path={base}", *changes]
         config = load_config(self.arguments)
         run_dir = RunDirectory(folder / "mine")
         run_dir.path.mkdir()
@@ -112,6 +112,41 @@ def test_what_does_not_may_change(started: Started) -> None:
     grounds = started.goes_on("learner.lr=0.5", "run.iterations=9", "objective.k=2", "evaluation.problems=2")
     held = started.found.resumed.progress.identity
     assert {key: held[key] for key in held if held[key] != grounds.identity[key]} == {"evaluated": held["evaluated"]}
+
+
+PHASES = ("objective.type=dtm", "objective.phase_iterations=4", "objective.buffer_prompts=6")
+PHASES += ("rollout.prompts_per_iteration=2", "rollout.groups_per_lease=2", "rollout.group_size=3")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("objective.phase_iterations=3", "objective.buffer_prompts=8", "objective.ema=0.5"),
+        *("rollout.prompts_per_iteration=4", "rollout.group_size=4", "rollout.sampler.temperature=0.5"),
+    ],
+)
+def test_what_would_not_fit_the_buffer_or_the_weights_of_a_phase_is_refused(
+    tmp_path: Path, base: Path, change: str
+) -> None:
+    started = Started(tmp_path, base, *PHASES)
+    started.goes_on("learner.lr=0.5", "objective.tilt_step=1", "objective.completions=4")
+    with pytest.raises(ConfigError, match=f"{change} would make mine another run"):
+        started.goes_on(change)
+
+
+def test_groups_in_numbers_that_were_used_are_refused(started: Started) -> None:
+    def after(iterations: int, groups: int) -> None:
+        ledger = {"last_iteration": iterations - 1, "last_group_id": groups - 1}
+        progress = dataclasses.replace(started.found.resumed.progress, ledger=ledger)
+        started.found = started.found._replace(resumed=dataclasses.replace(started.found.resumed, progress=progress))
+
+    fewer = ("rollout.prompts_per_iteration=2", "rollout.groups_per_lease=2")
+    after(iterations=2, groups=4)
+    started.goes_on(*fewer)
+    after(iterations=2, groups=5)
+    with pytest.raises(ConfigError, match="prompts_per_iteration=2 would draw groups again .* 2 iterations .*; take 3"):
+        started.goes_on(*fewer)
+    started.goes_on("rollout.prompts_per_iteration=3", "rollout.groups_per_lease=2")
 
 
 def test_another_base_of_the_same_shape_is_refused_and_the_same_elsewhere_is_not(

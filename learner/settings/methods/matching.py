@@ -17,6 +17,7 @@ class DtmConfig(ObjectiveSection):
 
     smallest_group: ClassVar[int] = 1
     method: ClassVar[str] = "learner.objectives.dtm:Dtm"
+    fixed: ClassVar[tuple[str, ...]] = ("phase_iterations", "buffer_prompts", "ema")
     type: Literal["dtm"] = "dtm"
     """The method."""
     tilt_step: PositiveFloat = 5.0
