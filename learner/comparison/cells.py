@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from learner.comparison.budget import iterations_for, planned_cost
 from learner.comparison.settings import ComparisonConfig, grid_points, method_arguments, run_config, step_counts
+from learner.settings.arguments import validated
 from learner.settings.run import RunConfig
+from learner.settings.saved import OF_A_START, is_run, saved_settings
 from rewards.errors import ConfigError
 
 Role = Literal["tuning", "reported"]
@@ -63,10 +65,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Names all that the cell's results depend on, 16 hex digits."""
-        run = self.run.model_dump(mode="json", exclude={"resources", "timeouts", "store", "trackers"})
-        for actors in ("actors", "max_actors"):
-            run["rollout"].pop(actors)
-        about = json.dumps([run, self.problems, self.step_counts], sort_keys=True)
+        about = json.dumps([_decisive(self.run), self.problems, self.step_counts], sort_keys=True)
         return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
@@ -152,20 +151,20 @@ def found_cells(config: ComparisonConfig, out: Path) -> dict[str, Findings]:
     """What the folder holds of the comparison's cells, by name.
 
     Raises:
-        ConfigError: a cell was run with other settings.
+        ConfigError: a cell was run, or begun, with other settings.
     """
     found: dict[str, Findings] = {}
     for role in ("tuning", "reported"):  # what the first ones found says which the others are
         for cell in known_cells(config, found, role):
             findings = Findings.read(findings_path(out, cell))
-            if findings is None:
-                continue
-            if findings.key != cell.key:
+            if not (_begun_alike(out / cell.name, cell) if findings is None else findings.key == cell.key):
+                there = "" if findings is None else f" and {findings_path(out, cell)}"
                 raise ConfigError(
                     f"{out / cell.name} is a run of other settings than this comparison's; set them back, give another "
-                    f"out=, or delete that folder and {findings_path(out, cell)}"
+                    f"out=, or delete that folder{there}"
                 )
-            found[cell.name] = findings
+            if findings is not None:
+                found[cell.name] = findings
     return found
 
 
@@ -179,6 +178,26 @@ def full_rate(findings: Findings) -> float:
     solved = findings.results["solved"]
     trained: str = solved[max(solved, key=int)]["trained"]
     return trained.count("1") / len(trained)
+
+
+def _decisive(run: RunConfig) -> dict[str, Any]:
+    """The settings that a cell's results depend on."""
+    settings = run.model_dump(mode="json", exclude={"resources", "timeouts", "store", "trackers"})
+    for actors in ("actors", "max_actors"):
+        settings["rollout"].pop(actors)
+    return settings
+
+
+def _begun_alike(folder: Path, cell: Cell) -> bool:
+    """Whether the run that was begun in the folder, if one was, has the cell's settings: it would go on with its
+    own, over which only those that the cell names are laid."""
+    if not is_run(folder):
+        return True
+    saved = validated(saved_settings(folder), RunConfig, source=f"'{folder}'")
+    own, wanted = _decisive(saved), _decisive(cell.run)
+    for key in OF_A_START:
+        del own["run"][key], wanted["run"][key]
+    return own == wanted
 
 
 def _cell(

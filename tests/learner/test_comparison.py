@@ -25,8 +25,9 @@ from learner.comparison.outline import outline_text
 from learner.comparison.plot import PLOT, plot_comparison
 from learner.comparison.processes import RunFailed, Stopped, lock_of_runs, run_module
 from learner.comparison.report import comparison_report
-from learner.comparison.settings import grid_points, load_comparison, plan_names
+from learner.comparison.settings import grid_points, load_comparison, plan_names, run_config
 from learner.comparison.table import report_text
+from learner.settings.run import dump_config
 from rewards.errors import ConfigError, WaitTimeout
 from tests.support.compared import all_done, done, plan
 
@@ -208,6 +209,20 @@ def test_findings_of_other_settings_are_refused_and_more_seeds_are_not(tmp_path:
         found_cells(plan("settings=[rollout.sampler.temperature=0.5]"), tmp_path)
     path.write_text(path.read_text()[:-10])
     assert found_cells(config, tmp_path) == {}, "cut short: it is run again"
+
+
+def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
+    """It would go on with them, and be reported as a run of the comparison's."""
+    config = plan()
+    cell = tuning_cells(config, "agrpo")[0]
+    folder = tmp_path / cell.name
+    folder.mkdir()
+    place = [f"run.dir={tmp_path}", f"run.name={cell.name}", "run.resume=auto", "rollout.actors=1"]
+    (folder / "config.json").write_text(dump_config(run_config([*cell.arguments, *place])))
+    assert found_cells(config, tmp_path) == {}, "it goes on"
+    for change in ("settings=[rollout.sampler.temperature=0.5]", "settings=[learner.max_grad_norm=3]", "budget=3000"):
+        with pytest.raises(ConfigError, match="is a run of other settings than this comparison's"):
+            found_cells(plan(change), tmp_path)
 
 
 # ---- the report
