@@ -18,6 +18,9 @@ from learner.control.opening import BegunRun
 from learner.control.subject import Grounds
 from learner.control.training import Training, update_metrics
 from learner.objectives import make_objective
+from learner.objectives.base import FinalCredit
+from learner.objectives.rewards import seen_rewards
+from learner.objectives.statistics import Statistics
 from learner.ranks.group import LearnerGroup, reserve_ranks
 from learner.ranks.plan import plan_update
 from learner.ranks.rank import UpdateReport, lora_spec
@@ -143,14 +146,17 @@ class Controller(Training):
             )
             rewards = ", ".join(f"{n} {v:.3f}" for n, v in zip(group.reward_names, group.rewards[0], strict=True))
             print(f"right: {bool(group.correct[0])}; reward {group.rewards[0].sum():.3f} ({rewards})")
+        objective = make_objective(self.config.objective)
+        seen = [seen_rewards(group, self.config.reward) for group in groups]
         plan = plan_update(
             groups,
-            objective=make_objective(self.config.objective),
+            objective=objective,
             run_seed=self.config.run.seed,
             update_index=0,
             eos_ids=self.eos_ids,
             ranks=self.config.learner.ranks,
             views_per_forward=self.config.learner.views_per_forward,
+            final=FinalCredit(objective.credit(seen), Statistics()),
         )
         print(f"\nfirst batch ({len(groups)} groups of {groups[0].size}):")
         for name, value in plan.statistics.items():

@@ -275,6 +275,11 @@ def _reward_problems(config: RunConfig) -> list[str]:
             f"reward.speed_weight={reward.speed_weight:g} needs rollout.sampler.threshold, or the number of forward "
             "passes isn't the policy's doing; set it (0.9, for example), or the weight to 0"
         )
+    if reward.normalise == "components" and config.objective.smallest_group < 2:
+        problems.append(
+            f"reward.normalise=components counts rewards against the others of a prompt, and objective.type="
+            f"{config.objective.type} takes each as it is; leave it at total"
+        )
     branched = config.objective.branches(sampler.spec()) is not None
     if branched and (reward.speed_weight or reward.normalise == "components"):
         problems.append(

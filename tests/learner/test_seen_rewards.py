@@ -67,6 +67,7 @@ def test_tokens_per_forward_are_those_of_the_text():
         (["rollout.sampler.threshold=0.9"], "isn't scored"),
         (["objective.type=d2", "rollout.sampler.threshold=0.9"], "isn't scored"),
         (["objective.type=egspo", "reward.normalise=components"], "graded by the task alone"),
+        (["objective.type=dtm", "reward.normalise=components"], "objective.type=dtm takes each as it is"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(arguments, words):
