@@ -96,10 +96,23 @@ class ComparisonConfig(Section):
         for name in ("seeds", "tuning_seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 problems.append(f"{name}={list(getattr(self, name))} names a seed twice")
-        points = {name: len(grid_points(self, name)) for name in self.methods}
+        grids = {name: grid_points(self, name) for name in self.methods}
+        for name, tried in grids.items():
+            if twice := [point for number, point in enumerate(tried) if point in tried[:number]]:
+                told = ", ".join(f"{key}={_yaml(value)}" for key, value in twice[0].items())
+                problems.append(f"the grid of method {name} has {told} twice; take it out once")
+        points = {name: len(tried) for name, tried in grids.items()}
         if len(set(points.values())) > 1:
             told = ", ".join(f"{name} {count}" for name, count in points.items())
             problems.append(f"the methods' grids have different sizes ({told}); give all of them as many points")
+        named = {setting.partition("=")[0] for about in (self, *self.methods.values()) for setting in about.settings}
+        named |= {key for tried in grids.values() for point in tried for key in point}
+        problems += [
+            f"{key} is what a comparison sets, run by run (budget, seeds, tuning_seeds, curve_points, out); leave it "
+            "out of settings and grids"
+            for key in OF_A_CELL
+            if key in named
+        ]
         if problems:
             raise ConfigError("\n".join(problems))
         return self

@@ -94,6 +94,10 @@ def test_settings_for_all_methods_are_no_difference() -> None:
         ("seeds=[0, 100]", "seed 100 is in tuning_seeds and in seeds"),
         ("seeds=[0, 0]", "names a seed twice"),
         ("methods={agrpo: , wd1: {grid: {objective.psi: [1.0]}}}", "different sizes (agrpo 2, wd1 1)"),
+        ("learning_rates=[0.001, 0.0003, 0.001]", "the grid of method agrpo has learner.lr=0.001 twice"),
+        ("settings=[run.seed=3]", "run.seed is what a comparison sets"),
+        ("methods={wd1: {settings: [run.iterations=3]}}", "run.iterations is what a comparison sets"),
+        ("methods={wd1: {grid: {run.seed: [1, 2]}}, agrpo: }", "run.seed is what a comparison sets"),
         ("settings=[learner.lr_schedule=cosine]", "learner.lr_schedule=cosine depends on a run's length"),
         (
             "methods={wd1: {settings: [rollout.sampler.threshold=0.9]}}",
