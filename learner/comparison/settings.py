@@ -105,7 +105,8 @@ class ComparisonConfig(Section):
         if len(set(points.values())) > 1:
             told = ", ".join(f"{name} {count}" for name, count in points.items())
             problems.append(f"the methods' grids have different sizes ({told}); give all of them as many points")
-        named = {setting.partition("=")[0] for about in (self, *self.methods.values()) for setting in about.settings}
+        given = (self.settings, *(about.settings for about in self.methods.values()))
+        named = {setting.partition("=")[0] for settings in given for setting in settings}
         named |= {key for tried in grids.values() for point in tried for key in point}
         problems += [
             f"{key} is what a comparison sets, run by run (budget, seeds, tuning_seeds, curve_points, out); leave it "
