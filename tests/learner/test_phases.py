@@ -133,3 +133,18 @@ def test_a_phase_that_is_taken_up_goes_on_bit_for_bit(groups, tiny_model, refs):
     assert again(phase) == (losses, through)
     other = again(None)
     assert other[0] != losses and other[1] != through, "control: the teacher and mean of the middle are others"
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5]])
+def test_a_phase_that_is_taken_up_at_its_begin_goes_on_bit_for_bit(groups, tiny_model, refs, layout):
+    config = dtm(*layout, objective__ema=0.9)
+    group, _ = started(groups, tiny_model, *layout, objective__ema=0.9)
+    group.update(refs, 0, LR)
+    group.enter_phase(1)
+    saved, shards, phase = group.publish().state, group.export(), group.phase_state()
+    losses = [group.update(refs, index, LR).loss for index in (0, 1)]
+    through = digest(group.phase_state()["mean"]), digest(group.publish().state)
+    group.restart(config, saved, shards)
+    group.enter_phase(1, phase)
+    assert [group.update(refs, index, LR).loss for index in (0, 1)] == losses
+    assert (digest(group.phase_state()["mean"]), digest(group.publish().state)) == through
