@@ -29,7 +29,7 @@ def planned_cost(config: RunConfig) -> float:
     if phases is not None:
         drawn, learned = drawn + (phases.prompts - drawn) / phases.iterations, float(phases.prompts)
     completions = learned * rollout.group_size
-    views = cost.views * (cost.completions or completions)
+    views = cost.views * (completions if cost.completions is None else min(cost.completions, completions))
     return drawn * rollout.group_size * rollout.sampler.steps + _learning(config, completions, views)
 
 

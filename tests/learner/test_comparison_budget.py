@@ -122,3 +122,11 @@ def test_an_iteration_costs_what_its_model_does(
             assert spent(config, [row])[0] < worked
             monkeypatch.undo()
     assert method == "wd1" or method == "agrpo" or counts["reference_rows"] > 0
+
+
+@pytest.mark.parametrize(("limit", "learned"), [(100, 32), (20, 20)])
+def test_no_more_is_learned_from_than_a_buffer_holds(limit: int, learned: int) -> None:
+    changes = {"objective__buffer_prompts": 8, "objective__phase_iterations": 2, "objective__completions": limit}
+    config = settings(objective__type="dtm", **changes, **BATCH)
+    steps = config.rollout.sampler.steps
+    assert planned_cost(config) == 6 * 4 * steps + 4 * learned, "8 groups, then 4; forward, backward, teacher"
