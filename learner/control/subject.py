@@ -59,6 +59,12 @@ def subject_of(config: RunConfig, found: FoundRun) -> Subject:
         _require_new_groups(config, found.resumed.progress)
     told: list[tuple[str, str, str]] = []
     task = get_task(config.task.name)
+    for setting, part in config.objective.reward_parts().items():
+        if part not in task.components:
+            raise ConfigError(
+                f"objective.{setting}={part} is no component of {config.task.name}'s reward; take one of "
+                f"{', '.join(task.components)}"
+            )
     train, held_out = task_problems(config, task, on_event=lambda *event: told.append(event))
     if found.resumed is not None:
         return Subject(task, train, held_out, found.resumed.adapter, told)

@@ -87,6 +87,10 @@ class ObjectiveSection(Section):
         """Which states of the completions are branched, and graded too; None for a method that needs none."""
         return None
 
+    def reward_parts(self) -> dict[str, str]:
+        """Components of the reward that it needs by name, by the setting that names them."""
+        return {}
+
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         """Why the method can't learn from completions of this sampler, one sentence each; empty when it can."""
         if sampler.temperature > 0:

@@ -149,6 +149,14 @@ def test_groups_in_numbers_that_were_used_are_refused(started: Started) -> None:
     started.goes_on("rollout.prompts_per_iteration=3", "rollout.groups_per_lease=2")
 
 
+def test_a_component_that_the_reward_lacks_is_refused_before_anything_is_built(tmp_path: Path, base: Path) -> None:
+    started = Started(tmp_path, base, "objective.type=egspo", "objective.step_reward=cells")
+    with pytest.raises(
+        ConfigError, match="objective.step_reward=nope is no component of sudoku's reward; take .*cells"
+    ):
+        started.goes_on("objective.step_reward=nope")
+
+
 def test_another_base_of_the_same_shape_is_refused_and_the_same_elsewhere_is_not(
     started: Started, base: Path, tmp_path: Path
 ) -> None:

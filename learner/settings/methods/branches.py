@@ -51,6 +51,9 @@ class EgspoConfig(ObjectiveSection):
     def branches(self, sampler: SamplerSpec) -> BranchSpec | None:
         return GreedyBranches(self.k, self.step_range == "until_last_token") if self.lam > 0 else None
 
+    def reward_parts(self) -> dict[str, str]:
+        return {} if self.step_reward is None else {"step_reward": self.step_reward}
+
     def cost(self, sampler: SamplerSpec) -> Cost:
         revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
         reference = self.beta > 0
