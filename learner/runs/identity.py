@@ -1,5 +1,6 @@
 """What makes a run itself. A run that goes on must learn the same thing from the same: the base that its adapter
-belongs to, the adapter's shape, the problems, the seed that split them, the method. All else may change, and is told.
+belongs to, the adapter's shape, the problems, the seed that split them, the method; of one that learns in phases also
+what its buffer and weights were made with. All else may change, and is told.
 """
 
 import hashlib
