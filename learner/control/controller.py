@@ -165,7 +165,7 @@ class Controller(Training):
     def _with_phase(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
         if self.phases is None:
             return checkpoint
-        buffer = self._groups(list(self.feed.supply.held.values()))
+        buffer = self._groups(self.feed.held())
         return dataclasses.replace(checkpoint, phase=self.learner.phase_state(), buffer=buffer)
 
     def _state_to_save(self) -> checkpoints.Progress:

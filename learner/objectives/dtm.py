@@ -32,7 +32,11 @@ from learner.objectives.advantages import total_rewards
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.matching import DtmConfig
+from rewards.errors import DataError
 from rollout.trajectory import TrajectoryGroup
+
+LARGEST_TILT = 80.0
+"""Of h times the reward: exp of it is still finite in float32."""
 
 
 class Dtm:
@@ -48,8 +52,19 @@ class Dtm:
         return tuple(np.maximum(total_rewards(group.rewards), 0.0) for group in groups)
 
     def wanted(self, index: int, group: TrajectoryGroup, credit_G: np.ndarray, context: UpdateContext) -> Wanted:
+        """One state of each completion that the update draws from the buffer.
+
+        Raises:
+            DataError: when a completion's weight isn't finite.
+        """
         block = self.config.block_length or group.sampler.block_length
         h = self.config.step_of(context.phase)
+        reward = float(credit_G.max())
+        if h * reward > LARGEST_TILT:
+            raise DataError(
+                f"objective.tilt_step={self.config.tilt_step:g} and a reward of {reward:g} give a completion the "
+                f"weight exp({h * reward:.0f}), which no gradient holds; lower tilt_step to about 10 / reward"
+            )
         rng = context.stream(group, "interpolant")
         count_G = rng.integers(1, group.completion_ids.shape[1], endpoint=True, size=group.size)
         rank_GB = rng.random((group.size, block))

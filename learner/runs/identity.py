@@ -22,8 +22,8 @@ _FIXED = (
     *("run.seed", "task.name", "objective.type", "model.quantization"),
     *("lora.r", "lora.alpha", "lora.include_head", "lora.target_modules", "lora.adapter"),
 )
-_OF_A_BUFFER = ("rollout.prompts_per_iteration", "rollout.group_size", "rollout.sampler.")
-"""Of a method that learns in phases: how the groups of its buffer were numbered and drawn."""
+_OF_A_BUFFER = ("rollout.prompts_per_iteration", "rollout.group_size", "rollout.sampler.", "learner.updates_per_batch")
+"""Of a method that learns in phases: how the groups of its buffer, and its updates, were numbered and drawn."""
 _FILES = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),

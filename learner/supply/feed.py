@@ -106,18 +106,18 @@ class Feed:
         return items
 
     def learned_from(self, iteration: int, items: Sequence[ReplayItem]) -> Sequence[GroupRef]:
-        """The objects of the groups that the iteration learns from, by ascending group id, now that its own are there.
-
-        Those of earlier iterations whose objects are gone are told and left out.
-        """
+        """The objects of the groups that the iteration learns from, by ascending group id, now that its own are there;
+        as ``held`` has them."""
         refs = self.supply.take_in(iteration, items)
-        if len(refs) > len(items):
-            lost = self.replay.find_lost(self.supply.held, timeout_s=self.config.timeouts.publish)
-            if lost:
-                self._on_event("warning", "lost", f"the objects of groups {lost} are gone; the buffer is smaller now")
-                self.supply.let_go(lost)
-                refs = list(self.supply.held.values())
-        return refs
+        return self.held() if len(refs) > len(items) else refs
+
+    def held(self) -> Sequence[GroupRef]:
+        """The objects of the groups in the buffer; those that are gone are told and left out."""
+        lost = self.replay.find_lost(self.supply.held, timeout_s=self.config.timeouts.publish)
+        if lost:
+            self._on_event("warning", "lost", f"the objects of groups {lost} are gone; the buffer is smaller now")
+            self.supply.let_go(lost)
+        return list(self.supply.held.values())
 
     def pump(self, weights: Weights, *, timeout_s: float) -> None:
         """Lease what may be leased, then take in what has happened, waiting at most ``timeout_s`` seconds for it."""

@@ -17,7 +17,7 @@ from learner.settings.run import load_config
 from learner.verification.measurement import Meter
 from learner.verification.methods import dtm as recorded_dtm
 from learner.verification.methods.case import read_method_case
-from rewards.errors import ConfigError
+from rewards.errors import ConfigError, DataError
 from tests.support.hand_made import GOLDEN, make_group
 
 FOLDER = GOLDEN / "methods" / "dtm"
@@ -209,6 +209,15 @@ def test_the_tilt_of_a_phase_and_what_a_negative_reward_counts_as():
         wanted = objective.wanted(0, group, credit_G, context(phase=phase))
         assert [unit[0].credit for unit in wanted.units] == [0.0, 0.0, tilt]
         assert wanted.statistics.values()["tilt/target_mass"] == pytest.approx((2 + np.exp(tilt)) / 3)
+
+
+def test_a_weight_that_no_gradient_holds_is_refused_by_name():
+    group, objective = group_of([4.0, 0.0]), Dtm(DtmConfig(tilt_step=25.0))
+    with pytest.raises(DataError, match=r"tilt_step=25 and a reward of 4 .*exp\(100\).* lower tilt_step"):
+        objective.wanted(0, group, objective.credit([group])[0], context())
+    almost = Dtm(DtmConfig(tilt_step=20.0))
+    (view,) = almost.wanted(0, group, almost.credit([group])[0], context()).units[0]
+    assert np.isfinite(np.float32(np.exp(view.credit))), "control"
 
 
 # ---- layout

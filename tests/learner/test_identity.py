@@ -123,6 +123,7 @@ PHASES += ("rollout.prompts_per_iteration=2", "rollout.groups_per_lease=2", "rol
     [
         *("objective.phase_iterations=3", "objective.buffer_prompts=8", "objective.ema=0.5"),
         *("rollout.prompts_per_iteration=4", "rollout.group_size=4", "rollout.sampler.temperature=0.5"),
+        "learner.updates_per_batch=3",
     ],
 )
 def test_what_would_not_fit_the_buffer_or_the_weights_of_a_phase_is_refused(
