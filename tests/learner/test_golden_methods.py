@@ -201,11 +201,11 @@ def test_base_weights_lie_beside_a_case_or_up_to_two_folders_above(copy, tmp_pat
 def test_the_command_takes_one_methods_folder(copy, capsys):
     case = copy(find("wd1/03"))
     (case.folder / "09_odd.json").write_text("{}")
-    (case.folder.parent / "dtm").mkdir()
-    shutil.copy(case.folder / f"{case.name}.npz", case.folder.parent / "dtm" / "01_x.npz")
+    (case.folder.parent / "unheard_of").mkdir()
+    shutil.copy(case.folder / f"{case.name}.npz", case.folder.parent / "unheard_of" / "01_x.npz")
     assert main(["--golden", str(case.folder.parent), "--json", "--device", "cpu"]) == 2
     document = json.loads(capsys.readouterr().out)
-    assert document["not_known"] == ["dtm"]
+    assert document["not_known"] == ["unheard_of"]
     (golden,) = [section["checks"] for section in document["sections"] if section["name"] == "golden"]
     fine, odd = golden
     assert fine["name"] == "wd1/03_equal_rewards" and all(found["passed"] for found in fine["measurements"])

@@ -217,7 +217,7 @@ def _after(
         if any(array.startswith(f"{name}/") for array in case.arrays.by_name):
             recorded_tensors = case.arrays.tensors(f"{name}/", policy.parameters)
             found += [
-                meter.scaled(quantity, student[tensor].cpu().numpy(), array, f"{name}/{tensor}")
+                meter.scaled(quantity, student[tensor].float().cpu().numpy(), array, f"{name}/{tensor}")
                 for tensor, array in recorded_tensors.items()
             ]
     return found
