@@ -111,7 +111,11 @@ class Controller(Training):
         self._take_adapter()
         if self.phases is not None:
             self.learner.enter_phase(self.phases.of(self.progress.iteration), resumed.phase if resumed else None)
-            supply.restore(resumed.buffer if resumed else ())
+            if resumed is not None:
+                supply.restore(resumed.buffer)
+                teacher = resumed.phase["teacher"]
+                drawing = dataclasses.replace(self.adapter, state=teacher, digest=digest(teacher))
+                self.weights = publish(self.progress.iteration, drawing)
         self._publish(self.progress.iteration)
 
     def evaluate_base(self) -> None:
@@ -208,11 +212,11 @@ class Controller(Training):
         self._check_finite(reports)
 
     def _publish(self, version: int) -> None:
-        """To evaluations the newest weights, to rollouts those that the method draws with."""
-        self.trained = self.weights = publish(version, self.adapter)
-        if self.phases is not None:
-            teacher = self.learner.phase_state()["teacher"]
-            self.weights = publish(version, dataclasses.replace(self.adapter, state=teacher, digest=digest(teacher)))
+        """To evaluations the newest weights, to rollouts those that the method draws with: in a phase, those that it
+        began with, under the new version."""
+        self.trained = publish(version, self.adapter)
+        begins = self.phases is None or self.phases.begin(version) == version
+        self.weights = self.trained if begins else self.weights._replace(version=version)
 
     def _update(self, refs: Sequence[Any], iteration: int, index: int) -> UpdateReport:
         """One optimizer step; meanwhile the actors are kept busy with what may be drawn ahead. The learning rate's

@@ -32,7 +32,7 @@ from learner.likelihood.views import Law, View, ViewBatch
 from learner.objectives.advantages import group_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.merged_steps import merged_step_views
-from learner.objectives.one_step import draw_prompt_masks
+from learner.objectives.one_step import averaging, draw_prompt_masks
 from learner.objectives.ratio import clipped_token_loss
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.states import D2Config
@@ -57,8 +57,7 @@ class D2:
         The loss is a sum over tokens, so each view is a unit of its own."""
         hidden_GP = draw_prompt_masks(group, self.config.prompt_mask, context)
         lengths_G = text_lengths(group, context.eos_ids)
-        by_sequence = self.config.average == "sequence"
-        weight_G = 1.0 / lengths_G if by_sequence else np.ones(group.size)
+        weight_G, divisor = averaging(lengths_G, self.config.average)
         live = [row for row in range(group.size) if credit_G[row] != 0 or self.needs.reference]
         views = [
             view
@@ -67,9 +66,8 @@ class D2:
                 group, index, row, hidden_GP[row], int(lengths_G[row]), float(credit_G[row]), float(weight_G[row])
             )
         ]
-        divisor = group.size if by_sequence else lengths_G.sum()
         statistics = Statistics(totals={"live_completions": float(len(live))})
-        return Wanted([(view,) for view in views], divisor=float(divisor), statistics=statistics)
+        return Wanted([(view,) for view in views], divisor=divisor, statistics=statistics)
 
     def segments(
         self,

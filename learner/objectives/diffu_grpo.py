@@ -28,7 +28,7 @@ from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import Law, ViewBatch
 from learner.objectives.advantages import group_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
-from learner.objectives.one_step import draw_prompt_masks, one_step_unit
+from learner.objectives.one_step import averaging, draw_prompt_masks, one_step_unit
 from learner.objectives.ratio import clipped_token_loss
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.one_step import DiffuGrpoConfig
@@ -52,8 +52,7 @@ class DiffuGrpo:
         """One view of each row that has a gradient: those with an advantage, all of them when there is a KL term."""
         hidden_GP = draw_prompt_masks(group, self.config.prompt_mask, context)
         lengths_G = text_lengths(group, context.eos_ids)
-        by_sequence = self.config.average == "sequence"
-        weight_G = 1.0 / lengths_G if by_sequence else np.ones(group.size)
+        weight_G, divisor = averaging(lengths_G, self.config.average)
         live = [row for row in range(group.size) if credit_G[row] != 0 or self.needs.reference]
         units = [
             one_step_unit(
@@ -61,8 +60,7 @@ class DiffuGrpo:
             )
             for row in live
         ]
-        divisor = group.size if by_sequence else lengths_G.sum()
-        return Wanted(units, float(divisor), Statistics(totals={"live_completions": float(len(live))}))
+        return Wanted(units, divisor, Statistics(totals={"live_completions": float(len(live))}))
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over tokens of their weight times l_j; and their figures."""

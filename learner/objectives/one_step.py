@@ -11,12 +11,21 @@ import numpy as np
 
 from learner.likelihood.views import Unit, View
 from learner.objectives.base import UpdateContext
+from learner.settings.objective import Average
 from rollout.trajectory import TrajectoryGroup
 
 
 def draw_prompt_masks(group: TrajectoryGroup, rate: float, context: UpdateContext) -> np.ndarray:
     """[G, P] bool, each set with probability ``rate``."""
     return context.stream(group, "prompt masks").random((group.size, group.prompt_ids.size)) < rate
+
+
+def averaging(lengths_G: np.ndarray, average: Average) -> tuple[np.ndarray, float]:
+    """What each token of a completion of this length weighs, [G] float64, and the group's divisor: so that the loss is
+    the mean over a completion's tokens, then over completions, or over all tokens."""
+    if average == "sequence":
+        return 1.0 / lengths_G, float(lengths_G.size)
+    return np.ones(lengths_G.size), float(lengths_G.sum())
 
 
 def one_step_unit(

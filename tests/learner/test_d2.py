@@ -23,7 +23,7 @@ from learner.verification.methods import d2
 from learner.verification.methods.case import read_method_case
 from rollout.trajectory import SamplerSpec
 from tests.support.hand_made import GOLDEN, make_group, random_group
-from tests.support.one_step_tables import EOS, MASK, C, build, planned_gradient, prompt_masks, scored
+from tests.support.one_step_tables import EOS, MASK, C, assert_layout_changes_nothing, build, prompt_masks, scored
 from tests.support.state_tables import STATE_TABLES, path_logp, state_table, walked_group
 
 LENGTHS = (3, 4, 1)
@@ -214,14 +214,7 @@ def layout_groups():
 @pytest.mark.parametrize(("ranks", "views_per_forward"), [(1, 1), (2, 5), (3, 1), (3, 5)])
 def test_gradient_and_figures_do_not_depend_on_the_layout(ranks, views_per_forward, average):
     objective = make_objective(D2Config(segments=2, average=average, beta=0.05, clip_low=0.1, clip_high=0.1))
-    one = {"ranks": 1, "views_per_forward": 1000, "denoiser": STATE_TABLES}
-    whole, figures = planned_gradient(objective, layout_groups(), **one)
-    layout = {"ranks": ranks, "views_per_forward": views_per_forward, "denoiser": STATE_TABLES}
-    ours, ours_figures = planned_gradient(objective, layout_groups(), **layout, backwards=True)
-    assert np.linalg.norm(ours - whole) <= 1e-12 * np.linalg.norm(whole)
-    assert ours_figures == pytest.approx(figures)
-    wrong, _ = planned_gradient(objective, layout_groups(), **layout, per_forward=True)
-    assert np.linalg.norm(wrong - whole) > 1e-2 * np.linalg.norm(whole), "control: a divisor per forward"
+    assert_layout_changes_nothing(objective, layout_groups(), ranks, views_per_forward, STATE_TABLES)
 
 
 def test_what_is_scored_and_refused():

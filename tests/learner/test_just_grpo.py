@@ -22,7 +22,7 @@ from learner.settings.run import load_config
 from rewards.errors import ConfigError, DataError
 from rollout.trajectory import SamplerSpec
 from tests.support.hand_made import make_group
-from tests.support.one_step_tables import EOS, C, build, planned_gradient, scored
+from tests.support.one_step_tables import EOS, C, assert_layout_changes_nothing, build, scored
 from tests.support.state_tables import STATE_TABLES, path_logp, state_logp, state_table, walked_group
 
 CONTEXT = UpdateContext(3, 0, groups=1, eos_ids=(EOS,))
@@ -243,14 +243,7 @@ def layout_groups():
 @pytest.mark.parametrize(("ranks", "views_per_forward", "share"), [(1, 1, 1.0), (2, 5, 0.5), (3, 5, 1.0)])
 def test_gradient_and_figures_do_not_depend_on_the_layout(ranks, views_per_forward, share):
     objective = make_objective(JustGrpoConfig(share=share, beta=0.05))
-    one = {"ranks": 1, "views_per_forward": 1000, "denoiser": STATE_TABLES}
-    whole, figures = planned_gradient(objective, layout_groups(), **one)
-    layout = {"ranks": ranks, "views_per_forward": views_per_forward, "denoiser": STATE_TABLES}
-    ours, ours_figures = planned_gradient(objective, layout_groups(), **layout, backwards=True)
-    assert np.linalg.norm(ours - whole) <= 1e-12 * np.linalg.norm(whole)
-    assert ours_figures == pytest.approx(figures)
-    wrong, _ = planned_gradient(objective, layout_groups(), **layout, per_forward=True)
-    assert np.linalg.norm(wrong - whole) > 1e-2 * np.linalg.norm(whole), "control: a divisor per forward"
+    assert_layout_changes_nothing(objective, layout_groups(), ranks, views_per_forward, STATE_TABLES)
 
 
 def test_what_is_scored_and_refused():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
@@ -122,3 +123,20 @@ def planned_gradient(
         figures.append(part)
     assert theta.grad is not None
     return theta.grad.numpy(), Statistics.merged(figures).values()
+
+
+def assert_layout_changes_nothing(
+    objective: Objective, groups: Sequence[TrajectoryGroup], ranks: int, views_per_forward: int, denoiser: Denoiser
+) -> None:
+    """Gradient and figures of an update are the same in this layout as in one forward; a divisor per forward isn't."""
+    whole, figures = planned_gradient(objective, groups, ranks=1, views_per_forward=1000, denoiser=denoiser)
+
+    def dealt(**changes: bool) -> tuple[np.ndarray, dict[str, float]]:
+        layout = {"ranks": ranks, "views_per_forward": views_per_forward}
+        return planned_gradient(objective, groups, **layout, **changes, denoiser=denoiser)
+
+    ours, ours_figures = dealt(backwards=True)
+    assert np.linalg.norm(ours - whole) <= 1e-12 * np.linalg.norm(whole)
+    assert ours_figures == pytest.approx(figures)
+    wrong, _ = dealt(per_forward=True)
+    assert np.linalg.norm(wrong - whole) > 1e-2 * np.linalg.norm(whole), "control: a divisor per forward"
