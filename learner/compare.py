@@ -47,7 +47,7 @@ def _command(argv: Sequence[str] | None) -> int:
     options = parser.read(argv)
     if options.parallel is not None and options.parallel < 1:
         parser.error(f"--parallel {options.parallel} must be at least 1")
-    only = options.methods.split(",") if options.methods else ()
+    only = [name for part in (options.methods or "").split(",") if (name := part.strip())]
     config = load_comparison(options.settings, only=only)
     parallel = options.parallel or room_for(config)
     if options.plan:

@@ -22,6 +22,9 @@ from rewards.errors import ConfigError
 
 Role = Literal["tuning", "reported"]
 
+REPORTED = frozenset(("iterations", "spent", "solved", "curve", "machine"))
+"""What the results of every cell have at least."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -81,11 +84,13 @@ class Findings:
 
     @classmethod
     def read(cls, path: Path) -> "Findings | None":
-        """None where there are none, or where they are not readable."""
+        """None where there are none, or where they are not readable or not whole: they are made from the run again."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            findings = cls(**json.loads(path.read_text(encoding="utf-8")))
+            whole = findings.failed is not None or set(findings.results) >= REPORTED
         except (OSError, ValueError, TypeError):
             return None
+        return findings if whole else None
 
 
 Found = Mapping[str, Findings]

@@ -166,6 +166,9 @@ def load_evaluation(argv: Sequence[str], run: str | None) -> tuple[EvaluateConfi
         if run_dir is not None:
             _refuse_other_training(argument, run_dir)
         overrides.apply_override(data, argument, EvaluateConfig)
+    learner = data.setdefault("learner", {})
+    if isinstance(learner, dict) and learner.get("zero_stage", 0) == 0:
+        learner["zero_stage"] = 1  # there are no gradients here, for whose sake stage 0 refuses bfloat16
     return overrides.validated(data, EvaluateConfig, source=""), run_dir
 
 

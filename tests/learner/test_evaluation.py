@@ -153,6 +153,14 @@ def test_an_evaluation_can_not_change_how_the_run_was_trained(run: Path) -> None
     settings("recipe=smoke", "rollout.sampler.steps=4")
 
 
+def test_any_run_can_be_evaluated_in_bfloat16(run: Path) -> None:
+    """Stage 0 refuses it for the sake of gradients, which an evaluation has none of."""
+    assert settings("learner.dtype=bfloat16", run=str(run)).learner.dtype == "bfloat16"
+    assert settings("recipe=smoke", "learner.dtype=bfloat16").learner.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="learner.zero_stage"):
+        settings("recipe=smoke", "learner.zero_stage=9")
+
+
 def test_adapters_that_are_not_there_or_not_plain_lora_are_refused(run: Path, tiny_model: str) -> None:
     config = settings(f"adapter={run / 'checkpoints'}", run=str(run))
     with pytest.raises(ConfigError, match="no adapter in"):
