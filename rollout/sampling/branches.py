@@ -1,10 +1,9 @@
 """Branches of a completion in the making: recorded states whose masked positions are all filled at once.
 
-They need no forward of their own. A step of the loop that leaves a branched state also asks the LM head for all masked
-positions of the row, and fills them from these logits.
+They need no forward of their own. A step of the loop that leaves a branched state also asks the head for fills of all
+masked positions of the row.
 
-Shapes: S branched states, Z fills of a state, C completion positions, m steps, B masked positions of a state, V
-vocabulary.
+Shapes: S branched states, Z fills of a state, C completion positions, m steps, B masked positions of a state.
 """
 
 from collections.abc import Sequence
@@ -12,10 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from rollout.sampling import noise
-from rollout.sampling.truncation import truncate, without_mask
+from rollout.sampling.head import Filled
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import BranchSpec, GreedyBranches, SamplerSpec
 
@@ -46,21 +43,25 @@ class Written(Protocol):
 class Branching(Protocol):
     """Makes the branches of one completion while it is written."""
 
+    keys: tuple[int, ...]
+    """as ``Fill.keys``"""
+
     def wants(self, step: int) -> bool:
         """Whether the state before this step may be a branched one."""
 
-    def take(self, step: int, position_B: np.ndarray, logits_BV: torch.Tensor) -> None:
-        """Fill the state before ``step``, whose masked positions these are; ``logits_BV`` may be written into."""
+    def take(self, step: int, filled: Filled) -> None:
+        """The fills of all masked positions of the state before ``step``."""
 
     def finish(self, written: Written) -> Branches:
         """The branches of the finished completion."""
 
 
-def branching(spec: BranchSpec, sampler: SamplerSpec, key: int, *, mask: int, eos: tuple[int, ...]) -> Branching:
+def branching(spec: BranchSpec, sampler: SamplerSpec, key: int, *, eos: tuple[int, ...]) -> Branching:
     """For the completion whose noise ``key`` names."""
     if isinstance(spec, GreedyBranches):
-        return _Greedy(spec, sampler, mask, eos)
-    return _Drawn(spec.fills, drawn_step(key, sampler.steps, spec.degree), sampler, key, mask)
+        return _Greedy(spec, sampler, eos)
+    assert sampler.temperature > 0, "drawn fills of a greedy rollout"
+    return _Drawn(spec.fills, drawn_step(key, sampler.steps, spec.degree), key)
 
 
 def drawn_step(key: int, steps: int, degree: float) -> int:
@@ -110,17 +111,18 @@ class _Greedy:
     """Which states are taken is known when all entropies are, so every step's fill is kept until then: C int32 at
     most."""
 
-    def __init__(self, spec: GreedyBranches, sampler: SamplerSpec, mask: int, eos: tuple[int, ...]) -> None:
-        self._spec, self._C, self._mask, self._eos = spec, sampler.completion_length, mask, eos
+    keys: tuple[int, ...] = ()
+
+    def __init__(self, spec: GreedyBranches, sampler: SamplerSpec, eos: tuple[int, ...]) -> None:
+        self._spec, self._C, self._eos = spec, sampler.completion_length, eos
         self._fills: list[np.ndarray] = []
 
     def wants(self, step: int) -> bool:
         return True
 
-    def take(self, step: int, position_B: np.ndarray, logits_BV: torch.Tensor) -> None:
+    def take(self, step: int, filled: Filled) -> None:
         assert step == len(self._fills)
-        logits_BV[:, self._mask] = -torch.inf
-        self._fills.append(logits_BV.argmax(-1).to(torch.int32).cpu().numpy())
+        self._fills.append(filled.ids_ZB[0])
 
     def finish(self, written: Written) -> Branches:
         steps_1C, ids_1C = written.unmask_step[None], written.ids[None]
@@ -138,38 +140,23 @@ class _Greedy:
 class _Drawn:
     """One step, known beforehand; each fill has noise of its own."""
 
-    def __init__(self, fills: int, step: int, sampler: SamplerSpec, key: int, mask: int) -> None:
-        assert sampler.temperature > 0, "drawn fills of a greedy rollout"
-        self._step, self._sampler, self._mask = step, sampler, mask
-        self._keys = [derive_seed(key, "fill", z) for z in range(fills)]
-        self._logp_ZB: np.ndarray | None = None
+    def __init__(self, fills: int, step: int, key: int) -> None:
+        self._step = step
+        self.keys = tuple(derive_seed(key, "fill", z) for z in range(fills))
+        self._filled: Filled | None = None
 
     def wants(self, step: int) -> bool:
         return step == self._step
 
-    def take(self, step: int, position_B: np.ndarray, logits_BV: torch.Tensor) -> None:
-        sampler, device = self._sampler, logits_BV.device
-        raw_BV = without_mask(logits_BV, self._mask)
-        law = truncate(raw_BV / sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p)
-        among = law.ids_NK if law.ids_NK is not None else law.logp_NK.shape[1]
-        positions_B = torch.from_numpy(position_B).to(device)
-        ids, logp = [], []
-        for key in self._keys:
-            streams_B = noise.streams(
-                torch.full_like(positions_B, key), torch.full_like(positions_B, step), positions_B
-            )
-            column_B1 = (law.logp_NK + noise.gumbel(streams_B, among)).argmax(-1, keepdim=True)
-            token_B1 = column_B1 if law.ids_NK is None else law.ids_NK.gather(1, column_B1)
-            ids.append(token_B1.squeeze(1).to(torch.int32).cpu().numpy())
-            logp.append(law.logp_NK.gather(1, column_B1).squeeze(1).cpu().numpy())
-        self._ids_ZB, self._logp_ZB = np.stack(ids), np.minimum(np.stack(logp), 0.0)
+    def take(self, step: int, filled: Filled) -> None:
+        self._filled = filled
 
     def finish(self, written: Written) -> Branches:
-        Z, C = len(self._keys), written.ids.size
+        Z, C = len(self.keys), written.ids.size
         ids_SZC, logp_SZC = np.zeros((1, Z, C), np.int32), np.zeros((1, Z, C), np.float32)
-        if self._logp_ZB is None:  # the completion ended before the step
+        if self._filled is None:  # the completion ended before the step
             return Branches(np.full(1, -1, np.int16), ids_SZC, logp_SZC)
         hidden_C = written.unmask_step >= self._step
         ids_SZC[0] = written.ids
-        ids_SZC[0][:, hidden_C], logp_SZC[0][:, hidden_C] = self._ids_ZB, self._logp_ZB
+        ids_SZC[0][:, hidden_C], logp_SZC[0][:, hidden_C] = self._filled.ids_ZB, self._filled.logp_ZB
         return Branches(np.full(1, self._step, np.int16), ids_SZC, logp_SZC)

@@ -1,7 +1,7 @@
-"""The denoising loop: semi-autoregressive blocks, rows that enter and leave, one forward for all rows that are live.
+"""The denoising loop: semi-autoregressive blocks, rows that enter and leave, one look of the head at all live rows.
 
 Shapes: R live rows, L = P_max + C sequence positions (prompts padded on the left), N candidate positions of a step,
-V vocabulary, C completion positions.
+C completion positions.
 
 What is computed together is a function of the requests alone: rows enter in request order, a finished row's place goes
 to the next request, and nothing looks at a clock.
@@ -17,9 +17,9 @@ import torch
 from rewards.errors import ConfigError
 from rollout.sampling import noise
 from rollout.sampling.branches import Branches, Branching, branching
-from rollout.sampling.positions import choice_entropy, choice_logp, log_confidence
+from rollout.sampling.head import Asked, Drawn, Fill, Head, Look, Rows
+from rollout.sampling.positions import choice_entropy, choice_logp
 from rollout.sampling.schedule import tokens_per_step
-from rollout.sampling.truncation import Law, truncate, without_mask
 from rollout.trajectory import BranchSpec, PositionRule, SamplerSpec
 
 POSITION_RULES: tuple[str, ...] = get_args(PositionRule)
@@ -64,13 +64,12 @@ class Tokens:
 
 
 def denoise(
-    forward: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor],
+    head: Head,
     requests: Sequence[Request],
     sampler: SamplerSpec,
     tokens: Tokens,
     *,
     max_rows: int,
-    device: torch.device,
     branches: BranchSpec | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
     on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
@@ -78,8 +77,7 @@ def denoise(
     """Write one completion per request.
 
     Args:
-        forward: (input_ids [R, L] int64, attention_mask [R, L] int64 or None, logit_rows [N] int64 flat indices) ->
-            logits [N, V] of the candidate positions only, and of those that branches fill.
+        head: is asked for the candidate positions only, and for those that branches fill.
         max_rows: rows denoised together; waiting requests take the places of finished ones.
         branches: which states are branched too; draws are the same with and without.
         on_completion: called with (request index, completion) as soon as a completion is finished.
@@ -98,7 +96,7 @@ def denoise(
             f"position_temperature {sampler.position_temperature} must be 0 or more, and confidence_temperature "
             f"{sampler.confidence_temperature} above 0 and finite"
         )
-    loop = _Loop(forward, requests, sampler, tokens, device)
+    loop = _Loop(head, requests, sampler, tokens)
     waiting = iter(range(len(requests)))
     live: list[_Row] = []
     while True:
@@ -106,7 +104,7 @@ def denoise(
             live.append(_Row(index, requests[index], sampler, loop.P))
             if branches is not None:
                 key = requests[index].key
-                live[-1].branching = branching(branches, sampler, key, mask=tokens.mask, eos=tokens.eos)
+                live[-1].branching = branching(branches, sampler, key, eos=tokens.eos)
         if not live:
             return [completion for completion in loop.done if completion is not None]
         loop.step(live)
@@ -169,15 +167,8 @@ class _Row:
 
 
 class _Loop:
-    def __init__(
-        self,
-        forward: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor],
-        requests: Sequence[Request],
-        sampler: SamplerSpec,
-        tokens: Tokens,
-        device: torch.device,
-    ) -> None:
-        self.forward, self.sampler, self.tokens, self.device = forward, sampler, tokens, device
+    def __init__(self, head: Head, requests: Sequence[Request], sampler: SamplerSpec, tokens: Tokens) -> None:
+        self.head, self.sampler, self.tokens = head, sampler, tokens
         self.schedule = tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps)
         before_drawing = sampler.threshold is not None or sampler.position_rule == "decoupled_confidence"
         after_drawing = not before_drawing and sampler.position_rule in ("low_confidence", "entropy")
@@ -190,24 +181,23 @@ class _Loop:
         candidates = self._candidates(live)
         row_of_N = np.repeat(np.arange(len(live)), [len(c) for c in candidates])
         position_N = np.concatenate(candidates)
-        states = [
-            (r, row.branching, np.flatnonzero(row.masked))
+        branched = [
+            (row.branching, Fill(r, np.flatnonzero(row.masked), row.branching.keys))
             for r, row in enumerate(live)
             if row.branching is not None and row.branching.wants(row.step)
         ]
-        asked_rows = [row_of_N, *(np.full(position_B.size, r) for r, _, position_B in states)]
-        asked_at = [position_N, *(position_B for _, _, position_B in states)]
-        logits_NV, *fill_logits = self._logits(live, asked_rows, asked_at)
-        for (r, branches, position_B), logits_BV in zip(states, fill_logits, strict=True):
-            branches.take(live[r].step, position_B, logits_BV)
+        look = self.head.look(
+            self._rows(live), Asked(row_of_N, position_N), [fill for _, fill in branched], self.sampler
+        )
+        for (branches, fill), filled in zip(branched, look.fills, strict=True):
+            branches.take(live[fill.row].step, filled)
+        at_N = None
         if self.choosing == "before drawing":
-            picks = self._pick(live, candidates, logits_NV)
+            picks = self._pick(live, candidates, look)
             candidates = [positions[pick] for positions, pick in zip(candidates, picks, strict=True)]
             offsets = np.searchsorted(row_of_N, np.arange(len(live)))
             at_N = np.concatenate([start + pick for start, pick in zip(offsets, picks, strict=True)])
-            row_of_N, position_N = row_of_N[at_N], position_N[at_N]
-            logits_NV = logits_NV[torch.from_numpy(at_N).to(self.device)]
-        drawn = self._draw(live, row_of_N, position_N, logits_NV)
+        drawn = look.draw(at_N)
         offset = 0
         for row, positions in zip(live, candidates, strict=True):
             part = slice(offset, offset + len(positions))
@@ -231,16 +221,14 @@ class _Loop:
             masked = [m[np.argsort(bits_C[m], kind="stable")] for m, bits_C in zip(masked, bits_RC, strict=True)]
         return [m[: self.schedule[row.step]] for m, row in zip(masked, live, strict=True)]
 
-    def _pick(self, live: list[_Row], candidates: list[np.ndarray], logits_NV: torch.Tensor) -> list[np.ndarray]:
+    def _pick(self, live: list[_Row], candidates: list[np.ndarray], look: Look) -> list[np.ndarray]:
         """Which candidates each row reveals, as indices into its candidates in the order of choice."""
         sampler = self.sampler
-        temperature = sampler.confidence_temperature if sampler.threshold is None else 1.0
-        confidence_N = log_confidence(without_mask(logits_NV, self.tokens.mask), temperature).double().cpu()
         counts = [len(positions) for positions in candidates]
         scores_RK = torch.full((len(live), max(counts)), -torch.inf, dtype=torch.float64)
         position_RK = torch.zeros(scores_RK.shape, dtype=torch.int64)
         real_RK = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
-        scores_RK[real_RK] = confidence_N
+        scores_RK[real_RK] = look.confidence()
         position_RK[real_RK] = torch.from_numpy(np.concatenate(candidates))
         if sampler.threshold is not None:
             passing_R = (scores_RK.exp() > sampler.threshold).sum(1).clamp(min=1).tolist()
@@ -272,56 +260,15 @@ class _Loop:
                 out.position_logp[live[r].step] = min(logp, 0.0)
                 out.position_entropy[live[r].step] = max(entropy, 0.0)
 
-    def _logits(
-        self, live: list[_Row], rows: Sequence[np.ndarray], positions: Sequence[np.ndarray]
-    ) -> Sequence[torch.Tensor]:
-        """One forward: the logits [., V] of each part's completion positions in these rows."""
-        L = self.P + self.sampler.completion_length
-        logit_rows = torch.from_numpy(np.concatenate(rows) * L + self.P + np.concatenate(positions))
-        input_ids_RL, attention_mask_RL = self._inputs(live)
-        logits = self.forward(input_ids_RL, attention_mask_RL, logit_rows.to(self.device))
-        return logits.split([part.size for part in positions])
-
-    def _inputs(self, live: list[_Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        C = self.sampler.completion_length
-        ids_RL = np.full((len(live), self.P + C), self.tokens.pad, dtype=np.int64)
+    def _rows(self, live: list[_Row]) -> Rows:
+        ids_RL = np.full((len(live), self.P + self.sampler.completion_length), self.tokens.pad, dtype=np.int64)
         for i, row in enumerate(live):
             ids_RL[i, row.pads : self.P] = row.prompt_ids
             ids_RL[i, self.P :] = np.where(row.masked, self.tokens.mask, row.out.ids)
-        pads_R = np.array([row.pads for row in live])
-        mask_RL = None
-        if pads_R.any():
-            real = np.arange(self.P + C)[None, :] >= pads_R[:, None]
-            mask_RL = torch.from_numpy(real.astype(np.int64)).to(self.device)
-        return torch.from_numpy(ids_RL).to(self.device), mask_RL
+        pads_R, keys_R, steps_R = np.array([(row.pads, row.key, row.step) for row in live], dtype=np.int64).T
+        return Rows(ids_RL, pads_R, self.P, keys_R, steps_R)
 
-    def _draw(
-        self, live: list[_Row], row_of_N: np.ndarray, position_N: np.ndarray, logits_NV: torch.Tensor
-    ) -> "_Drawn":
-        temperature = self.sampler.temperature
-        raw_NV = without_mask(logits_NV, self.tokens.mask)
-        raw_total_N = raw_NV.logsumexp(-1)
-        if temperature == 0:
-            law = Law(raw_NV - raw_total_N.unsqueeze(1), None)
-            column_N = law.logp_NK.argmax(-1)
-        else:
-            law = truncate(raw_NV / temperature, top_k=self.sampler.top_k, top_p=self.sampler.top_p)
-            keys_N = torch.tensor([live[r].key for r in row_of_N], device=self.device)
-            steps_N = torch.tensor([live[r].step for r in row_of_N], device=self.device)
-            streams_N = noise.streams(keys_N, steps_N, torch.from_numpy(position_N).to(self.device))
-            among = law.ids_NK if law.ids_NK is not None else law.logp_NK.shape[1]
-            column_N = (law.logp_NK + noise.gumbel(streams_N, among)).argmax(-1)
-        at_N1 = column_N.unsqueeze(1)
-        token_N = column_N if law.ids_NK is None else law.ids_NK.gather(1, at_N1).squeeze(1)
-        return _Drawn(
-            token=token_N.cpu().numpy(),
-            logp=law.logp_NK.gather(1, at_N1).squeeze(1).cpu().numpy(),
-            logp_raw=(raw_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) - raw_total_N).cpu().numpy(),
-            entropy=law.entropy().cpu().numpy(),
-            law=law,
-        )
-
-    def _reveal(self, row: _Row, positions: np.ndarray, drawn: "_Drawn", part: slice) -> None:
+    def _reveal(self, row: _Row, positions: np.ndarray, drawn: Drawn, part: slice) -> None:
         chosen = np.arange(len(positions))
         if self.choosing == "after drawing":
             # LLaDA's confidence: probability of the drawn token at temperature 1.
@@ -341,17 +288,3 @@ class _Loop:
         if out.support is not None:
             for position, i in zip(at, source, strict=True):
                 out.support[position] = drawn.kept(int(i))
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    token: np.ndarray
-    logp: np.ndarray
-    logp_raw: np.ndarray
-    entropy: np.ndarray
-    law: Law
-
-    def kept(self, i: int) -> np.ndarray:
-        columns = (self.law.logp_NK[i] > -torch.inf).nonzero().squeeze(1)
-        ids = columns if self.law.ids_NK is None else self.law.ids_NK[i][columns]
-        return np.sort(ids.cpu().numpy().astype(np.int32))

@@ -17,6 +17,7 @@ from rollout.engines.torch import TorchEngine
 from rollout.models.lora import LoraSpec
 from rollout.sampling.branches import drawn_step, highest_entropy_steps, last_branch_step
 from rollout.sampling.denoise import POSITION_RULES, Completion, Request, Tokens, denoise
+from rollout.sampling.head import LogitsHead, padded
 from rollout.trajectory import BranchSpec, DrawnBranches, GreedyBranches, GroupSpec, SamplerSpec, TrajectoryGroup
 
 MASK, EOS, PAD, V, C, STEPS = 5, 4, 3, 12, 8, 4
@@ -55,7 +56,7 @@ def write(model: Table, branches: BranchSpec | None, *, n: int = 6, first_key: i
     settings: dict[str, Any] = dict(completion_length=C, block_length=4, steps=STEPS, position_rule="random")
     sampler = SamplerSpec(**{**settings, "temperature": 0.8, **changes})
     requests = [Request(PROMPT, key=first_key + i) for i in range(n)]
-    return denoise(model, requests, sampler, TOKENS, max_rows=4, device=CPU, branches=branches)
+    return denoise(LogitsHead(padded(model, CPU), MASK), requests, sampler, TOKENS, max_rows=4, branches=branches)
 
 
 def bits(completion: Completion) -> list[bytes]:

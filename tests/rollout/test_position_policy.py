@@ -42,6 +42,7 @@ from rollout.models.family import PolicyAdapter
 from rollout.models.llada import LLaDAModelLM
 from rollout.sampling import positions
 from rollout.sampling.denoise import Request, Tokens, denoise
+from rollout.sampling.head import LogitsHead, padded
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
 TWO_OF_FOUR = Toy(length=4, tokens=2, block=4, per_step=2)
@@ -265,10 +266,9 @@ def sampled(toy: Toy, sampler: SamplerSpec, rows: int, key: int = 0):
     model = TableModel(toy)
     requests = [Request([toy.tokens + 1], key=key + i) for i in range(rows)]
     tokens = Tokens(mask=toy.tokens, eos=(EOS,), pad=toy.tokens + 2)
+    head = LogitsHead(padded(lambda i, a, r: model(i, a, r).logits, torch.device("cpu")), tokens.mask)
     with torch.inference_mode():
-        return denoise(
-            lambda i, a, r: model(i, a, r).logits, requests, sampler, tokens, max_rows=rows, device=torch.device("cpu")
-        )
+        return denoise(head, requests, sampler, tokens, max_rows=rows)
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import torch
 from rewards.errors import ConfigError
 from rollout.sampling import noise
 from rollout.sampling.denoise import POSITION_RULES, Request, Tokens, denoise
+from rollout.sampling.head import LogitsHead, padded
 from rollout.sampling.schedule import tokens_per_step
 from rollout.sampling.truncation import truncate
 from rollout.trajectory import SamplerSpec
@@ -39,7 +40,8 @@ def table_model(seed: int = 0, eos_bias: float = 0.0):
 
 def run(sampler, n=6, max_rows=4, forward=None, prompt_lengths=(3,)):
     requests = [Request([7] * prompt_lengths[i % len(prompt_lengths)], key=1000 + i) for i in range(n)]
-    return denoise(forward or table_model(), requests, sampler, TOKENS, max_rows=max_rows, device=torch.device("cpu"))
+    head = LogitsHead(padded(forward or table_model(), torch.device("cpu")), MASK)
+    return denoise(head, requests, sampler, TOKENS, max_rows=max_rows)
 
 
 def sampler(**changes) -> SamplerSpec:
@@ -294,9 +296,9 @@ def test_greedy_low_confidence_reproduces_the_recorded_reference():
                        "low_confidence", 0.0)  # fmt: skip
     requests = [Request(ids[mask > 0].tolist(), key=i)
                 for i, (ids, mask) in enumerate(zip(case["prompt_ids"], case["prompt_mask"], strict=True))]  # fmt: skip
+    head = LogitsHead(padded(lambda i, a, r: model(i, a, r).logits, torch.device("cpu")), 2)
     with torch.inference_mode():
-        done = denoise(lambda i, a, r: model(i, a, r).logits, requests, spec, Tokens(2, (1,), 0), max_rows=8,
-                       device=torch.device("cpu"))  # fmt: skip
+        done = denoise(head, requests, spec, Tokens(2, (1,), 0), max_rows=8)
     for row, completion in enumerate(done):
         assert (completion.ids == case["completion_ids"][row]).all()
         assert (completion.unmask_step == case["unmask_steps"][row]).all()

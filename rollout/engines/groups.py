@@ -1,0 +1,105 @@
+"""Groups of trajectories from a head: what the engines have in common.
+
+Shapes: G completions of a group, C completion positions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rollout.models.family import PolicyAdapter
+from rollout.sampling.denoise import Completion, Request, Tokens, denoise
+from rollout.sampling.head import Head
+from rollout.seeds import derive_seed
+from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
+
+
+def draw_groups(
+    head: Head,
+    family: PolicyAdapter,
+    groups: Sequence[GroupSpec],
+    prompts: Sequence[Sequence[int]],
+    sampler: SamplerSpec,
+    *,
+    held: tuple[int, str],
+    max_rows: int,
+    branches: BranchSpec | None = None,
+    on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+    on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+) -> list[TrajectoryGroup]:
+    """Draw all completions of the groups; temperature 0 decodes greedily (evaluation only).
+
+    Args:
+        prompts: token ids of each group's prompt.
+        held: version and digest of the adapter that the head draws with.
+        max_rows: completions denoised together.
+        branches: which states of the completions are branched.
+        on_completion: called with (group index, completion index, ids [1 + F, C] int32) as soon as one is finished:
+            its own, and those of its branches' F fills in their order, states that it never reached left out.
+        on_step: as ``denoise`` calls it, completions counted through all groups.
+
+    Returns:
+        Groups in request order, without rewards (R = 0) and with verdicts false: grading is the caller's.
+    """
+    # With shifted logits a sequence's first token would be read off the row before it.
+    assert all(len(prompt) >= family.logit_shift for prompt in prompts), "a completion without a prompt"
+    place = [(g, row) for g, group in enumerate(groups) for row in range(group.size)]
+    requests = [Request(prompts[g], derive_seed(groups[g].seed, row)) for g, row in place]
+
+    def finished(index: int, completion: Completion) -> None:
+        if on_completion:
+            fills = [] if completion.branches is None else [completion.branches.found_ids]
+            on_completion(*place[index], np.concatenate([completion.ids[None], *fills]))
+
+    completions = denoise(
+        head,
+        requests,
+        sampler,
+        Tokens(family.mask_token_id, (family.eos_token_id,), family.pad_token_id),
+        max_rows=max_rows,
+        branches=branches,
+        on_completion=finished,
+        on_step=on_step,
+    )
+    drawn = iter(completions)
+    return [
+        _group(group, prompt, [next(drawn) for _ in range(group.size)], sampler, held)
+        for group, prompt in zip(groups, prompts, strict=True)
+    ]
+
+
+def _group(
+    spec: GroupSpec, prompt: Sequence[int], completions: list[Completion], sampler: SamplerSpec, held: tuple[int, str]
+) -> TrajectoryGroup:
+    indptr = ids = None
+    if sampler.truncates:
+        cells = [kept for c in completions for kept in c.support or []]
+        indptr = np.concatenate([[0], np.cumsum([len(kept) for kept in cells])]).astype(np.int64)
+        ids = np.concatenate(cells).astype(np.int32)
+    names = ["unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy"]
+    if sampler.scores_positions:
+        names += ["position_logp", "position_entropy"]
+    arrays: dict[str, Any] = {name: np.stack([getattr(c, name) for c in completions]) for name in names}
+    if branches := [c.branches for c in completions if c.branches is not None]:
+        kept = [name for name in ("step", "ids", "logp") if getattr(branches[0], name) is not None]
+        arrays |= {f"branch_{name}": np.stack([getattr(b, name) for b in branches]) for name in kept}
+        shape = arrays["branch_ids"].shape[:3]
+        arrays |= {"branch_rewards": np.zeros((*shape, 0), np.float32), "branch_correct": np.zeros(shape, bool)}
+    return TrajectoryGroup(
+        group_id=spec.group_id,
+        problem_id=spec.problem.id,
+        prompt_ids=np.asarray(prompt, dtype=np.int32),
+        completion_ids=np.stack([c.ids for c in completions]),
+        **arrays,
+        support_indptr=indptr,
+        support_ids=ids,
+        rewards=np.zeros((spec.size, 0), np.float32),
+        reward_names=(),
+        correct=np.zeros(spec.size, bool),
+        policy_version=held[0],
+        adapter_digest=held[1],
+        sampler=sampler,
+        seed=spec.seed,
+        nfe=np.array([c.nfe for c in completions], np.int32),
+    )

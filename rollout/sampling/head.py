@@ -1,0 +1,231 @@
+"""What an engine gives the denoising loop: a head, which looks at rows and draws at the positions that it is asked.
+
+The loop (``rollout.sampling.denoise``) knows neither model nor logits. Every head draws by the functions here, so the
+same tokens come from the same noise, wherever the logits are.
+
+Shapes: R rows, L = P + C columns (P of prompt, padded on the left, and C completion positions), N asked positions, B
+positions of a fill, Z fills of the same positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from rollout.sampling import noise
+from rollout.sampling.positions import log_confidence
+from rollout.sampling.truncation import Law, truncate, without_mask
+from rollout.trajectory import SamplerSpec
+
+Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""(input_ids [R, L] int64, attention_mask [R, L] int64 or None, logit_rows [N] int64 flat indices) -> [N, V] logits."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Completions in the making, each before its next step."""
+
+    ids_RL: np.ndarray
+    """int64; pads, prompt, and mask tokens where nothing is revealed"""
+    pads_R: np.ndarray
+    """int64, pads at the begin of each row"""
+    prompt: int
+    """P"""
+    keys_R: np.ndarray
+    """int64, what names each row's noise"""
+    steps_R: np.ndarray
+    """int64, steps taken before"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Completion positions of rows, a row's together and in the order of the rows; int64."""
+
+    row_N: np.ndarray
+    position_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Masked positions of one row that are filled at once, beside what the loop reveals."""
+
+    row: int
+    position_B: np.ndarray
+    keys: tuple[int, ...]
+    """of the noise, one for each fill; none: one greedy fill"""
+
+
+@dataclass(frozen=True)
+class Filled:
+    ids_ZB: np.ndarray
+    """int32"""
+    logp_ZB: np.ndarray | None
+    """float32; None of a greedy fill"""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens and what the law that they come from says of them, [N] each."""
+
+    token: np.ndarray
+    logp: np.ndarray
+    logp_raw: np.ndarray
+    entropy: np.ndarray
+    kept: Callable[[int], np.ndarray]
+    """token ids that a position's law keeps, ascending, int32"""
+
+
+class Look(Protocol):
+    """What a head saw of one step."""
+
+    fills: Sequence[Filled]
+
+    def confidence(self) -> torch.Tensor:
+        """[N] float64 on the CPU: log of each asked position's largest probability, at the temperature by which the
+        sampler chooses positions."""
+
+    def draw(self, at_N: np.ndarray | None = None) -> Drawn:
+        """Tokens of all asked positions, or of those at these indices, in their order."""
+
+
+class Head(Protocol):
+    """An engine's model as the loop sees it."""
+
+    def look(self, rows: Rows, asked: Asked, fills: Sequence[Fill], sampler: SamplerSpec) -> Look:
+        """One step of all rows: one pass of the model, whatever is asked."""
+
+
+class LogitsHead:
+    """A head whose logits come to this process, where they are drawn from.
+
+    Args:
+        logits: logits [N, V] of these positions of these rows, as they are: shifted ones are the function's affair.
+        mask: the mask token's id, which is never drawn.
+    """
+
+    def __init__(self, logits: Callable[[Rows, Asked], torch.Tensor], mask: int) -> None:
+        self._logits, self._mask = logits, mask
+
+    def look(self, rows: Rows, asked: Asked, fills: Sequence[Fill], sampler: SamplerSpec) -> Look:
+        row_N = np.concatenate([asked.row_N, *(np.full(f.position_B.size, f.row) for f in fills)])
+        position_N = np.concatenate([asked.position_N, *(f.position_B for f in fills)])
+        parts = [asked.position_N.size, *(f.position_B.size for f in fills)]
+        logits_NV, *of_fills = self._logits(rows, Asked(row_N, position_N)).split(parts)
+        filled = [
+            fill(logits_BV, f, int(rows.steps_R[f.row]), sampler, self._mask)
+            for f, logits_BV in zip(fills, of_fills, strict=True)
+        ]
+        return _LocalLook(logits_NV, rows, asked, sampler, self._mask, filled)
+
+
+def padded(forward: Forward, device: torch.device) -> Callable[[Rows, Asked], torch.Tensor]:
+    """Logits by one forward of all rows, as they are padded."""
+
+    def logits(rows: Rows, asked: Asked) -> torch.Tensor:
+        L = rows.ids_RL.shape[1]
+        mask_RL = None
+        if rows.pads_R.any():
+            real = np.arange(L)[None, :] >= rows.pads_R[:, None]
+            mask_RL = torch.from_numpy(real.astype(np.int64)).to(device)
+        logit_rows = torch.from_numpy(asked.row_N * L + rows.prompt + asked.position_N)
+        return forward(torch.from_numpy(rows.ids_RL).to(device), mask_RL, logit_rows.to(device))
+
+    return logits
+
+
+def confidence(logits_NV: torch.Tensor, sampler: SamplerSpec, mask: int) -> torch.Tensor:
+    """[N] float64 on the CPU, as ``Look.confidence`` says."""
+    temperature = sampler.confidence_temperature if sampler.threshold is None else 1.0
+    return log_confidence(without_mask(logits_NV, mask), temperature).double().cpu()
+
+
+def draw(
+    logits_NV: torch.Tensor,
+    keys_N: np.ndarray,
+    steps_N: np.ndarray,
+    position_N: np.ndarray,
+    sampler: SamplerSpec,
+    mask: int,
+) -> Drawn:
+    """A token for each position, by the noise of its row's key, step and position; at temperature 0 the likeliest."""
+    device = logits_NV.device
+    raw_NV = without_mask(logits_NV, mask)
+    raw_total_N = raw_NV.logsumexp(-1)
+    if sampler.temperature == 0:
+        law = Law(raw_NV - raw_total_N.unsqueeze(1), None)
+        column_N = law.logp_NK.argmax(-1)
+    else:
+        law = truncate(raw_NV / sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p)
+        streams_N = noise.streams(*(torch.from_numpy(names_N).to(device) for names_N in (keys_N, steps_N, position_N)))
+        column_N = _noisiest(law, streams_N)
+    at_N1 = column_N.unsqueeze(1)
+    token_N = _token(law, at_N1)
+    return Drawn(
+        token=token_N.cpu().numpy(),
+        logp=law.logp_NK.gather(1, at_N1).squeeze(1).cpu().numpy(),
+        logp_raw=(raw_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) - raw_total_N).cpu().numpy(),
+        entropy=law.entropy().cpu().numpy(),
+        kept=partial(_kept, law),
+    )
+
+
+def fill(logits_BV: torch.Tensor, asked: Fill, step: int, sampler: SamplerSpec, mask: int) -> Filled:
+    """The fills that are asked for, of a row before ``step``; ``logits_BV`` may be written into."""
+    if not asked.keys:
+        logits_BV[:, mask] = -torch.inf
+        return Filled(logits_BV.argmax(-1).to(torch.int32).cpu().numpy()[None], None)
+    raw_BV = without_mask(logits_BV, mask)
+    law = truncate(raw_BV / sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p)
+    positions_B = torch.from_numpy(asked.position_B).to(logits_BV.device)
+    ids, logp = [], []
+    for key in asked.keys:
+        streams_B = noise.streams(torch.full_like(positions_B, key), torch.full_like(positions_B, step), positions_B)
+        column_B1 = _noisiest(law, streams_B).unsqueeze(1)
+        ids.append(_token(law, column_B1).to(torch.int32).cpu().numpy())
+        logp.append(law.logp_NK.gather(1, column_B1).squeeze(1).cpu().numpy())
+    return Filled(np.stack(ids), np.minimum(np.stack(logp), 0.0))
+
+
+class _LocalLook:
+    def __init__(
+        self,
+        logits_NV: torch.Tensor,
+        rows: Rows,
+        asked: Asked,
+        sampler: SamplerSpec,
+        mask: int,
+        fills: Sequence[Filled],
+    ) -> None:
+        self._logits_NV, self._rows, self._asked = logits_NV, rows, asked
+        self._sampler, self._mask = sampler, mask
+        self.fills = fills
+
+    def confidence(self) -> torch.Tensor:
+        return confidence(self._logits_NV, self._sampler, self._mask)
+
+    def draw(self, at_N: np.ndarray | None = None) -> Drawn:
+        logits_NV, row_N, position_N = self._logits_NV, self._asked.row_N, self._asked.position_N
+        if at_N is not None:
+            logits_NV = logits_NV[torch.from_numpy(at_N).to(logits_NV.device)]
+            row_N, position_N = row_N[at_N], position_N[at_N]
+        keys_N, steps_N = self._rows.keys_R[row_N], self._rows.steps_R[row_N]
+        return draw(logits_NV, keys_N, steps_N, position_N, self._sampler, self._mask)
+
+
+def _noisiest(law: Law, streams_N: torch.Tensor) -> torch.Tensor:
+    """[N] columns of the law that Gumbel noise makes the largest: a draw from it."""
+    among = law.ids_NK if law.ids_NK is not None else law.logp_NK.shape[1]
+    return (law.logp_NK + noise.gumbel(streams_N, among)).argmax(-1)
+
+
+def _token(law: Law, column_N1: torch.Tensor) -> torch.Tensor:
+    return (column_N1 if law.ids_NK is None else law.ids_NK.gather(1, column_N1)).squeeze(1)
+
+
+def _kept(law: Law, i: int) -> np.ndarray:
+    columns = (law.logp_NK[i] > -torch.inf).nonzero().squeeze(1)
+    ids = columns if law.ids_NK is None else law.ids_NK[i][columns]
+    return np.sort(ids.cpu().numpy().astype(np.int32))
