@@ -74,12 +74,16 @@ class SamplerSpec:
 
 @dataclass(frozen=True)
 class GreedyBranches:
-    """The likeliest fill of the states before the steps whose drawn tokens had the largest mean entropy."""
+    """The likeliest fill of the states before the steps whose drawn tokens had the largest mean entropy, or before
+    evenly spaced steps."""
 
     states: int
     """S, at most as many as there were steps."""
     until_last_token: bool = False
     """Whether only steps up to the one that revealed the last token other than EOS count."""
+    evenly: bool = False
+    """Whether the steps are S evenly spaced ones of the sampler's, the first included. They are known beforehand, where
+    those of the largest entropy are a function of all that was drawn."""
 
     fills: ClassVar[int] = 1
 

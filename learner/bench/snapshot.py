@@ -28,7 +28,7 @@ from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
 from rollout.models.encoding import encode_prompt
 from rollout.seeds import derive_seed, numpy_generator
-from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class GroupGradients:
     """[N] completion of each view; completions without a signal have none."""
     steps_N: np.ndarray
     """[N] step of each view."""
+    credit_Gm: np.ndarray
+    """[G, m] the advantage of each step."""
     gram_NN: np.ndarray
     """[N, N] float64, inner products of the views' gradients, each with weight 1."""
     mean_P: np.ndarray
@@ -111,16 +113,17 @@ def group_gradients(snapshot: Snapshot, count: int, *, seed: int, device: str = 
     if count > len(problems):
         raise ConfigError(f"{count} groups are more than the run's {len(problems)} training problems; lower --groups")
     engine = load_engine(snapshot, device=device)
-    objective = Agrpo(snapshot.objective)
+    objective, sampler = Agrpo(snapshot.objective), config.rollout.sampler.spec()
     order = numpy_generator(seed, "variance problems").permutation(len(problems))
     specs = [
         GroupSpec(i, problems[int(order[i])], config.rollout.group_size, derive_seed(seed, "variance rollout", i))
         for i in range(count)
     ]
-    together = max(1, config.rollout.max_rows // config.rollout.group_size)
+    together = config.rollout.prompts_per_iteration  # what an update's advantages may be a function of
     for start in range(0, count, together):
-        for group in draw_graded(engine, specs[start : start + together], task, config.rollout.sampler.spec()):
-            yield differentiate(engine, group, objective)
+        groups = draw_graded(engine, specs[start : start + together], task, sampler, objective.config.branches(sampler))
+        for group, credit_G in zip(groups, objective.credit(groups), strict=True):
+            yield differentiate(engine, group, credit_G, objective)
 
 
 def load_engine(snapshot: Snapshot, *, device: str) -> TorchEngine:
@@ -137,33 +140,45 @@ def load_engine(snapshot: Snapshot, *, device: str) -> TorchEngine:
     return engine
 
 
-def draw_graded(engine: TorchEngine, specs: list[GroupSpec], task: Task, sampler: SamplerSpec) -> list[TrajectoryGroup]:
-    """Groups with rewards and verdicts; graded in this process, as the tasks' contract (50 ms, no error) allows."""
+def draw_graded(
+    engine: TorchEngine, specs: list[GroupSpec], task: Task, sampler: SamplerSpec, branches: BranchSpec | None = None
+) -> list[TrajectoryGroup]:
+    """Groups with rewards and verdicts, their branches too; graded in this process, as the tasks' contract (50 ms, no
+    error) allows."""
     prompts = [encode_prompt(engine.tokenizer, task.messages(spec.problem.fields)) for spec in specs]
     graded = []
-    for spec, group in zip(specs, engine.generate(specs, prompts, sampler), strict=True):
-        texts = engine.tokenizer.batch_decode(group.completion_ids.tolist(), skip_special_tokens=True)
-        grades = [task.grade(spec.problem.fields, text) for text in texts]
-        rewards = np.array([[grade.components[name] for name in task.components] for grade in grades], np.float32)
-        correct = np.array([grade.correct for grade in grades])
-        names = tuple(task.components)
-        graded.append(dataclasses.replace(group, rewards=rewards, reward_names=names, correct=correct))
+    for spec, group in zip(specs, engine.generate(specs, prompts, sampler, branches=branches), strict=True):
+
+        def grades(ids: np.ndarray, spec: GroupSpec = spec) -> tuple[np.ndarray, np.ndarray]:
+            texts = engine.tokenizer.batch_decode(ids.reshape(-1, ids.shape[-1]).tolist(), skip_special_tokens=True)
+            found = [task.grade(spec.problem.fields, text) for text in texts]
+            rewards = np.array([[grade.components[name] for name in task.components] for grade in found], np.float32)
+            return rewards.reshape(*ids.shape[:-1], -1), np.array([grade.correct for grade in found]).reshape(
+                ids.shape[:-1]
+            )
+
+        rewards, correct = grades(group.completion_ids)
+        graded.append(dataclasses.replace(group, rewards=rewards, reward_names=tuple(task.components), correct=correct))
+        if group.branch_ids is not None:
+            rewards, correct = grades(group.branch_ids)
+            graded[-1] = dataclasses.replace(graded[-1], branch_rewards=rewards, branch_correct=correct)
         graded[-1].validate()
     return graded
 
 
-def differentiate(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo) -> GroupGradients:
+def differentiate(
+    engine: TorchEngine, group: TrajectoryGroup, credit_G: np.ndarray, objective: Agrpo
+) -> GroupGradients:
     """Gradient of the objective's loss at every eligible (completion, step), one backward each, on the adapter.
 
-    The loss and the views are the learner's own. Completions without a signal are left out, as the learner does.
+    The loss and the views are the learner's own. Steps without a signal are left out, as the learner does.
     """
-    (credit_G,) = objective.credit([group])
     table = step_table(group, objective.config.step_range, (engine.family.eos_token_id,))
-    live_G = (credit_G != 0) | objective.needs.reference
-    rows_N, steps_N = np.nonzero(table.eligible_Gm & live_G[:, None])
+    credit_Gm = np.broadcast_to(credit_G.reshape(group.size, -1), table.eligible_Gm.shape)
+    rows_N, steps_N = np.nonzero(table.eligible_Gm & ((credit_Gm != 0) | objective.needs.reference))
     parameters = list(adapter_parameters(engine.model).values())
     views = [
-        step_view(group, 0, int(row), int(step), credit=float(credit_G[row]), weight=1.0)
+        step_view(group, 0, int(row), int(step), credit=float(credit_Gm[row, step]), weight=1.0)
         for row, step in zip(rows_N, steps_N, strict=True)
     ]
     gradients_NP = torch.zeros(len(views), sum(p.numel() for p in parameters))
@@ -176,6 +191,7 @@ def differentiate(engine: TorchEngine, group: TrajectoryGroup, objective: Agrpo)
         table=table,
         rows_N=rows_N,
         steps_N=steps_N,
+        credit_Gm=credit_Gm,
         gram_NN=(wide_NP @ wide_NP.T).numpy(),
         mean_P=(mean_N @ wide_NP).float().numpy(),
         forwards=float(group.nfe.mean()),

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from learner.bench.estimators import ALL_STEPS, STRATA, Estimator, draw_weights, expected_views, weight_covariance
+from learner.bench.estimators import ALL_STEPS, DESIGNS, Estimator, draw_weights, expected_views, weight_covariance
 from learner.bench.snapshot import GroupGradients, Snapshot, group_gradients, read_snapshot
 from learner.bench.variance_plot import plot_variance
 from learner.evaluation.intervals import percentile_interval
@@ -77,7 +77,8 @@ class Measured:
 def grid(ks: Sequence[int], own: Estimator) -> tuple[Estimator, ...]:
     """All combinations, the run's own estimator among them, and every step scored."""
     laws = [("uniform", 0.0), *(("entropy", floor) for floor in FLOORS)]
-    found = [Estimator(law, floor, strata, k) for law, floor in laws for strata in STRATA for k in ks]  # type: ignore[arg-type]
+    designs = [design for design in DESIGNS if design != "once apart"]
+    found = [Estimator(law, floor, design, k) for law, floor in laws for design in designs for k in ks]  # type: ignore[arg-type]
     return (*found, *([] if own in found else [own]), ALL_STEPS)
 
 
@@ -148,14 +149,14 @@ def analyse(measured: Measured, own: Estimator, *, view_cost: float, seed: int) 
     for name in ("timestep_x_views", "total_x_views", "total_x_work"):
         figures[f"{name}_ratio"] = figures[name] / figures[name][:, [index]]
     pairs = {
-        e: measured.estimators.index(replace(estimator, strata="none"))
+        e: measured.estimators.index(replace(estimator, design="none"))
         for e, estimator in enumerate(measured.estimators)
-        if estimator.strata != "none" and replace(estimator, strata="none") in measured.estimators
+        if estimator.design in ("group", "row") and replace(estimator, design="none") in measured.estimators
     }
     rows = [
         {
             "law": estimator.law if estimator.k is not None else "all steps",
-            "strata": estimator.strata,
+            "design": estimator.design,
             "k": estimator.k,
             "own": estimator == own,
             "largest_weight": float(measured.weight_E[e]),
@@ -218,6 +219,13 @@ def report(
     }
 
 
+IN_WORDS = {
+    "none": "",
+    "group": ", low discrepancy",
+    "row": ", low discrepancy within each completion",
+    "once": ", each step once",
+    "once apart": ", each step once, low discrepancy off",
+}
 HEADINGS = (
     "law of a draw",
     "low disc.",
@@ -238,7 +246,7 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         every = row["k"] is None
         cells = [
             row["law"] + (" (this run)" if row["own"] else ""),
-            "" if every else STRATA[row["strata"]],
+            "" if every else DESIGNS[row["design"]],
             "all" if every else str(row["k"]),
             f"{row['views']['value']:.2f}",
             f"{row['largest_weight']:.3g}",
@@ -261,9 +269,7 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     snapshot, rollout, n = found["snapshot"], found["rollout_variance"], found["settings"]["groups_per_update"]
     best = min(found["estimators"], key=lambda row: row["total_x_work_ratio"]["value"])
     name = "all steps" if best["k"] is None else f"{best['law']}, k={best['k']}"
-    name += {"none": "", "group": ", low discrepancy", "row": ", low discrepancy within each completion"}[
-        best["strata"]
-    ]
+    name += IN_WORDS[best["design"]]
     return [
         f"{snapshot['task']}, iteration {snapshot['iteration']}, sampled solve rate {found['solve_rate']:.3f}: "
         f"{found['groups']} groups, {found['groups_with_signal']} with a signal.",
@@ -296,6 +302,7 @@ def _command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--k", default="1,2,4,8", help="draws per completion to compare")
     parser.add_argument("--view-cost", type=float, default=2.0, help="forward passes that one view costs the learner")
     parser.add_argument("--seed", type=int, default=0, help="names the groups and the bootstrap")
+    parser.add_argument("--baseline", choices=("group", "fills"), help="objective.baseline; default: the run's")
     parser.add_argument("--base", help="folder or hub name of the base; default: the one the adapter names")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args(argv)
@@ -307,8 +314,12 @@ def _command(argv: Sequence[str] | None) -> int:
         ks = [0]
     if ks[0] < 1:
         raise ConfigError(f"--k {arguments.k} is not a list of draws; write --k 1,2,4,8")
+    snapshot = read_snapshot(arguments.snapshot, arguments.base)
+    if arguments.baseline:
+        objective = snapshot.objective.model_copy(update={"baseline": arguments.baseline})
+        snapshot = replace(snapshot, config=snapshot.config.model_copy(update={"objective": objective}))
     found = report(
-        read_snapshot(arguments.snapshot, arguments.base),
+        snapshot,
         arguments.groups,
         ks,
         seed=arguments.seed,
@@ -333,11 +344,12 @@ def _moments(estimator: Estimator, group: GroupGradients) -> tuple[float, float,
     """Timestep variance, views per completion, largest importance weight."""
     G, m = group.table.eligible_Gm.shape
     cells_N = group.rows_N * m + group.steps_N
-    covariance_NN = weight_covariance(estimator, group.table)[np.ix_(cells_N, cells_N)]
+    size_Gm = np.abs(group.credit_Gm)
+    covariance_NN = weight_covariance(estimator, group.table, size_Gm)[np.ix_(cells_N, cells_N)]
     variance = max(0.0, float((covariance_NN * group.gram_NN).sum()))  # 0 may come out as -1e-20
     live_G = np.isin(np.arange(G), group.rows_N)
-    views = float(expected_views(estimator, group.table)[live_G].sum()) / G
-    return variance, views, float(draw_weights(estimator, group.table)[live_G].max(initial=0.0))
+    views = float(expected_views(estimator, group.table, size_Gm)[live_G].sum()) / G
+    return variance, views, float(draw_weights(estimator, group.table, size_Gm)[live_G].max(initial=0.0))
 
 
 def _interval(values_R: np.ndarray) -> dict[str, float]:

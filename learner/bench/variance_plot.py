@@ -13,7 +13,21 @@ PANELS = (
 )
 
 
-STYLES = {"none": (0, (4, 3)), "group": "-", "row": (0, (1, 1))}
+STYLES = {
+    "none": (0, (4, 3)),
+    "group": "-",
+    "row": (0, (1, 1)),
+    "once": (0, (6, 1, 1, 1)),
+    "once apart": (0, (6, 2, 1, 2)),
+}
+
+LABELS = {
+    "none": "",
+    "group": ", low discrepancy",
+    "row": ", within completions",
+    "once": ", once",
+    "once apart": ", once, one by one",
+}
 
 
 def plot_variance(found: dict[str, Any], path: Path) -> None:
@@ -24,13 +38,14 @@ def plot_variance(found: dict[str, Any], path: Path) -> None:
     (every,) = (row for row in rows if row["k"] is None)
     laws = list(dict.fromkeys(row["law"] for row in rows if row["k"] is not None))
     ks = sorted({row["k"] for row in rows if row["k"] is not None})
-    lines = [(law, strata) for law in laws for strata in STYLES]
+    there = {(row["law"], row["design"]) for row in rows}
+    lines = [(law, design) for law in laws for design in STYLES if (law, design) in there]
     figure = new_figure(figsize=(15, 7), layout="constrained")
     for axis, (name, title, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for i, (law, strata) in enumerate(lines):
-            mine = sorted((r for r in rows if (r["law"], r["strata"]) == (law, strata)), key=lambda r: r["k"])
+        for i, (law, design) in enumerate(lines):
+            mine = sorted((r for r in rows if (r["law"], r["design"]) == (law, design)), key=lambda r: r["k"])
             # Side by side, or the intervals would hide each other.
-            x = [ks.index(row["k"]) + 0.075 * (i - (len(lines) - 1) / 2) for row in mine]
+            x = [ks.index(row["k"]) + 0.9 / len(lines) * (i - (len(lines) - 1) / 2) for row in mine]
             value = [row[name]["value"] for row in mine]
             error = [
                 [max(0.0, v - row[name]["low"]) for v, row in zip(value, mine, strict=True)],
@@ -41,14 +56,14 @@ def plot_variance(found: dict[str, Any], path: Path) -> None:
                 value,
                 yerr=error,
                 color=COLOURS[laws.index(law) % len(COLOURS)],
-                linestyle=STYLES[strata],
+                linestyle=STYLES[design],
                 marker="o",
                 markersize=5,
-                markerfacecolor="white" if strata == "none" else None,
+                markerfacecolor="white" if design == "none" else None,
                 linewidth=1.2,
                 elinewidth=0.9,
                 capsize=2,
-                label=law + {"none": "", "group": ", low discrepancy", "row": ", within completions"}[strata],
+                label=law + LABELS[design],
             )
         ticks = [str(k) for k in ks]
         if not name.startswith("timestep"):

@@ -6,8 +6,12 @@ and weights each so that the mean over draws estimates, without bias, the mean o
     E_t[ w_t * f_t ] = (1/D) * sum over eligible t of f_t
 
 D is m when every drawn action counts (step range ``all``), and the published T_eff = last + 1 for
-``until_last_token``. All draws of a group come from one generator, before any row is filtered or sent to a rank, so
-that skipping and sharding can't change them.
+``until_last_token``. All draws of a group come from one generator, before any row is sent to a rank, so that sharding
+can't change them.
+
+A step that is drawn twice costs one forward and says no more. So steps may also be taken at most once each
+(``take_steps``): a step with probability p counts 1/p where it is taken (Horvitz and Thompson 1952), which leaves the
+sum over all steps as expectation whatever p is, as long as it isn't 0.
 
 Shapes: G completions of a group, C completion positions, m steps, k draws per completion. Arithmetic is float64.
 """
@@ -47,9 +51,10 @@ class RowSteps(NamedTuple):
     steps: np.ndarray
     """[n] int64, ascending, distinct."""
     counts: np.ndarray
-    """[n] int64, how often each was drawn; they sum to k."""
+    """[n] int64, how often each was drawn; they sum to k where draws repeat."""
     weights: np.ndarray
-    """[n] float64, count times the importance weight of one draw."""
+    """[n] float64, count times the importance weight of one draw. Divided by k, they add up to 1 on average where every
+    step counts."""
 
 
 def step_table(group: TrajectoryGroup, step_range: StepRange, eos_ids: tuple[int, ...]) -> StepTable:
@@ -134,4 +139,53 @@ def draw_timesteps(
         drawn_k = eligible_T[np.minimum(index_k, len(eligible_T) - 1)]
         steps, counts = np.unique(drawn_k, return_counts=True)
         rows.append(RowSteps(steps, counts, counts / (denominator * p_m[steps])))
+    return rows
+
+
+def once_probabilities(
+    table: StepTable, size_Gm: np.ndarray, k: int, sampling: TimestepSampling, weight_floor: float = 0.0
+) -> np.ndarray:
+    """[G, m] float64: the probability that each step is taken where none is taken twice: in proportion to its law and
+    its size, k for each completion that has a size above 0."""
+    law_Gm = step_probabilities(table, sampling, weight_floor)
+    return inclusion_probabilities(size_Gm * law_Gm, k * float((size_Gm > 0).any(axis=1).sum()))
+
+
+def inclusion_probabilities(size_Gm: np.ndarray, taken: float) -> np.ndarray:
+    """[G, m] float64: probabilities in proportion to ``size_Gm`` but at most 1, which add up to ``taken``, or are 1
+    wherever there is a size when there are no more such steps."""
+    p_Gm = (size_Gm > 0).astype(np.float64)
+    if p_Gm.sum() <= taken:
+        return p_Gm
+    settled_Gm = size_Gm <= 0
+    while True:
+        # What the steps of probability 1 leave is shared among the others, which may bring more of them to 1.
+        left = taken - p_Gm[settled_Gm].sum()
+        p_Gm[~settled_Gm] = size_Gm[~settled_Gm] * (left / size_Gm[~settled_Gm].sum())
+        beyond_Gm = ~settled_Gm & (p_Gm > 1.0)
+        if not beyond_Gm.any():
+            return p_Gm
+        p_Gm[beyond_Gm], settled_Gm = 1.0, settled_Gm | beyond_Gm
+
+
+def take_steps(
+    table: StepTable, p_Gm: np.ndarray, k: int, generator: np.random.Generator, *, together: bool
+) -> list[RowSteps]:
+    """Take each step with its probability, at most once, with weight w = (k/D) / p.
+
+    Args:
+        p_Gm: [G, m] float64, 0 where a step is never taken.
+        together: with one uniform number for the whole group, so that as many are taken as the probabilities add up to,
+            to the next whole number, and evenly over it (systematic sampling); otherwise one by one.
+    """
+    if together:
+        # A step is taken where a whole number lies in its part of the line of all probabilities, moved by u.
+        ends = np.concatenate([[0.0], np.cumsum(p_Gm)]) + generator.random()
+        taken_Gm = np.diff(np.floor(ends)).reshape(p_Gm.shape) > 0
+    else:
+        taken_Gm = generator.random(p_Gm.shape) < p_Gm
+    rows = []
+    for taken_m, p_m, denominator in zip(taken_Gm & (p_Gm > 0), p_Gm, table.denominator_G, strict=True):
+        steps = np.flatnonzero(taken_m)
+        rows.append(RowSteps(steps, np.ones(len(steps), np.int64), k / (denominator * p_m[steps])))
     return rows

@@ -46,6 +46,13 @@ def leave_one_out_advantages(rewards_GR: np.ndarray, *, scale: bool = False) -> 
     return advantages_G / (total_rewards(rewards_GR).std(ddof=1) + 1e-4) if scale else advantages_G
 
 
+def fill_rewards(branch_rewards_GSR: np.ndarray) -> np.ndarray:
+    """[G, S] float64, the total reward of one fill of each branched state, from its components, [G, S, R] float. Raises
+    DataError when one isn't a finite number."""
+    G, S, R = branch_rewards_GSR.shape
+    return total_rewards(branch_rewards_GSR.reshape(G * S, R)).reshape(G, S)
+
+
 def z_scores(values_G: np.ndarray) -> np.ndarray:
     """Values minus their mean, over their deviation (of a sample, G-1) plus 1e-4, as TRL does: [G] float64, exactly 0
     everywhere when all are equal."""

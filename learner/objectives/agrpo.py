@@ -14,11 +14,23 @@ width of its own. rho_j is taken against the log-prob that the rollout recorded,
 in the KL term is neither detached nor clipped: actions drawn from the rollout policy then give the current policy's KL,
 value and gradient (DeepSeek-V3.2).
 
+Two options of ours change the noise of the gradient and not its expectation (docs/variance.md has both measured):
+
+- ``draws: once``. Each step is taken at most once, with a probability p in proportion to its law and to the size of its
+  advantage, and w = k / (m p). A step that is drawn twice is one forward, and one without an advantage says nothing.
+- ``baseline: fills``. The advantage of a step is R - (1 - s_t) Rbar - s_t R_t: Rbar the mean reward of the other
+  completions of the prompt, R_t that of the likeliest fill of the state before the step, which needs no forward of its
+  own (``GreedyBranches``; of the last branched state up to there, where not all are), and s_t how far R_t foretells R:
+  the slope of R - Rbar by R_t - Rbar over the update's *other* groups, held back to 0 as by one more group. What is
+  taken off is a function of the state before the step, of other completions and of other groups, none of which depends
+  on what the step draws, so it changes no expectation; and no factor (G-1)/G is left.
+
 On the policy that drew the batch, with a position rule that doesn't look at the policy or whose choice is scored, and
 the ``all`` step range, its expectation is the gradient of expected reward times -(G-1)/(G m). After an update, or on
 stale rollouts, rho_j corrects an action's probability but not that of the state it was taken in: a surrogate.
 
-Shapes: G completions of a group, N scored tokens and Z views of a batch.
+Shapes: G completions of a group, Q groups of an update, m steps, S branched states, N scored tokens and Z views of a
+batch.
 """
 
 from collections.abc import Sequence
@@ -28,9 +40,17 @@ import numpy as np
 import torch
 
 from learner.likelihood.scorer import PolicyScores
-from learner.likelihood.timesteps import draw_timesteps, draw_uniforms, step_table
+from learner.likelihood.timesteps import (
+    RowSteps,
+    StepTable,
+    draw_timesteps,
+    draw_uniforms,
+    once_probabilities,
+    step_table,
+    take_steps,
+)
 from learner.likelihood.views import ViewBatch, step_view
-from learner.objectives.advantages import group_advantages
+from learner.objectives.advantages import fill_rewards, group_advantages, leave_one_out_advantages, total_rewards
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
@@ -49,30 +69,51 @@ class Agrpo:
         return Needs(reference=self.config.beta > 0)
 
     def credit(self, groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:
+        """[G], or [G, m] with fills."""
+        if self.config.baseline == "fills":
+            return step_advantages(groups)
         return tuple(group_advantages(group.rewards) for group in groups)
 
     def wanted(self, index: int, group: TrajectoryGroup, credit_G: np.ndarray, context: UpdateContext) -> Wanted:
-        """Drawn steps of the rows that have a gradient: those with an advantage, all of them when there is a KL term.
-
-        The draws are made for every row first, so they don't depend on which rows are left out.
-        """
-        config = self.config
-        table = step_table(group, config.step_range, context.eos_ids)
-        stream = context.stream(group, "timesteps")
-        u_Gk = draw_uniforms(stream, group.size, config.k, strata=config.strata_of_draws)
-        drawn = draw_timesteps(table, u_Gk, config.timestep_sampling, config.weight_floor)
-        live = [row for row in range(group.size) if credit_G[row] != 0 or self.needs.reference]
-        units = [
-            (step_view(group, index, row, int(step), float(credit_G[row]), float(weight), int(count)),)
-            for row in live
-            for step, count, weight in zip(*drawn[row], strict=True)
+        """Drawn steps that have a gradient: those with an advantage, all of them when there is a KL term."""
+        table = step_table(group, self.config.step_range, context.eos_ids)
+        credit_Gm = np.broadcast_to(credit_G.reshape(group.size, -1), table.eligible_Gm.shape)
+        live_Gm = table.eligible_Gm & ((credit_Gm != 0) | self.needs.reference)
+        drawn = [
+            (row, int(step), int(count), float(weight))
+            for row, of_row in enumerate(self._drawn(group, table, np.where(live_Gm, credit_Gm, 0.0), live_Gm, context))
+            for step, count, weight in zip(*of_row, strict=True)
+            if live_Gm[row, step]
         ]
-        largest = [float((drawn[row].weights / drawn[row].counts).max()) for row in live]
+        units = [
+            (step_view(group, index, row, step, float(credit_Gm[row, step]), weight, count),)
+            for row, step, count, weight in drawn
+        ]
+        merged = sum(count - 1 for _, _, count, _ in drawn)
         statistics = Statistics(
-            maxima={"importance_weight/max": max(largest)} if live else {},
-            totals={"draws_merged": float(len(live) * config.k - len(units)), "live_completions": float(len(live))},
+            maxima={"importance_weight/max": max(weight / count for _, _, count, weight in drawn)} if drawn else {},
+            totals={"draws_merged": float(merged), "live_completions": float(live_Gm.any(axis=1).sum())},
         )
-        return Wanted(units, divisor=float(group.size * config.k), statistics=statistics)
+        return Wanted(units, divisor=float(group.size * self.config.k), statistics=statistics)
+
+    def _drawn(
+        self,
+        group: TrajectoryGroup,
+        table: StepTable,
+        credit_Gm: np.ndarray,
+        live_Gm: np.ndarray,
+        context: UpdateContext,
+    ) -> list[RowSteps]:
+        config, stream = self.config, context.stream(group, "timesteps")
+        if config.draws == "repeated":
+            # Made for every row, so that they don't depend on which have a gradient.
+            u_Gk = draw_uniforms(stream, group.size, config.k, strata=config.strata_of_draws)
+            return draw_timesteps(table, u_Gk, config.timestep_sampling, config.weight_floor)
+        size_Gm = np.abs(credit_Gm)
+        if self.needs.reference:  # the KL term's gradient is there without an advantage too
+            size_Gm = np.where(live_Gm, size_Gm + (size_Gm[live_Gm].mean() or 1.0), 0.0)
+        p_Gm = once_probabilities(table, size_Gm, config.k, config.timestep_sampling, config.weight_floor)
+        return take_steps(table, p_Gm, config.k, stream, together=config.low_discrepancy)
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over scores, of tokens and of choices of positions, of w * l_j; and their figures."""
@@ -125,6 +166,42 @@ class Agrpo:
         return (weight_N * terms.loss_N).sum(), ratio_statistics(
             terms.log_ratio_N, terms.averages, prefix=prefix, count=count
         )
+
+
+def step_advantages(groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:
+    """Of each group [G, m] float64, the advantage of each step of the sampler's, of completions whose states were
+    branched. Exactly 0 where all completions and fills of a prompt have the same reward.
+
+    Raises:
+        DataError: when a reward isn't finite.
+    """
+    advantage_QG = [leave_one_out_advantages(group.rewards) for group in groups]
+    # What the fill of a step has above the others' mean: its reward above the completion's, and the completion's.
+    above_QGm = [
+        _fills_by_step(group) - total_rewards(group.rewards)[:, None] + advantage_G[:, None]
+        for group, advantage_G in zip(groups, advantage_QG, strict=True)
+    ]
+    square_Qm = np.array([(above_Gm**2).sum(axis=0) for above_Gm in above_QGm])
+    product_Qm = np.array(
+        [advantage_G @ above_Gm for above_Gm, advantage_G in zip(above_QGm, advantage_QG, strict=True)]
+    )
+    credit = []
+    for index, (advantage_G, above_Gm) in enumerate(zip(advantage_QG, above_QGm, strict=True)):
+        others_Qm, products_Qm = (np.delete(each, index, axis=0) for each in (square_Qm, product_Qm))
+        held_back = others_Qm.mean() if others_Qm.size else 0.0
+        slope_m = products_Qm.sum(axis=0) / (others_Qm.sum(axis=0) + held_back) if held_back else 0.0
+        credit.append(advantage_G[:, None] - slope_m * above_Gm)
+    return tuple(credit)
+
+
+def _fills_by_step(group: TrajectoryGroup) -> np.ndarray:
+    """[G, m] float64, the reward of the likeliest fill of the last branched state up to each step."""
+    assert group.branch_step is not None and group.branch_rewards is not None, "states were branched"
+    reward_GS = fill_rewards(group.branch_rewards[:, :, 0])
+    # Which branched state that is: as many as lie at or before the step. The first one is there in every completion.
+    step_GSm = np.where(group.branch_step < 0, group.sampler.steps, group.branch_step)[:, :, None]
+    number_Gm = (step_GSm <= np.arange(group.sampler.steps)).sum(axis=1) - 1
+    return np.take_along_axis(reward_GS, number_Gm, axis=1)
 
 
 class Actions(NamedTuple):

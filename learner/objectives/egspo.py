@@ -43,7 +43,7 @@ import torch
 
 from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import Law, ViewBatch, step_view
-from learner.objectives.advantages import group_advantages, total_rewards
+from learner.objectives.advantages import fill_rewards, group_advantages, total_rewards
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.ratio import ClippedTerms, clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
@@ -109,7 +109,7 @@ class Egspo:
                     f"objective.step_reward={wanted} is no component of the reward; take {', '.join(names)}"
                 )
             rewards_GSR = rewards_GSR[:, :, [names.index(wanted)]]
-        return total_rewards(rewards_GSR.reshape(-1, rewards_GSR.shape[2])).reshape(rewards_GSR.shape[:2])
+        return fill_rewards(rewards_GSR)
 
     def steps(self, group: TrajectoryGroup, eos_ids: tuple[int, ...]) -> np.ndarray:
         """[G, S] int16, the steps by rank, -1 for none: those that were branched, or would have been."""

@@ -95,6 +95,12 @@ def highest_entropy_steps(
     return found_GS
 
 
+def even_steps(steps: int, states: int) -> np.ndarray:
+    """[S] int64: S of the sampler's steps, evenly spaced, ascending, the first one among them."""
+    assert states <= steps, f"{states} states of {steps} steps"
+    return np.arange(states) * steps // states
+
+
 def last_branch_step(
     ids_GC: np.ndarray, unmask_step_GC: np.ndarray, eos: Sequence[int], *, until_last_token: bool
 ) -> np.ndarray:
@@ -108,33 +114,38 @@ def last_branch_step(
 
 
 class _Greedy:
-    """Which states are taken is known when all entropies are, so every step's fill is kept until then: C int32 at
-    most."""
+    """Which states have the largest entropy is known when all entropies are, so every step's fill is kept until then: C
+    int32 at most."""
 
     keys: tuple[int, ...] = ()
 
     def __init__(self, spec: GreedyBranches, sampler: SamplerSpec, eos: tuple[int, ...]) -> None:
         self._spec, self._C, self._eos = spec, sampler.completion_length, eos
-        self._fills: list[np.ndarray] = []
+        self._even = even_steps(sampler.steps, spec.states).tolist() if spec.evenly else None
+        self._fills: dict[int, np.ndarray] = {}
 
     def wants(self, step: int) -> bool:
-        return True
+        return self._even is None or step in self._even
 
     def take(self, step: int, filled: Filled) -> None:
-        assert step == len(self._fills)
-        self._fills.append(filled.ids_ZB[0])
+        self._fills[step] = filled.ids_ZB[0]
 
     def finish(self, written: Written) -> Branches:
-        steps_1C, ids_1C = written.unmask_step[None], written.ids[None]
-        last_1 = last_branch_step(ids_1C, steps_1C, self._eos, until_last_token=self._spec.until_last_token)
-        (step_S,) = highest_entropy_steps(
-            steps_1C, written.drawn[None], written.entropy[None], states=self._spec.states, last_G=last_1
-        )
+        step_S = self._steps(written)
         ids_SZC = np.zeros((self._spec.states, 1, self._C), np.int32)
         for s, step in enumerate(step_S[step_S >= 0]):
             ids_SZC[s, 0] = written.ids
             ids_SZC[s, 0, written.unmask_step >= step] = self._fills[step]
         return Branches(step_S, ids_SZC, None)
+
+    def _steps(self, written: Written) -> np.ndarray:
+        if self._even is not None:  # those that the completion didn't end before
+            return np.array([step if step in self._fills else -1 for step in self._even], np.int16)
+        steps_1C, ids_1C = written.unmask_step[None], written.ids[None]
+        last_1 = last_branch_step(ids_1C, steps_1C, self._eos, until_last_token=self._spec.until_last_token)
+        return highest_entropy_steps(
+            steps_1C, written.drawn[None], written.entropy[None], states=self._spec.states, last_G=last_1
+        )[0]
 
 
 class _Drawn:

@@ -2,8 +2,6 @@
 to, and mistakes that the recorded cases find."""
 
 import dataclasses
-import itertools
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,10 +9,9 @@ import pytest
 import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
-from learner.likelihood.views import Law, ViewBatch, build_batch
+from learner.likelihood.views import Law, build_batch
 from learner.objectives import egspo
 from learner.objectives.advantages import leave_one_out_advantages
-from learner.objectives.base import UpdateContext
 from learner.objectives.egspo import Egspo, whole_kl
 from learner.objectives.ratio import clipped_terms, k3
 from learner.settings.methods.branches import EgspoConfig
@@ -26,10 +23,7 @@ from learner.verification.enumeration import (
     SMALLEST,
     TWO_TOKENS_A_STEP,
     Toy,
-    enumerate_trajectories,
     exact_gradient,
-    independent_law,
-    pair_up,
     relative_error,
 )
 from learner.verification.measurement import Meter
@@ -37,31 +31,12 @@ from learner.verification.methods import egspo as recorded
 from learner.verification.methods.case import read_method_case
 from rewards.errors import DataError
 from rollout.sampling.branches import highest_entropy_steps
-from rollout.trajectory import GreedyBranches, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import GreedyBranches, SamplerSpec
+from tests.support.branched_tables import CONTEXT, by_entropy, mean_gradient, with_branches
 from tests.support.hand_made import GOLDEN, random_group
 from tests.support.one_step_tables import EOS as EOS_C
 from tests.support.one_step_tables import planned_gradient
 from tests.support.state_tables import STATE_TABLES, walked_group
-
-CONTEXT = UpdateContext(3, 0, groups=1, eos_ids=(EOS,))
-
-
-def with_branches(group: TrajectoryGroup, steps_GS: Any, rewards_GS: Any) -> TrajectoryGroup:
-    """Greedy ones whose fills are the completions themselves; the rewards have one component beside zeros."""
-    step_GS, reward_GS = np.asarray(steps_GS, np.int16), np.asarray(rewards_GS, np.float32)
-    (G, S), R = step_GS.shape, len(group.reward_names)
-    rewards = np.zeros((G, S, 1, R), np.float32)
-    rewards[:, :, 0, 0] = np.where(step_GS >= 0, reward_GS, 0)
-    branched = dataclasses.replace(
-        group,
-        branch_step=step_GS,
-        branch_ids=np.repeat(group.completion_ids[:, None, None], S, axis=1),
-        branch_rewards=rewards,
-        branch_correct=np.zeros((G, S, 1), bool),
-    )
-    branched.validate()
-    return branched
-
 
 # ---- steps, credit and views
 
@@ -181,61 +156,8 @@ def test_a_token_that_cannot_be_drawn_adds_nothing_to_the_whole_kl() -> None:
 # ---- the gradient that the method states
 
 
-@cache
-def branched_group(toy: Toy) -> TrajectoryGroup:
-    """All trajectories, with the likeliest fills of all states and their rewards."""
-    paths = enumerate_trajectories(toy)
-    group = pair_up(toy, paths, list(range(len(paths.ids))))
-    rewards = dict(zip(map(tuple, paths.ids.tolist()), paths.rewards().tolist(), strict=True))
-    n, C, S = *paths.ids.shape, toy.steps
-    last_n = np.full(n, S)
-    step_nS = highest_entropy_steps(group.unmask_step, group.drawn, group.entropy, states=S, last_G=last_n)
-    ids = np.zeros((n, S, 1, C), np.int32)
-    reward = np.zeros((n, S, 1, 2), np.float32)
-    for row, rank in zip(*np.nonzero(step_nS >= 0), strict=True):
-        hidden_C = paths.unmask_step[row] >= step_nS[row, rank]
-        state = toy.state(np.where(hidden_C, toy.tokens, paths.ids[row]))
-        ids[row, rank, 0] = np.where(hidden_C, toy.parameters[state].argmax(-1), paths.ids[row])
-        reward[row, rank, 0] = rewards.get(tuple(ids[row, rank, 0].tolist()), (0.0, 0.0))
-    return dataclasses.replace(
-        group,
-        branch_step=step_nS,
-        branch_ids=ids,
-        branch_rewards=reward,
-        branch_correct=np.zeros((n, S, 1), bool),
-    )
-
-
-def expected_gradient(toy: Toy, config: EgspoConfig, size: int = 2) -> np.ndarray:
-    """Minus the gradient of the loss, averaged over all groups of ``size``; shape of the table."""
-    paths, everything, objective = enumerate_trajectories(toy), branched_group(toy), Egspo(config)
-    law_n = independent_law(toy, toy.parameters, paths)
-    names = [field.name for field in dataclasses.fields(everything)]
-    arrays = {name: value for name in names if isinstance(value := getattr(everything, name), np.ndarray)}
-    arrays.pop("prompt_ids")
-    views, groups, divisor = [], [], 0.0
-    for index, rows in enumerate(itertools.product(range(len(law_n)), repeat=size)):
-        group = dataclasses.replace(everything, **{name: value[list(rows)] for name, value in arrays.items()})
-        (credit,) = objective.credit([group])
-        wanted = objective.wanted(index, group, credit, CONTEXT)
-        chance = float(law_n[list(rows)].prod())
-        # A ratio of 1 makes the loss linear in the advantage, so the chance may be its factor.
-        views += [view._replace(credit=view.credit * chance) for unit in wanted.units for view in unit]
-        groups.append(group)
-        divisor = wanted.divisor
-    batch = build_batch(views, groups, mask_id=toy.tokens, pad_id=toy.tokens + 2, law=Law.RAW)
-    theta = torch.tensor(toy.parameters, requires_grad=True)
-    logp_N = table_logp(toy, theta, batch)
-    batch = dataclasses.replace(batch, logp=logp_N.detach().numpy())
-    loss, _ = objective.loss(PolicyScores(Scores(logp_N, torch.ones_like(logp_N))), batch)
-    (loss / divisor).backward()
-    assert theta.grad is not None
-    return -theta.grad.numpy()
-
-
-def table_logp(toy: Toy, theta: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
-    states_N = toy.state(batch.input_ids[:, -toy.length :])[batch.view_of_score]
-    return theta.log_softmax(dim=-1)[states_N, batch.position, batch.targets]
+def expected_gradient(toy: Toy, config: EgspoConfig) -> np.ndarray:
+    return mean_gradient(toy, Egspo(config), by_entropy(toy))
 
 
 @pytest.mark.parametrize("toy", [SMALLEST, RANDOM_ORDER, RETIRING, BLOCKS, TWO_TOKENS_A_STEP], ids=str)

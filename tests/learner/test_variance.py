@@ -30,7 +30,15 @@ from learner.bench.snapshot import (
 )
 from learner.bench.variance import analyse, grid, least_variance, main, measure, rollout_variance
 from learner.likelihood.scorer import PolicyScores, score
-from learner.likelihood.timesteps import draw_timesteps, draw_uniforms, step_probabilities, step_table
+from learner.likelihood.timesteps import (
+    RowSteps,
+    draw_timesteps,
+    draw_uniforms,
+    once_probabilities,
+    step_probabilities,
+    step_table,
+    take_steps,
+)
 from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import plan_update
@@ -61,6 +69,10 @@ ESTIMATORS = [
     Estimator("uniform", 0.0, "row", 3),
     Estimator("entropy", 0.0, "row", 3),
     Estimator("entropy", 0.2, "row", 2),
+    Estimator("uniform", 0.0, "once", 1),
+    Estimator("entropy", 0.2, "once", 2),
+    Estimator("entropy", 0.0, "once apart", 3),
+    Estimator("entropy", 0.2, "once apart", 1),
 ]
 by_label = partial(pytest.mark.parametrize, "estimator", ids=lambda e: e.label)
 
@@ -101,6 +113,9 @@ def made_up(group) -> tuple[GroupGradients, np.ndarray]:
     return as_gradients(table, gradient_GmP), gradient_GmP
 
 
+CREDIT_G1 = np.array([[0.0], [-0.5], [0.5], [1.5]])
+
+
 def as_gradients(table, gradient_GmP: np.ndarray) -> GroupGradients:
     live_Gm = table.eligible_Gm & gradient_GmP.any(axis=(1, 2))[:, None]
     rows_N, steps_N = np.nonzero(live_Gm)
@@ -109,6 +124,7 @@ def as_gradients(table, gradient_GmP: np.ndarray) -> GroupGradients:
         table=table,
         rows_N=rows_N,
         steps_N=steps_N,
+        credit_Gm=CREDIT_G1 * live_Gm,
         gram_NN=gradient_NP @ gradient_NP.T,
         mean_P=mean_weights(table)[rows_N, steps_N] @ gradient_NP,
         forwards=4.0,
@@ -116,13 +132,24 @@ def as_gradients(table, gradient_GmP: np.ndarray) -> GroupGradients:
     )
 
 
+def drawn_steps(estimator: Estimator, table, rng: np.random.Generator) -> list[RowSteps]:
+    law = estimator.sampling, estimator.weight_floor
+    if estimator.once:
+        p_Gm = once_probabilities(table, sizes(table), estimator.k, *law)
+        return take_steps(table, p_Gm, estimator.k, rng, together=estimator.design == "once")
+    return draw_timesteps(table, draw_uniforms(rng, len(table.eligible_Gm), estimator.k, strata=estimator.design), *law)
+
+
+def sizes(table) -> np.ndarray:
+    return np.abs(CREDIT_G1) * table.eligible_Gm
+
+
 def product_draws(estimator: Estimator, table, *, seed: int = 0, draws: int = DRAWS, weighted: bool = True):
     """[D, G, m] factors of the views' gradients, and [D, G] views, as the product's own functions draw them."""
     rng, (G, m), k = np.random.default_rng(seed), table.eligible_Gm.shape, estimator.k
     factor_DGm, views_DG = np.zeros((draws, G, m)), np.zeros((draws, G))
     for d in range(draws):
-        u_Gk = draw_uniforms(rng, G, k, strata=estimator.strata)
-        for row, drawn in enumerate(draw_timesteps(table, u_Gk, estimator.sampling, estimator.weight_floor)):
+        for row, drawn in enumerate(drawn_steps(estimator, table, rng)):
             factor_DGm[d, row, drawn.steps] = (drawn.weights if weighted else drawn.counts) / (G * k)
             views_DG[d, row] = len(drawn.steps)
     return factor_DGm, views_DG
@@ -151,10 +178,11 @@ def test_moments_are_those_of_the_products_draws(made_up, estimator):
     gradients, gradient_GmP = made_up
     table = gradients.table
     factor_DGm, views_DG = product_draws(estimator, table)
-    assert z_score(factor_DGm, mean_weights(table)).max() < 4.5
+    counted = sizes(table) > 0 if estimator.once else np.ones_like(table.eligible_Gm)  # others have no gradient
+    assert z_score(factor_DGm, mean_weights(table) * counted).max() < 4.5
     exact = measure([gradients, gradients], [estimator]).timestep_EN[0, 0]
     assert z_score(squared_errors(factor_DGm, table, gradient_GmP), exact) < 4.5
-    assert z_score(views_DG, expected_views(estimator, table)).max() < 4.5
+    assert z_score(views_DG, expected_views(estimator, table, sizes(table))).max() < 4.5
 
 
 def test_control_wrong_weights_are_seen_as_biased(made_up):
@@ -181,12 +209,12 @@ def test_covariance_is_that_of_sampled_factors(made_up):
     table, estimator = made_up[0].table, Estimator("entropy", 0.2, "group", 2)
     factor_DN = product_draws(estimator, table, draws=3000)[0].reshape(3000, -1)
     centred_DN = factor_DN - mean_weights(table).ravel()
-    exact_NN = weight_covariance(estimator, table)
+    exact_NN = weight_covariance(estimator, table, sizes(table))
     products_DNN = centred_DN[:, :, None] * centred_DN[:, None, :]
     assert z_score(products_DNN, exact_NN).max() < 5
-    own_NN = weight_covariance(dataclasses.replace(estimator, strata="row"), table)
+    own_NN = weight_covariance(dataclasses.replace(estimator, design="row"), table, sizes(table))
     assert z_score(products_DNN, own_NN).max() > 10, "control: strata of their own have another covariance"
-    independent_NN = weight_covariance(dataclasses.replace(estimator, strata="none"), table)
+    independent_NN = weight_covariance(dataclasses.replace(estimator, design="none"), table, sizes(table))
     assert z_score(products_DNN, independent_NN).max() > 10, "control: other draws have another covariance"
 
 
@@ -194,7 +222,7 @@ def test_every_step_once_leaves_nothing_random(made_up):
     gradients, _ = made_up
     measured = measure([gradients, gradients], [ALL_STEPS])
     assert not measured.timestep_EN.any() and measured.weight_E == [1.0]
-    np.testing.assert_array_equal(expected_views(ALL_STEPS, gradients.table), [4, 4, 4, 2])
+    np.testing.assert_array_equal(expected_views(ALL_STEPS, gradients.table, sizes(gradients.table)), [4, 4, 4, 2])
     assert measured.views_EN[0, 0] == (4 + 4 + 2) / 4, "completion 0 has no signal, so the learner scores none of it"
 
 
@@ -202,9 +230,9 @@ def test_one_draw_is_one_view_and_a_floor_bounds_the_weight(group):
     sharp = dataclasses.replace(group, entropy=np.where(group.unmask_step == 0, 1e-9, group.entropy).astype(np.float32))
     table = step_table(sharp, "all", (EOS,))
     for law in (Estimator("entropy", 0.0, "group", 1), Estimator("entropy", 0.2, "group", 1)):
-        np.testing.assert_allclose(expected_views(law, table), 1.0, rtol=1e-12)
-    assert draw_weights(Estimator("entropy", 0.0, "group", 1), table).max() > 1e6
-    assert 2 < draw_weights(Estimator("entropy", 0.2, "group", 1), table).max() <= 5
+        np.testing.assert_allclose(expected_views(law, table, sizes(table)), 1.0, rtol=1e-12)
+    assert draw_weights(Estimator("entropy", 0.0, "group", 1), table, sizes(table)).max() > 1e6
+    assert 2 < draw_weights(Estimator("entropy", 0.2, "group", 1), table, sizes(table)).max() <= 5
 
 
 def test_strata_cut_the_law_into_equal_parts(made_up):
@@ -243,10 +271,10 @@ def test_figures_are_relative_to_the_runs_own_setting(made_up):
     own = Estimator.of(AgrpoConfig(k=3, timestep_sampling="uniform", weight_floor=0.5))
     assert own == Estimator("uniform", 0.0, "group", 3), "a floor means nothing to uniform sampling"
     estimators = grid([1, 2], own)
-    assert len(estimators) == 5 * 2 * 3 + 2 == len(set(estimators))
+    assert len(estimators) == 5 * 2 * 4 + 2 == len(set(estimators))
     found = analyse(measure(others, estimators), own, view_cost=2.0, seed=0)
     assert (found["groups"], found["groups_with_signal"]) == (4, 3)
-    rows = {(row["law"], row["strata"], row["k"]): row for row in found["estimators"]}
+    rows = {(row["law"], row["design"], row["k"]): row for row in found["estimators"]}
     for name in ("timestep_x_views_ratio", "total_x_work_ratio"):
         assert rows["uniform", "group", 3][name] == {"value": 1.0, "low": 1.0, "high": 1.0}
     off, on = rows["uniform", "none", 2], rows["uniform", "group", 2]
@@ -313,7 +341,7 @@ def test_gram_matrix_gives_the_learners_own_gradient(run, config):
     rewards = np.array([[0.0], [1.0], [0.0], [3.0]], np.float32)  # the middle of none is the mean of all
     group = dataclasses.replace(group, rewards=rewards)
     objective, eos = Agrpo(config), engine.family.eos_token_id
-    gradients = differentiate(engine, group, objective)
+    gradients = differentiate(engine, group, *objective.credit([group]), objective)
     plan = plan_update(
         [group], objective=objective, run_seed=1, update_index=0, eos_ids=(eos,), ranks=1, views_per_forward=5
     )
@@ -343,7 +371,7 @@ def test_the_command_writes_table_json_and_plot(run, tmp_path, capsys):
     assert main([str(run), "--out", str(tmp_path / "out"), "--groups", "3", "--k", "1,4"]) == 0
     found = json.loads((tmp_path / "out" / "variance.json").read_text())
     assert found["snapshot"]["iteration"] == 7 and found["groups"] == 3
-    assert len(found["estimators"]) == 5 * 2 * 3 + 1, "the run's own k = 4 is one of them"
+    assert len(found["estimators"]) == 5 * 2 * 4 + 1, "the run's own k = 4 is one of them"
     assert sum(row["own"] for row in found["estimators"]) == 1
     assert (tmp_path / "out" / "variance.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "out" / "variance.md").read_text()

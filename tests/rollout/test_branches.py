@@ -15,7 +15,7 @@ from rewards.errors import TrajectoryError
 from rewards.task import Problem
 from rollout.engines.torch import TorchEngine
 from rollout.models.lora import LoraSpec
-from rollout.sampling.branches import drawn_step, highest_entropy_steps, last_branch_step
+from rollout.sampling.branches import drawn_step, even_steps, highest_entropy_steps, last_branch_step
 from rollout.sampling.denoise import POSITION_RULES, Completion, Request, Tokens, denoise
 from rollout.sampling.head import LogitsHead, padded
 from rollout.trajectory import BranchSpec, DrawnBranches, GreedyBranches, GroupSpec, SamplerSpec, TrajectoryGroup
@@ -65,7 +65,7 @@ def bits(completion: Completion) -> list[bytes]:
 
 
 @pytest.mark.parametrize("rule", POSITION_RULES)
-@pytest.mark.parametrize("branches", [GreedyBranches(3), DrawnBranches(2, 4.0)])
+@pytest.mark.parametrize("branches", [GreedyBranches(3), GreedyBranches(3, evenly=True), DrawnBranches(2, 4.0)])
 def test_draws_are_the_same_with_and_without_branches(rule: Any, branches: BranchSpec) -> None:
     plain, branched = Table(), Table()
     without, having = write(plain, None, position_rule=rule), write(branched, branches, position_rule=rule)
@@ -87,6 +87,22 @@ def test_greedy_branches_are_the_likeliest_fill_at_the_steps_of_largest_entropy(
             expected_C = completion.ids.copy()
             expected_C[at] = logp_BV.argmax(-1)
             assert ids_C.tolist() == expected_C.tolist() and MASK not in ids_C
+
+
+@pytest.mark.parametrize(("states", "steps"), [(4, [0, 1, 2, 3]), (3, [0, 1, 2]), (2, [0, 2]), (1, [0])])
+def test_evenly_spaced_branches_are_known_beforehand(states: int, steps: list[int]) -> None:
+    assert even_steps(STEPS, states).tolist() == steps
+    model = Table()
+    for completion in write(model, GreedyBranches(states, evenly=True)):
+        assert completion.branches.step.tolist() == steps
+        for step, (ids_C,) in zip(steps, completion.branches.ids, strict=True):
+            at, logp_BV = model.law(completion, step, temperature=1.0)
+            assert (ids_C[at] == logp_BV.argmax(-1).numpy()).all()
+
+
+def test_evenly_spaced_branches_of_a_completion_that_ends_early() -> None:
+    early = [c for c in write(Table(eos_bias=6.0), GreedyBranches(4, evenly=True), n=20) if not c.drawn.all()]
+    assert early and all(c.branches.step.tolist() == [0, 1, -1, -1] for c in early)
 
 
 def test_drawn_branches_have_the_law_of_the_rollout() -> None:

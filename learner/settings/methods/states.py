@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from learner.settings.objective import Average, ClipLow, Cost, ObjectiveSection
 from learner.settings.sections import Fraction, NonNegative
 from rollout.sampling.schedule import tokens_per_step
-from rollout.trajectory import SamplerSpec
+from rollout.trajectory import BranchSpec, GreedyBranches, SamplerSpec
 
 
 class AgrpoConfig(ObjectiveSection):
@@ -30,6 +30,15 @@ class AgrpoConfig(ObjectiveSection):
     strata: Literal["group", "row"] = "group"
     """What they are stratified over: the draws of a group, as published, or each completion's own (ours), which scores
     fewer steps twice and leaves less noise."""
+    draws: Literal["repeated", "once"] = "repeated"
+    """repeated: k draws of each completion, which may hit the same step, as published; once (ours): each step at most
+    once, with a probability in proportion to the law and to the size of its advantage, k for each completion of a group
+    that has one, on average. strata are those of repeated draws; once, low_discrepancy spreads over the group."""
+    baseline: Literal["group", "fills"] = "group"
+    """What is taken from the reward. group: the mean over the completions of the prompt, as published; fills (ours): in
+    part the reward of the likeliest fill of the state before the step, as far as that foretells the reward."""
+    fills: PositiveInt = 8
+    """States of each completion whose likeliest fills are graded, evenly spaced, with baseline=fills."""
     step_range: Literal["all", "until_last_token"] = "all"
     """Steps that can be sampled; until_last_token is the published range, all is the unbiased one."""
     weight_floor: Fraction = 0.1
@@ -50,6 +59,9 @@ class AgrpoConfig(ObjectiveSection):
     def strata_of_draws(self) -> Literal["none", "group", "row"]:
         """What the draws are stratified over."""
         return self.strata if self.low_discrepancy else "none"
+
+    def branches(self, sampler: SamplerSpec) -> BranchSpec | None:
+        return GreedyBranches(min(self.fills, sampler.steps), evenly=True) if self.baseline == "fills" else None
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
