@@ -16,6 +16,7 @@ from rewards.errors import ConfigError, DataError
 Split = Literal["train", "test"]
 
 BUILT_IN = {
+    "commonsense_qa": "rewards.tasks.commonsense_qa:CommonsenseQa",
     "countdown": "rewards.tasks.countdown:Countdown",
     "countdown_agrpo": "rewards.protocols.agrpo:CountdownAgrpo",
     "countdown_d1": "rewards.protocols.d1:CountdownD1",
@@ -24,6 +25,7 @@ BUILT_IN = {
     "gsm8k_agrpo": "rewards.protocols.agrpo:Gsm8kAgrpo",
     "gsm8k_d1": "rewards.protocols.d1:Gsm8kD1",
     "gsm8k_spg": "rewards.protocols.spg:Gsm8kSpg",
+    "hellaswag": "rewards.tasks.hellaswag:HellaSwag",
     "humaneval": "rewards.tasks.humaneval:HumanEval",
     "math": "rewards.tasks.math:Math",
     "math_agrpo": "rewards.protocols.agrpo:MathAgrpo",

@@ -3,10 +3,10 @@
 One forward of one sequence counts 1, and its backward 2 more. So an iteration that draws R completions in m denoising
 steps, and learns from G completions in U updates of v views each, costs
 
-    R m  +  U v (3 + reference + teacher)  +  (U - 1) v old  +  2 G measured
+    R m  +  U v (3 + reference + teacher)  +  (U - 1) v old  +  G (2 measured + valued)
 
-``reference``, ``teacher``, ``old`` and ``measured`` are what the objective says that it needs
-(``learner.settings.objective``); where it measures before each update, the last term counts U times. Evaluations, and
+``reference``, ``teacher``, ``old``, ``measured`` and ``valued`` are what the objective says that it needs
+(``learner.settings.objective``); where it measures before each update, ``measured`` counts U times. Evaluations, and
 second passes that only save memory, are left out: they are no property of a method.
 
 Shapes: I iterations.
@@ -49,7 +49,8 @@ def _learning(config: RunConfig, completions: float, views: float) -> float:
     cost, updates = config.objective.cost(config.rollout.sampler.spec()), config.learner.updates_per_batch
     old = (updates - 1) * views if cost.old else 0.0
     measured = 2 * completions * cost.measured * (updates if cost.measured_each_update else 1)
-    return updates * views * (3 + cost.reference + cost.teacher) + old + measured
+    valued = completions * cost.valued
+    return updates * views * (3 + cost.reference + cost.teacher) + old + measured + valued
 
 
 def _rolled_out(config: RunConfig, row: Mapping[str, Any]) -> float:

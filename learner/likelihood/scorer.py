@@ -38,23 +38,24 @@ class Scores:
     None where nobody asked for them."""
     value_Z: torch.Tensor | None = None
     """[Z] float32, what the method's head says of each view's prompt; carries the head's gradient, none of the
-    policy's. None without a head, and for other weights than the current ones."""
+    policy's. None without a head of prompts, and for other weights than the current ones."""
+    value_N: torch.Tensor | None = None
+    """[N] float32, what the method's head says of each scored token; carries the head's gradient, none of the policy's.
+    None without a head of tokens."""
 
     def at(self, index_n: np.ndarray) -> "Scores":
         """Of these scores alone, [n] int64, without choices of positions."""
         assert self.choice_logp_Z is None
         at_n = torch.from_numpy(index_n).to(self.logp_N.device)
-        return Scores(self.logp_N[at_n], self.mass_N[at_n], law_NV=None if self.law_NV is None else self.law_NV[at_n])
+        law_NV, value_N = (None if found is None else found[at_n] for found in (self.law_NV, self.value_N))
+        return Scores(self.logp_N[at_n], self.mass_N[at_n], law_NV=law_NV, value_N=value_N)
 
     def detached(self) -> "Scores":
         """The same numbers without gradient."""
-        choices, law = self.choice_logp_Z, self.law_NV
-        return Scores(
-            self.logp_N.detach(),
-            self.mass_N,
-            None if choices is None else choices.detach(),
-            None if law is None else law.detach(),
+        choices, law, values = (
+            None if found is None else found.detach() for found in (self.choice_logp_Z, self.law_NV, self.value_N)
         )
+        return Scores(self.logp_N.detach(), self.mass_N, choices, law, value_N=values)
 
 
 class PolicyScores(NamedTuple):
@@ -80,7 +81,7 @@ def joined(parts: Sequence[Scores]) -> Scores:
     if len(parts) == 1:
         return parts[0]
     choices = [part.choice_logp_Z for part in parts if part.choice_logp_Z is not None]
-    assert all(part.law_NV is None for part in parts), "whole laws are scored in units of one view"
+    assert all(part.law_NV is None and part.value_N is None for part in parts), "these are scored in units of one view"
     return Scores(
         torch.cat([part.logp_N for part in parts]),
         torch.cat([part.mass_N for part in parts]),

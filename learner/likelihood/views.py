@@ -66,6 +66,8 @@ class View(NamedTuple):
     after the other."""
     part: int = 0
     """Which loss the view belongs to, where a method adds up several (``Wanted.added``)."""
+    value: float = 0.0
+    """What the method's head is to say of the scored positions, where it has one that learns that."""
 
 
 Unit = tuple[View, ...]

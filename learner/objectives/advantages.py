@@ -1,6 +1,6 @@
 """Group advantages: how much better a completion did than the others of its prompt; and what weights are made of.
 
-Shapes: G completions of a group, R reward components.
+Shapes: G completions of a group, R reward components, S steps of a completion.
 """
 
 import numpy as np
@@ -60,6 +60,24 @@ def z_scores(values_G: np.ndarray) -> np.ndarray:
     if (values_G == values_G[0]).all():
         return np.zeros(values_G.size, dtype=np.float64)
     return (values_G - values_G.mean()) / (values_G.std(ddof=1) + 1e-4)
+
+
+def backed_up(reward: float, values_S: np.ndarray, *, discount: float, lam: float) -> np.ndarray:
+    """Generalised advantage estimates (arXiv 1506.02438, eq. 16) before the step's own value is taken off them: with V
+    the values and r_s the reward, which is at the last step alone,
+
+        B_s = r_s + discount V_(s+1) + discount lam (B_(s+1) - V_(s+1))
+
+    [S] float64; the advantage is B - V. With ``lam`` 1 the values drop out of B, which is the discounted reward.
+    """
+    backed_S = np.zeros(values_S.size)
+    for step in reversed(range(values_S.size)):
+        if step == values_S.size - 1:
+            backed_S[step] = reward
+        else:
+            ahead = values_S[step + 1]
+            backed_S[step] = discount * (ahead + lam * (backed_S[step + 1] - ahead))
+    return backed_S
 
 
 def total_rewards(rewards_GR: np.ndarray) -> np.ndarray:

@@ -1,15 +1,16 @@
 """What a method is, for the ranks, the plan and playback: ``Objective``.
 
-Shapes: G completions of a group, S steps of a completion that have a credit of their own, N scored tokens of a batch.
+Shapes: G completions of a group, S steps of a completion that have a credit of their own, M views of a group whose
+values are read, N scored tokens of a batch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from learner.likelihood.views import Law, Unit, ViewBatch
+from learner.likelihood.views import Law, Unit, View, ViewBatch
 from learner.objectives.statistics import Statistics
 from rollout.seeds import numpy_generator
 from rollout.trajectory import TrajectoryGroup
@@ -37,17 +38,21 @@ class Needs:
     """Of all these weights not only the tokens' log-probs, but those of the whole vocabulary, at every scored position.
     For units of one view."""
     head: "HeadSpec | None" = None
-    """A learned value of each prompt, in ``Scores.value_Z`` of the current policy."""
+    """A learned value of each prompt, in ``Scores.value_Z`` of the current policy, or of each scored token, in
+    ``Scores.value_N`` of the current policy and the old one."""
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A small network that gives each prompt a number, learned beside the policy from the method's loss alone."""
+    """A small network that gives each prompt, or each scored token, a number, learned beside the policy from the
+    method's loss alone."""
 
     width: int
     """Units of its hidden layer."""
     lr: float
     """Its peak learning rate, on the adapter's schedule."""
+    of: Literal["prompts", "tokens"] = "prompts"
+    """What it reads: the prompt of a masked completion, or the state of each scored position, for units of one view."""
 
 
 @dataclass(frozen=True)
@@ -151,3 +156,21 @@ class Weighed(Objective, Protocol):
 
     def weigh(self, groups: Sequence[TrajectoryGroup], credit: Sequence[np.ndarray], sums: RowSums) -> FinalCredit:
         """The final credit; pure."""
+
+
+@runtime_checkable
+class Valued(Objective, Protocol):
+    """A method whose credit may need its head's values of other states than the one that is credited: they are read
+    without gradient, on all ranks together, before a batch's first update."""
+
+    def valued(self, index: int, group: TrajectoryGroup, context: UpdateContext) -> Sequence[View]:
+        """The views whose values the credit needs of the group at ``index``; none at all where it needs none."""
+
+    def credit_by_values(
+        self, index: int, group: TrajectoryGroup, credit_G: np.ndarray, values_M: np.ndarray, context: UpdateContext
+    ) -> np.ndarray:
+        """The group's final credit, [G, S]; pure.
+
+        Args:
+            values_M: [M] float64, the mean value over the scored positions of each of the ``valued`` views.
+        """

@@ -112,6 +112,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     without_gradient += (
         2 * cost.measured / (cost.views * (1 if cost.measured_each_update else learner.updates_per_batch))
     )
+    without_gradient += cost.valued / (cost.views * learner.updates_per_batch)
     per_rank = math.ceil(learned * cost.views / learner.ranks)
     in_forward = min(per_rank, learner.views_per_forward)
     scored, _ = scored_rows(config, in_forward)

@@ -1,16 +1,18 @@
-"""A head: a value of each prompt, learned beside the policy, where a method asks for one.
+"""Heads: a value of each prompt, or of each scored token, learned beside the policy, where a method asks for one.
 
-What it reads is the policy's own: the hidden states that the last block leaves at the prompt's positions when all of
-the completion is masked, averaged over them, without gradient, so that the head learns and the policy doesn't bend to
-it. It is small and whole on every rank, whatever the ZeRO stage: ranks average their gradients as DeepSpeed does the
-adapter's, and all take the same step, with a rate of its own, whenever the adapter takes one. Its weights and AdamW's
-state are kept in the ranks' shards of a checkpoint, and go on from there bit for bit. Actors have no use for it.
+What a head reads is the policy's own: the hidden states that the last block leaves, without gradient, so that the head
+learns and the policy doesn't bend to it. Of a prompt these are the states at its positions when all of the completion
+is masked, averaged over them; of a scored token the one that its logits are made of. A head is small and whole on every
+rank, whatever the ZeRO stage: ranks average their gradients as DeepSpeed does the adapter's, and all take the same
+step, with a rate of its own, whenever the adapter takes one. Its weights and AdamW's state are kept in the ranks'
+shards of a checkpoint, and go on from there bit for bit. Actors have no use for it.
 
-Shapes: Z views of one forward, L tokens, D model width, Q groups of the update.
+Shapes: Z views and N scored positions of one forward, L tokens, D model width, Q groups of the update.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +35,8 @@ def prompt_view(group: TrajectoryGroup, index: int) -> View:
     return View(index, 0, hidden_C, np.zeros(0, np.int64), credit=0.0, weight=0.0)
 
 
-class PromptHead:
-    """Values of prompts.
+class Head:
+    """The network, and what learning it takes.
 
     Args:
         model: the policy, as the rank holds it.
@@ -52,44 +54,20 @@ class PromptHead:
         norm = nn.LayerNorm(D, elementwise_affine=False)
         self.net = nn.Sequential(norm, first, nn.Tanh(), last).to(self.device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=spec.lr, weight_decay=0.0)
-        self.features_QD = torch.zeros(0, D, device=self.device)
-        """float32, what it reads of each group's prompt in the present update"""
 
-    def read(
-        self, batches: Sequence[ViewBatch], groups: Sequence[TrajectoryGroup], score: Callable[[ViewBatch], Any]
-    ) -> None:
-        """Read all prompts of an update; each rank runs the model over its share of them.
-
-        Args:
-            batches: this rank's ``prompt_view``s, and pads.
-            score: runs the model.
-        """
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[list[torch.Tensor]]:
+        """What the last block leaves in each forward of the model meanwhile, [Z, L, D], without gradient."""
         found: list[torch.Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+            found.append((output[0] if isinstance(output, tuple) else output).detach())
 
         hook = self.block.register_forward_hook(keep)
         try:
-            with torch.no_grad():
-                for batch in batches:
-                    score(batch)
+            yield found
         finally:
             hook.remove()
-        assert len(found) == len(batches), "each forward runs the last block once"
-        sums_QD = torch.zeros(len(groups), self.features_QD.shape[1], device=self.device)
-        for batch, hidden_ZLD in zip(batches, found, strict=True):
-            for view, hidden_LD in zip(batch.views, hidden_ZLD, strict=True):
-                if view.hidden_C.any():  # no pad
-                    C, P = view.hidden_C.size, groups[view.group].prompt_ids.size
-                    sums_QD[view.group] = hidden_LD[-C - P : -C].float().mean(0)
-        torch.distributed.all_reduce(sums_QD)
-        self.features_QD = sums_QD
-
-    def values(self, views: Sequence[View]) -> torch.Tensor:
-        """[Z] float32, the value of each view's prompt, with the head's gradient."""
-        value_Q = self.net(self.features_QD).squeeze(1)
-        return value_Q[torch.tensor([view.group for view in views], device=self.device)]
 
     def zero_grad(self) -> None:
         """Forget the gradients so far."""
@@ -143,6 +121,56 @@ class PromptHead:
                 step = held.pop("step")
                 moments = {key: value.to(self.device) for key, value in held.items()}
                 self.optimizer.state[parameter] = {"step": step, **moments}
+
+
+class PromptHead(Head):
+    """Values of prompts."""
+
+    features_QD: torch.Tensor
+    """float32, what it reads of each group's prompt in the present update"""
+
+    def read(
+        self, batches: Sequence[ViewBatch], groups: Sequence[TrajectoryGroup], score: Callable[[ViewBatch], Any]
+    ) -> None:
+        """Read all prompts of an update; each rank runs the model over its share of them.
+
+        Args:
+            batches: this rank's ``prompt_view``s, and pads.
+            score: runs the model.
+        """
+        with self.reading() as found, torch.no_grad():
+            for batch in batches:
+                score(batch)
+        assert len(found) == len(batches), "each forward runs the last block once"
+        sums_QD = torch.zeros(len(groups), found[0].shape[2], device=self.device)
+        for batch, hidden_ZLD in zip(batches, found, strict=True):
+            for view, hidden_LD in zip(batch.views, hidden_ZLD, strict=True):
+                if view.hidden_C.any():  # no pad
+                    C, P = view.hidden_C.size, groups[view.group].prompt_ids.size
+                    sums_QD[view.group] = hidden_LD[-C - P : -C].float().mean(0)
+        torch.distributed.all_reduce(sums_QD)
+        self.features_QD = sums_QD
+
+    def values(self, views: Sequence[View]) -> torch.Tensor:
+        """[Z] float32, the value of each view's prompt, with the head's gradient."""
+        value_Q = self.net(self.features_QD).squeeze(1)
+        return value_Q[torch.tensor([view.group for view in views], device=self.device)]
+
+
+class TokenHead(Head):
+    """Values of scored tokens."""
+
+    def values(self, hidden_ZLD: torch.Tensor, rows_N: np.ndarray) -> torch.Tensor:
+        """[N] float32, with the head's gradient, at the flat rows z*L + l."""
+        features_ND = hidden_ZLD.flatten(0, 1)[torch.from_numpy(rows_N).to(self.device)].float()
+        values_N: torch.Tensor = self.net(features_ND).squeeze(1)
+        return values_N
+
+
+def make_head(model: Any, family: PolicyAdapter, spec: HeadSpec, *, seed: int) -> PromptHead | TokenHead:
+    """The head that a method asks for, new."""
+    kind = PromptHead if spec.of == "prompts" else TokenHead
+    return kind(model, family, spec, seed=seed)
 
 
 def last_block(model: nn.Module, family: PolicyAdapter) -> nn.Module:

@@ -17,10 +17,10 @@ from safetensors.torch import save as save_safetensors
 from learner.likelihood.scorer import PolicyScores, Scores, joined, score
 from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
 from learner.objectives import make_objective
-from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Weighed
+from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Valued, Weighed
 from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
-from learner.ranks.heads import PromptHead, prompt_view
+from learner.ranks.heads import PromptHead, TokenHead, make_head, prompt_view
 from learner.ranks.optim import export_state, inner_optimizer, updates_applied
 from learner.ranks.phases import PhaseWeights, TrainedWeights
 from learner.ranks.plan import Forward, UpdatePlan, deal, plan_update
@@ -48,11 +48,13 @@ class LearnerRank(Rank):
         self._update_index = 0
         self._phase = 0
         self._phase_weights: PhaseWeights | None = None
-        self._head: PromptHead | None = None
+        self._head: PromptHead | TokenHead | None = None
         self._applied = 0
         """optimizer steps before the present update"""
         self._final: FinalCredit | None = None
         self._sums: RowSums | None = None
+        self._values_read: list[np.ndarray] | None = None
+        """of each group's ``valued`` views; None where there are none"""
         self._kept: tuple[int, ...] = ()
         self._seen: list[ScoredView] = []
 
@@ -60,7 +62,7 @@ class LearnerRank(Rank):
         described, self._head = super().start(address, adapter, shard), None
         if (spec := self.objective.needs.head) is not None:
             seed = derive_seed(self.config.run.seed, "head")
-            self._head = PromptHead(self.engine.module, self.family, spec, seed=seed)
+            self._head = make_head(self.engine.module, self.family, spec, seed=seed)
             if shard is not None:
                 self._head.restore(load_safetensors(shard))
         return described
@@ -97,7 +99,8 @@ class LearnerRank(Rank):
         head = self._head
         if head is None:
             return super()._accumulate(plan, data)
-        self._read_prompts(head, data)
+        if isinstance(head, PromptHead):
+            self._read_prompts(head, data)
         head.zero_grad()
         found = super()._accumulate(plan, data)
         self._applied = updates_applied(self.engine)
@@ -148,8 +151,10 @@ class LearnerRank(Rank):
         )
 
     def _final_credit(self, groups: list[TrajectoryGroup], update_index: int) -> FinalCredit:
-        """Of the rewards as the settings show them to the method, and of what a method measures."""
+        """Of the rewards as the settings show them to the method, and of what it measures or its head says."""
         objective, seen = self.objective, [seen_rewards(group, self.config.reward) for group in groups]
+        if isinstance(objective, Valued):
+            return FinalCredit(self._credit_by_values(objective, groups, seen, update_index), Statistics())
         if not isinstance(objective, Weighed):
             return FinalCredit(objective.credit(seen), Statistics())
         assert not (objective.needs.old and objective.measures_each_update), "old scores are of views planned ahead"
@@ -158,10 +163,44 @@ class LearnerRank(Rank):
         assert self._sums is not None, "a batch begins with its first update"
         return objective.weigh(seen, objective.credit(seen), self._sums)
 
+    def _credit_by_values(
+        self, objective: Valued, groups: list[TrajectoryGroup], seen: list[TrajectoryGroup], update_index: int
+    ) -> tuple[np.ndarray, ...]:
+        context = self._context(groups, update_index)
+        if update_index == 0:
+            views = [objective.valued(index, group, context) for index, group in enumerate(groups)]
+            self._values_read = self._read_values(views, groups) if any(views) else None
+        credit = objective.credit(seen)
+        if self._values_read is None:
+            return credit
+        credited = enumerate(zip(groups, credit, self._values_read, strict=True))
+        return tuple(objective.credit_by_values(index, *each, context) for index, each in credited)
+
+    def _read_values(self, views: Sequence[Sequence[View]], groups: list[TrajectoryGroup]) -> list[np.ndarray]:
+        """For each group [M] float64, the mean value over the scored positions of each of its views."""
+        units = [(view,) for of_group in views for view in of_group]
+        shares = deal(units, self.world, self.config.learner.views_per_forward, pad=(pad_view(groups[0]),))
+        start = sum(not forward.is_pad and len(forward.units) for share in shares[: self.rank] for forward in share)
+        values = torch.zeros(len(units), dtype=torch.float64, device=next(self.engine.module.parameters()).device)
+        for forward in shares[self.rank]:
+            (batch,) = self._passes(forward, groups)
+            with torch.no_grad():
+                value_N = self._score([batch]).value_N
+            assert value_N is not None, "values are what a head of tokens says"
+            if not forward.is_pad:
+                view_N = torch.from_numpy(batch.view_of_score).to(values.device)
+                sums_Z = values.new_zeros(len(batch.views)).index_add(0, view_N, value_N.double())
+                values[start : start + len(batch.views)] = sums_Z / torch.bincount(view_N)
+                start += len(batch.views)
+        torch.distributed.all_reduce(values)
+        return np.split(values.cpu().numpy(), np.cumsum([len(of_group) for of_group in views])[:-1])
+
+    def _context(self, groups: Sequence[TrajectoryGroup], update_index: int) -> UpdateContext:
+        return UpdateContext(self.config.run.seed, update_index, len(groups), (self.family.eos_token_id,), self._phase)
+
     def _measure(self, objective: Weighed, groups: list[TrajectoryGroup], update_index: int) -> RowSums:
         """Sums of weighted log-probs of each completion, under the present policy and the base, over all ranks."""
-        eos_ids = (self.family.eos_token_id,)
-        context = UpdateContext(self.config.run.seed, update_index, len(groups), eos_ids, self._phase)
+        context = self._context(groups, update_index)
         units = [unit for index, group in enumerate(groups) for unit in objective.measured(index, group, context)]
         per_forward = self.config.learner.views_per_forward
         starts = np.cumsum([0, *(group.size for group in groups)])
@@ -209,7 +248,7 @@ class LearnerRank(Rank):
         # graph; then each pass is made again and takes its part back (Gao et al., arXiv 2101.06983, section 3.2).
         with torch.no_grad():
             found = self._score(passes)
-        assert found.choice_logp_Z is None and found.law_NV is None, "these are scored in units of one view"
+        assert found.choice_logp_Z is None and found.law_NV is None and found.value_N is None, "units of one view only"
         leaf_N = found.logp_N.requires_grad_()
         whole = self._batch(forward.views, data, [len(unit) for unit in forward.units])
         values_Z = self._values(forward)
@@ -228,7 +267,7 @@ class LearnerRank(Rank):
             start, value, statistics = end, 0.0, Statistics()
 
     def _values(self, forward: Forward) -> torch.Tensor | None:
-        return None if self._head is None else self._head.values(forward.views)
+        return self._head.values(forward.views) if isinstance(self._head, PromptHead) else None
 
     def _loss(
         self,
@@ -272,8 +311,16 @@ class LearnerRank(Rank):
 
     def _score(self, passes: Sequence[ViewBatch]) -> Scores:
         """One forward of the model for each pass."""
-        whole = self.objective.needs.vocabulary
-        return joined([score(self.engine, batch, family=self.family, vocabulary=whole) for batch in passes])
+        return joined([self._score_one(batch) for batch in passes])
+
+    def _score_one(self, batch: ViewBatch) -> Scores:
+        head, whole = self._head, self.objective.needs.vocabulary
+        if not isinstance(head, TokenHead):
+            return score(self.engine, batch, family=self.family, vocabulary=whole)
+        with head.reading() as found:
+            scores = score(self.engine, batch, family=self.family, vocabulary=whole)
+        (hidden_ZLD,) = found
+        return replace(scores, value_N=head.values(hidden_ZLD, batch.score_rows - self.family.logit_shift))
 
     def _groups(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[TrajectoryGroup]:
         who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"

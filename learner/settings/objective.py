@@ -30,6 +30,8 @@ class Cost:
     """Views measured when a batch begins, each one forward with and one without adapter, without gradient."""
     measured_each_update: bool = False
     """Whether they are measured again before every later update."""
+    valued: int = 0
+    """Views whose values the method's head says when a batch begins, each one forward without gradient."""
     choices: bool = False
     """Whether choices of positions are scored where the rollout makes them."""
     teacher: bool = False

@@ -1,5 +1,6 @@
-"""Heads: values of prompts that are learned beside the policy, on ranks of any layout, and through a checkpoint."""
+"""Heads: values of prompts and tokens, learned beside the policy, on ranks of any layout, and through a checkpoint."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rollout.adapters import AdapterState, digest, unpack
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
+from rollout.trajectory import TrajectoryGroup
 from tests.support.learner_ranks import (
     ProbedGroup,
     draw_batch,
@@ -139,6 +141,56 @@ def test_a_heads_gradient_does_not_depend_on_the_layout(groups, adapter, refs):
         assert len({digest(own) for own in found[2]}) == 1, "all ranks hold the same"
         assert relative(second[0], found[2][0]) <= 1e-5 and relative(policy, found[1]) <= 1e-5, layout
         np.testing.assert_allclose(found[3][0], values[0], rtol=1e-4)
+
+
+def ended_early(group: TrajectoryGroup) -> TrajectoryGroup:
+    """The same with one completion of two blocks, so that what values are to be doesn't add up to 0: AdamW would make a
+    whole step of the rounding of a slope that is 0."""
+    drawn_GC = group.drawn.copy()
+    drawn_GC[0, -group.sampler.block_length :] = False
+    return dataclasses.replace(group, drawn=drawn_GC)
+
+
+def values_learnt(groups, adapter, refs, config):
+    """Of values of tokens: the head's gradient in a batch's first update; and the policy's and the head's in the first
+    one of the next batch, whose advantages have the head's values in them."""
+    group = groups[config.learner.ranks].restart(config, adapter)
+    group.gradient(refs, 0)
+    first = group.ask("head_gradients")
+    report = group.update(refs, 0, config.learner.lr)
+    return first, group.gradient(refs, 0), group.ask("head_gradients"), report
+
+
+@pytest.mark.slow
+def test_what_a_head_of_tokens_learns_does_not_depend_on_the_layout(groups, tiny_model, adapter):
+    refs = put([ended_early(group) for group in draw_batch(tiny_model, settings(), adapter)])
+    method = {"type": "trace_rl", "shrink": 4, "value_lr": HEAD_LR, "value_lambda": 0.5, "value_discount": 0.9}
+
+    def config_of(ranks: int = 1, stage: int = 0, views: int = 16, **changes):
+        layout = {"learner__ranks": ranks, "learner__zero_stage": stage, "learner__views_per_forward": views}
+        return settings(**{**{f"objective__{key}": value for key, value in method.items()}, **layout, **changes})
+
+    def found_in(*layout: int):
+        return values_learnt(groups, adapter, refs, config_of(*layout))
+
+    first, policy, second, report = found_in(1, 0, 16)
+    figures = report.statistics.values()
+    assert figures["value"] == 0 and figures["value/error"] == figures["value/target"] > 0
+    for layout in [(1, 0, 1), (2, 0, 3), (2, 2, 3), (2, 3, 16)]:
+        again = found_in(*layout)
+        for ranks_own in again[0]:
+            assert relative(first[0], ranks_own) <= 1e-5, layout
+        assert len({digest(own) for own in again[2]}) == 1, "all ranks hold the same"
+        assert relative(second[0], again[2][0]) <= 1e-5 and relative(policy, again[1]) <= 1e-5, layout
+    without = groups[1].restart(config_of(objective__value_lr="null"), adapter)
+    without.update(refs, 0, config_of().learner.lr)
+    assert relative(policy, without.gradient(refs, 0)) > 0.01, "control: the values are in the advantages"
+
+    still = config_of(learner__lr=1e-9)  # the policy stays as it is
+    group = groups[1].restart(still, adapter)
+    for _ in range(12):
+        figures = group.update(refs, 0, still.learner.lr).statistics.values()
+    assert figures["value/error"] < 0.95 * figures["value/target"], "it learns what its values are to be"
 
 
 @pytest.mark.slow

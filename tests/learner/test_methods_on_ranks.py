@@ -33,7 +33,9 @@ pytestmark = pytest.mark.slow
 VARIANTS: dict[str, type[ObjectiveSection]] = {
     v.model_fields["type"].default: v for v in get_args(get_args(ObjectiveConfig)[0])
 }
-METHODS = sorted(VARIANTS)
+FORMS = {"trace_rl of values": {"objective__value_lr": 0.02, "objective__value_lambda": 0.5}}
+"""Optional parts of methods that the ranks have work with, by the type and a word for it."""
+METHODS = sorted([*VARIANTS, *FORMS])
 LR = 1e-3
 LAYOUTS = [(1, 0, 3), (1, 0, 1), (2, 0, 16), (2, 0, 1), (2, 2, 3), (2, 3, 16)]
 """(ranks, ZeRO stage, views in one pass at most); compared with (1, 0, 16)"""
@@ -41,16 +43,21 @@ LAYOUTS = [(1, 0, 3), (1, 0, 1), (2, 0, 16), (2, 0, 1), (2, 2, 3), (2, 3, 16)]
 
 def at(method: str, ranks: int = 1, stage: int = 0, views: int = 16):
     """With a strong KL term where the method has one, so that it matters in the first update too."""
-    kl = {"objective__beta": 1.0} if "beta" in VARIANTS[method].model_fields else {}
+    kl = {"objective__beta": 1.0} if "beta" in variant(method).model_fields else {}
     layout = {"learner__ranks": ranks, "learner__zero_stage": stage, "learner__views_per_forward": views}
     spec = sampler_of(method)
     sampler = {f"rollout__sampler__{key}": getattr(spec, key) for key in ("block_length", "position_rule", "steps")}
-    return settings(objective__type=method, learner__updates_per_batch=2, **sampler, **layout, **kl)
+    form = {"objective__type": method.split()[0], **FORMS.get(method, {})}
+    return settings(**form, learner__updates_per_batch=2, **sampler, **layout, **kl)
+
+
+def variant(method: str) -> type[ObjectiveSection]:
+    return VARIANTS[method.split()[0]]
 
 
 def sampler_of(method: str) -> SamplerSpec:
     """The one of all tests, or one token a step from left to right where the method asks for that."""
-    if not VARIANTS[method]().refuses(SAMPLER):
+    if not variant(method)().refuses(SAMPLER):
         return SAMPLER
     return dataclasses.replace(SAMPLER, position_rule="left_to_right", steps=SAMPLER.completion_length)
 
@@ -74,7 +81,7 @@ def adapter(tiny_model) -> AdapterState:
 
 
 def drawing_of(method: str) -> tuple[SamplerSpec, BranchSpec | None]:
-    return sampler_of(method), VARIANTS[method]().branches(sampler_of(method))
+    return sampler_of(method), variant(method)().branches(sampler_of(method))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +156,7 @@ def test_after_a_checkpoint_the_next_batch_is_learnt_from_bit_for_bit(groups, ad
     for index in updates:
         group.update(refs, index, LR)
     saved, shards = group.publish().state, group.export()
-    phase = group.phase_state() if VARIANTS[method]().phases() else None
+    phase = group.phase_state() if variant(method)().phases() else None
     later = refs[2:]
     went_on = [group.update(later, index, LR).loss for index in updates]
     through = group.publish().digest

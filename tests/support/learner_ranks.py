@@ -20,6 +20,7 @@ from learner.objectives.base import Objective, RowSums, UpdateContext, Wanted, W
 from learner.objectives.statistics import Statistics
 from learner.ranks import group as learner_group
 from learner.ranks.group import LearnerGroup
+from learner.ranks.heads import PromptHead
 from learner.ranks.optim import inner_optimizer
 from learner.ranks.rank import lora_spec
 from learner.ranks.trajectories import LearnerRank
@@ -157,8 +158,9 @@ def plain_gradient(
     parts = [(each, normaliser) for each in wanted] + [(each, sum(a.divisor for a in added)) for each in added]
     for batch, divisor in ((built(unit), divisor) for each, divisor in parts for unit in each.units):
         policy = score(model, batch, family=family, vocabulary=objective.needs.vocabulary)
-        if objective.needs.head is not None:
-            policy = dataclasses.replace(policy, value_Z=torch.zeros(len(batch.views)))  # as it is at first
+        if objective.needs.head is not None:  # a head's values are 0 at first
+            zeros = {"value_Z": torch.zeros(len(batch.views)), "value_N": torch.zeros(len(batch.targets))}
+            policy = dataclasses.replace(policy, **zeros)
         reference = without_adapter(batch) if objective.needs.reference else None
         loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference, policy.detached()), batch)
         (loss / divisor).backward()
@@ -195,7 +197,7 @@ class ProbedRank(LearnerRank):
 
     def head_values(self) -> list[float]:
         """Of each prompt of the newest update."""
-        assert self._head is not None
+        assert isinstance(self._head, PromptHead)
         values: list[float] = self._head.net(self._head.features_QD).squeeze(1).tolist()
         return values
 

@@ -128,10 +128,24 @@ class TraceRlConfig(ObjectiveSection):
     """Weight of the KL against the policy that the batch's first update began with, summed over a view's tokens."""
     kl: Literal["k3", "k1"] = "k3"
     """Its estimator. k3: exp(d) - d - 1; k1: -d, whose gradient keeps no policy near another."""
+    value_lr: PositiveFloat | None = None
+    """Peak learning rate, on the schedule of learner.lr, of a network on the policy's hidden states that gives each
+    token a value, which its advantage is taken against; null: no values. Ours: what is published is a second model
+    (5e-6, all of its weights). 1e-3 is a rate to begin with."""
+    value_width: PositiveInt = 64
+    """Units of the network's hidden layer (ours)."""
+    value_clip: PositiveFloat = 0.2
+    """A value's error is no smaller than where it would be this far from the old value, rewards' deviations."""
+    value_discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """gamma of the advantages: what a reward is worth a view earlier."""
+    value_lambda: Fraction = 1.0
+    """lambda of the advantages: 1 goes by the reward alone; below 1 by later values too, read for one forward more when
+    a batch begins."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         views = -(-sampler.steps // self.shrink)
-        return Cost(views=views, scored=sampler.completion_length / views, old=True)
+        valued = views if self.value_lr is not None and self.value_lambda < 1 else 0
+        return Cost(views=views, scored=sampler.completion_length / views, old=True, valued=valued)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         return super().refuses(sampler) + threshold_problem(sampler)
