@@ -64,17 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str] | None) -> int:
     parser = Parser(
         "python -m rewards.grade",
-        usage="%(prog)s --task NAME < completions.jsonl > grades.jsonl",
+        usage="%(prog)s --task NAME [--judge JSON] < completions.jsonl > grades.jsonl",
         description="Grades completions, stdin to stdout, as JSON lines.",
         epilog=FORMAT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--judge", metavar="JSON", help="settings of a judge, as task.judge has them (docs/tasks.md)")
     parser.add_argument("--task", help=f"{', '.join(sorted(BUILT_IN))}, or your own as module:Class")
     options = parser.parse_args(argv)
     with results_alone() as results:  # a user's task may print
         if options.task is None:
             raise ConfigError(f"--task is missing; name one of {', '.join(sorted(BUILT_IN))}, or give module:Class")
-        task = get_task(options.task)
+        task = _task(options.task, options.judge)
         task.prepare()
         count = _Count()
         try:
@@ -88,6 +89,15 @@ def _command(argv: Sequence[str] | None) -> int:
             return 1
     print(count.told(), file=sys.stderr)
     return 0
+
+
+def _task(name: str, judge: str | None) -> Task:
+    if judge is None:
+        return get_task(name)
+    from rewards.judge.judged import load_task  # it takes a third of a second, which most graders need not wait
+    from rewards.judge.settings import read_settings
+
+    return load_task(name, read_settings(judge))
 
 
 @dataclass

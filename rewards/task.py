@@ -32,6 +32,7 @@ BUILT_IN = {
     "math_d1": "rewards.protocols.d1:MathD1",
     "math_spg": "rewards.protocols.spg:MathSpg",
     "mbpp": "rewards.tasks.mbpp:Mbpp",
+    "open_prompts": "rewards.tasks.open_prompts:OpenPrompts",
     "sudoku": "rewards.tasks.sudoku:Sudoku",
     "sudoku_agrpo": "rewards.protocols.agrpo:SudokuAgrpo",
     "sudoku_d1": "rewards.protocols.d1:SudokuD1",
@@ -73,7 +74,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     components: ClassVar[tuple[str, ...]]
-    """Keys of every grade's components, in this order."""
+    """Keys of every grade's components, in this order. None: only a judge can grade it (``rewards.judge``)."""
     time_limit_s: ClassVar[float] = 1.0
     """Seconds within which ``grade`` returns, whatever the completion."""
     memory_limit_mb: ClassVar[int] = 0

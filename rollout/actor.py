@@ -18,7 +18,9 @@ import numpy as np
 import ray
 
 from rewards.errors import ConfigError, WeightMismatch
-from rewards.task import Problem, get_task
+from rewards.judge.judged import load_task
+from rewards.judge.settings import UNJUDGED, JudgeSettings
+from rewards.task import Problem
 from rollout.code import code_identity
 from rollout.engines.base import Engine
 from rollout.grading import GradeResult, GraderPool
@@ -55,6 +57,8 @@ class ActorSettings:
     """The controller's ``code_identity().digest``; an actor with other code refuses to start."""
     speed_weight: float = 0.0
     """Of the reward's part ``SPEED``, where a threshold decoded the completions and one of the group is right."""
+    judge: JudgeSettings = UNJUDGED
+    """Whose score is a part of the reward, where it names one."""
 
 
 class RolloutActor:
@@ -79,7 +83,7 @@ class RolloutActor:
                 f"{self._actor_id} on {socket.gethostname()} runs other code (in {code.root}) than the controller; "
                 "install the same version on all nodes, or submit the job with --working-dir"
             )
-        self._task = get_task(self._settings.task)
+        self._task = load_task(self._settings.task, self._settings.judge)
         if self._settings.speed_weight and SPEED in self._task.components:
             raise ConfigError(
                 f"task {self._settings.task} has a reward part {SPEED!r} of its own; rename it, or leave "
@@ -87,7 +91,10 @@ class RolloutActor:
             )
         self._engine = self._settings.make_engine()
         self._graders = GraderPool(
-            self._settings.task, workers=self._settings.graders, timeout_s=self._settings.grade_timeout_s
+            self._settings.task,
+            workers=self._settings.graders,
+            timeout_s=self._settings.grade_timeout_s,
+            judge=self._settings.judge,
         )
         return {
             "actor_id": self._actor_id,
@@ -164,8 +171,8 @@ class RolloutActor:
             components={name: tuple(grade.components[name] for grade in grades) for name in self._task.components},
             tokens=tuple(group.drawn.sum(axis=1).tolist()),
             nfe=tuple(group.nfe.tolist()),
-            grader_failures=sum(grade.failed for grade in grades),
-            reason=next((grade.error for grade in grades if grade.failed), None),
+            grader_failures=sum(grade.failed or grade.invalid is not None for grade in grades),
+            reason=next((grade.error for grade in grades if grade.failed or grade.invalid is not None), None),
             trajectory=self._with_grades(group, graded) if with_trajectory else None,
         )
 

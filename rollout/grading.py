@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.errors import ConfigError, WaitTimeout
-from rewards.task import get_task, grade_timeout_problem
+from rewards.judge.judged import load_task
+from rewards.judge.settings import UNJUDGED, JudgeSettings
+from rewards.task import grade_timeout_problem
 
 START_LIMIT_S = 60.0
 """Seconds that a new grader process may take for its imports; a verdict's own time limit starts after them."""
@@ -70,21 +72,25 @@ class GraderPool:
         task_name: as ``rewards.task.get_task`` knows it.
         workers: number of processes.
         timeout_s: seconds for one verdict; a slower grader is killed, and the completion has no reward.
+        judge: whose score is a part of the reward, where it names one.
 
     Raises:
         ConfigError: unknown task, a setting out of range, or a time limit below the task's own.
     """
 
-    def __init__(self, task_name: str, *, workers: int, timeout_s: float) -> None:
+    def __init__(self, task_name: str, *, workers: int, timeout_s: float, judge: JudgeSettings = UNJUDGED) -> None:
         if workers < 1 or timeout_s <= 0:
             raise ConfigError(
                 f"graders need at least 1 worker and a time limit above 0, not {workers} and {timeout_s} s"
             )
-        task = get_task(task_name)
+        task = load_task(task_name, judge)
         if problem := grade_timeout_problem(task, timeout_s):
             raise ConfigError(problem)
         self.components = task.components
         self._task_name = task_name
+        self._options = ["--task", task_name]
+        if judge.model is not None:
+            self._options += ["--judge", judge.model_dump_json()]
         self._timeout_s = timeout_s
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -132,7 +138,7 @@ class GraderPool:
 
     def _drive(self) -> None:
         """Body of a worker thread: one process, one completion at a time."""
-        grader = _Grader(self._task_name, self._closing)
+        grader = _Grader(self._task_name, self._options, self._closing)
         while not self._closing.is_set():
             try:
                 job = self._jobs.get(timeout=_TICK_S)
@@ -214,8 +220,8 @@ class _Grader:
     It has a session of its own, so that it can be killed with all that it started.
     """
 
-    def __init__(self, task_name: str, closing: threading.Event) -> None:
-        self._task_name = task_name
+    def __init__(self, task_name: str, options: Sequence[str], closing: threading.Event) -> None:
+        self._task_name, self._options = task_name, options
         self._closing = closing
         self._popen: subprocess.Popen[bytes] | None = None
         self._questions = 0
@@ -248,7 +254,7 @@ class _Grader:
         # Ray puts the job's folder on the path of its workers; a user's task may live there.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._popen = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, "--task", self._task_name],
+            [sys.executable, "-c", _CHILD, *self._options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},

@@ -62,8 +62,8 @@ class LeaseReport:
 @dataclass(frozen=True)
 class EvalResult:
     """The completions of one problem in the order of their rows: texts, verdicts, reward components (NaN where the
-    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that a timeout or crash decided, and
-    why the first of them did."""
+    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that no grader gave, and why the first
+    of them is missing."""
 
     problem_id: str
     completions: tuple[str, ...]

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from rewards.errors import ConfigError, first_line
-from rewards.task import Problem, Task, get_task
+from rewards.judge.judged import load_task
+from rewards.judge.settings import read_settings
+from rewards.task import Problem, Task
 from rollout.adapters import AdapterState, pack, read_peft_folder, unpack
 from rollout.models.few_bits import Quantization
 from rollout.sampling.schedule import tokens_per_step
@@ -97,7 +99,7 @@ def held_out_problem(config: Mapping[str, Any], number: int) -> tuple[Task, Prob
     about = config.get("task")
     if about is None:
         raise ConfigError("--problem needs a task, and the run has none: it was fine-tuned; give a prompt")
-    task = get_task(about["name"])
+    task = load_task(about["name"], read_settings(json.dumps(about.get("judge", {}))))
     path = about["test_path"]
     problems = task.problems("test", seed=config["run"]["seed"], size=about["test_size"], path=path)
     if task.source("test", path) is not None:  # the run leaves out those without a solution

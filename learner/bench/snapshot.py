@@ -23,7 +23,7 @@ from learner.settings.methods.states import AgrpoConfig
 from learner.settings.run import RunConfig, load_dumped
 from learner.supply.problems import task_problems
 from rewards.errors import ConfigError
-from rewards.task import Task, get_task
+from rewards.task import Task
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
 from rollout.models.encoding import encode_prompt
@@ -108,7 +108,7 @@ def group_gradients(snapshot: Snapshot, count: int, *, seed: int, device: str = 
         ConfigError: when the run has fewer training problems than that.
     """
     config = snapshot.config
-    task = get_task(config.task.name)
+    task = config.task.load()
     problems, _ = task_problems(config, task, on_event=lambda *_: None)
     if count > len(problems):
         raise ConfigError(f"{count} groups are more than the run's {len(problems)} training problems; lower --groups")

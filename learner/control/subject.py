@@ -13,10 +13,11 @@ from learner.runs import identity
 from learner.runs.start import require_adapter_fits, starting_adapter
 from learner.settings.run import RunConfig
 from learner.small_base.base_model import base_name, ensure_base, print_progress
+from learner.supply.judging import tried_judge
 from learner.supply.problems import fitting, task_problems
 from learner.supply.window import Supply
 from rewards.errors import ConfigError
-from rewards.task import Problem, Task, get_task
+from rewards.task import Problem, Task
 from rollout.adapters import AdapterState
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import PolicyAdapter, policy_adapter
@@ -50,7 +51,8 @@ def subject_of(config: RunConfig, found: FoundRun) -> Subject:
     """Problems and adapter of a run.
 
     Raises:
-        ConfigError, CheckpointError: the settings would make a run that goes on another one.
+        ConfigError, CheckpointError: the settings would make a run that goes on another one, or the judge that they
+            name gives no score.
         DataError: the problems, or the adapter, can't be used.
     """
     if found.resumed is not None:
@@ -58,7 +60,7 @@ def subject_of(config: RunConfig, found: FoundRun) -> Subject:
         checkpoints.require_layout(found.resumed.progress, checkpoints.layout_of(config.learner))
         _require_new_groups(config, found.resumed.progress)
     told: list[tuple[str, str, str]] = []
-    task = get_task(config.task.name)
+    task = config.task.load()
     for setting, part in config.objective.reward_parts().items():
         if part not in task.components:
             raise ConfigError(
@@ -66,6 +68,8 @@ def subject_of(config: RunConfig, found: FoundRun) -> Subject:
                 f"{', '.join(task.components)}"
             )
     train, held_out = task_problems(config, task, on_event=lambda *event: told.append(event))
+    if (judge := tried_judge(config.task.judge, [*train, *held_out])) is not None:
+        told.append(("info", "judge", judge))
     if found.resumed is not None:
         return Subject(task, train, held_out, found.resumed.adapter, told)
     return Subject(task, train, held_out, starting_adapter(config.lora, config.learner.dtype), told)

@@ -33,6 +33,7 @@ from learner.runs.session import check_local_gpus, ray_session
 from learner.runs.stopping import StopFlag, StopRequested
 from learner.settings.run import in_ray_job, required_resources
 from learner.supply.actors import start_actors
+from learner.supply.judging import tried_judge
 from rewards.task import Problem
 from rollout.code import code_identity
 from rollout.messages import BASE_WEIGHTS, EvalReport, Weights
@@ -68,6 +69,8 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
             # Ranks are no part of an evaluation; what a run gives them is not asked of Ray here.
             resources = config.resources.model_copy(update={"cpus_per_rank": 0.0, "gpus_per_rank": 0.0})
             config = config.model_copy(update={"resources": resources})
+            if (judge := tried_judge(config.task.judge, problems)) is not None:
+                _say("info", "judge", judge)
             check_local_gpus(resources.ray_address, required_resources(config)[1])
             with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
                 print(f"{told}; {config.rollout.actors} actors", flush=True)
@@ -113,6 +116,7 @@ def result_settings(
         "quantization": config.model.quantization,
         "device": "cuda" if config.resources.gpus_per_actor > 0 else "cpu",
         "grade_timeout_s": config.rollout.grade_timeout_s,
+        **({"judge": config.task.judge.meaning} if config.task.judge.meaning else {}),
     }
 
 

@@ -36,7 +36,7 @@ from learner.settings.sections import (
     TimeoutsSection,
 )
 from rewards.errors import ConfigError
-from rewards.task import BUILT_IN, get_task, grade_timeout_problem
+from rewards.judge.judged import grading_problems
 from rewards.tasks.hub import PREFIX
 
 DEFAULT_RECIPE = "sudoku"
@@ -131,6 +131,7 @@ def check_paths(config: RunConfig, in_job: bool) -> None:
         written = {
             "run.dir": config.run.dir,
             "model.cache_dir": config.model.cache_dir,
+            "task.judge.cache_dir": config.task.judge.cache_dir,
             "UNMASK_CACHE": None if config.model.cache_dir else os.environ.get("UNMASK_CACHE"),
         }
         refuse_relative(written | read)
@@ -326,8 +327,7 @@ def _rollout_problems(config: RunConfig) -> list[str]:
             f"evaluation.problems={config.evaluation.problems} is more than task.test_size={config.task.test_size}; "
             "lower the one or raise the other"
         )
-    if config.task.name in BUILT_IN:  # a user's own is checked where it is imported, by its graders
-        problems += filter(None, [grade_timeout_problem(get_task(config.task.name), rollout.grade_timeout_s)])
+    problems += grading_problems(config.task.name, config.task.judge, rollout.grade_timeout_s)
     if config.model.base.d_model % (2 * config.model.base.n_heads):
         problems.append(
             f"model.base.d_model={config.model.base.d_model} does not split into "

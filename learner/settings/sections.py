@@ -9,6 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from rewards.judge.judged import load_task
+from rewards.judge.settings import JudgeSettings
+from rewards.task import Task
+from rollout.engines.vllm.settings import VllmSettings
 from rollout.trajectory import PositionRule, SamplerSpec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -74,6 +78,11 @@ class TaskSection(Section):
     too_long: Literal["refuse", "drop"] = "refuse"
     """What is done with problems whose prompt leaves no room for a completion: the run is refused, or they are left out
     and counted."""
+    judge: JudgeSettings = JudgeSettings()
+
+    def load(self) -> Task:
+        """The task, judged where a judge is named. Raises ConfigError."""
+        return load_task(self.name, self.judge)
 
 
 class BaseSpec(Section):
@@ -195,6 +204,9 @@ class RolloutSection(Section):
     """Prompt groups that an actor takes, computes and delivers together."""
     max_rows: PositiveInt = 32
     """Completions that an actor denoises at once."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What computes the model in the actors: torch, embedded; or vLLM, which is installed apart."""
+    vllm: VllmSettings = VllmSettings()
     sampler: SamplerConfig = SamplerConfig()
     max_staleness: NonNegativeInt = 0
     """Policy versions a group may be behind when it is learned from; 0: synchronous and strictly on-policy."""

@@ -1,11 +1,15 @@
 """The rollout actors that a run's settings ask for."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from learner.settings.run import RunConfig
 from rollout.actor import ActorSettings
 from rollout.code import code_identity
+from rollout.engines.base import Engine
 from rollout.engines.torch import TorchEngine
+from rollout.engines.vllm.engine import VllmEngine
 from rollout.models.lora import LoraSpec
 from rollout.pool import RolloutPool
 
@@ -21,18 +25,8 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         seed: names the random streams of evaluations.
     """
     resources = config.resources
-    make_engine = partial(
-        TorchEngine,
-        model_path=model_path,
-        lora=lora,
-        max_rows=config.rollout.max_rows,
-        threads=resources.threads_per_process,
-        device="cuda" if resources.gpus_per_actor > 0 else "cpu",
-        dtype=config.learner.dtype,
-        quantization=config.model.quantization,
-    )
     settings = ActorSettings(
-        make_engine=make_engine,
+        make_engine=_engine(config, model_path, lora),
         task=config.task.name,
         graders=config.rollout.graders_per_actor,
         grade_timeout_s=config.rollout.grade_timeout_s,
@@ -40,6 +34,7 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         run_seed=seed,
         code_digest=code_identity().digest,
         speed_weight=config.reward.speed_weight,
+        judge=config.task.judge,
     )
     return RolloutPool(
         settings,
@@ -49,3 +44,18 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         start_timeout_s=config.timeouts.start,
         max_restarts=MAX_RESTARTS,
     )
+
+
+def _engine(config: RunConfig, model_path: str, lora: LoraSpec | None) -> Callable[[], Engine]:
+    resources = config.resources
+    shape: dict[str, Any] = {
+        "model_path": model_path,
+        "lora": lora,
+        "max_rows": config.rollout.max_rows,
+        "threads": resources.threads_per_process,
+        "device": "cuda" if resources.gpus_per_actor > 0 else "cpu",
+        "dtype": config.learner.dtype,
+    }
+    if config.rollout.engine == "vllm":
+        return partial(VllmEngine, settings=config.rollout.vllm, **shape)
+    return partial(TorchEngine, quantization=config.model.quantization, **shape)

@@ -142,7 +142,8 @@ def test_generated_problems_serve_the_puzzle_protocols() -> None:
 def test_every_task_loads_and_names_itself() -> None:
     for name in BUILT_IN:
         task = get_task(name)
-        assert isinstance(task, Task) and task.name == name and task.components
+        assert isinstance(task, Task) and task.name == name
+        assert task.components or name == "open_prompts", "what has no part of its own is for a judge"
         assert name.replace("_", "").isalnum(), "names end up in paths"
         for source in task.default_sources.values():
             assert source.startswith("hub:")

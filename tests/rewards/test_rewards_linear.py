@@ -64,6 +64,7 @@ def fields_of(name: str) -> dict[str, Any]:
         "gsm8k": {"question": "How many?", "answer": "72"},
         "hellaswag": choice,
         "math": {"problem": "What is $1/4+1/4$?", "answer": "\\frac{1}{2}"},
+        "open": {"prompt": "Why?"},
         "sudoku": {"puzzle": "0321003004002100", "solution": "4321123434122143"},
     }[kind]
 

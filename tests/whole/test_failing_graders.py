@@ -10,6 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
 
 TASKS = """
 import os
+from rewards.task import Problem
 from rewards.tasks.sudoku import Sudoku
 
 class Exits(Sudoku):
@@ -21,6 +22,14 @@ class Exits(Sudoku):
 class Raises(Sudoku):
     def grade(self, fields, completion):
         raise KeyError("boom")
+
+class Refuses(Sudoku):  # training problems alone
+    def problems(self, split, **how):
+        return [Problem(p.id, {**p.fields, "split": split}) for p in super().problems(split, **how)]
+    def grade(self, fields, completion):
+        if fields.get("split") == "train":
+            raise KeyError("boom")
+        return super().grade(fields, completion)
 """
 
 
@@ -28,7 +37,8 @@ class Raises(Sudoku):
     "task, said, kind",
     [
         ("Exits", "16 of 16 verdicts of the evaluation failed; the last one: the grader ended with code 3", "grader"),
-        ("Raises", "iteration 1 has no usable group left; dropped so far: task raised KeyError (", "dropped"),
+        ("Raises", "16 of 16 verdicts of the evaluation failed; the last one: task raised KeyError: 'boom'", "grader"),
+        ("Refuses", "iteration 1 has no usable group left; dropped so far: task raised KeyError (", "dropped"),
     ],
 )
 def test_a_grader_that_always_fails(task: str, said: str, kind: str, runs: Runs) -> None:

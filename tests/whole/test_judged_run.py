@@ -1,0 +1,67 @@
+"""Runs beside a judge: its score is learned from, a completion without one is dropped and told, and no key is left."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from learner.reporting.metrics_file import read_rows
+from services.store import schema
+from tests.support import store_rows
+from tests.support.judges import by_text, judge_server
+from tests.support.published import write_published
+from tests.support.real_runs import Runs, summary
+from tests.whole.test_recipes import SMALLER
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
+
+KEY = "sk-very-secret-1234"
+
+
+def test_a_judged_run(runs: Runs) -> None:
+    with judge_server() as server:
+        server.usual = by_text("12345123451234512345x")
+        judge = [f"task.judge.url={server.url}", "task.judge.model=tiny", "task.judge.rubric=It has many ones."]
+        more = ["task.judge.key_variable=JUDGE_KEY", "task.judge.timeout_s=20", "rollout.grade_timeout_s=30"]
+        arguments = [*judge, *more, "run.iterations=3", "evaluation.problems=4", "rollout.graders_per_actor=3"]
+        with runs.started("judged", *arguments, forked=False, JUDGE_KEY=KEY) as run:
+            assert run.wait() == 0, run.output()
+    assert server.headers[-1]["Authorization"] == f"Bearer {KEY}" and server.most_at_once > 1
+    rows = [row for row in read_rows(runs["judged"].metrics_path) if "loss" in row]
+    assert all(0 < row["reward/judge"] < 1 for row in rows)
+    engine = schema.open_engine(runs["judged"].store_url, create=False)
+    events = [(event["kind"], event["text"]) for event in store_rows.list_events(engine, "judged")]
+    engine.dispose()
+    dropped = [text for kind, text in events if kind == "dropped"]
+    assert dropped and all("JudgeFailed: judge tiny at" in text and "wrote 'x'" in text for text in dropped)
+    assert rows[-1]["ledger/dropped/task raised JudgeFailed"] == len(dropped)
+    assert [text for kind, text in events if kind == "judge" and "its scores are numbers as written" in text]
+    files = [path for path in (*runs["judged"].path.rglob("*"), *runs.cache.rglob("*"), run._output) if path.is_file()]
+    assert len(files) > 20 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_a_judge_that_does_not_answer(runs: Runs) -> None:
+    judge = ["task.judge.url=http://127.0.0.1:9/v1", "task.judge.model=tiny", "task.judge.rubric=Any."]
+    with runs.started("unanswered", *judge, "task.judge.tries=1", "rollout.grade_timeout_s=62", forked=False) as run:
+        assert run.wait() == 2, run.output()
+    assert "error: judge tiny at http://127.0.0.1:9/v1: ConnectError" in run.output() and "Ray" not in run.output()
+
+
+def test_the_recipe_runs(tmp_path: Path, shared: Path) -> None:
+    write_published(tmp_path / "model", "llada", max_sequence_length=8192)
+    runs = Runs(tmp_path, tmp_path / "cache", settings=[each for each in SMALLER if "grade_timeout" not in each])
+    data = (f"task.train_path={shared}/data/gsm8k_train.jsonl.gz", f"task.test_path={shared}/data/gsm8k_test.jsonl.gz")
+    with judge_server() as server:
+        server.usual = by_text("12345")
+        told = runs.train(
+            "judged",
+            "recipe=llada_gsm8k_judged",
+            f"model.path={tmp_path / 'model'}",
+            f"task.judge.url={server.url}",
+            *data,
+        )
+    assert summary(runs["judged"])["iterations"] == 2, told
+    (row, *_) = [row for row in read_rows(runs["judged"].metrics_path) if "loss" in row]
+    assert {"reward/think_tag", "reward/answer_tag", "reward/correct", "reward/judge"} <= row.keys()
+    shown = json.dumps(server.asked[-1]["messages"])
+    assert "[end of field answer" in shown and "How good is the explanation" in shown
