@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,13 @@ from tests.support.store_contents import reading
 prepare_process()  # as a command does, and before a test loads torch
 
 DATABASES = ("sqlite", "postgresql")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the engine over vLLM run in its own environment only: `make test-vllm`."""
+    if importlib.util.find_spec("vllm") is None:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("vllm")])
+        items[:] = [item for item in items if not item.get_closest_marker("vllm")]
 
 
 @pytest.fixture(scope="session")

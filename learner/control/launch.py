@@ -13,7 +13,7 @@ from learner.control.subject import Subject, grounds_of, subject_of
 from learner.planning.check import check_memory
 from learner.planning.hardware import ray_cluster, this_machine
 from learner.runs.session import check_cluster, check_local_gpus, joins, ray_session
-from learner.runs.start import check_quantization, finished
+from learner.runs.start import check_engine, check_quantization, finished
 from learner.runs.stopping import StopFlag, StopRequested
 from learner.settings.run import DEFAULT_RECIPE, RunConfig, bias_warnings, required_resources
 from rollout.code import code_identity
@@ -33,6 +33,14 @@ def run(config: RunConfig, argv: Sequence[str] = (), *, dry_run: bool = False) -
     """
     check_local_gpus(config.resources.ray_address, required_resources(config)[1])
     check_quantization(config.model, config.learner, config.resources)
+    check_engine(
+        config.rollout,
+        config.model,
+        config.resources,
+        model_path=config.model.path,
+        r=config.lora.r,
+        adapts_head=config.lora.include_head,
+    )
     code_identity()
     check_cluster(config.resources.ray_address, insecure=config.resources.ray_insecure)
     local = not joins(config.resources.ray_address)

@@ -30,6 +30,7 @@ from learner.evaluation.subject import (
 from learner.evaluation.table import print_table
 from learner.runs.atomic import atomic_write_text
 from learner.runs.session import check_local_gpus, ray_session
+from learner.runs.start import check_engine
 from learner.runs.stopping import StopFlag, StopRequested
 from learner.settings.run import in_ray_job, required_resources
 from learner.supply.actors import start_actors
@@ -55,8 +56,16 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
     adapter = read_adapter(config, run_dir)
     problems = evaluated_problems(config, on_event=_say)
     model_path = base_model(config, run_dir, adapter)
+    lora = None if adapter is None else lora_spec(adapter, model_path)
+    check_engine(
+        config.rollout,
+        config.model,
+        config.resources,
+        model_path=model_path,
+        r=None if lora is None else lora.r,
+        adapts_head=lora is not None and lora.include_head,
+    )
     problems = problems_that_fit(config, problems, model_path, on_event=_say)
-    lora = lora_spec(adapter, model_path) if adapter is not None else None
     settings = result_settings(config, model_path, adapter, problems)
     out = _out_folder(config, run_dir, settings)
     overlap = trained_on(config, problems, on_event=_say)
@@ -116,6 +125,7 @@ def result_settings(
         "quantization": config.model.quantization,
         "device": "cuda" if config.resources.gpus_per_actor > 0 else "cpu",
         "grade_timeout_s": config.rollout.grade_timeout_s,
+        **({"engine": config.rollout.engine} if config.rollout.engine != "torch" else {}),
         **({"judge": config.task.judge.meaning} if config.task.judge.meaning else {}),
     }
 

@@ -9,11 +9,22 @@ import torch
 from learner.runs import checkpoint as checkpoints
 from learner.runs.aside import put_back
 from learner.runs.directory import RunDirectory
+from learner.runs.session import joins
 from learner.settings.arguments import flat
 from learner.settings.saved import OF_A_START, checkpoints_in, kind_of, run_to_resume, saved_settings
-from learner.settings.sections import GroupSection, LoraSection, ModelSection, ResourcesSection, RunPlace, Section
+from learner.settings.sections import (
+    GroupSection,
+    LoraSection,
+    ModelSection,
+    ResourcesSection,
+    RolloutSection,
+    RunPlace,
+    Section,
+)
 from rewards.errors import CheckpointError, ConfigError
 from rollout.adapters import AdapterState, pack, read_peft_folder, require_plain_lora, unpack
+from rollout.engines.vllm.settings import MERGED, require_support, require_vllm, slot_rank
+from rollout.models.family import policy_adapter
 from rollout.models.lora import LoraSpec, adapter_shapes
 from rollout.models.quantization import require_bitsandbytes
 
@@ -80,6 +91,43 @@ def check_quantization(model: ModelSection, learner: GroupSection, resources: Re
         return
     gpus = learner.device == "cuda" or resources.gpus_per_rank > 0 or resources.gpus_per_actor > 0
     require_bitsandbytes(model.quantization, "cuda" if gpus else "cpu")
+
+
+def check_engine(
+    rollout: RolloutSection,
+    model: ModelSection,
+    resources: ResourcesSection,
+    *,
+    model_path: str | None,
+    r: int | None,
+    adapts_head: bool,
+) -> None:
+    """Refuses ``rollout.engine=vllm`` where vLLM isn't, or can't do what the settings say. Raises ConfigError.
+
+    Args:
+        model_path: None for the small base, a LLaDA.
+        r: rank of the adapter; None for the bare base.
+        adapts_head: whether the LM head is part of it.
+    """
+    if rollout.engine != "vllm":
+        return
+    if not joins(resources.ray_address):
+        require_vllm()  # elsewhere, each actor says whether its node has it
+    family = "llada" if model_path is None else policy_adapter(model_path).family
+    require_support(family, rollout.vllm, adapts_head=adapts_head)
+    if r is not None and family not in MERGED:
+        slot_rank(r)
+    if model.quantization is not None:
+        raise ConfigError(
+            f"model.quantization={model.quantization} is bitsandbytes', which rollout.engine=vllm doesn't load; set it "
+            "null, or rollout.engine=torch"
+        )
+    processes = rollout.vllm.tensor_parallel_size
+    if 0 < resources.gpus_per_actor < processes:
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size={processes} needs as many GPUs, and an actor has "
+            f"resources.gpus_per_actor={resources.gpus_per_actor:g}; raise that"
+        )
 
 
 def starting_adapter(lora: LoraSection, dtype: str) -> AdapterState | None:

@@ -17,7 +17,7 @@ import torch
 from rewards.errors import ConfigError
 from rollout.sampling import noise
 from rollout.sampling.branches import Branches, Branching, branching
-from rollout.sampling.head import Asked, Drawn, Fill, Head, Look, Rows
+from rollout.sampling.head import Asked, Drawn, Fill, Head, Look, Rows, chooses_before_drawing
 from rollout.sampling.positions import choice_entropy, choice_logp
 from rollout.sampling.schedule import tokens_per_step
 from rollout.trajectory import BranchSpec, PositionRule, SamplerSpec
@@ -170,7 +170,7 @@ class _Loop:
     def __init__(self, head: Head, requests: Sequence[Request], sampler: SamplerSpec, tokens: Tokens) -> None:
         self.head, self.sampler, self.tokens = head, sampler, tokens
         self.schedule = tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps)
-        before_drawing = sampler.threshold is not None or sampler.position_rule == "decoupled_confidence"
+        before_drawing = chooses_before_drawing(sampler)
         after_drawing = not before_drawing and sampler.position_rule in ("low_confidence", "entropy")
         self.choosing = "before drawing" if before_drawing else "after drawing" if after_drawing else "before forward"
         self.P = max((len(request.prompt_ids) for request in requests), default=0)

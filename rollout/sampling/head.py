@@ -136,6 +136,11 @@ def padded(forward: Forward, device: torch.device) -> Callable[[Rows, Asked], to
     return logits
 
 
+def chooses_before_drawing(sampler: SamplerSpec) -> bool:
+    """Whether positions are chosen by ``Look.confidence``."""
+    return sampler.threshold is not None or sampler.position_rule == "decoupled_confidence"
+
+
 def confidence(logits_NV: torch.Tensor, sampler: SamplerSpec, mask: int) -> torch.Tensor:
     """[N] float64 on the CPU, as ``Look.confidence`` says."""
     temperature = sampler.confidence_temperature if sampler.threshold is None else 1.0
