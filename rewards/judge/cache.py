@@ -6,11 +6,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from rewards.errors import ConfigError
-from rewards.judge.folders import make_private
+from rewards.judge.folders import make_private, writing
 
 
 class Cache:
@@ -18,8 +16,8 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with _disk(folder):
-            make_private(folder)
+        make_private(folder)
+        with writing(folder):
             tempfile.TemporaryFile(dir=folder).close()
 
     def get(self, key: str) -> float | None:
@@ -33,8 +31,8 @@ class Cache:
     def put(self, key: str, score: float) -> None:
         """Keeps a score. Raises ConfigError when the disk refuses."""
         path = self._path(key)
-        with _disk(path):
-            make_private(path.parent)
+        make_private(path.parent)
+        with writing(path):
             number, name = tempfile.mkstemp(dir=path.parent)
             try:
                 with os.fdopen(number, "w") as file:
@@ -47,12 +45,3 @@ class Cache:
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = f"{path} can't be written ({error.strerror or error})"
-        raise ConfigError(f"{reason}; make room, or set task.judge.cache_dir, or task.judge.cache=false") from None

@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 
 from rewards.errors import ConfigError, first_line
+from rewards.judge.folders import make_private
 from rewards.judge.places import place
 from rewards.judge.question import digest
 from rewards.judge.reply import JudgeFailed, NoReply, Score, read_score
@@ -44,13 +45,14 @@ class Client:
     """One judge's server.
 
     Raises:
-        ConfigError: the key isn't in its environment variable, or can't be sent.
+        ConfigError: the key isn't in its environment variable, or can't be sent; the folder can't be written.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings = settings
         self._key = _key(settings.key_variable)
         self._places = settings.folder / "in-flight" / digest(settings.url)[:16]
+        make_private(self._places)
         self._http = httpx2.AsyncClient(
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             limits=httpx2.Limits(max_keepalive_connections=0),
@@ -68,7 +70,7 @@ class Client:
             async with asyncio.timeout(settings.timeout_s) as limit, place(self._places, settings.concurrency):
                 for number in range(1, settings.tries + 1):
                     try:
-                        return read_score(settings, await self._answer(body))
+                        return self._read(await self._answer(body))
                     except NoReply as error:
                         last = f"{error} (try {number} of {settings.tries})"
                         if number < settings.tries:
@@ -98,10 +100,10 @@ class Client:
                 data += piece
                 if len(data) > MAX_BODY:
                     raise NoReply(f"the answer is longer than {MAX_BODY} bytes")
-            status, said = response.status_code, shorten(bytes(data[:300]).decode(errors="replace"), 200)
+            status, said = response.status_code, self._shown(bytes(data))
             if status in _BUSY or status >= 500:
                 raise _Busy(f"status {status}: {said}", _retry_after(response.headers.get("Retry-After")))
-            if status in _REFUSALS:  # what such a server says may hold parts of the key
+            if status in _REFUSALS:  # what a server says of a key may hold parts of it
                 named = self._settings.key_variable
                 raise JudgeFailed(
                     f"status {status}: " + (f"it refuses the key in {named}" if named else "it wants a key")
@@ -110,8 +112,26 @@ class Client:
                 raise JudgeFailed(f"status {status}: {said}")
             return bytes(data)
 
+    def _read(self, data: bytes) -> Score:
+        try:
+            return read_score(self._settings, data)
+        except JudgeFailed as error:
+            if not self._repeats_key(data):
+                raise
+            failed = type(error)("its answer is no score, and repeats the key, so that it can't be shown")
+        raise failed
+
+    def _shown(self, data: bytes) -> str:
+        """The begin of an answer. What repeats the key isn't cut, where a part of it could be left."""
+        return (
+            "an answer that repeats the key" if self._repeats_key(data) else shorten(data.decode(errors="replace"), 200)
+        )
+
+    def _repeats_key(self, data: bytes) -> bool:
+        return bool(self._key) and self._key.encode() in data
+
     def _told(self, what: str) -> str:
-        """With the judge's name, and without the key, which a server may repeat."""
+        """With the judge's name, and without the key."""
         whole = f"judge {self._settings.model} at {self._settings.url}: {what}"
         return whole.replace(self._key, "***") if self._key else whole
 

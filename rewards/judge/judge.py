@@ -1,6 +1,7 @@
 """A judge in one process: what it was asked before is taken from disk."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rewards.judge.client import Client
 from rewards.judge.question import digest, request_body
 from rewards.judge.reply import Score
 from rewards.judge.settings import JudgeSettings
+from rewards.parsing import without_special_tokens
 
 _FORMAT = 1
 """Of what kept scores mean; another one finds none of them."""
@@ -32,7 +34,7 @@ class Judge:
             JudgeFailed: the judge gave none.
         """
         settings = self._settings
-        if not completion.strip():
+        if not without_special_tokens(completion).strip():
             return float(settings.lowest)
         body = request_body(settings, prompt, shown, completion)
         key = digest([_FORMAT, settings.url, settings.lowest, settings.highest, body])
@@ -47,8 +49,13 @@ class Judge:
         """The score that the server gives on a request, whatever is on disk. Raises JudgeFailed."""
         return self._runner.run(self._client.score(body))
 
+    def close(self) -> None:
+        """Ends what asking needed; a process that ends needn't."""
+        self._runner.close()
+
 
 def try_out(settings: JudgeSettings) -> Score:
     """Asks the judge for the score of a short completion. Raises as ``Judge`` and ``ask`` do."""
     prompt = [{"role": "user", "content": "What is 1 + 1?"}]
-    return Judge(settings).ask(request_body(settings, prompt, dict.fromkeys(settings.fields, "2"), "It is 2."))
+    with contextlib.closing(Judge(settings)) as judge:
+        return judge.ask(request_body(settings, prompt, dict.fromkeys(settings.fields, "2"), "It is 2."))

@@ -9,15 +9,12 @@ import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from rewards.judge.folders import make_private
-
 _LOOK_S = 0.02
 
 
 @contextlib.asynccontextmanager
 async def place(folder: Path, count: int) -> AsyncIterator[None]:
-    """Holds one of ``count`` places of the folder; waits for a free one, for as long as its caller's timeout says."""
-    make_private(folder)
+    """Holds one of ``count`` places of a folder that is there; waits for a free one as long as its caller lets it."""
     while (held := _free(folder, count)) is None:
         await asyncio.sleep(_LOOK_S * (0.5 + random.random()))
     try:

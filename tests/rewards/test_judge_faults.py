@@ -171,13 +171,19 @@ def test_the_key_is_sent_and_nowhere_to_be_seen(
     judge = Judge(keyed)
     assert judge.score(PROMPT, {}, "a") == 4.0
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
-    for status in (400, 401, 403, 429, 500):
+    for status in (200, 400, 401, 403, 429, 500):
         server.faults = [echoes(status)]
         with pytest.raises(JudgeFailed) as failed:
             judge.score(PROMPT, {}, f"b{status}")
         shown = [str(failed.value), repr(failed.value), repr(failed.value.__context__), repr(failed.value.__cause__)]
         assert KEY not in "".join(shown), status
-        assert ("***" in shown[0]) == (status not in (401, 403)), "what was sent is what came back"
+        assert ("repeats the key" in shown[0]) == (status not in (401, 403)), "what was sent is what came back"
+    for padding in range(190, 200, 3):  # the key where a long answer is cut
+        server.faults = [body(b"x" * padding + KEY.encode(), 400), body(chat("x" * (padding - 140) + KEY))]
+        for number in range(2):
+            with pytest.raises(JudgeFailed, match="repeats the key") as failed:
+                judge.score(PROMPT, {}, f"c{padding}{number}")
+            assert "sk" not in str(failed.value)
     assert KEY not in caplog.text and KEY not in repr(keyed) + keyed.model_dump_json() + repr(judge)
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
@@ -245,8 +251,8 @@ def test_a_damaged_file_is_written_anew(server: JudgeServer, tmp_path: Path, dam
 
 def test_a_folder_that_cannot_be_written(server: JudgeServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="task.judge.cache_dir, or task.judge.cache=false"):
-        Judge(quick(server, cache=True, cache_dir=str(tmp_path / "file")))
+    with pytest.raises(ConfigError, match="file.*make room there, or name another folder with task.judge.cache_dir"):
+        Judge(quick(server, cache_dir=str(tmp_path / "file")))
 
 
 def _scores(settings: JudgeSettings, names: list[str]) -> list[float]:

@@ -56,7 +56,7 @@ def test_the_judge_s_part_stands_beside_the_task_s(server: JudgeServer) -> None:
     server.faults = [body(chat("5")), body(chat("2"))]
     graders = pool(quick(server, weight=2.0, fields=("answer",)))
     assert graders.components == ("think_tag", "answer_tag", "correct", "judge")
-    good, bad, empty = graders.collect([graders.submit(FIELDS, text) for text in (RIGHT, WRONG, " ")])
+    good, bad, empty = graders.collect([graders.submit(FIELDS, text) for text in (RIGHT, WRONG, " <|endoftext|>")])
     graders.close()
     assert (good.correct, good.components) == (
         True,
@@ -140,7 +140,7 @@ def test_the_key_stays_out_of_command_lines_and_messages(
     failed, good = graders.collect([graders.submit(FIELDS, text) for text in (RIGHT, WRONG)])
     children = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if b"rewards.grade" in _read(path)]
     graders.close()
-    assert failed.invalid and "Bearer ***" in (failed.error or "") and good.invalid is None
+    assert failed.invalid and "repeats the key" in (failed.error or "") and good.invalid is None
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
     out, err = capfd.readouterr()
     assert children and KEY not in out + err + repr(failed) + repr(children)
