@@ -68,6 +68,7 @@ class Client:
         settings, last = self._settings, "no place was free"
         try:
             async with asyncio.timeout(settings.timeout_s) as limit, place(self._places, settings.concurrency):
+                last = "it has not answered"
                 for number in range(1, settings.tries + 1):
                     try:
                         return self._read(await self._answer(body))
@@ -100,17 +101,16 @@ class Client:
                 data += piece
                 if len(data) > MAX_BODY:
                     raise NoReply(f"the answer is longer than {MAX_BODY} bytes")
-            status, said = response.status_code, self._shown(bytes(data))
-            if status in _BUSY or status >= 500:
-                raise _Busy(f"status {status}: {said}", _retry_after(response.headers.get("Retry-After")))
+            status = response.status_code
+            if status == 200:
+                return bytes(data)
             if status in _REFUSALS:  # what a server says of a key may hold parts of it
                 named = self._settings.key_variable
-                raise JudgeFailed(
-                    f"status {status}: " + (f"it refuses the key in {named}" if named else "it wants a key")
-                )
-            if status != 200:
-                raise JudgeFailed(f"status {status}: {said}")
-            return bytes(data)
+                raise JudgeFailed(f"status {status}: {f'it refuses the key in {named}' if named else 'it wants a key'}")
+            told = f"status {status}: {self._shown(bytes(data))}"
+            if status in _BUSY or status >= 500:
+                raise _Busy(told, _retry_after(response.headers.get("Retry-After")))
+            raise JudgeFailed(told)
 
     def _read(self, data: bytes) -> Score:
         try:
@@ -123,9 +123,9 @@ class Client:
 
     def _shown(self, data: bytes) -> str:
         """The begin of an answer. What repeats the key isn't cut, where a part of it could be left."""
-        return (
-            "an answer that repeats the key" if self._repeats_key(data) else shorten(data.decode(errors="replace"), 200)
-        )
+        if self._repeats_key(data):
+            return "an answer that repeats the key"
+        return shorten(data[:1000].decode(errors="replace"), 200)
 
     def _repeats_key(self, data: bytes) -> bool:
         return bool(self._key) and self._key.encode() in data

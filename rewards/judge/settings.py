@@ -127,7 +127,8 @@ def _url_problems(url: str) -> list[str]:
     """A password or key in it is not repeated."""
     try:
         parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        plain = url.isascii() and url.isprintable() and " " not in url
+        whole = plain and parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:
         whole = False
     if whole and (parts.username or parts.password or parts.query or parts.fragment):

@@ -53,6 +53,8 @@ def test_a_config_of_before_there_were_judges(tmp_path: Path) -> None:
         ("task.judge.url=localhost:8000", "task.judge.url must be an address such as http://127.0.0.1:8000/v1"),
         ("task.judge.url=ftp://judge/v1", "task.judge.url must be an address"),
         ("task.judge.url=http://host:port/v1", "task.judge.url must be an address"),
+        ("task.judge.url=http://ho st/v1", "task.judge.url must be an address"),
+        ("task.judge.url=http://h\u00f6st\x01/v1", "task.judge.url must be an address"),
         ("task.judge.url=https://me:sk-9999@judge/v1", "task.judge.url holds more than an address"),
         ("task.judge.url=https://judge/v1?key=sk-9999", "task.judge.url holds more than an address"),
         ("task.judge.key_variable=sk-9999", "task.judge.key_variable is no name of an environment variable"),

@@ -121,6 +121,8 @@ def test_an_answer_has_a_time_limit_as_a_whole(server: JudgeServer, fault: Behav
     assert score(quick(server, try_timeout_s=0.3)) == 4.0
     assert 0.3 <= time.monotonic() - begin < 2
     server.faults = [fault] * 9
+    with pytest.raises(JudgeFailed, match="no score within 0.3 s; it has not answered"):
+        score(quick(server, timeout_s=0.3))
     begin = time.monotonic()
     with pytest.raises(JudgeFailed, match=r"no score within 1 s; no answer within 0.3 s \(try"):
         score(quick(server, try_timeout_s=0.3, timeout_s=1.0, tries=9))
@@ -147,8 +149,9 @@ def test_nobody_listens(server: JudgeServer) -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with pytest.raises(JudgeFailed, match=f"at {url}: ConnectError.*try 2 of 2"):
             score(quick(server, url=url, tries=2))
-    with pytest.raises(JudgeFailed, match="ConnectError"):
-        score(quick(server, url="http://judge.invalid/v1", tries=1))
+    for url in ("http://judge.invalid/v1", "http://a..b/v1", f"http://{'a' * 70}.invalid/v1"):
+        with pytest.raises(JudgeFailed, match="ConnectError|InvalidURL"):
+            score(quick(server, url=url, tries=1))
 
 
 def test_what_is_left_of_a_lying_answer_is_not_the_next_one_s(server: JudgeServer) -> None:
