@@ -19,9 +19,9 @@ STEP_DIVISORS = (1, 2, 4, 8)
 NO_ADAPTER = "none"
 
 _OWN = ("adapter", "base", "out", "data", "decode", "statistics")
-# What an evaluation may change about a run that it looks at: where and how fast, not what was trained.
+# What an evaluation may change about a run that it looks at: where, how fast and by which judge, not what was trained.
 _CHANGEABLE = (
-    *("model.path", "model.cache_dir", "learner.dtype", "resources", "timeouts"),
+    *("model.path", "model.cache_dir", "learner.dtype", "resources", "timeouts", "task.judge"),
     *("rollout.actors", "rollout.max_rows", "rollout.graders_per_actor", "rollout.grade_timeout_s"),
 )
 

@@ -24,6 +24,7 @@ from rewards.errors import ConfigError
 
 HIGHEST = 100
 _MEANING = {"model", "url", "rubric", "lowest", "highest", "weight", "right_from", "fields", "logprobs", "request"}
+_NO_MODEL = "task.judge.rubric is set and task.judge.model is not; name the model, or leave both null"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}", re.ASCII)
 
 
@@ -90,7 +91,7 @@ class JudgeSettings(BaseModel):
     def problems(self) -> list[str]:
         """What contradicts itself or can't be used, each as one sentence."""
         if self.model is None:
-            return ["task.judge.rubric is set and task.judge.model is not; name the model"] if self.rubric else []
+            return [_NO_MODEL] if self.rubric else []
         problems = [*_url_problems(self.url)]
         if not self.rubric or not self.rubric.strip():
             problems.append("task.judge.rubric is missing; say in words what makes a completion good")

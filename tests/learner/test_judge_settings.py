@@ -123,3 +123,13 @@ def test_an_evaluation_is_another_one_by_another_rubric() -> None:
         and judged == patient != other
         and plain == {k: v for k, v in judged.items() if k != "judge"}
     )
+
+
+def test_an_evaluation_may_ask_another_judge_or_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(dump_config(load_config(JUDGED)))
+    moved, _ = load_evaluation(["task.judge.url=http://judge:9000/v1"], str(tmp_path))
+    assert moved.task.judge.url == "http://judge:9000/v1" and moved.task.judge.model == "tiny"
+    unjudged, _ = load_evaluation(["task.judge.model=null", "task.judge.rubric=null"], str(tmp_path))
+    assert unjudged.task.load().components == ("length", "permutation", "clues", "cells")
+    with pytest.raises(ConfigError, match="task.train_size says how"):
+        load_evaluation(["task.train_size=3"], str(tmp_path))
