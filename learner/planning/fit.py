@@ -165,15 +165,16 @@ class _Needs:
         """Of a rank and of an actor."""
         config, memory = self.config, self.hardware.memory
         found = []
-        for device, gpus in (
-            (self.rank_device, config.resources.gpus_per_rank),
-            (self.actor_device, config.resources.gpus_per_actor),
+        of_actor = config.rollout.vllm.memory_share if config.rollout.engine == "vllm" else 1.0
+        for device, gpus, part in (
+            (self.rank_device, config.resources.gpus_per_rank, 1.0),
+            (self.actor_device, config.resources.gpus_per_actor, of_actor),
         ):
             if memory is None or (device == "cuda") != (self.hardware.device == "cuda"):
                 found.append(Budget(None, "memory unknown"))
             elif device == "cuda":
-                share = min(1.0, gpus)
-                says = f"{gpus:g} of a GPU's {memory / GIB:.1f} GiB" if share < 1 else "one GPU"
+                share = min(1.0, gpus) * part
+                says = f"{share:g} of a GPU's {memory / GIB:.1f} GiB" if share < 1 else "one GPU"
                 found.append(Budget(int(memory * share), says))
             else:
                 mine = "rank" if not found else "actor"

@@ -12,6 +12,7 @@ from learner.planning import activations
 from learner.planning.activations import Trunk
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
+from rollout.engines.vllm.settings import ADAPTERS, MERGED, slot_rank
 from rollout.models.few_bits import BYTES_PER_PARAMETER
 from rollout.sampling.schedule import tokens_per_step
 from rollout.trajectory import GreedyBranches
@@ -27,6 +28,9 @@ FRAGMENTATION = 0.05
 """Assumed: share of what is allocated and freed that the CUDA allocator can't hand out again."""
 PROCESS_ALLOWANCE = int(0.6 * GIB)
 """Python with torch, transformers and Ray imported; 0.55 to 0.61 GB measured on the CPU."""
+
+VLLM_ALLOWANCE = int(0.3 * GIB)
+"""vLLM imported too, and what it keeps for itself; measured on the CPU."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -146,10 +150,15 @@ def rank_memory(
 def actor_memory(
     config: RunConfig, model: ModelShape, *, device: Device, prompt: int, rows: int | None = None
 ) -> ProcessMemory:
-    """One rollout actor. ``rows`` stands instead of ``rollout.max_rows``."""
+    """One rollout actor, or of a model that is split over several processes one of them. ``rows`` stands instead of
+    ``rollout.max_rows``."""
     sampler, e = config.rollout.sampler, itemsize(config)
     rows = config.rollout.max_rows if rows is None else rows
-    trunk = Trunk(model, rows, prompt + sampler.completion_length, config.lora.r, e)
+    length = prompt + sampler.completion_length
+    embedded = config.rollout.engine == "torch"
+    if not embedded:
+        rows = min(rows, config.rollout.vllm.batch_tokens(rows, length) // length)
+    trunk = Trunk(model, rows, length, config.lora.r, e)
     revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
     block = rows * sampler.block_length
     V, cpu = model.vocabulary, device == "cpu"
@@ -184,7 +193,10 @@ def actor_memory(
     return ProcessMemory(
         name="rollout actor",
         device=device,
-        resident=(*_weights(config, model, rank=False), *_allowances(config, device, rank=False)),
+        resident=(
+            *(_weights(config, model, rank=False) if embedded else _vllm_weights(config, model, device)),
+            *_allowances(config, device, rank=False),
+        ),
         kept=(),
         moments=tuple(moments),
         after=(),
@@ -265,6 +277,24 @@ def _weights(config: RunConfig, model: ModelShape, *, rank: bool) -> list[Item]:
         items.append(Item("one map expanded", largest * e, f"{kind} to {config.learner.dtype}, while it is used"))
     adapter = adapter_bytes(config, model)
     items.append(Item("adapter", adapter, f"LoRA r {config.lora.r}: {trained(config, model) / 1e6:,.2f} M parameters"))
+    return items
+
+
+def _vllm_weights(config: RunConfig, model: ModelShape, device: Device) -> list[Item]:
+    settings, e = config.rollout.vllm, itemsize(config)
+    of_blocks = model.layers * sum(one.parameters for one in model.maps if one.name != "router")
+    weights = model.parameters * e - (of_blocks * (e - 1) if settings.quantization else 0)
+    split = settings.tensor_parallel_size
+    note = f"{model.parameters / 1e6:,.1f} M parameters, {settings.quantization or config.learner.dtype}"
+    items = [Item("base weights", math.ceil(weights / split), note + (f", 1/{split} of them" if split > 1 else ""))]
+    if model.family not in MERGED:
+        wide = slot_rank(config.lora.r)
+        slots = ADAPTERS * math.ceil(adapter_bytes(config, model) * wide / config.lora.r)
+        items.append(Item("slots for adapters", math.ceil(slots / split), f"{ADAPTERS} of rank {wide}"))
+    elif device == "cpu":
+        items.append(Item("the policy beside", weights + adapter_bytes(config, model), "adapters are merged in it"))
+    if device == "cpu":
+        items.append(Item("vLLM", VLLM_ALLOWANCE, "measured"))
     return items
 
 

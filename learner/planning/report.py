@@ -88,7 +88,8 @@ def _memory(plan: RunPlan) -> list[str]:
     lines = _process(plan.rank, plan.rank_budget, views)
     other = "without" if learner.activation_checkpointing else "with"
     lines += [_row(f"  {other} checkpointing: peak", plan.rank_other.peak, _activations(plan.rank_other))]
-    lines += ["", *_process(plan.actor, plan.actor_budget, f"max_rows {config.rollout.max_rows}"), ""]
+    engine = "" if config.rollout.engine == "torch" else f"{config.rollout.engine}, "
+    lines += ["", *_process(plan.actor, plan.actor_budget, f"{engine}max_rows {config.rollout.max_rows}"), ""]
     if plan.rank.device == plan.actor.device == "cpu":
         total = learner.ranks * plan.rank.peak + config.rollout.actors * plan.actor.peak
         lines.append(_row("all processes", total, f"{learner.ranks} ranks and {config.rollout.actors} actors"))

@@ -154,8 +154,9 @@ def draw(
     position_N: np.ndarray,
     sampler: SamplerSpec,
     mask: int,
-) -> Drawn:
-    """A token for each position, by the noise of its row's key, step and position; at temperature 0 the likeliest."""
+) -> tuple[Drawn, Law]:
+    """A token for each position, by the noise of its row's key, step and position, and the law that it is from; at
+    temperature 0 the likeliest."""
     device = logits_NV.device
     raw_NV = without_mask(logits_NV, mask)
     raw_total_N = raw_NV.logsumexp(-1)
@@ -168,13 +169,14 @@ def draw(
         column_N = _noisiest(law, streams_N)
     at_N1 = column_N.unsqueeze(1)
     token_N = _token(law, at_N1)
-    return Drawn(
+    drawn = Drawn(
         token=token_N.cpu().numpy(),
         logp=law.logp_NK.gather(1, at_N1).squeeze(1).cpu().numpy(),
         logp_raw=(raw_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) - raw_total_N).cpu().numpy(),
         entropy=law.entropy().cpu().numpy(),
         kept=partial(_kept, law),
     )
+    return drawn, law
 
 
 def fill(logits_BV: torch.Tensor, asked: Fill, step: int, sampler: SamplerSpec, mask: int) -> Filled:
@@ -217,7 +219,7 @@ class _LocalLook:
             logits_NV = logits_NV[torch.from_numpy(at_N).to(logits_NV.device)]
             row_N, position_N = row_N[at_N], position_N[at_N]
         keys_N, steps_N = self._rows.keys_R[row_N], self._rows.steps_R[row_N]
-        return draw(logits_NV, keys_N, steps_N, position_N, self._sampler, self._mask)
+        return draw(logits_NV, keys_N, steps_N, position_N, self._sampler, self._mask)[0]
 
 
 def _noisiest(law: Law, streams_N: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,15 @@ class Law:
     ids_NK: torch.Tensor | None
     """[N, K] int64 token ids."""
 
+    def support(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N] int64, how many tokens each position keeps, and their ids, int64, ascending, position after position."""
+        kept_NK = self.logp_NK > -torch.inf
+        count_N = kept_NK.sum(-1)
+        ids_NK = torch.arange(kept_NK.shape[1], device=kept_NK.device) if self.ids_NK is None else self.ids_NK
+        last = torch.iinfo(torch.int64).max
+        sorted_NK = ids_NK.expand_as(kept_NK).masked_fill(~kept_NK, last).sort(-1).values
+        return count_N, sorted_NK[sorted_NK < last]
+
     def entropy(self) -> torch.Tensor:
         """[N] float32, in nats."""
         return -(self.logp_NK.exp() * self.logp_NK.masked_fill(self.logp_NK == -torch.inf, 0.0)).sum(-1)

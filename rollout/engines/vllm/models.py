@@ -23,6 +23,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, e
 from rollout.engines.vllm import shim
 from rollout.engines.vllm.wire import KEY, RowAnswer, RowAsked, part
 from rollout.sampling.head import chooses_before_drawing, confidence, draw, fill
+from rollout.sampling.truncation import Law
 from rollout.trajectory import SamplerSpec
 
 
@@ -72,7 +73,7 @@ def _answers(
     for sampler, members in alike.items():
         sizes = [rows[r].position_N.size for r in members]
         logits_NV = torch.cat([parts[r][:size] for r, size in zip(members, sizes, strict=True)])
-        drawn = draw(
+        drawn, law = draw(
             logits_NV,
             np.repeat(np.array([rows[r].key for r in members], np.int64), sizes),
             np.repeat(np.array([rows[r].step for r in members], np.int64), sizes),
@@ -81,13 +82,24 @@ def _answers(
             mask,
         )
         sure_N = confidence(logits_NV, sampler, mask).numpy() if chooses_before_drawing(sampler) else None
-        begin = 0
-        for r, size in zip(members, sizes, strict=True):
-            own = np.arange(begin, begin + size)
-            begin += size
-            fills = _fills(rows[r], parts[r][size:], mask)
-            answers[r] = RowAnswer(adapters[r], part(drawn, own), None if sure_N is None else sure_N[own], fills)
+        ends = np.cumsum(sizes)
+        supports = _supports(law, ends) if sampler.truncates else [None] * len(members)
+        for r, support, own in zip(members, supports, np.split(np.arange(ends[-1]), ends[:-1]), strict=True):
+            answers[r] = RowAnswer(
+                adapter=adapters[r],
+                drawn=part(drawn, own),
+                confidence_N=None if sure_N is None else sure_N[own],
+                fills=_fills(rows[r], parts[r][own.size :], mask),
+                support=support,
+            )
     return (answers[r] for r in range(len(rows)))
+
+
+def _supports(law: Law, ends: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each row; ``ends``: of their positions."""
+    count_N, ids = (found.cpu().numpy() for found in law.support())
+    of_rows = np.split(count_N, ends[:-1])
+    return list(zip(of_rows, np.split(ids, np.cumsum([c.sum() for c in of_rows])[:-1]), strict=True))
 
 
 def _fills(row: RowAsked, logits: torch.Tensor, mask: int) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ Both know afterwards that what vLLM computes with is what was published.
 """
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from rollout.adapters import (
     write_peft_folder,
 )
 from rollout.engines.vllm.heads import encoder
+from rollout.engines.vllm.settings import ADAPTERS
 from rollout.models.family import PolicyAdapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, adapter_shapes, attach_lora
@@ -54,7 +56,8 @@ class Slots:
                 "lora.include_head as they are, or set rollout.engine=torch"
             )
         self._loads = 0
-        self._folders = tempfile.TemporaryDirectory(prefix="adapters-")
+        self._place = tempfile.TemporaryDirectory(prefix="adapters-")
+        self._folders: list[Path] = []
         self.request: Any = None
         """vLLM's of the current adapter; None: the bare base."""
 
@@ -75,13 +78,15 @@ class Slots:
         scale = self._lora.alpha / self._lora.r
         scaled = pack({name: _scaled(name, unpack(packed), scale) for name, packed in adapter.items()})
         self._loads += 1
-        folder = Path(self._folders.name) / str(self._loads)
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=self._place.name))
         modules = _maps(adapter)
         config = {"peft_type": "LORA", "r": self._lora.r, "lora_alpha": self._lora.r, "target_modules": modules}
         write_peft_folder(folder, scaled, config)
         request = LoRARequest(f"version-{self._loads}", self._loads, str(folder))
         self._llm.llm_engine.add_lora(request)
+        self._folders.append(folder)
+        if len(self._folders) > ADAPTERS:
+            shutil.rmtree(self._folders.pop(0))
         for used in self._llm.collective_rpc("digest_in_use", args=(self._loads, modules, self._lora.r)):
             _require_digest(used, digest(scaled))
         self.request = request

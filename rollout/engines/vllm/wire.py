@@ -41,19 +41,19 @@ class RowAsked:
             "key": self.key,
             "step": self.step,
             "first": self.first,
-            "positions": self.position_N.tolist(),
-            "fills": [[fill.position_B.tolist(), list(fill.keys)] for fill in self.fills],
+            "positions": _bytes(self.position_N),
+            "fills": [[_bytes(fill.position_B), list(fill.keys)] for fill in self.fills],
         }
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "RowAsked":
-        fills = tuple(Fill(0, np.array(at, np.int64), tuple(keys)) for at, keys in plain["fills"])
+        fills = tuple(Fill(0, _ints(at), tuple(keys)) for at, keys in plain["fills"])
         return cls(
             sampler=SamplerSpec(*plain["sampler"]),
             key=plain["key"],
             step=plain["step"],
             first=plain["first"],
-            position_N=np.array(plain["positions"], np.int64),
+            position_N=_ints(plain["positions"]),
             fills=fills,
         )
 
@@ -68,6 +68,9 @@ class RowAnswer:
     confidence_N: np.ndarray | None
     """float64, where the sampler chooses positions before it draws"""
     fills: tuple[Filled, ...]
+    support: tuple[np.ndarray, np.ndarray] | None = None
+    """where the sampler truncates: how many tokens the law of each position keeps, [N], and their ids, ascending,
+    position after position"""
 
     def pack(self, asked: RowAsked) -> torch.Tensor:
         """[.] float64."""
@@ -75,9 +78,8 @@ class RowAnswer:
         parts = [[self.adapter], drawn.token, drawn.logp, drawn.logp_raw, drawn.entropy]
         if self.confidence_N is not None:
             parts.append(self.confidence_N)
-        if asked.sampler.truncates:
-            kept = [drawn.kept(i) for i in range(drawn.token.size)]
-            parts += [[ids.size for ids in kept], *kept]
+        if self.support is not None:
+            parts += self.support
         for filled in self.fills:
             parts.append(filled.ids_ZB.ravel())
             if filled.logp_ZB is not None:
@@ -91,9 +93,11 @@ class RowAnswer:
         adapter = int(read.take(1)[0])
         token, logp, logp_raw, entropy = read.take(N), read.take(N), read.take(N), read.take(N)
         confidence_N = read.take(N) if chooses_before_drawing(asked.sampler) else None
-        kept: list[np.ndarray] = []
+        support, kept = None, [np.zeros(0, np.int32)] * N
         if asked.sampler.truncates:
-            kept = [read.take(int(size)).astype(np.int32) for size in read.take(N)]
+            count_N = read.take(N).astype(np.int64)
+            support = count_N, read.take(int(count_N.sum())).astype(np.int32)
+            kept = np.split(support[1], np.cumsum(count_N)[:-1])
         fills = tuple(read.fill(fill) for fill in asked.fills)
         read.end()
         drawn = Drawn(
@@ -103,7 +107,7 @@ class RowAnswer:
             entropy=entropy.astype(np.float32),
             kept=kept.__getitem__,
         )
-        return cls(adapter, drawn, confidence_N, fills)
+        return cls(adapter, drawn, confidence_N, fills, support)
 
 
 def joined(rows: Sequence[Drawn]) -> Drawn:
@@ -127,6 +131,15 @@ def part(drawn: Drawn, at_N: np.ndarray) -> Drawn:
         entropy=drawn.entropy[at_N],
         kept=lambda at: drawn.kept(int(at_N[at])),
     )
+
+
+def _bytes(ints: np.ndarray) -> bytes:
+    """Quick to copy, which vLLM does a few times."""
+    return ints.astype("<i4").tobytes()
+
+
+def _ints(packed: bytes) -> np.ndarray:
+    return np.frombuffer(packed, "<i4").astype(np.int64)
 
 
 class _Reader:

@@ -1,0 +1,112 @@
+"""What a denoising step costs through vLLM, beside the embedded engine, at three sizes, on the CPU.
+
+    make bench-vllm [ARGS="--small --out FOLDER"]
+
+Both engines draw the same completions with the same adapter in one process, in turns: 16 rows, 64 positions in 4 steps,
+one thread. At the smallest size the model costs next to nothing, so what is left is vLLM's own: its scheduler and the
+packing of requests and answers. ``prompts``: equal, or of 8 lengths from an eighth of the longest up, which the
+embedded engine pads and vLLM doesn't. Times are CPU milliseconds of a step; ``ratio`` is vLLM's over torch's.
+"""
+
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
+import dataclasses
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner.bench import report
+from learner.bench.measure import interleaved, machine
+from learner.bench.policy import Shape, prompt_ids
+from rewards.task import Problem
+from rollout.adapters import adapter_parameters, digest, pack
+from rollout.engines.base import Engine
+from rollout.engines.torch import TorchEngine
+from rollout.engines.vllm.engine import VllmEngine
+from rollout.engines.vllm.settings import VllmSettings
+from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from rollout.models.lora import LoraSpec
+from rollout.models.tokenizer import build_tokenizer
+from rollout.trajectory import GroupSpec
+
+_SHAPE = Shape(512, prompt=32, completion=64, block=64, steps=4, rows=16, lora_r=8, position_rule="low_confidence")
+SHAPES = {
+    "smallest": dataclasses.replace(_SHAPE, d_model=64, layers=1, heads=2, mlp=64),
+    "2.9 M": dataclasses.replace(_SHAPE, d_model=256, layers=4, heads=8, mlp=512),
+    "35.7 M": dataclasses.replace(_SHAPE, vocabulary=8192, d_model=512, layers=8, heads=8, mlp=1536),
+}
+LENGTHS = 8
+
+TABLES = {"Steps": ["size", "prompts", "torch ms", "vLLM ms", "ratio", "difference ms"]}
+
+
+def run(*, small: bool = False) -> dict[str, Any]:
+    """All sizes, or the smallest alone, as ``report`` stores them."""
+    about = machine(threads=1)
+    shapes = dict([next(iter(SHAPES.items()))]) if small else SHAPES
+    rows = [row for name, shape in shapes.items() for row in _rows(name, shape, repeats=1 if small else 7)]
+    return {"benchmark": "vllm", "small": small, "machine": about, "rows": rows, "tables": TABLES, "bars": []}
+
+
+def _rows(name: str, shape: Shape, *, repeats: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), shape)
+        options: dict[str, Any] = {
+            "model_path": folder,
+            "lora": LoraSpec(shape.lora_r, float(shape.lora_r)),
+            "max_rows": shape.rows,
+            "threads": 1,
+        }
+        torch_engine = TorchEngine(**options)
+        with torch.no_grad():
+            for parameter in adapter_parameters(torch_engine.model).values():
+                parameter.normal_(std=0.02)
+        adapter = pack(adapter_parameters(torch_engine.model))
+        vllm_engine = VllmEngine(settings=VllmSettings(), **options)
+        vllm_engine.load_adapter(0, adapter, digest(adapter))
+    prompt = prompt_ids(shape).tolist()
+    shorter = [prompt[: max(1, shape.prompt * (i + 1) // LENGTHS)] for i in range(LENGTHS)]
+    found = []
+    for prompts, said in (([prompt] * LENGTHS, "equal"), (shorter, "of 8 lengths")):
+        way = partial(_draw, shape, prompts)
+        way(torch_engine)
+        way(vllm_engine)
+        ours, theirs = interleaved(partial(way, torch_engine), partial(way, vllm_engine), repeats)
+        row = {"torch ms": 1e3 * ours.cpu / shape.steps, "vLLM ms": 1e3 * theirs.cpu / shape.steps}
+        row |= {"ratio": row["vLLM ms"] / row["torch ms"], "difference ms": row["vLLM ms"] - row["torch ms"]}
+        found.append({"size": name, "prompts": said, **row})
+    return found
+
+
+def _draw(shape: Shape, prompts: list[list[int]], engine: Engine) -> None:
+    groups = [GroupSpec(i, Problem("bench", {}), shape.rows // LENGTHS, i) for i in range(LENGTHS)]
+    engine.generate(groups, prompts, shape.sampler)
+
+
+def _write(folder: Path, shape: Shape) -> None:
+    V = shape.vocabulary
+    config = LLaDAConfig(
+        d_model=shape.d_model,
+        n_layers=shape.layers,
+        n_heads=shape.heads,
+        mlp_hidden_size=shape.mlp,
+        vocab_size=V,
+        max_sequence_length=shape.length,
+        mask_token_id=V - 2,
+        eos_token_id=V - 1,
+        pad_token_id=V - 1,
+    )
+    torch.manual_seed(0)
+    LLaDAModelLM(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(report.main("vllm", run))
