@@ -8,7 +8,8 @@ import pytest
 from learner.reporting.metrics_file import read_rows
 from services.store import schema
 from tests.support import store_rows
-from tests.support.judges import by_text, judge_server
+from tests.support.evaluations import call
+from tests.support.judges import body, by_text, chat, judge_server
 from tests.support.published import write_published
 from tests.support.real_runs import Runs, summary
 from tests.whole.test_recipes import SMALLER
@@ -45,6 +46,26 @@ def test_a_judge_that_does_not_answer(runs: Runs) -> None:
     with runs.started("unanswered", *judge, "task.judge.tries=1", "rollout.grade_timeout_s=62", forked=False) as run:
         assert run.wait() == 2, run.output()
     assert "error: judge tiny at http://127.0.0.1:9/v1: ConnectError" in run.output() and "Ray" not in run.output()
+
+
+def test_a_judged_evaluation(tmp_path: Path, tiny_model: str) -> None:
+    """Completions without a score are counted, and keep the mean of the judge's part from being one."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{n} + {n}?", "answer": str(2 * n)}) + "\n" for n in range(6)))
+    grid = ("decode.step_divisors=[1]", "decode.position_rules=[low_confidence]", "decode.thresholds=[]")
+    data = (f"task.train_path={rows}", f"data.path={rows}", f"model.path={tiny_model}", "task.name=gsm8k")
+    judge = ("task.judge.model=tiny", "task.judge.rubric=Any.", "task.judge.timeout_s=20", "rollout.grade_timeout_s=30")
+    with judge_server() as server:
+        server.faults = [body(chat("3")), body(chat("3")), body(chat("x"))]  # the first is a trial of the judge
+        where = (f"task.judge.url={server.url}", f"out={tmp_path / 'out'}", "statistics.resamples=50")
+        more = {"UNMASK_CACHE": str(tmp_path / "cache")}
+        answer = call("recipe=smoke", *data, *judge, *where, *grid, "rollout.actors=1", **more)
+    assert answer.returncode == 0, answer.stderr
+    assert "its scores are numbers as written" in answer.stdout + answer.stderr
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    (cell,) = report["cells"]
+    assert cell["base"]["grader_failures"] == 1 and cell["base"]["components"]["judge"] is None
+    assert report["settings"]["judge"]["rubric"] == "Any."
 
 
 def test_the_recipe_runs(tmp_path: Path, shared: Path) -> None:
