@@ -51,7 +51,7 @@ def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> 
     """
     from peft import LoraConfig, get_peft_model  # these take seconds, which --help needs none of
 
-    from rollout.adapters import load_state, read_peft_folder
+    from rollout.adapters import load_state, read_peft_folder, without_head
     from rollout.models.encoding import load_tokenizer
     from rollout.models.loading import load_model
 
@@ -61,7 +61,7 @@ def export_merged(adapter_dir: Path, out_dir: Path, base: str | None = None) -> 
     base = base or peft_config.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"the adapter at {adapter_dir} doesn't name its base; give it with --base")
-    dtypes = {tensor.dtype for tensor in state.values()}
+    dtypes = {tensor.dtype for tensor in without_head(state).values()}
     if len(dtypes) != 1:
         raise ConfigError(f"the adapter at {adapter_dir} must hold tensors of one dtype, not {sorted(dtypes)}")
     (dtype,) = dtypes

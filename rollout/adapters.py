@@ -3,6 +3,9 @@
 An adapter crosses processes as ``AdapterState``: canonical parameter name -> ``PackedTensor``. Bytes are packed because
 numpy has no bfloat16. Names are canonical when they don't depend on how peft or DeepSpeed wrapped the module:
 ``model.transformer.blocks.0.q_proj.lora_A.weight``. On disk they carry the prefix that peft writes.
+
+A state may bring a head that actors draw with (``rollout.models.prompt_head``): its tensors' names begin with
+``prompt_head.``, are part of the digest, and lie in a file of their own on disk, which PEFT doesn't look at.
 """
 
 import hashlib
@@ -20,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from rewards.errors import ConfigError, DataError, WeightMismatch
 
 ADAPTER_NAME = "default"
+HEAD = "prompt_head."
+_HEAD_FILE = "prompt_head.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 # PEFT's options that leave the function as it is, with the values for which that holds; none: all values. Any other
@@ -58,6 +63,16 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters by canonical name, sorted."""
     found = {canonical_name(name): p for name, p in model.named_parameters() if _is_lora(name)}
     return dict(sorted(found.items()))
+
+
+def head_tensors(state: AdapterState) -> AdapterState:
+    """The tensors of the head that a state brings, under their full names; empty where it brings none."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(HEAD)}
+
+
+def without_head(state: AdapterState) -> AdapterState:
+    """The adapter alone."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, PackedTensor]:
@@ -108,12 +123,12 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def load_state(model: torch.nn.Module, state: AdapterState) -> None:
-    """Copy an adapter into ``model``.
+    """Copy an adapter into ``model``. A head beside it is left alone.
 
     Raises:
         WeightMismatch: when names, shapes or dtypes differ from the model's adapter; nothing is copied then.
     """
-    own = adapter_parameters(model)
+    own, state = adapter_parameters(model), without_head(state)
     if set(own) != set(state):
         odd = ", ".join(sorted(set(own) ^ set(state))[:3])
         raise WeightMismatch(f"the adapter and this model's LoRA disagree about parameters: {odd}")
@@ -128,13 +143,15 @@ def load_state(model: torch.nn.Module, state: AdapterState) -> None:
 
 def write_peft_folder(folder: Path, state: AdapterState, peft_config: Mapping[str, Any]) -> None:
     """Write the adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it. ``folder`` must exist."""
-    tensors = {_PEFT_PREFIX + name: unpack(packed) for name, packed in state.items()}
+    tensors = {_PEFT_PREFIX + name: unpack(packed) for name, packed in without_head(state).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if head := head_tensors(state):
+        save_file({name: unpack(packed) for name, packed in head.items()}, folder / _HEAD_FILE)
     (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
 
 
 def read_peft_folder(folder: Path) -> tuple[dict[str, PackedTensor], dict[str, Any]]:
-    """An adapter in PEFT format and its configuration.
+    """An adapter in PEFT format, with the head that lies beside it, and its configuration.
 
     Raises:
         DataError: when the folder holds no readable adapter.
@@ -142,9 +159,10 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, PackedTensor], dict[str, A
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
+        head = load_file(folder / _HEAD_FILE) if (folder / _HEAD_FILE).exists() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} holds no readable PEFT adapter (safetensors): {error}") from error
-    return pack({canonical_name(name): tensor for name, tensor in tensors.items()}), config
+    return pack({**{canonical_name(name): tensor for name, tensor in tensors.items()}, **head}), config
 
 
 def _is_lora(name: str) -> bool:

@@ -107,7 +107,9 @@ def _tell(subject: Subject, sampler: SamplerSpec, engine: TorchEngine) -> None:
         _say(f"adapter {subject.adapter.folder} ({engine.adapter_digest[:12]})")
     how = f"at temperature {sampler.temperature:g}" if sampler.temperature else "greedily"
     order = f"{sampler.steps} steps, {sampler.position_rule}"
-    if sampler.threshold is not None:
+    if isinstance(sampler.threshold, tuple):
+        order = f"all above one of the probabilities {', '.join(f'{p:g}' for p in sampler.threshold)} in a step"
+    elif sampler.threshold is not None:
         order = f"all above probability {sampler.threshold:g} in a step"
     _say(f"{sampler.completion_length} tokens {how}: {order}")
 

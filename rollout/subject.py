@@ -17,10 +17,10 @@ from rewards.errors import ConfigError, first_line
 from rewards.judge.judged import load_task
 from rewards.judge.settings import read_settings
 from rewards.task import Problem, Task
-from rollout.adapters import AdapterState, pack, read_peft_folder, unpack
+from rollout.adapters import AdapterState, head_tensors, pack, read_peft_folder, unpack, without_head
 from rollout.models.few_bits import Quantization
 from rollout.sampling.schedule import tokens_per_step
-from rollout.trajectory import SamplerSpec
+from rollout.trajectory import SamplerSpec, sampler_of
 
 NO_ADAPTER = "none"
 DEFAULT_SAMPLER = SamplerSpec(
@@ -80,10 +80,11 @@ def read_subject(run: str | None, adapter: str | None, model: str | None) -> Sub
         of_the_run = found if found is not None or run_dir is None else _read_adapter(run_dir)
         named = of_the_run.peft_config.get("base_model_name_or_path") if of_the_run is not None else None
     if found is not None:
-        dtype = dtype or next((tensor.dtype for tensor in found.state.values()), None)
+        dtype = dtype or next((tensor.dtype for tensor in without_head(found.state).values()), None)
         if dtype is not None:
-            state = pack({name: unpack(tensor).to(getattr(torch, dtype)) for name, tensor in found.state.items()})
-            found = dataclasses.replace(found, state=state)
+            adapter_only, head = without_head(found.state), head_tensors(found.state)
+            state = pack({name: unpack(tensor).to(getattr(torch, dtype)) for name, tensor in adapter_only.items()})
+            found = dataclasses.replace(found, state={**state, **head})
     return Subject(_base(named, run_dir or given), found, dtype, quantization, _sampler(config), config)
 
 
@@ -156,5 +157,5 @@ def _sampler(config: Mapping[str, Any] | None) -> SamplerSpec:
     """A run's, greedily and in the order of its evaluations; a fine-tuning has none."""
     if config is None or "rollout" not in config:
         return DEFAULT_SAMPLER
-    sampler = SamplerSpec(**config["rollout"]["sampler"])
+    sampler = sampler_of(config["rollout"]["sampler"])
     return sampler.greedy(steps=sampler.steps, position_rule=config["evaluation"]["position_rule"])

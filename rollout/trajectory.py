@@ -46,9 +46,10 @@ class SamplerSpec:
     """tau of ``decoupled_confidence``; inf is random order, 0 the order of the largest probability."""
     confidence_temperature: float = 1.0
     """Of the untruncated law whose largest probability is a position's confidence in ``decoupled_confidence``."""
-    threshold: float | None = None
+    threshold: float | tuple[float, ...] | None = None
     """Reveal what passes this confidence (at temperature 1), at least one position a step, instead of following
-    ``steps`` and ``position_rule``."""
+    ``steps`` and ``position_rule``. Several: each completion draws one of them, from the law that the adapter's head
+    makes of the prompt (``rollout.models.prompt_head``); at temperature 0 it takes the likeliest."""
 
     @property
     def most_steps(self) -> int:
@@ -70,6 +71,12 @@ class SamplerSpec:
         """Temperature 0 without truncation, in this many steps and this order; the rest as it is."""
         greedy = replace(self, temperature=0.0, top_k=None, top_p=1.0, threshold=None)
         return replace(greedy, steps=steps, position_rule=position_rule)
+
+
+def sampler_of(fields: Mapping[str, Any]) -> SamplerSpec:
+    """The sampler with these fields, as JSON keeps them. Raises TypeError when they are others than a sampler's."""
+    threshold = fields.get("threshold")
+    return SamplerSpec(**{**fields, "threshold": tuple(threshold) if isinstance(threshold, list) else threshold})
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,10 @@ class TrajectoryGroup:
     """[G, S, Z, R] float32."""
     branch_correct: np.ndarray | None = None
     """[G, S, Z] bool."""
+    threshold: np.ndarray | None = None
+    """[G] float32, the threshold that each completion drew; None where the sampler leaves none to draw."""
+    threshold_logp: np.ndarray | None = None
+    """[G] float32, its log-prob under the law that it was drawn from."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -243,6 +254,10 @@ class TrajectoryGroup:
             }
             if self.branch_logp is not None:
                 expected["branch_logp"] = ((G, S, Z, C), np.float32)
+        if isinstance(self.sampler.threshold, tuple):
+            found = self.threshold is not None and self.threshold_logp is not None
+            self._require(found, "no threshold or no threshold_logp, and thresholds were drawn")
+            expected |= {"threshold": ((G,), np.float32), "threshold_logp": ((G,), np.float32)}
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
             self._require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
@@ -294,7 +309,7 @@ class TrajectoryGroup:
             found = meta["schema_version"]
             if found != SCHEMA_VERSION:
                 raise DataError(f"{path} has trajectory schema {found}, this version reads {SCHEMA_VERSION}")
-            meta["sampler"] = SamplerSpec(**meta["sampler"])
+            meta["sampler"] = sampler_of(meta["sampler"])
             meta.pop("timings", None)  # older files have seconds that nothing reads
             meta["reward_names"] = tuple(meta["reward_names"])
             absent: dict[str, Any] = {name: None for name in ("support_indptr", "support_ids") if name not in arrays}

@@ -238,7 +238,7 @@ def require_equal_terms(config: ComparisonConfig) -> None:
                 )
             if run.rollout.sampler.threshold is not None:
                 problems.append(
-                    f"method {method} samples with rollout.sampler.threshold={run.rollout.sampler.threshold:g}, and "
+                    f"method {method} samples with rollout.sampler.threshold={run.rollout.sampler.threshold}, and "
                     "how many forward passes that took is not known afterwards; take steps"
                 )
             own = overrides.flat(run.model_dump(mode="json"))

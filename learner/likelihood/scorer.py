@@ -37,8 +37,9 @@ class Scores:
     """[N, V] float32, log-probs of all tokens under the untruncated law, -inf for the mask token; carries the gradient.
     None where nobody asked for them."""
     value_Z: torch.Tensor | None = None
-    """[Z] float32, what the method's head says of each view's prompt; carries the head's gradient, none of the
-    policy's. None without a head of prompts, and for other weights than the current ones."""
+    """[Z] float32, what the method's head says of each view's prompt, or the log-prob that it gives the completion's
+    threshold; carries the head's gradient, none of the policy's. None without such a head, and for other weights than
+    the current ones."""
     value_N: torch.Tensor | None = None
     """[N] float32, what the method's head says of each scored token; carries the head's gradient, none of the policy's.
     None without a head of tokens."""

@@ -146,6 +146,9 @@ class ViewBatch:
     """CSR ([N+1] int64, [nnz] int64): the token ids that the law is restricted to; None for the whole vocabulary."""
     logp: np.ndarray | None
     """[N] float32, the rollout's log-prob of the target under the same law; None where a view is no recorded state."""
+    drawn_logp: np.ndarray
+    """[N] float32, log-prob with which the rollout drew the completion's token, in the state and under the law that it
+    was drawn from; 0 where it was not drawn."""
     credit: np.ndarray
     """[N] float64."""
     weight: np.ndarray
@@ -154,6 +157,8 @@ class ViewBatch:
     """[Z], where each row comes from."""
     choices: PositionChoices | None = None
     """None where the choice of positions is no action of the policy."""
+    threshold_logp: np.ndarray | None = None
+    """[Z] float32, log-prob with which each view's completion drew its threshold; None where there was none to draw."""
 
     @property
     def unit_of_score(self) -> np.ndarray:
@@ -175,7 +180,7 @@ class ViewBatch:
         if not kept_Z.any():
             return None
         at_n, L, number_Z = np.flatnonzero(kept_Z[self.view_of_score]), self.input_ids.shape[1], np.cumsum(kept_Z) - 1
-        names = ("position", "targets", "credit", "weight")
+        names = ("position", "targets", "drawn_logp", "credit", "weight")
         view_n = number_Z[self.view_of_score[at_n]]
         batch = dataclasses.replace(
             self,
@@ -187,6 +192,7 @@ class ViewBatch:
             unit_of_view=np.unique(self.unit_of_view[kept_Z], return_inverse=True)[1],
             logp=None if self.logp is None else self.logp[at_n],
             views=tuple(view for view in self.views if view.part == part),
+            threshold_logp=None if self.threshold_logp is None else self.threshold_logp[kept_Z],
         )
         return batch, at_n
 
@@ -258,11 +264,19 @@ def build_batch(
         temperature=sampler.temperature if drawn else 1.0,
         support=_support([groups[v.group] for v in views], cells) if drawn else None,
         logp=gather("logp" if drawn else "logp_raw") if recorded else None,
+        drawn_logp=gather("logp"),
         credit=np.concatenate(credit).astype(np.float64),
         weight=np.repeat(np.array([v.weight for v in views], dtype=np.float64), counts_Z),
         views=tuple(views),
         choices=_position_choices(views, groups, L) if drawn else None,
+        threshold_logp=_threshold_logp(views, groups),
     )
+
+
+def _threshold_logp(views: Sequence[View], groups: Sequence[TrajectoryGroup]) -> np.ndarray | None:
+    recorded = [groups[view.group].threshold_logp for view in views]
+    found = [logp_G[view.row] for view, logp_G in zip(views, recorded, strict=True) if logp_G is not None]
+    return np.array(found, np.float32) if len(found) == len(views) else None
 
 
 def _position_choices(views: Sequence[View], groups: Sequence[TrajectoryGroup], L: int) -> PositionChoices | None:

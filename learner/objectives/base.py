@@ -38,21 +38,22 @@ class Needs:
     """Of all these weights not only the tokens' log-probs, but those of the whole vocabulary, at every scored position.
     For units of one view."""
     head: "HeadSpec | None" = None
-    """A learned value of each prompt, in ``Scores.value_Z`` of the current policy, or of each scored token, in
-    ``Scores.value_N`` of the current policy and the old one."""
+    """A learned value of each prompt, or log-prob of each completion's threshold, in ``Scores.value_Z`` of the current
+    policy; or a value of each scored token, in ``Scores.value_N`` of the current policy and the old one."""
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A small network that gives each prompt, or each scored token, a number, learned beside the policy from the
-    method's loss alone."""
+    """A small network beside the policy, learned from the method's loss alone."""
 
     width: int
     """Units of its hidden layer."""
     lr: float
     """Its peak learning rate, on the adapter's schedule."""
-    of: Literal["prompts", "tokens"] = "prompts"
-    """What it reads: the prompt of a masked completion, or the state of each scored position, for units of one view."""
+    of: Literal["prompts", "tokens", "thresholds"] = "prompts"
+    """What it reads: the prompt of a masked completion, or the state of each scored position, for units of one view.
+    thresholds: the prompt, of which it makes the law by which completions draw one of the sampler's; actors draw by
+    it."""
 
 
 @dataclass(frozen=True)

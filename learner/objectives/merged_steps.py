@@ -33,7 +33,7 @@ def merged_step_views(
     """
     steps_C, counted_C = group.unmask_step[row], counted_C & group.drawn[row]
     views = []
-    for start, end in zip(starts_N, [*starts_N[1:], group.sampler.steps], strict=True):
+    for start, end in zip(starts_N, [*starts_N[1:], group.sampler.most_steps], strict=True):
         scored = np.flatnonzero((steps_C >= start) & (steps_C < end) & counted_C)
         if scored.size:
             views.append(View(index, row, steps_C >= start, scored, credit, weight, hidden_P=hidden_P))

@@ -1,31 +1,31 @@
-"""Heads: a value of each prompt, or of each scored token, learned beside the policy, where a method asks for one.
+"""Heads: a value of each prompt, or of each scored token, or a law of each prompt's thresholds, learned beside the
+policy, where a method asks for one.
 
 What a head reads is the policy's own: the hidden states that the last block leaves, without gradient, so that the head
 learns and the policy doesn't bend to it. Of a prompt these are the states at its positions when all of the completion
 is masked, averaged over them; of a scored token the one that its logits are made of. A head is small and whole on every
 rank, whatever the ZeRO stage: ranks average their gradients as DeepSpeed does the adapter's, and all take the same
 step, with a rate of its own, whenever the adapter takes one. Its weights and AdamW's state are kept in the ranks'
-shards of a checkpoint, and go on from there bit for bit. Actors have no use for it.
+shards of a checkpoint, and go on from there bit for bit. Actors have no use for it but for a law of thresholds, by
+which they draw: that one is published with the adapter.
 
-Shapes: Z views and N scored positions of one forward, L tokens, D model width, Q groups of the update.
+Shapes: Z views and N scored positions of one forward, L tokens, D model width, Q groups of the update, K thresholds.
 """
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from learner.likelihood.views import View, ViewBatch
 from learner.objectives.base import HeadSpec
 from rewards.errors import CheckpointError
 from rollout.models.family import PolicyAdapter
+from rollout.models.prompt_head import head_net, last_block, outputs_of, prompt_features
 from rollout.trajectory import TrajectoryGroup
 
-_PEFT_PREFIX = "base_model.model."
 _STATE = "head."
 
 
@@ -40,34 +40,19 @@ class Head:
 
     Args:
         model: the policy, as the rank holds it.
-        seed: of the initial weights. Those of the last map are 0, and so are all values at first.
+        seed: of the initial weights. Those of the last map are 0, and so is all that it says at first.
     """
 
-    def __init__(self, model: Any, family: PolicyAdapter, spec: HeadSpec, *, seed: int) -> None:
+    def __init__(self, model: Any, family: PolicyAdapter, spec: HeadSpec, *, seed: int, outputs: int = 1) -> None:
         self.spec, self.block, self.device = spec, last_block(model, family), next(model.parameters()).device
-        D = model.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            first, last = nn.Linear(D, spec.width), nn.Linear(spec.width, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        norm = nn.LayerNorm(D, elementwise_affine=False)
-        self.net = nn.Sequential(norm, first, nn.Tanh(), last).to(self.device)
+            self.net = head_net(model.config.hidden_size, spec.width, outputs, device=self.device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=spec.lr, weight_decay=0.0)
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[list[torch.Tensor]]:
+    def reading(self) -> AbstractContextManager[list[torch.Tensor]]:
         """What the last block leaves in each forward of the model meanwhile, [Z, L, D], without gradient."""
-        found: list[torch.Tensor] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found.append((output[0] if isinstance(output, tuple) else output).detach())
-
-        hook = self.block.register_forward_hook(keep)
-        try:
-            yield found
-        finally:
-            hook.remove()
+        return outputs_of(self.block)
 
     def zero_grad(self) -> None:
         """Forget the gradients so far."""
@@ -147,7 +132,7 @@ class PromptHead(Head):
             for view, hidden_LD in zip(batch.views, hidden_ZLD, strict=True):
                 if view.hidden_C.any():  # no pad
                     C, P = view.hidden_C.size, groups[view.group].prompt_ids.size
-                    sums_QD[view.group] = hidden_LD[-C - P : -C].float().mean(0)
+                    sums_QD[view.group] = prompt_features(hidden_LD, P, C)
         torch.distributed.all_reduce(sums_QD)
         self.features_QD = sums_QD
 
@@ -155,6 +140,39 @@ class PromptHead(Head):
         """[Z] float32, the value of each view's prompt, with the head's gradient."""
         value_Q = self.net(self.features_QD).squeeze(1)
         return value_Q[torch.tensor([view.group for view in views], device=self.device)]
+
+
+class ThresholdHead(PromptHead):
+    """Laws of the sampler's thresholds, for each prompt.
+
+    Args:
+        thresholds: the sampler's.
+    """
+
+    def __init__(
+        self, model: Any, family: PolicyAdapter, spec: HeadSpec, *, seed: int, thresholds: Sequence[float]
+    ) -> None:
+        super().__init__(model, family, spec, seed=seed, outputs=len(thresholds))
+        self._thresholds_K = np.array(thresholds, np.float32)
+        self._drawn: list[np.ndarray] = []
+        """of each group [G] int64, which one each completion drew"""
+
+    def read(
+        self, batches: Sequence[ViewBatch], groups: Sequence[TrajectoryGroup], score: Callable[[ViewBatch], Any]
+    ) -> None:
+        super().read(batches, groups, score)
+        thresholds = [group.threshold for group in groups]
+        self._drawn = [
+            abs(value_G[:, None] - self._thresholds_K).argmin(1) for value_G in thresholds if value_G is not None
+        ]
+        assert len(self._drawn) == len(groups), "a group without drawn thresholds"
+
+    def values(self, views: Sequence[View]) -> torch.Tensor:
+        """[Z] float32, log-prob of the threshold of each view's completion, with the head's gradient."""
+        law_QK = self.net(self.features_QD).log_softmax(-1)
+        at_2Z = [[view.group for view in views], [int(self._drawn[view.group][view.row]) for view in views]]
+        group_Z, drawn_Z = torch.tensor(at_2Z, device=self.device)
+        return law_QK[group_Z, drawn_Z]
 
 
 class TokenHead(Head):
@@ -167,16 +185,12 @@ class TokenHead(Head):
         return values_N
 
 
-def make_head(model: Any, family: PolicyAdapter, spec: HeadSpec, *, seed: int) -> PromptHead | TokenHead:
-    """The head that a method asks for, new."""
+def make_head(
+    model: Any, family: PolicyAdapter, spec: HeadSpec, *, seed: int, thresholds: Sequence[float] | float | None
+) -> PromptHead | TokenHead:
+    """The head that a method asks for, new. ``thresholds``: the sampler's."""
+    if spec.of == "thresholds":
+        assert isinstance(thresholds, tuple), "the method refuses a sampler without several thresholds"
+        return ThresholdHead(model, family, spec, seed=seed, thresholds=thresholds)
     kind = PromptHead if spec.of == "prompts" else TokenHead
     return kind(model, family, spec, seed=seed)
-
-
-def last_block(model: nn.Module, family: PolicyAdapter) -> nn.Module:
-    """The last of the blocks whose linear maps the family names."""
-    names = [name.removeprefix(_PEFT_PREFIX) for name, _ in model.named_modules()]
-    blocks = [re.match(r".*?\.\d+(?=\.)", name) for name in names if re.fullmatch(family.lora_regex, name)]
-    found = [block.group() for block in blocks if block is not None]
-    assert found, f"a family whose blocks aren't numbered: {family.lora_regex}"
-    return model.get_submodule(_PEFT_PREFIX + found[-1])

@@ -149,6 +149,8 @@ def _group_statistics(group: TrajectoryGroup, credit_G: np.ndarray, eos_ids: tup
     if group.position_logp is not None and group.position_entropy is not None:
         choices = float((group.position_logp < 0).sum())
         means["position_entropy"] = (float(group.position_entropy.sum(dtype=np.float64)), choices)
+    if group.threshold is not None:
+        means["threshold"] = (float(group.threshold.sum(dtype=np.float64)), G)
     if group.branch_step is not None and group.branch_rewards is not None and group.branch_correct is not None:
         there_GS = group.branch_step >= 0
         fills = float(there_GS.sum() * group.branch_correct.shape[2])

@@ -20,15 +20,15 @@ from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Valued, Weighed
 from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
-from learner.ranks.heads import PromptHead, TokenHead, make_head, prompt_view
+from learner.ranks.heads import PromptHead, ThresholdHead, TokenHead, make_head, prompt_view
 from learner.ranks.optim import export_state, inner_optimizer, updates_applied
 from learner.ranks.phases import PhaseWeights, TrainedWeights
 from learner.ranks.plan import Forward, UpdatePlan, deal, plan_update
-from learner.ranks.rank import LossPart, Plan, Rank
+from learner.ranks.rank import LossPart, Plan, PublishedAdapter, Rank
 from learner.ranks.scored import ScoredView, recorded_groups, scored_views
 from learner.settings.run import RunConfig
 from rewards.errors import TrajectoryError
-from rollout.adapters import AdapterState
+from rollout.adapters import HEAD, AdapterState, digest, pack
 from rollout.seeds import derive_seed
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
@@ -62,10 +62,19 @@ class LearnerRank(Rank):
         described, self._head = super().start(address, adapter, shard), None
         if (spec := self.objective.needs.head) is not None:
             seed = derive_seed(self.config.run.seed, "head")
-            self._head = make_head(self.engine.module, self.family, spec, seed=seed)
+            thresholds = self.config.rollout.sampler.threshold
+            self._head = make_head(self.engine.module, self.family, spec, seed=seed, thresholds=thresholds)
             if shard is not None:
                 self._head.restore(load_safetensors(shard))
         return described
+
+    def publish(self) -> PublishedAdapter | None:
+        published = super().publish()
+        if published is None or not isinstance(self._head, ThresholdHead):
+            return published
+        head = pack({HEAD + name: parameter for name, parameter in self._head.net.named_parameters()})
+        state = {**published.state, **head}
+        return replace(published, state=state, digest=digest(state))
 
     def export(self) -> bytes:
         head = {} if self._head is None else self._head.state()

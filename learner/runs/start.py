@@ -22,7 +22,7 @@ from learner.settings.sections import (
     Section,
 )
 from rewards.errors import CheckpointError, ConfigError
-from rollout.adapters import AdapterState, pack, read_peft_folder, require_plain_lora, unpack
+from rollout.adapters import AdapterState, pack, read_peft_folder, require_plain_lora, unpack, without_head
 from rollout.engines.vllm.settings import MERGED, require_support, require_vllm, slot_rank
 from rollout.models.family import policy_adapter
 from rollout.models.lora import LoraSpec, adapter_shapes
@@ -131,7 +131,8 @@ def check_engine(
 
 
 def starting_adapter(lora: LoraSection, dtype: str) -> AdapterState | None:
-    """The adapter that ``lora.adapter`` names, in ``learner.dtype``; None for a fresh one.
+    """The adapter that ``lora.adapter`` names, in ``learner.dtype``, without the head that it was trained with; None
+    for a fresh one.
 
     Raises:
         ConfigError: when it has another shape than the settings say, or is no plain LoRA.
@@ -146,7 +147,7 @@ def starting_adapter(lora: LoraSection, dtype: str) -> AdapterState | None:
         have = f"r={stored.get('r')}, alpha={stored.get('lora_alpha')}"
         now = f"lora.r={lora.r}, lora.alpha={lora.alpha}"
         raise ConfigError(f"the adapter at {lora.adapter} has {have} and the settings say {now}; make them equal")
-    return pack({name: unpack(packed).to(getattr(torch, dtype)) for name, packed in state.items()})
+    return pack({name: unpack(packed).to(getattr(torch, dtype)) for name, packed in without_head(state).items()})
 
 
 def require_adapter_fits(lora: LoraSection, state: AdapterState, model_path: str, spec: LoraSpec) -> None:

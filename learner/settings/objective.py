@@ -89,15 +89,26 @@ class ObjectiveSection(Section):
         """Which states of the completions are branched, and graded too; None for a method that needs none."""
         return None
 
+    def learns_thresholds(self) -> bool:
+        """Whether it learns the law by which a completion draws one of several thresholds."""
+        return False
+
     def reward_parts(self) -> dict[str, str]:
         """Components of the reward that it needs by name, by the setting that names them."""
         return {}
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         """Why the method can't learn from completions of this sampler, one sentence each; empty when it can."""
+        problems = []
+        if isinstance(sampler.threshold, tuple) and not self.learns_thresholds():
+            problems.append(
+                f"rollout.sampler.threshold={list(sampler.threshold)} leaves each completion one to draw, by a law "
+                "that nobody learns here; give one number, or take objective.type=diffpo with objective.threshold_lr"
+            )
         if sampler.temperature > 0:
-            return []
+            return problems
         return [
+            *problems,
             "rollout.sampler.temperature=0 leaves nothing to learn from, every completion of a group being the same; "
-            "set it above 0 (evaluation is greedy anyway)"
+            "set it above 0 (evaluation is greedy anyway)",
         ]

@@ -74,6 +74,7 @@ class RunConfig(Section):
             *_sampler_problems(self),
             *self.objective.refuses(self.rollout.sampler.spec()),
             *_reward_problems(self),
+            *self.rollout.refuses(),
             *_rollout_problems(self),
             *_phase_problems(self),
             *group_problems(self.learner, self.resources),

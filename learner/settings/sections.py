@@ -168,9 +168,11 @@ class SamplerConfig(Section):
     """Tokens kept before drawing; null: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass kept after top_k; 1: all."""
-    threshold: Fraction | None = None
+    threshold: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=2)] | None = None
     """Reveal in each step all positions of the block whose largest probability (temperature 1) is above this, one at
-    least, in place of what steps and position_rule say; null: what those say. Evaluations go by steps in any case."""
+    least, in place of what steps and position_rule say; null: what those say. Several: each completion draws one of
+    them, by a law of its prompt that the method learns. Evaluations go by steps; with several, by the likeliest of them
+    too."""
 
     def spec(self) -> SamplerSpec:
         """What the engine takes."""
@@ -218,6 +220,15 @@ class RolloutSection(Section):
     """Seconds for grading one completion; it counts as wrong afterwards."""
     second_lease_after_s: PositiveFloat | None = None
     """Seconds until a straggler's groups are leased a second time; null: never, which bitwise repetition needs."""
+
+    def refuses(self) -> list[str]:
+        """What the engine can't do that is asked of it, one sentence each."""
+        if self.engine == "torch" or not isinstance(self.sampler.threshold, tuple):
+            return []
+        return [
+            f"rollout.sampler.threshold={list(self.sampler.threshold)} is drawn by a head on the model's hidden "
+            f"states, which rollout.engine={self.engine} keeps to itself; take rollout.engine=torch"
+        ]
 
     @property
     def most_actors(self) -> int:

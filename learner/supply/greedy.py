@@ -18,6 +18,7 @@ def greedy_solve_rates(
     the problems for a group id.
 
     Completions are decoded at temperature 0, without truncation, in the order that ``evaluation.position_rule`` says.
+    Where training draws a threshold for each completion, ``threshold`` is the share by the likeliest of each prompt.
     ``on_tick`` is called every second or so, and ends the evaluation by raising. Raises GradingFailed when most
     verdicts failed.
     """
@@ -26,23 +27,30 @@ def greedy_solve_rates(
         on_tick()
         return feed.replay.ledger.expire()
 
-    rates, kept = {}, []
+    rule, samplers = config.evaluation.position_rule, {}
     for divisor in config.evaluation.step_divisors:
+        greedy = feed.sampler.greedy(steps=feed.sampler.steps // divisor, position_rule=rule)
+        samplers["m" if divisor == 1 else f"m/{divisor}"] = greedy
+    if isinstance(feed.sampler.threshold, tuple):
+        greedy = feed.sampler.greedy(steps=feed.sampler.steps, position_rule=rule)
+        samplers["threshold"] = dataclasses.replace(greedy, threshold=feed.sampler.threshold)
+    rates, kept = {}, []
+    for name, sampler in samplers.items():
         results = feed.pool.evaluate(
             problems,
-            feed.sampler.greedy(steps=feed.sampler.steps // divisor, position_rule=config.evaluation.position_rule),
+            sampler,
             weights,
             chunk_size=config.rollout.max_rows,
             timeout_s=config.timeouts.evaluate,
             expire=expire,
-            keep=config.evaluation.kept if divisor == 1 else 0,
+            keep=config.evaluation.kept if name == "m" else 0,
         )
         for result in results:
             feed.verdicts.note(result.grader_failures, result.reason)
         feed.verdicts.require_most(
             "the evaluation", failed=sum(result.grader_failures for result in results), asked=len(results)
         )
-        rates["m" if divisor == 1 else f"m/{divisor}"] = sum(result.correct[0] for result in results) / len(results)
+        rates[name] = sum(result.correct[0] for result in results) / len(results)
         kept += [
             dataclasses.replace(result.trajectory, group_id=number)
             for number, result in enumerate(results)

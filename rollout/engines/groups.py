@@ -1,14 +1,18 @@
 """Groups of trajectories from a head: what the engines have in common.
 
-Shapes: G completions of a group, C completion positions.
+Shapes: G completions of a group, C completion positions, Q prompts, K thresholds, N completions of all groups.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from rewards.errors import ConfigError
 from rollout.models.family import PolicyAdapter
+from rollout.models.prompt_head import draw_thresholds
 from rollout.sampling.denoise import Completion, Request, Tokens, denoise
 from rollout.sampling.head import Head
 from rollout.seeds import derive_seed
@@ -27,6 +31,7 @@ def draw_groups(
     branches: BranchSpec | None = None,
     on_completion: Callable[[int, int, np.ndarray], None] | None = None,
     on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+    threshold_law: Callable[[Sequence[Sequence[int]]], torch.Tensor] | None = None,
 ) -> list[TrajectoryGroup]:
     """Draw all completions of the groups; temperature 0 decodes greedily (evaluation only).
 
@@ -38,6 +43,7 @@ def draw_groups(
         on_completion: called with (group index, completion index, ids [1 + F, C] int32) as soon as one is finished:
             its own, and those of its branches' F fills in their order, states that it never reached left out.
         on_step: as ``denoise`` calls it, completions counted through all groups.
+        threshold_law: log-probs [Q, K] of the sampler's thresholds for each prompt; None for an engine without a law.
 
     Returns:
         Groups in request order, without rewards (R = 0) and with verdicts false: grading is the caller's.
@@ -45,7 +51,16 @@ def draw_groups(
     # With shifted logits a sequence's first token would be read off the row before it.
     assert all(len(prompt) >= family.logit_shift for prompt in prompts), "a completion without a prompt"
     place = [(g, row) for g, group in enumerate(groups) for row in range(group.size)]
-    requests = [Request(prompts[g], derive_seed(groups[g].seed, row)) for g, row in place]
+    keys = [derive_seed(groups[g].seed, row) for g, row in place]
+    drawn_with, thresholds = sampler, None
+    if isinstance(sampler.threshold, tuple):
+        if threshold_law is None:
+            raise ConfigError("this engine draws with one threshold; several (rollout.sampler.threshold) take torch's")
+        law_NK = threshold_law(prompts)[[g for g, _ in place]]
+        thresholds = draw_thresholds(sampler.threshold, law_NK, keys, greedy=sampler.temperature == 0)
+        drawn_with = replace(sampler, threshold=max(sampler.threshold))  # each request has its own
+    own: list[float | None] = [None] * len(keys) if thresholds is None else thresholds.value_N.tolist()
+    requests = [Request(prompts[g], key, its) for (g, _), key, its in zip(place, keys, own, strict=True)]
 
     def finished(index: int, completion: Completion) -> None:
         if on_completion:
@@ -55,7 +70,7 @@ def draw_groups(
     completions = denoise(
         head,
         requests,
-        sampler,
+        drawn_with,
         Tokens(family.mask_token_id, (family.eos_token_id,), family.pad_token_id),
         max_rows=max_rows,
         branches=branches,
@@ -63,10 +78,15 @@ def draw_groups(
         on_step=on_step,
     )
     drawn = iter(completions)
-    return [
+    found = [
         _group(group, prompt, [next(drawn) for _ in range(group.size)], sampler, held)
         for group, prompt in zip(groups, prompts, strict=True)
     ]
+    if thresholds is None:
+        return found
+    ends = np.cumsum([group.size for group in groups])[:-1]
+    of_groups = zip(found, *(np.split(array_N, ends) for array_N in thresholds), strict=True)
+    return [replace(group, threshold=value_G, threshold_logp=logp_G) for group, value_G, logp_G in of_groups]
 
 
 def _group(

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from rewards.errors import WeightMismatch
-from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack
+from rewards.errors import ConfigError, WeightMismatch
+from rollout.adapters import HEAD, AdapterState, adapter_parameters, digest, head_tensors, load_state, pack, unpack
 from rollout.engines.groups import draw_groups
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import load_tokenizer
@@ -16,6 +16,7 @@ from rollout.models.family import policy_adapter
 from rollout.models.few_bits import Quantization
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
+from rollout.models.prompt_head import last_block, net_of, outputs_of, prompt_features
 from rollout.sampling.head import LogitsHead, padded
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
@@ -60,6 +61,8 @@ class TorchEngine:
         self.max_rows = max_rows
         self.policy_version = -1
         self.adapter_digest = ""
+        self._head: torch.nn.Module | None = None
+        """what the adapter's head makes of a prompt; None without one"""
 
     def generate(
         self,
@@ -84,6 +87,7 @@ class TorchEngine:
                 branches=branches,
                 on_completion=on_completion,
                 on_step=on_step,
+                threshold_law=lambda prompts: self._threshold_law(prompts, sampler),
             )
 
     def load_adapter(self, version: int, adapter: AdapterState, expected_digest: str) -> None:
@@ -97,7 +101,10 @@ class TorchEngine:
         """
         self.policy_version, self.adapter_digest = -1, ""
         load_state(self.model, adapter)
-        loaded = digest(pack(adapter_parameters(self.model)))
+        head = {name.removeprefix(HEAD): unpack(tensor) for name, tensor in head_tensors(adapter).items()}
+        self._head = net_of(head, self.device) if head else None
+        beside = {} if self._head is None else {HEAD + name: p for name, p in self._head.named_parameters()}
+        loaded = digest(pack({**adapter_parameters(self.model), **beside}))
         if loaded != expected_digest:
             raise WeightMismatch(
                 f"adapter version {version} was published with digest {expected_digest[:12]}, "
@@ -111,6 +118,7 @@ class TorchEngine:
             for name, parameter in adapter_parameters(self.model).items():
                 if ".lora_B." in name:
                     parameter.zero_()
+        self._head = None
         self.policy_version, self.adapter_digest = -1, ""
 
     def describe(self) -> dict[str, Any]:
@@ -126,6 +134,30 @@ class TorchEngine:
             "max_rows": self.max_rows,
             "policy_version": self.policy_version,
         }
+
+    def _threshold_law(self, prompts: Sequence[Sequence[int]], sampler: SamplerSpec) -> torch.Tensor:
+        """[Q, K], log-probs of the sampler's thresholds for each prompt; uniform without a head."""
+        assert isinstance(sampler.threshold, tuple)
+        K, C = len(sampler.threshold), sampler.completion_length
+        if self._head is None:
+            return torch.zeros(len(prompts), K).log_softmax(-1)
+        features: list[torch.Tensor] = []
+        for start in range(0, len(prompts), self.max_rows):
+            part = prompts[start : start + self.max_rows]
+            P = max(map(len, part))
+            ids = [[self.family.pad_token_id] * (P - len(p)) + [*p] + [self.family.mask_token_id] * C for p in part]
+            mask = [[0] * (P - len(p)) + [1] * (len(p) + C) for p in part]
+            ids_ZL, mask_ZL, none = (torch.tensor(rows, dtype=torch.int64).to(self.device) for rows in (ids, mask, []))
+            with outputs_of(last_block(self.model, self.family)) as found:
+                self.model(input_ids=ids_ZL, attention_mask=None if mask_ZL.all() else mask_ZL, logit_rows=none)
+            features += [prompt_features(hidden, len(p), C) for hidden, p in zip(found[0], part, strict=True)]
+        law_QK: torch.Tensor = self._head(torch.stack(features)).log_softmax(-1)
+        if law_QK.shape[1] != K:
+            raise ConfigError(
+                f"the adapter's head makes a law of {law_QK.shape[1]} thresholds, and rollout.sampler.threshold has "
+                f"{K}; give as many"
+            )
+        return law_QK
 
     def _forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, logit_rows: torch.Tensor

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 
 from rewards.errors import ConfigError
-from rollout.adapters import ADAPTER_NAME, AdapterState, adapter_parameters, require_plain_lora
+from rollout.adapters import ADAPTER_NAME, AdapterState, adapter_parameters, require_plain_lora, without_head
 from rollout.models.family import PolicyAdapter, policy_adapter
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def spec_of_adapter(
         ConfigError: when it needs what this LoRA has not.
     """
     require_plain_lora(peft_config, source)
-    modules = sorted({name.rpartition(".lora_")[0] for name in state})
+    modules = sorted({name.rpartition(".lora_")[0] for name in without_head(state)})
     # The family's own choice is written as its pattern, alone or followed by the head's; everything else by name.
     targets = peft_config.get("target_modules")
     own = targets is None or family.lora_regex in str(targets)

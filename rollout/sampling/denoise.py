@@ -32,6 +32,8 @@ class Request:
 
     prompt_ids: Sequence[int]
     key: int
+    threshold: float | None = None
+    """Its own, in the place of the sampler's."""
 
 
 @dataclass
@@ -89,6 +91,7 @@ def denoise(
     """
     if sampler.position_rule not in POSITION_RULES:
         raise ConfigError(f"position_rule {sampler.position_rule!r} is unknown; use one of {', '.join(POSITION_RULES)}")
+    assert not isinstance(sampler.threshold, tuple), "which threshold a completion has is drawn before"
     if sampler.threshold is not None and not 0 <= sampler.threshold <= 1:
         raise ConfigError(f"threshold {sampler.threshold} is not a probability; take one from 0 to 1")
     if not (sampler.position_temperature >= 0 and 0 < sampler.confidence_temperature < float("inf")):
@@ -129,6 +132,7 @@ class _Row:
         self.key = request.key
         self.pads = P - len(request.prompt_ids)
         self.prompt_ids = request.prompt_ids
+        self.threshold = sampler.threshold if request.threshold is None else request.threshold
         self.step = 0
         self.masked = np.ones(C, dtype=bool)
         self.branching: Branching | None = None
@@ -231,7 +235,8 @@ class _Loop:
         scores_RK[real_RK] = look.confidence()
         position_RK[real_RK] = torch.from_numpy(np.concatenate(candidates))
         if sampler.threshold is not None:
-            passing_R = (scores_RK.exp() > sampler.threshold).sum(1).clamp(min=1).tolist()
+            threshold_R1 = torch.tensor([[row.threshold] for row in live], dtype=torch.float64)
+            passing_R = (scores_RK.exp() > threshold_R1).sum(1).clamp(min=1).tolist()
             order_RK = scores_RK.sort(dim=1, descending=True, stable=True).indices
             return [order_K[:n] for order_K, n in zip(order_RK.numpy(), passing_R, strict=True)]
         if not sampler.scores_positions:

@@ -12,12 +12,13 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from learner.objectives.base import HeadSpec
-from learner.ranks.heads import PromptHead, last_block
+from learner.ranks.heads import PromptHead
 from rewards.errors import CheckpointError
 from rollout.adapters import AdapterState, digest, unpack
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
+from rollout.models.prompt_head import last_block
 from rollout.trajectory import TrajectoryGroup
 from tests.support.learner_ranks import (
     ProbedGroup,

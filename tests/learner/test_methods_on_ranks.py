@@ -33,8 +33,13 @@ pytestmark = pytest.mark.slow
 VARIANTS: dict[str, type[ObjectiveSection]] = {
     v.model_fields["type"].default: v for v in get_args(get_args(ObjectiveConfig)[0])
 }
-FORMS = {"trace_rl of values": {"objective__value_lr": 0.02, "objective__value_lambda": 0.5}}
-"""Optional parts of methods that the ranks have work with, by the type and a word for it."""
+FORMS = {
+    "diffpo_thresholds": ("diffpo", {"threshold_lr": 0.02}),
+    "diffpo_weights": ("diffpo", {"importance": "completion", "importance_cap": 1e4, "beta": 0}),
+    "trace_rl_values": ("trace_rl", {"value_lr": 0.02, "value_lambda": 0.5}),
+}
+"""Methods with optional parts that the ranks have work with: the type, and what is set."""
+THRESHOLDS = (0.013, 0.0145, 0.5)
 METHODS = sorted([*VARIANTS, *FORMS])
 LR = 1e-3
 LAYOUTS = [(1, 0, 3), (1, 0, 1), (2, 0, 16), (2, 0, 1), (2, 2, 3), (2, 3, 16)]
@@ -47,16 +52,21 @@ def at(method: str, ranks: int = 1, stage: int = 0, views: int = 16):
     layout = {"learner__ranks": ranks, "learner__zero_stage": stage, "learner__views_per_forward": views}
     spec = sampler_of(method)
     sampler = {f"rollout__sampler__{key}": getattr(spec, key) for key in ("block_length", "position_rule", "steps")}
-    form = {"objective__type": method.split()[0], **FORMS.get(method, {})}
-    return settings(**form, learner__updates_per_batch=2, **sampler, **layout, **kl)
+    if isinstance(spec.threshold, tuple):
+        sampler["rollout__sampler__threshold"] = list(spec.threshold)
+    kind, changes = FORMS.get(method, (method, {}))
+    form = {**kl, "objective__type": kind, **{f"objective__{key}": value for key, value in changes.items()}}
+    return settings(**form, learner__updates_per_batch=2, **sampler, **layout)
 
 
 def variant(method: str) -> type[ObjectiveSection]:
-    return VARIANTS[method.split()[0]]
+    return VARIANTS[FORMS.get(method, (method, {}))[0]]
 
 
 def sampler_of(method: str) -> SamplerSpec:
     """The one of all tests, or one token a step from left to right where the method asks for that."""
+    if "threshold_lr" in FORMS.get(method, (method, {}))[1]:
+        return dataclasses.replace(SAMPLER, threshold=THRESHOLDS)
     if not variant(method)().refuses(SAMPLER):
         return SAMPLER
     return dataclasses.replace(SAMPLER, position_rule="left_to_right", steps=SAMPLER.completion_length)
@@ -139,9 +149,9 @@ def test_gradients_do_not_depend_on_the_layout(groups, tiny_model, adapter, batc
 def test_control_units_that_are_cut_in_two_have_another_gradient(groups, tiny_model, adapter, batch, refs, method):
     units = [unit for forward in plan(tiny_model, batch, at(method)).forwards[0] for unit in forward.units]
     group = groups[1].restart(at(method), adapter)
-    whole = group.gradient(refs, 0)
+    whole = {**group.gradient(refs, 0), **group.ask("head_gradients")[0]}
     group.ask("cut_units")
-    error = relative(whole, group.gradient(refs, 0))
+    error = relative(whole, {**group.gradient(refs, 0), **group.ask("head_gradients")[0]})
     print(f"{method}: relative L2 {error:.1e}")
     if max(map(len, units)) == 1:
         assert error == 0.0, "there is nothing to cut"

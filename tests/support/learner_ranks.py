@@ -202,8 +202,9 @@ class ProbedRank(LearnerRank):
         return values
 
     def head_gradients(self) -> AdapterState:
-        """Of the newest update, averaged over ranks."""
-        assert self._head is not None
+        """Of the newest update, averaged over ranks; empty without a head."""
+        if self._head is None:
+            return {}
         return pack({name: p.grad for name, p in self._head.net.named_parameters() if p.grad is not None})
 
     def spoil_head(self) -> None:

@@ -115,7 +115,7 @@ class DispoConfig(ObjectiveSection):
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = [problem.replace("objective.", "objective.base.") for problem in self.base.refuses(sampler)]
-        if sampler.threshold is not None:
+        if isinstance(sampler.threshold, float):
             problems.append(
                 f"objective.type=dispo draws the step of its states beforehand, and a confidence threshold "
                 f"({sampler.threshold:g}) leaves open how many steps there will be; sample without one"

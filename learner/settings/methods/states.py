@@ -193,7 +193,7 @@ class JustGrpoConfig(ObjectiveSection):
 
 def threshold_problem(sampler: SamplerSpec) -> list[str]:
     """Why a method that scores the steps of the rollout can't learn from this sampler, if it can't."""
-    if sampler.threshold is None:
+    if not isinstance(sampler.threshold, float):  # several are refused by all but one method
         return []
     return [
         f"a confidence threshold ({sampler.threshold:g}) makes how many positions a step reveals depend on the policy, "
@@ -215,13 +215,33 @@ class DiffpoConfig(ObjectiveSection):
     """The ratio is clipped above at 1 + clip_high (ours: d1's)."""
     beta: NonNegative = 0.04
     """Weight of the KL against the policy without adapter (ours: d1's); 0 saves the reference forwards."""
+    importance: Literal["none", "token", "completion"] = "none"
+    """Weights for the completions being the sampler's and the likelihood another law's: the likelihood over the
+    probability with which the rollout drew a token, or all of a completion (ours: that there are such weights was
+    published, not which)."""
+    importance_cap: PositiveFloat = 2.0
+    """No weight is larger (ours)."""
+    threshold_lr: PositiveFloat | None = None
+    """Peak learning rate, on the schedule of learner.lr, of a network that says by a prompt which of several
+    rollout.sampler.threshold its completions draw; null: none is learned. Ours: that a prompt's threshold is learned
+    with the policy was published, not how. 1e-3 is a rate to begin with."""
+    threshold_width: PositiveInt = 64
+    """Units of the network's hidden layer (ours)."""
+
+    def learns_thresholds(self) -> bool:
+        return self.threshold_lr is not None
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         return Cost(views=2, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        problems = super().refuses(sampler) + threshold_problem(sampler)
-        if sampler.steps < 2:
+        problems = super().refuses(sampler)
+        if self.threshold_lr is not None and not isinstance(sampler.threshold, tuple):
+            problems.append(
+                f"objective.threshold_lr={self.threshold_lr:g} learns which of several thresholds to draw; set "
+                "rollout.sampler.threshold=[0.5,0.7,0.9], for example, or leave it null"
+            )
+        if sampler.threshold is None and sampler.steps < 2:
             problems.append(
                 f"rollout.sampler.steps={sampler.steps} leaves no step after the first to draw one from; take 2 or more"
             )
