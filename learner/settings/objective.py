@@ -103,7 +103,7 @@ class ObjectiveSection(Section):
         if isinstance(sampler.threshold, tuple) and not self.learns_thresholds():
             problems.append(
                 f"rollout.sampler.threshold={list(sampler.threshold)} leaves each completion one to draw, by a law "
-                "that nobody learns here; give one number, or take objective.type=diffpo with objective.threshold_lr"
+                "that nobody learns here; give one number, or set objective.threshold_lr with a method that has it"
             )
         if sampler.temperature > 0:
             return problems
