@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rewards.errors import WeightMismatch
 from rollout.adapters import digest, pack
 
 # Read by vLLM when it is imported. The engine's core stays in this process, where one SIGKILL ends it all, and where no
@@ -47,30 +48,40 @@ class WorkerParts:
 
     model_runner: Any
 
-    def digest_in_use(self, adapter: int, modules: Sequence[str], r: int) -> str:
-        """``rollout.adapters.digest`` of the maps in the slot that this adapter's requests are computed with.
+    def digest_in_use(self, adapter: int, modules: Sequence[str]) -> str:
+        """``rollout.adapters.digest`` of the maps that this adapter's requests are computed with.
+
+        It is taken of vLLM's whole copy, and every slot is compared with what it must have of it: of the ranks of a
+        tensor parallel model each computes with a part.
 
         Args:
             modules: canonical names of the adapted maps.
-            r: rank; slots are wider.
 
         Raises:
-            LookupError: one of the maps has no slot, or the adapter isn't there.
+            WeightMismatch: a slot holds something else.
         """
         manager = self.model_runner.lora_manager._adapter_manager
         slot = manager.lora_index_to_id.index(adapter)
+        copies = manager.get_adapter(adapter).loras
+        tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, module in manager.modules.items():
+            if (copy := copies.get(name)) is None:
+                continue
+            a, b = copy.lora_a, copy.lora_b
+            parts = manager.packed_modules.get(name, [name])
+            tensors |= zip(parts, zip(_listed(a), _listed(b), strict=True), strict=True)
+            if module.tp_size > 1:
+                a, b = module.slice_lora_a(a), module.slice_lora_b(b)
+            for held, wanted in ((module.lora_a_stacked, a), (module.lora_b_stacked, b)):
+                for of_slots, part in zip(held, _listed(wanted), strict=True):
+                    if not torch.equal(of_slots[slot, 0, : part.shape[0], : part.shape[1]].cpu(), part.cpu()):
+                        raise WeightMismatch(f"vLLM's slot for {name} doesn't hold the adapter that was loaded")
         rename = manager.model.hf_to_vllm_mapper.get_rename_mapper()
-        places = {
-            part: (module, i)
-            for name, module in manager.modules.items()
-            for i, part in enumerate(manager.packed_modules.get(name, [name]))
-        }
-        tensors = {}
+        found: dict[str, torch.Tensor] = {}
         for name in modules:
-            module, i = places[rename.map_name(f"{name}.").removesuffix(".")]
-            tensors[f"{name}.lora_A.weight"] = module.lora_a_stacked[i][slot, 0, :r]
-            tensors[f"{name}.lora_B.weight"] = module.lora_b_stacked[i][slot, 0, :, :r]
-        return digest(pack(tensors))
+            a, b = tensors[rename.map_name(f"{name}.").removesuffix(".")]
+            found |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        return digest(pack(found))
 
     def reload(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these weights, under the names of the checkpoint, in place of the model's."""
@@ -85,6 +96,11 @@ def adapters_of_rows(model: Any, starts: np.ndarray) -> list[int]:
         return [0] * len(starts)
     of_tokens = manager._last_mapping.index_mapping
     return [int(of_tokens[start]) for start in starts]
+
+
+def _listed(tensors: Any) -> list[torch.Tensor]:
+    """Of a map, or of several that vLLM computes as one."""
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Slots:
         self._folders.append(folder)
         if len(self._folders) > ADAPTERS:
             shutil.rmtree(self._folders.pop(0))
-        for used in self._llm.collective_rpc("digest_in_use", args=(self._loads, modules, self._lora.r)):
+        for used in self._llm.collective_rpc("digest_in_use", args=(self._loads, modules)):
             _require_digest(used, digest(scaled))
         self.request = request
 
