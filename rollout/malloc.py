@@ -23,3 +23,11 @@ def keep_freed_memory() -> None:
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
         library.mallopt(_MMAP_THRESHOLD, _KEPT_BYTES) or library.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+
+
+def give_back_freed_memory() -> None:
+    """Take ``keep_freed_memory`` back, as ``FIXED_THRESHOLD`` has it: for a process whose memory is measured."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(_TRIM_THRESHOLD, 0)
+        library.mallopt(_MMAP_THRESHOLD, int(FIXED_THRESHOLD["MALLOC_MMAP_THRESHOLD_"]))

@@ -27,7 +27,8 @@ from learner.bench import report
 from learner.bench.compare import our_update
 from learner.bench.measure import machine, matmul_rate
 from learner.bench.model_free import prebuilt_group
-from learner.bench.planned import Case, predicted
+from learner.bench.planned import predicted
+from learner.bench.planned_cases import ONE_STEP, Case
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate, warm_up
 from learner.planning.flops import forward_flops, training_flops
 from rewards.errors import ConfigError
@@ -153,7 +154,7 @@ def _learner_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, ce
         "k": K,
         "views": views,
         "update s": seconds,
-        "predicted GB": _predicted(Case("learner", shape, "bfloat16", checkpointing=True), device),
+        "predicted GB": _predicted(Case("learner", shape, "bfloat16", checkpointing=True, settings=ONE_STEP), device),
         "peak GB": _peak(device),
         "forward TF": flops.forward / 1e12,
         "backward TF": flops.backward / 1e12,
@@ -168,7 +169,9 @@ def _predicted(case: Case, device: torch.device) -> float:
     """GB, all that the process holds on the device."""
     model = case.shape.model
     weights = 2 * (model.parameters + model.adapter_parameters(case.shape.lora_r))
-    return (weights + sum(predicted(case, cpu=device.type == "cpu").values())) / 1e9
+    return (
+        weights + sum(predicted(case, "cuda" if device.type == "cuda" else "cpu", grown=("gradients",)).values())
+    ) / 1e9
 
 
 def _forget_peak(device: torch.device) -> None:

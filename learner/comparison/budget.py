@@ -1,11 +1,11 @@
 """Forward-equivalents: what a run's training costs, whatever the method.
 
 One forward of one sequence counts 1, and its backward 2 more. So an iteration that draws R completions in m denoising
-steps, and learns from G completions in U updates of v views each, costs
+steps, and learns from G completions of Q prompts in U updates of v views each, costs
 
-    R m  +  U v (3 + reference + teacher)  +  (U - 1) v old  +  G (2 measured + valued)
+    R m  +  U v (3 + reference + teacher)  +  (U - 1) v old  +  G (2 measured + valued)  +  U Q prompts
 
-``reference``, ``teacher``, ``old``, ``measured`` and ``valued`` are what the objective says that it needs
+``reference``, ``teacher``, ``old``, ``measured``, ``valued`` and ``prompts`` are what the objective says that it needs
 (``learner.settings.objective``); where it measures before each update, ``measured`` counts U times. Evaluations, and
 second passes that only save memory, are left out: they are no property of a method.
 
@@ -50,7 +50,8 @@ def _learning(config: RunConfig, completions: float, views: float) -> float:
     old = (updates - 1) * views if cost.old else 0.0
     measured = 2 * completions * cost.measured * (updates if cost.measured_each_update else 1)
     valued = completions * cost.valued
-    return updates * views * (3 + cost.reference + cost.teacher) + old + measured + valued
+    prompts = updates * completions / config.rollout.group_size * cost.prompts
+    return updates * views * (3 + cost.reference + cost.teacher) + old + measured + valued + prompts
 
 
 def _rolled_out(config: RunConfig, row: Mapping[str, Any]) -> float:

@@ -102,18 +102,23 @@ def working_backward(trunk: Trunk, *, checkpointing: bool) -> int:
     return gradients + (kept_by_block(trunk) if checkpointing else 0)
 
 
-def scoring(*, rows: int, vocabulary: int, itemsize: int) -> int:
-    """Bytes of logits at scored positions, at the worse of forward and backward (learner/likelihood/scorer.py): the
-    model's logits, the tempered fp32 copy, and one fp32 intermediate; or the copy, which autograd keeps for the
-    gathers, and two fp32 gradients."""
-    return rows * vocabulary * max(itemsize + 8, 12)
+def scoring(*, rows: int, vocabulary: int, itemsize: int, restricted: bool) -> int:
+    """Bytes of logits at scored positions, at the worse of forward and backward (learner/likelihood/scorer.py).
+
+    Forward: the model's logits, the tempered fp32 copy, and one fp32 intermediate. Backward: the copy, which autograd
+    keeps, and fp32 gradients. Of a law that is restricted to a recorded support these are two, of its gathers; of the
+    whole law the logsumexp's three: what is exponentiated, the exponential, and the product with the gradient.
+    """
+    return rows * vocabulary * max(itemsize + 8, 12 if restricted else 16)
 
 
-def scoring_laws(*, rows: int, vocabulary: int, itemsize: int) -> int:
-    """The same where whole laws are scored, the teacher's and the policy's: the model's logits; of the policy the
-    tempered fp32 copy, its law, and the law without the mask token; of the teacher its law and its exponential; of the
-    loss the product; and the gradients of two of them."""
-    return rows * vocabulary * (itemsize + 9 * 4 + 1)
+def scoring_laws(*, rows: int, vocabulary: int) -> int:
+    """The same where whole laws are scored, the policy's and a teacher's or the base's (learner/objectives/dtm.py).
+
+    Both laws and the policy's tempered copy; of the loss the other law's exponential and which cells are empty, which
+    autograd keeps; and of the figures another exponential, the cells, the law without them, and the product.
+    """
+    return rows * vocabulary * (3 * 4 + (4 + 1) + (3 * 4 + 1))
 
 
 def scoring_positions(*, candidates: int, rows: int, vocabulary: int, itemsize: int, tempered: bool) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from learner.planning.flops import Flops, forward_flops, training_flops
 from learner.planning.memory import adapter_bytes, scored_rows, trajectory_bytes
+from learner.planning.scored import completions_learned
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
 from rollout.trajectory import GreedyBranches
@@ -113,6 +114,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         2 * cost.measured / (cost.views * (1 if cost.measured_each_update else learner.updates_per_batch))
     )
     without_gradient += cost.valued / (cost.views * learner.updates_per_batch)
+    without_gradient += cost.prompts / (cost.views * rollout.group_size)
     per_rank = math.ceil(learned * cost.views / learner.ranks)
     in_forward = min(per_rank, learner.views_per_forward)
     scored, _ = scored_rows(config, in_forward)
@@ -133,15 +135,6 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         engine_share=busiest / completions,
         batch_arrays=in_forward * length * 16 + scored * (40 + 9 * (sampler.top_k or 1)),
     )
-
-
-def completions_learned(config: RunConfig) -> int:
-    """Completions that an update learns from, at most."""
-    rollout, phases = config.rollout, config.objective.phases()
-    groups = rollout.prompts_per_iteration if phases is None else phases.prompts
-    there = groups * rollout.group_size
-    limit = config.objective.cost(rollout.sampler.spec()).completions
-    return there if limit is None else min(limit, there)
 
 
 def branched_positions(config: RunConfig) -> float:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from learner.planning.compute import Duration, Work, completions_learned, duration, too_slow, work_of
+from learner.planning.compute import Duration, Work, duration, too_slow, work_of
 from learner.planning.hardware import CPU_FLOPS_PER_THREAD, GPUS, Hardware
 from learner.planning.memory import GIB, Device, ProcessMemory, actor_memory, rank_memory
+from learner.planning.scored import completions_learned
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig, required_resources
 from rewards.errors import ConfigError

@@ -10,6 +10,7 @@ from typing import Literal
 
 from learner.planning import activations
 from learner.planning.activations import Trunk
+from learner.planning.scored import LargestForward, above_mean, largest_forward
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
 from rollout.engines.vllm.settings import ADAPTERS, MERGED, slot_rank
@@ -93,7 +94,8 @@ def truncation(config: RunConfig) -> str:
 
 
 def scored_rows(config: RunConfig, views: int) -> tuple[int, int]:
-    """(positions scored, candidates of scored choices) of so many views: the objective's, and a full block of each."""
+    """(positions scored, candidates of scored choices) of so many views on average: the objective's, and a full block
+    of each."""
     sampler = config.rollout.sampler.spec()
     cost = config.objective.cost(sampler)
     chooses = cost.choices and sampler.scores_positions
@@ -117,14 +119,13 @@ def rank_memory(
         checkpointing: instead of ``learner.activation_checkpointing``.
     """
     learner, e = config.learner, itemsize(config)
-    views = learner.views_per_forward if views is None else views
+    largest = largest_forward(config, views)
     checkpointing = learner.activation_checkpointing if checkpointing is None else checkpointing
     length = prompt + config.rollout.sampler.completion_length
-    trunk = Trunk(model, views, length, config.lora.r, e)
+    trunk = Trunk(model, largest.views, length, config.lora.r, e)
     remark = "inputs of the blocks; one block's rest is recomputed" if checkpointing else "no checkpointing"
-    rows, candidates = scored_rows(config, views)
     moments = [
-        Item("logits at scored positions", _scoring(config, model, rows, candidates), _scoring_note(rows, candidates)),
+        Item("logits at scored positions", _scoring(config, model, largest), _scoring_note(largest)),
         Item(
             "one block's backward",
             activations.working_backward(trunk, checkpointing=checkpointing),
@@ -140,7 +141,10 @@ def rank_memory(
             *_training_state(config, model),
             *_allowances(config, device, rank=True),
         ),
-        kept=(Item("activations", activations.kept(trunk, checkpointing=checkpointing), remark),),
+        kept=(
+            *_bucket(config, model),
+            Item("activations", activations.kept(trunk, checkpointing=checkpointing), remark),
+        ),
         moments=tuple(moments),
         after=(_step(config, model),),
         host=_host(config, model, device),
@@ -165,16 +169,16 @@ def actor_memory(
     drawn = rows * revealed
     if sampler.position_rule in ("low_confidence", "entropy"):
         drawn = block
-    branches = config.objective.branches(sampler.spec())
-    filled = 0 if branches is None else rows * sampler.completion_length  # at the first step, of every row
+    filled, at_once = _filled(config, rows)
     also = f", and logits at {filled:,} positions of branches" if filled else ""
+    kind = truncation(config)
+    drawing = (
+        activations.sampling(cells=cells * V, itemsize=e, truncation=kind, cpu=cpu) + (drawn + filled - cells) * V * e
+        for cells in (drawn, at_once)
+    )
     moments = [
         Item("one block's forward", activations.working_forward(trunk), f"{rows} rows of {trunk.length} tokens"),
-        Item(
-            "drawing tokens",
-            activations.sampling(cells=drawn * V, itemsize=e, truncation=truncation(config), cpu=cpu) + filled * V * e,
-            f"logits at {drawn:,} positions and the sampler's copies{also}",
-        ),
+        Item("drawing tokens", max(drawing), f"logits at {drawn:,} positions and the sampler's copies{also}"),
     ]
     if sampler.position_rule == "decoupled_confidence":
         tempered = sampler.confidence_temperature != 1.0
@@ -202,6 +206,25 @@ def actor_memory(
         after=(),
         host=_host(config, model, device),
     )
+
+
+def _filled(config: RunConfig, rows: int) -> tuple[int, int]:
+    """(positions of branched states in one step, at most, and of one row's that are drawn with copies)."""
+    sampler = config.rollout.sampler
+    C, m, branches = sampler.completion_length, sampler.steps, config.objective.branches(sampler.spec())
+    if branches is None:
+        return 0, 0
+    if isinstance(branches, GreedyBranches):  # every step of every row; at the first all is masked
+        return rows * C, 0
+    completions = config.run.iterations * config.rollout.prompts_per_iteration * config.rollout.group_size
+    above, most = above_mean(m * math.ceil(completions / rows)), 0.0
+    for step in range(m):  # of how many rows this is the drawn one
+        p = ((step + 1) / m) ** (branches.degree + 1) - (step / m) ** (branches.degree + 1)
+        branched = rows * p + above * math.sqrt(rows * p * (1 - p))
+        most = max(most, min(branched, rows) * C * (m - step) / m)
+    earliest = int(m * (completions + 1) ** (-1 / (branches.degree + 1)))
+    of_one_row = math.ceil(C * (m - earliest) / m)
+    return max(math.ceil(most), of_one_row), of_one_row
 
 
 def trajectory_bytes(config: RunConfig, prompt: int) -> int:
@@ -242,23 +265,27 @@ def trained(config: RunConfig, model: ModelShape) -> int:
     return model.adapter_parameters(config.lora.r, include_head=config.lora.include_head)
 
 
-def _scoring(config: RunConfig, model: ModelShape, rows: int, candidates: int) -> int:
-    e, V = itemsize(config), model.vocabulary
-    whole = config.objective.cost(config.rollout.sampler.spec()).vocabulary
-    count = activations.scoring_laws if whole else activations.scoring
-    tokens = count(rows=rows, vocabulary=V, itemsize=e)
-    if not candidates:
+def _scoring(config: RunConfig, model: ModelShape, largest: LargestForward) -> int:
+    e, V, rows = itemsize(config), model.vocabulary, largest.positions
+    cost = config.objective.cost(config.rollout.sampler.spec())
+    if cost.vocabulary:
+        return activations.scoring_laws(rows=rows, vocabulary=V)
+    restricted = cost.recorded and truncation(config) != "none"
+    tokens = activations.scoring(rows=rows, vocabulary=V, itemsize=e, restricted=restricted)
+    if not largest.candidates:
         return tokens
     tempered = config.rollout.sampler.confidence_temperature != 1.0
     return max(
-        tokens + candidates * V * e,
-        activations.scoring_positions(candidates=candidates, rows=rows, vocabulary=V, itemsize=e, tempered=tempered),
+        tokens + largest.candidates * V * e,
+        activations.scoring_positions(
+            candidates=largest.candidates, rows=rows, vocabulary=V, itemsize=e, tempered=tempered
+        ),
     )
 
 
-def _scoring_note(rows: int, candidates: int) -> str:
-    also = f" and {candidates:,} candidates" if candidates else ""
-    return f"{rows:,} positions{also}, with fp32 copies or gradients"
+def _scoring_note(largest: LargestForward) -> str:
+    also = f" and {largest.candidates:,} candidates" if largest.candidates else ""
+    return f"{largest.positions:,} positions{also}, with fp32 copies or gradients"
 
 
 def _weights(config: RunConfig, model: ModelShape, *, rank: bool) -> list[Item]:
@@ -299,7 +326,7 @@ def _vllm_weights(config: RunConfig, model: ModelShape, device: Device) -> list[
 
 
 def _training_state(config: RunConfig, model: ModelShape) -> list[Item]:
-    learner, e, A = config.learner, itemsize(config), trained(config, model)
+    learner, A = config.learner, trained(config, model)
     stage = learner.zero_stage
     share = math.ceil(A / learner.ranks) if stage > 0 else A
     split = f", 1/{learner.ranks} of it (ZeRO-{stage})" if stage > 0 and learner.ranks > 1 else ""
@@ -310,17 +337,26 @@ def _training_state(config: RunConfig, model: ModelShape) -> list[Item]:
     ]
     if stage > 0:
         items.append(Item("fp32 masters", share * 4, "of the adapter" + split))
-        # ZeRO-1 stages the fp32 sums, 2 and 3 the dtype of the backward.
-        width = 4 if stage == 1 else e
-        items.append(Item("reduce bucket", A * width, "DeepSpeed's, as large as the adapter"))
     return items
+
+
+def _bucket(config: RunConfig, model: ModelShape) -> list[Item]:
+    """In which DeepSpeed collects gradients from a backward's begin until they are reduced."""
+    stage = config.learner.zero_stage
+    if stage == 0:
+        return []
+    # ZeRO-1 stages the fp32 sums, 2 and 3 the dtype of the backward.
+    width = 4 if stage == 1 else itemsize(config)
+    return [Item("reduce bucket", trained(config, model) * width, "DeepSpeed's, as large as the adapter")]
 
 
 def _step(config: RunConfig, model: ModelShape) -> Item:
     """After the last backward: what the optimizer step itself needs."""
     A = trained(config, model)
-    share = math.ceil(A / config.learner.ranks) if config.learner.zero_stage > 0 else A
-    return Item("optimizer step", share * 8, "reduced gradients and AdamW's square roots, fp32")
+    if config.learner.zero_stage == 0:
+        return Item("optimizer step", A * 4, "the gradients in one piece while they are reduced, or square roots, fp32")
+    share = math.ceil(A / config.learner.ranks)
+    return Item("optimizer step", share * 8, "AdamW's square roots, and what is divided by, fp32")
 
 
 def _allowances(config: RunConfig, device: Device, *, rank: bool) -> list[Item]:

@@ -126,7 +126,7 @@ def _process(process: ProcessMemory, budget: Budget, says: str) -> list[str]:
 
 
 def _activations(process: ProcessMemory) -> str:
-    kept = sum(item.bytes for item in process.kept)
+    kept = sum(item.bytes for item in process.kept if item.name == "activations")
     return f"activations {gib(kept)}, {process.largest_moment.name} {gib(process.largest_moment.bytes)}"
 
 

@@ -123,16 +123,19 @@ class PromptHead(Head):
             batches: this rank's ``prompt_view``s, and pads.
             score: runs the model.
         """
+        features: dict[int, torch.Tensor] = {}
         with self.reading() as found, torch.no_grad():
             for batch in batches:
                 score(batch)
-        assert len(found) == len(batches), "each forward runs the last block once"
-        sums_QD = torch.zeros(len(groups), found[0].shape[2], device=self.device)
-        for batch, hidden_ZLD in zip(batches, found, strict=True):
-            for view, hidden_LD in zip(batch.views, hidden_ZLD, strict=True):
-                if view.hidden_C.any():  # no pad
-                    C, P = view.hidden_C.size, groups[view.group].prompt_ids.size
-                    sums_QD[view.group] = prompt_features(hidden_LD, P, C)
+                (hidden_ZLD,) = found
+                found.clear()  # all of an update's prompts may be more than its largest forward
+                for view, hidden_LD in zip(batch.views, hidden_ZLD, strict=True):
+                    if view.hidden_C.any():  # no pad
+                        C, P = view.hidden_C.size, groups[view.group].prompt_ids.size
+                        features[view.group] = prompt_features(hidden_LD, P, C)
+        sums_QD = torch.zeros(len(groups), hidden_ZLD.shape[2], device=self.device)
+        for index, feature_D in features.items():
+            sums_QD[index] = feature_D
         torch.distributed.all_reduce(sums_QD)
         self.features_QD = sums_QD
 

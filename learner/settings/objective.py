@@ -2,6 +2,7 @@
 can't learn from, and what an update costs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -22,6 +23,21 @@ class Cost:
     """Views scored, each one forward and backward of a row."""
     scored: float
     """Positions scored in each view; a mean where the views of a unit share a completion's positions out."""
+    most: float | None = None
+    """Positions scored in one view at most; None: as many in each."""
+    deviation: float = 0.0
+    """Standard deviation of a view's number of scored positions, where that is drawn."""
+    balanced: Literal["completion", "group"] | None = None
+    """Whose views together score as many positions as any other's; None: nobody's."""
+    together: Literal["view", "completion", "group"] = "view"
+    """Whose views one forward holds together where it has room for them: nobody else's, those of a completion, or of
+    a group."""
+    each: tuple[float, ...] = ()
+    """Positions scored in each view of a completion, in their order, where they differ and aren't drawn."""
+    recorded: bool = False
+    """Whether tokens are scored by the law that drew them, on the support that the rollout recorded."""
+    parts: tuple["Cost", ...] = ()
+    """Where several losses are added up, what each costs; of a group, the views of the first come first."""
     old: bool = False
     """Whether later updates on a batch score each view once more, without gradient, when the batch begins."""
     reference: bool = False
@@ -32,6 +48,8 @@ class Cost:
     """Whether they are measured again before every later update."""
     valued: int = 0
     """Views whose values the method's head says when a batch begins, each one forward without gradient."""
+    prompts: bool = False
+    """Whether each group's prompt is read in every update, one forward of a row without gradient."""
     choices: bool = False
     """Whether choices of positions are scored where the rollout makes them."""
     teacher: bool = False
@@ -40,6 +58,11 @@ class Cost:
     """Whether whole laws are scored, not only the tokens' log-probs."""
     completions: int | None = None
     """Completions that an update learns from; None for all of its groups'."""
+
+
+def uniform_deviation(values: int) -> float:
+    """Standard deviation of a number that is uniform on so many whole ones in a row."""
+    return math.sqrt((values**2 - 1) / 12)
 
 
 @dataclass(frozen=True)

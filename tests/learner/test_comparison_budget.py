@@ -26,6 +26,7 @@ METHODS = {
     "espo": 3,  # old and reference
     "dmpo": 2,  # measures once a batch
     "rspo": 2,  # measures before each update
+    "trafl": 2,  # reference, and a head that reads the prompts before each update
 }
 """Updates per batch."""
 ROUGHLY = ("espo", "dmpo")
@@ -115,7 +116,7 @@ def test_an_iteration_costs_what_its_model_does(
     assert worked <= planned_cost(config), "what is planned is the most that it can be"
     # The control: a cost that leaves out what is scored without gradient is another one, where there is some.
     cost = config.objective.cost(config.rollout.sampler.spec())
-    for field in ("old", "reference", "measured"):
+    for field in ("old", "reference", "measured", "prompts"):
         if getattr(cost, field):
             less = dataclasses.replace(cost, **{field: 0})
             monkeypatch.setattr(type(config.objective), "cost", lambda self, sampler, less=less: less)

@@ -3,11 +3,13 @@
 The text under a field is its help; it names the unit.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from learner.settings.objective import Cost, ObjectiveSection
+from learner.settings.objective import Cost, ObjectiveSection, uniform_deviation
 from learner.settings.sections import Fraction, NonNegative
 from rollout.trajectory import SamplerSpec
 
@@ -32,8 +34,17 @@ class EspoConfig(ObjectiveSection):
     """Divide advantages by the deviation of their group's rewards."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        views = self.samples * (2 if self.estimator == "coupled" else 1)
-        return Cost(views=views, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+        C, coupled = sampler.completion_length, self.estimator == "coupled"
+        return Cost(
+            views=self.samples * (2 if coupled else 1),
+            scored=C / 2,
+            most=C,
+            deviation=uniform_deviation(C + 1),
+            balanced="completion" if coupled else "group",  # the group's masks are spread evenly
+            together="completion",
+            old=True,
+            reference=self.beta > 0,
+        )
 
 
 class GdpoConfig(ObjectiveSection):
@@ -55,7 +66,16 @@ class GdpoConfig(ObjectiveSection):
     saves the reference forwards."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        return Cost(views=self.nodes, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+        C = sampler.completion_length
+        rates = (np.polynomial.legendre.leggauss(self.nodes)[0] + 1) / 2
+        return Cost(
+            views=self.nodes,
+            scored=C / 2,
+            each=tuple((C * rates).tolist()),
+            together="completion",
+            old=True,
+            reference=self.beta > 0,
+        )
 
 
 class BgpoConfig(ObjectiveSection):
@@ -73,7 +93,8 @@ class BgpoConfig(ObjectiveSection):
     """The ratio is clipped above at 1 + clip_high."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        return Cost(views=self.samples, scored=(sampler.completion_length + 1) / 2, old=True)
+        C = sampler.completion_length
+        return Cost(views=self.samples, scored=(C + 1) / 2, most=C, deviation=uniform_deviation(C), old=True)
 
 
 class SpgConfig(ObjectiveSection):
@@ -102,7 +123,18 @@ class SpgConfig(ObjectiveSection):
     """Largest masked share of what is drawn from."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        return Cost(views=self.samples, scored=sampler.completion_length)
+        C, block = sampler.completion_length, sampler.block_length
+        drawn = C if self.masking in ("random", "all") else block
+        # What is drawn from is one of the parts, another one in each view; how much of it is masked is uniform. All
+        # that follows is masked, of what comes before the share ``context_mask``.
+        parts, before = C // drawn, (C - drawn) / 2
+        count = drawn if self.masking in ("all", "block_all") else drawn * (self.min_masked + self.max_masked) / 2
+        others = math.sqrt((parts - self.samples) / (parts - 1)) if parts > 1 else 0.0
+        spread = uniform_deviation(parts) * drawn * (1 - self.context_mask) * others
+        if self.masking in ("random", "block_random"):
+            spread = math.hypot(spread, uniform_deviation(drawn) * (self.max_masked - self.min_masked))
+        scored = before * (1 + self.context_mask) + count
+        return Cost(views=self.samples, scored=scored, most=C, deviation=spread, together="completion")
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = super().refuses(sampler)
@@ -149,7 +181,15 @@ class DmpoConfig(ObjectiveSection):
     """Flatten the weights of a group until their effective sample size is this share of it; null: as they are."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        return Cost(views=self.samples, scored=sampler.completion_length / 2, measured=self.measured_samples)
+        C = sampler.completion_length
+        return Cost(
+            views=self.samples,
+            scored=C / 2 if self.antithetic else C * (1 + self.rate_low) / 2,
+            most=C,
+            deviation=uniform_deviation(C) * (1 - self.rate_low),
+            balanced="completion" if self.antithetic else None,
+            measured=self.measured_samples,
+        )
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = super().refuses(sampler)
@@ -174,8 +214,15 @@ class RspoConfig(ObjectiveSection):
     """Masks drawn per completion and update."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        views, scored = self.samples, (sampler.completion_length + 1) / 2
-        return Cost(views=views, scored=scored, measured=views, measured_each_update=True)
+        C, views = sampler.completion_length, self.samples
+        return Cost(
+            views=views,
+            scored=(C + 1) / 2,
+            most=C,
+            deviation=uniform_deviation(C),
+            measured=views,
+            measured_each_update=True,
+        )
 
 
 class TraflConfig(ObjectiveSection):
@@ -203,7 +250,17 @@ class TraflConfig(ObjectiveSection):
     """Leave the variance between masks out of the squares; needs independent masks."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        return Cost(views=self.samples, scored=sampler.completion_length / 2, reference=True)
+        C = sampler.completion_length
+        return Cost(
+            views=self.samples,
+            scored=C / 2,
+            most=C,
+            deviation=uniform_deviation(C),
+            balanced="completion" if self.masks == "paired" else None,
+            together="completion" if self.normaliser == "learned" else "group",
+            reference=True,
+            prompts=self.normaliser == "learned",
+        )
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = super().refuses(sampler)

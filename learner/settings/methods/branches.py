@@ -3,6 +3,7 @@
 The text under a field is its help; it names the unit.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -109,9 +110,16 @@ class DispoConfig(ObjectiveSection):
         base, C = self.base.cost(sampler), sampler.completion_length
         views = base.views + self.prompt_masks
         # Of a state at progress t, 1 - t is masked: 1 / (degree + 2) of the completion on average.
-        filled = self.prompt_masks * self.samples * C / (self.degree + 2)
-        scored = (base.views * base.scored + filled) / views
-        return Cost(views=views, scored=scored, old=True, reference=base.reference or self.beta > 0)
+        Z, d = self.samples, self.degree
+        share, deviation = 1 / (d + 2), math.sqrt((d + 1) / (d + 3)) / (d + 2)
+        fills = Cost(views=self.prompt_masks, scored=Z * C * share, most=Z * C, deviation=Z * C * deviation)
+        return Cost(
+            views=views,
+            scored=(base.views * base.scored + fills.views * fills.scored) / views,
+            parts=(base, fills),
+            old=True,
+            reference=base.reference or self.beta > 0,
+        )
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = [problem.replace("objective.", "objective.base.") for problem in self.base.refuses(sampler)]

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from learner.settings.objective import Cost, ObjectiveSection, Phases
+from learner.settings.objective import Cost, ObjectiveSection, Phases, uniform_deviation
 from learner.settings.sections import Fraction
 from rollout.trajectory import SamplerSpec
 
@@ -42,8 +42,16 @@ class DtmConfig(ObjectiveSection):
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         block = self.block_length or sampler.block_length
-        scored = (block if self.scored == "active_block" else sampler.completion_length) / 2
-        return Cost(views=1, scored=scored, teacher=True, vocabulary=True, completions=self.completions)
+        most = block if self.scored == "active_block" else sampler.completion_length
+        return Cost(
+            views=1,
+            scored=(most + 1) / 2,
+            most=most,
+            deviation=uniform_deviation(most),
+            teacher=True,
+            vocabulary=True,
+            completions=self.completions,
+        )
 
     def phases(self) -> Phases:
         return Phases(self.phase_iterations, self.buffer_prompts, self.ema)

@@ -77,8 +77,9 @@ class CoupledGrpoConfig(ObjectiveSection):
     update, as the authors' code does."""
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        scored = 2 * sampler.completion_length / 3
-        return Cost(views=3, scored=scored, old=True, reference=self.beta > 0)
+        C = sampler.completion_length
+        each = (C, C / 2, C / 2)  # one view scores all, the other two share it out
+        return Cost(views=3, scored=2 * C / 3, each=each, together="completion", old=True, reference=self.beta > 0)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = super().refuses(sampler)

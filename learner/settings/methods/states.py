@@ -65,7 +65,7 @@ class AgrpoConfig(ObjectiveSection):
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
-        return Cost(views=self.k, scored=revealed, reference=self.beta > 0, choices=True)
+        return Cost(views=self.k, scored=revealed, recorded=True, reference=self.beta > 0, choices=True)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = super().refuses(sampler) + threshold_problem(sampler)
@@ -174,7 +174,7 @@ class JustGrpoConfig(ObjectiveSection):
 
     def cost(self, sampler: SamplerSpec) -> Cost:
         views = self.scored_per_block(sampler) * (sampler.completion_length // sampler.block_length)
-        return Cost(views=views, scored=1, reference=self.beta > 0)
+        return Cost(views=views, scored=1, recorded=True, reference=self.beta > 0)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = super().refuses(sampler) + threshold_problem(sampler)
@@ -232,7 +232,8 @@ class DiffpoConfig(ObjectiveSection):
         return self.threshold_lr is not None
 
     def cost(self, sampler: SamplerSpec) -> Cost:
-        return Cost(views=2, scored=sampler.completion_length / 2, old=True, reference=self.beta > 0)
+        scored, reference, learned = sampler.completion_length / 2, self.beta > 0, self.learns_thresholds()
+        return Cost(views=2, scored=scored, old=True, reference=reference, prompts=learned)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
         problems = super().refuses(sampler)
