@@ -51,7 +51,7 @@ def run(*, small: bool = False) -> dict[str, Any]:
     """All sizes, or the smallest alone, as ``report`` stores them."""
     about = machine(threads=1)
     shapes = dict([next(iter(SHAPES.items()))]) if small else SHAPES
-    rows = [row for name, shape in shapes.items() for row in _rows(name, shape, repeats=1 if small else 7)]
+    rows = [row for name, shape in shapes.items() for row in _rows(name, shape, repeats=1 if small else 3)]
     return {"benchmark": "vllm", "small": small, "machine": about, "rows": rows, "tables": TABLES, "bars": []}
 
 
