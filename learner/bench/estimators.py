@@ -75,7 +75,8 @@ def mean_weights(table: StepTable) -> np.ndarray:
 
 
 def draw_weights(estimator: Estimator, table: StepTable, size_Gm: np.ndarray) -> np.ndarray:
-    """[G, m] importance weight of one draw of each step, 0 where it isn't eligible; 1 on average over draws.
+    """[G, m] importance weight of one draw of each step, 0 where it isn't eligible; 1 on average over draws. Of steps
+    that are taken once, times the size of the advantage over the mean of sizes.
 
     Args:
         size_Gm: the size of each step's advantage.
@@ -83,7 +84,8 @@ def draw_weights(estimator: Estimator, table: StepTable, size_Gm: np.ndarray) ->
     if estimator.k is None:
         return table.eligible_Gm.astype(np.float64)
     if estimator.once:
-        return estimator.k * _weights(table, _once(estimator, table, size_Gm))
+        weights_Gm = estimator.k * _weights(table, _once(estimator, table, size_Gm))
+        return weights_Gm * size_Gm / size_Gm[size_Gm > 0].mean() if size_Gm.any() else weights_Gm
     return _weights(table, step_probabilities(table, estimator.sampling, estimator.weight_floor))
 
 

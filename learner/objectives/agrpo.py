@@ -90,8 +90,11 @@ class Agrpo:
             for row, step, count, weight in drawn
         ]
         merged = sum(count - 1 for _, _, count, _ in drawn)
+        # Of steps that are taken by the size of their advantage, a small one makes for a large weight of no effect.
+        effect_Gm = relative_size(np.where(live_Gm, credit_Gm, 0.0)) if self.config.draws == "once" else live_Gm * 1.0
+        largest = max((weight / count * effect_Gm[row, step] for row, step, count, weight in drawn), default=None)
         statistics = Statistics(
-            maxima={"importance_weight/max": max(weight / count for _, _, count, weight in drawn)} if drawn else {},
+            maxima={} if largest is None else {"importance_weight/max": largest},
             totals={"draws_merged": float(merged), "live_completions": float(live_Gm.any(axis=1).sum())},
         )
         return Wanted(units, divisor=float(group.size * self.config.k), statistics=statistics)
@@ -166,6 +169,13 @@ class Agrpo:
         return (weight_N * terms.loss_N).sum(), ratio_statistics(
             terms.log_ratio_N, terms.averages, prefix=prefix, count=count
         )
+
+
+def relative_size(credit_Gm: np.ndarray) -> np.ndarray:
+    """[G, m] float64, the size of each advantage over the mean size of those that aren't 0; 1 everywhere where all are
+    0."""
+    size_Gm = np.abs(credit_Gm)
+    return size_Gm / size_Gm[size_Gm > 0].mean() if size_Gm.any() else np.ones_like(size_Gm)
 
 
 def step_advantages(groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]:

@@ -116,6 +116,19 @@ def test_no_step_is_scored_twice_and_none_without_an_advantage() -> None:
                 assert abs(len(places) - 10) <= 1, "two for each of the five"
 
 
+def test_a_tiny_advantage_is_no_large_weight() -> None:
+    group = random_group(5, size=6)
+    credit_G = np.array([0.5, -0.5, 1e-9, 0.25, -0.25, 1.0])
+    largest = []
+    for seed in range(300):
+        wanted = Agrpo(AgrpoConfig(draws="once", k=1)).wanted(
+            0, group, credit_G, UpdateContext(seed, 0, groups=1, eos_ids=(EOS,))
+        )
+        largest.append(wanted.statistics.values()["importance_weight/max"])
+        assert all(abs(view.credit) * view.weight < 20 for (view,) in wanted.units), "the floor bounds what a step does"
+    assert 1 < max(largest) < 50
+
+
 def test_with_a_kl_term_every_step_may_be_taken() -> None:
     group = dataclasses.replace(random_group(5, size=6), rewards=np.zeros((6, 2), np.float32))
     objective = Agrpo(AgrpoConfig(draws="once", k=2, beta=0.1))
