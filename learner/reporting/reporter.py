@@ -119,6 +119,7 @@ class Reporter:
             "actor_id": group.actor_id,
             "nfe": int(group.nfe[row]),
             "sampler": dataclasses.asdict(group.sampler),
+            **({} if group.threshold is None else {"threshold": round(float(group.threshold[row]), 6)}),
             **(data or {}),
         }
         self.store.sample(

@@ -53,7 +53,10 @@ def playback(row: Mapping[str, Any]) -> Playback:
     sampler = _clean(sampler) if isinstance(sampler, dict) else {}
     advantage, updates = data.get("advantage"), data.get("updates")
     rewards = row["rewards"] if isinstance(row["rewards"], dict) else {}
-    known = ("policy_version", "adapter_digest", "actor_id", "seed", "nfe", "learner_version", "group_size")
+    known = (
+        *("policy_version", "adapter_digest", "actor_id", "seed", "nfe", "threshold"),
+        *("learner_version", "group_size"),
+    )
     about: dict[str, Any] = {name: row[name] for name in ("id", "run_id", "iteration", "group_id", "row", "correct")}
     about |= {name: _text(row[name]) for name in ("kind", "problem_id", "prompt", "completion")}
     return Playback(

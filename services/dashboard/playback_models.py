@@ -121,7 +121,7 @@ class Playback(Model):
     """Of the completion's states; empty where none was branched."""
     sampler: dict[str, Any]
     provenance: dict[str, str]
-    """Policy version, adapter digest, actor, seed, forward passes."""
+    """Policy version, adapter digest, actor, seed, forward passes, and the threshold, where it drew one."""
     notes: list[str]
     """What this sample lacks, in sentences."""
     siblings: list[SampleReference] = []

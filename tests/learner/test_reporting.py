@@ -1,5 +1,6 @@
 """What a run tells, and that telling it never stops the run."""
 
+import dataclasses
 import io
 import json
 import math
@@ -224,6 +225,20 @@ def test_a_sample_is_the_row_it_says(run):
     assert pack_trajectory(group(), 0) != pack_trajectory(group(), 1)
     (text,) = read_rows(run.dir.samples_path)
     assert text["completion"] == "[bold]4321" and text["rewards"] == {"cells": 1.0, "solved": 2.0}
+    assert "threshold" not in sample["data"]
+
+
+def test_a_sample_keeps_the_threshold_that_its_completion_drew(run):
+    drawn = dataclasses.replace(
+        group(),
+        sampler=dataclasses.replace(group().sampler, threshold=(0.5, 0.7)),
+        threshold=np.array([0.5, 0.7], np.float32),
+        threshold_logp=np.log([0.4, 0.6]).astype(np.float32),
+    )
+    run.reporter.sample(2, drawn, 1, "Puzzle: 1", "4321")
+    assert run.reporter.flush(10)
+    (sample,) = store_rows.list_samples(run.engine(), "r")
+    assert sample["data"]["threshold"] == 0.7 and sample["data"]["sampler"]["threshold"] == [0.5, 0.7]
 
 
 def test_plain_lines_without_a_terminal(run):

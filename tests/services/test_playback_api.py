@@ -99,7 +99,9 @@ def test_the_document_says_what_was_recorded() -> None:
     assert scored.choice_new_logp is None, "random order is no action"
     assert found.provenance["seed"] == str(2**62), "JavaScript's numbers can't hold it"
     assert found.rewards == {"shape": 0.5, "verdict": 1.0} and found.advantage == 0.5
-    assert found.notes == []
+    assert found.notes == [] and "threshold" not in found.provenance
+    drew = playback(row(data={"threshold": 0.7, "sampler": {"threshold": [0.5, 0.7]}}))
+    assert drew.provenance["threshold"] == "0.7" and drew.sampler["threshold"] == [0.5, 0.7]
 
 
 def test_a_drawn_mask_is_no_step_and_has_nothing_to_compare_with() -> None:

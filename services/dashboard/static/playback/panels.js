@@ -72,7 +72,7 @@ export function provenance(play) {
     ["Actor", from.actor_id || "–"],
     ["Forward passes", from.nfe ?? "–"],
     ["Seed", from.seed ?? "–"],
-    ["Order", [sampler.position_rule, sampler.threshold != null && `threshold ${sampler.threshold}`].filter(Boolean).join(", ") || "–"],
+    ["Order", [sampler.position_rule, sampler.threshold != null && `threshold ${from.threshold ? `${from.threshold} of ${sampler.threshold}` : sampler.threshold}`].filter(Boolean).join(", ") || "–"],
     ["Temperature", sampler.temperature === 0 ? "0 (greedy)" : figure(sampler.temperature ?? null)],
     ["Truncation", [sampler.top_k && `top-k ${sampler.top_k}`, sampler.top_p < 1 && `top-p ${sampler.top_p}`].filter(Boolean).join(", ") || "none"],
     ["Lengths", `${play.cells.text.length} positions, blocks of ${sampler.block_length ?? "?"}, ${play.steps} steps`],
