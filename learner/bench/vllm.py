@@ -2,10 +2,11 @@
 
     make bench-vllm [ARGS="--small --out FOLDER"]
 
-Both engines draw the same completions with the same adapter in one process, in turns: 16 rows, 64 positions in 4 steps,
-one thread. At the smallest size the model costs next to nothing, so what is left is vLLM's own: its scheduler and the
-packing of requests and answers. ``prompts``: equal, or of 8 lengths from an eighth of the longest up, which the
-embedded engine pads and vLLM doesn't. Times are CPU milliseconds of a step; ``ratio`` is vLLM's over torch's.
+Both engines draw the same completions in one process, in turns: 16 rows, 64 positions in 4 steps, top-k 50, one thread.
+At the smallest size the model costs next to nothing, so what is left is vLLM's own: its scheduler, and the packing of
+requests and answers. ``prompts``: equal, or of 8 lengths from an eighth of the longest up, which the embedded engine
+pads and vLLM doesn't. ``adapter``: none, or LoRA of rank 8 on every map. Times are CPU milliseconds of a step;
+``ratio`` is vLLM's over torch's.
 """
 
 from rollout.process import prepare_process
@@ -44,33 +45,25 @@ SHAPES = {
 }
 LENGTHS = 8
 
-TABLES = {"Steps": ["size", "prompts", "torch ms", "vLLM ms", "ratio", "difference ms"]}
+TABLES = {"Steps": ["size", "adapter", "prompts", "torch ms", "vLLM ms", "ratio", "difference ms"]}
 
 
 def run(*, small: bool = False) -> dict[str, Any]:
     """All sizes, or the smallest alone, as ``report`` stores them."""
     about = machine(threads=1)
     shapes = dict([next(iter(SHAPES.items()))]) if small else SHAPES
-    rows = [row for name, shape in shapes.items() for row in _rows(name, shape, repeats=1 if small else 3)]
+    repeats = 1 if small else 3
+    rows = [
+        row
+        for name, shape in shapes.items()
+        for lora in (None, LoraSpec(shape.lora_r, float(shape.lora_r)))
+        for row in _rows(name, shape, lora, repeats=repeats)
+    ]
     return {"benchmark": "vllm", "small": small, "machine": about, "rows": rows, "tables": TABLES, "bars": []}
 
 
-def _rows(name: str, shape: Shape, *, repeats: int) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder), shape)
-        options: dict[str, Any] = {
-            "model_path": folder,
-            "lora": LoraSpec(shape.lora_r, float(shape.lora_r)),
-            "max_rows": shape.rows,
-            "threads": 1,
-        }
-        torch_engine = TorchEngine(**options)
-        with torch.no_grad():
-            for parameter in adapter_parameters(torch_engine.model).values():
-                parameter.normal_(std=0.02)
-        adapter = pack(adapter_parameters(torch_engine.model))
-        vllm_engine = VllmEngine(settings=VllmSettings(), **options)
-        vllm_engine.load_adapter(0, adapter, digest(adapter))
+def _rows(name: str, shape: Shape, lora: LoraSpec | None, *, repeats: int) -> list[dict[str, Any]]:
+    torch_engine, vllm_engine = _engines(shape, lora)
     prompt = prompt_ids(shape).tolist()
     shorter = [prompt[: max(1, shape.prompt * (i + 1) // LENGTHS)] for i in range(LENGTHS)]
     found = []
@@ -81,8 +74,22 @@ def _rows(name: str, shape: Shape, *, repeats: int) -> list[dict[str, Any]]:
         ours, theirs = interleaved(partial(way, torch_engine), partial(way, vllm_engine), repeats)
         row = {"torch ms": 1e3 * ours.cpu / shape.steps, "vLLM ms": 1e3 * theirs.cpu / shape.steps}
         row |= {"ratio": row["vLLM ms"] / row["torch ms"], "difference ms": row["vLLM ms"] - row["torch ms"]}
-        found.append({"size": name, "prompts": said, **row})
+        found.append({"size": name, "adapter": "none" if lora is None else "LoRA", "prompts": said, **row})
     return found
+
+
+def _engines(shape: Shape, lora: LoraSpec | None) -> tuple[TorchEngine, VllmEngine]:
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), shape)
+        options: dict[str, Any] = {"model_path": folder, "lora": lora, "max_rows": shape.rows, "threads": 1}
+        engines = TorchEngine(**options), VllmEngine(settings=VllmSettings(), **options)
+    if lora is not None:
+        with torch.no_grad():
+            for parameter in adapter_parameters(engines[0].model).values():
+                parameter.normal_(std=0.02)
+        adapter = pack(adapter_parameters(engines[0].model))
+        engines[1].load_adapter(0, adapter, digest(adapter))
+    return engines
 
 
 def _draw(shape: Shape, prompts: list[list[int]], engine: Engine) -> None:

@@ -23,6 +23,7 @@ _OWN = ("adapter", "base", "out", "data", "decode", "statistics")
 _CHANGEABLE = (
     *("model.path", "model.cache_dir", "learner.dtype", "resources", "timeouts", "task.judge"),
     *("rollout.actors", "rollout.max_rows", "rollout.graders_per_actor", "rollout.grade_timeout_s"),
+    *("rollout.engine", "rollout.vllm"),
 )
 
 

@@ -85,7 +85,9 @@ def test_another_family_is_refused(installed: None, tmp_path: Path) -> None:
 def test_a_pass_holds_a_whole_sequence() -> None:
     assert VllmSettings().batch_tokens(8, 100) == 800
     assert VllmSettings().batch_tokens(8, 4096) == 16_384
-    assert VllmSettings().batch_tokens(8, None) == 16_384
+    assert VllmSettings().longest(131_072) == VllmSettings().longest(None) == 8192
+    assert VllmSettings(max_length=9000).longest(131_072) == 9000
+    assert VllmSettings(max_length=9000).longest(64) == VllmSettings().longest(64) == 64
     assert VllmSettings(max_batch_tokens=50).batch_tokens(8, 100) == 100
     assert [slot_rank(r) for r in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
 

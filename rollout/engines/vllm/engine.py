@@ -87,7 +87,7 @@ class VllmEngine:
         if longest > self._longest:
             raise ConfigError(
                 f"a prompt and its completion have {longest} tokens, and vLLM was started for {self._longest}; raise "
-                "rollout.vllm.max_length, or leave it null"
+                "rollout.vllm.max_length"
             )
         with torch.inference_mode():
             return draw_groups(

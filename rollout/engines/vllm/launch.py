@@ -23,7 +23,7 @@ def launch(
         lora_r: rank of the adapters that it will be given; None for none.
     """
     vllm = shim.load_vllm()
-    length = settings.max_length or family.max_length
+    length = settings.longest(family.max_length)
     options: dict[str, Any] = {}
     if lora_r is not None:
         options |= {

@@ -22,6 +22,7 @@ ADAPTERS = 2
 """That vLLM holds at once: the current one, and the one before for what is still on its way."""
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_LONGEST = 8192
 _BATCH_TOKENS = 16_384
 
 
@@ -44,15 +45,19 @@ class VllmSettings(BaseModel):
     quantization: Literal["fp8"] | None = None
     """How vLLM stores the base's weights; null: in learner.dtype. The learner's weights stay as they are."""
     max_length: PositiveInt | None = None
-    """Tokens of the longest sequence, prompt and completion; null: what the model can."""
+    """Tokens of the longest sequence, prompt and completion; null: what the model can, up to 8192."""
     max_batch_tokens: PositiveInt | None = None
     """Tokens of one pass, at most; null: those of max_rows of the longest sequences, up to 16384. A step that has more
     takes several passes."""
 
-    def batch_tokens(self, max_rows: int, longest: int | None) -> int:
+    def longest(self, of_model: int | None) -> int:
+        """Tokens of the longest sequence that vLLM is started for."""
+        wanted = self.max_length or _LONGEST
+        return wanted if of_model is None else min(wanted, of_model)
+
+    def batch_tokens(self, max_rows: int, longest: int) -> int:
         """Tokens of one pass, at most; a whole sequence always fits."""
-        rows = _BATCH_TOKENS if longest is None else min(max_rows * longest, _BATCH_TOKENS)
-        return max(self.max_batch_tokens or rows, longest or 0)
+        return max(self.max_batch_tokens or min(max_rows * longest, _BATCH_TOKENS), longest)
 
 
 def slot_rank(r: int) -> int:
