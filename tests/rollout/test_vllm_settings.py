@@ -74,8 +74,9 @@ def test_what_the_engine_cannot_do_is_refused(installed: None, settings: list[st
 
 def test_another_family_is_refused(installed: None, tmp_path: Path) -> None:
     write_policy(tmp_path, "bert")
-    with pytest.raises(ConfigError, match="vllm.quantization=fp8: weights of type 'bert'"):
-        check(f"model.path={tmp_path}", "rollout.vllm.quantization=fp8")
+    for change in ("quantization=fp8", "tensor_parallel_size=2"):
+        with pytest.raises(ConfigError, match=f"vllm.{change}: weights of type 'bert'"):
+            check(f"model.path={tmp_path}", f"rollout.vllm.{change}")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "electra"}))
     with pytest.raises(ConfigError, match="doesn't know models of type 'electra', only bert, dream, llada, llada_moe"):

@@ -99,6 +99,11 @@ def require_support(family: str, settings: VllmSettings, *, adapts_head: bool) -
     if adapts_head and family not in MERGED:
         raise ConfigError("rollout.engine=vllm applies no adapter to the LM head; leave it out of lora, or set "
                           "rollout.engine=torch")  # fmt: skip
-    if settings.quantization is not None and family in MERGED:
-        raise ConfigError(f"rollout.vllm.quantization={settings.quantization}: weights of type {family!r} are "
-                          "replaced whole at every version and stay in learner.dtype; set it null")  # fmt: skip
+    if family not in MERGED:
+        return
+    for name in ("quantization", "tensor_parallel_size"):
+        if (value := getattr(settings, name)) not in (None, 1):
+            raise ConfigError(
+                f"rollout.vllm.{name}={value}: weights of type {family!r} are replaced whole at every version, in one "
+                "process and in learner.dtype; leave it as it is"
+            )
