@@ -113,7 +113,7 @@ def scoring(*, rows: int, vocabulary: int, itemsize: int, restricted: bool) -> i
 
 
 def scoring_laws(*, rows: int, vocabulary: int) -> int:
-    """The same where whole laws are scored, the policy's and a teacher's or the base's (learner/objectives/dtm.py).
+    """The same where whole laws are scored, the policy's and a teacher's or the base's, and compared token by token.
 
     Both laws and the policy's tempered copy; of the loss the other law's exponential and which cells are empty, which
     autograd keeps; and of the figures another exponential, the cells, the law without them, and the product.
