@@ -131,7 +131,7 @@ class TraceRlConfig(ObjectiveSection):
     value_lr: PositiveFloat | None = None
     """Peak learning rate, on the schedule of learner.lr, of a network on the policy's hidden states that gives each
     token a value, which its advantage is taken against; null: no values. Ours: what is published is a second model
-    (5e-6, all of its weights). 1e-3 is a rate to begin with."""
+    (5e-6, all of its weights), so its rate says nothing of this one's."""
     value_width: PositiveInt = 64
     """Units of the network's hidden layer (ours)."""
     value_clip: PositiveFloat = 0.2
