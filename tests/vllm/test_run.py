@@ -19,8 +19,8 @@ SETTINGS = (
     *("recipe=sudoku", "run.iterations=18", "evaluation.every=0", "rollout.actors=1", "rollout.engine=vllm"),
     *("model.base.n_heads=4", "model.base.d_model=128"),  # vLLM's attention on the CPU takes no heads narrower than 32
 )
-GAIN = 0.05
-"""Absolute rise of the greedy solve rate. Twelve iterations brought 0.09 when this was written."""
+GAIN = 0.1
+"""Absolute rise of the greedy solve rate. They brought 0.23 when this was written."""
 
 
 def test_a_run_learns_and_goes_on_when_its_actor_is_killed(tmp_path: Path) -> None:
