@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -26,6 +27,7 @@ MAX_BODY = 2**20
 """Bytes of an answer; one with log-probabilities has a few thousand."""
 
 _FIRST_PAUSE_S = 0.5
+_UNICODE = re.compile(r"\\+u([0-9a-fA-F]{4})")
 _BUSY = (408, 425, 429)
 _REFUSALS = (401, 403)
 
@@ -128,7 +130,9 @@ class Client:
         return shorten(data[:1000].decode(errors="replace"), 200)
 
     def _repeats_key(self, data: bytes) -> bool:
-        return bool(self._key) and self._key.encode() in data
+        """Whether the key stands in it, as it is or with any of its characters escaped, as JSON may have them."""
+        plain = _UNICODE.sub(lambda found: chr(int(found[1], 16)), data.decode(errors="replace")).replace("\\", "")
+        return bool(self._key) and self._key.replace("\\", "") in plain
 
     def _told(self, what: str) -> str:
         """With the judge's name, and without the key."""
@@ -174,6 +178,6 @@ def _retry_after(value: str | None) -> float | None:
         return None
     if value.strip().isdecimal() and len(value) < 10:
         return float(value)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None

@@ -19,6 +19,8 @@ _THINKING = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 _NUMBER = re.compile(r"\s*([0-9]{1,3})\s*", re.ASCII)
 _SPACES = " \t\r\n\u2581\u0120\u010a"
 """Around a token's text, also as vocabularies spell them."""
+_NO_LOGPROB = -1000.0
+"""Of a probability that is 0 as a float; a whole number far below it is none."""
 
 
 class JudgeFailed(UnmaskError):
@@ -100,6 +102,6 @@ def _is(token: dict[str, Any], score: int) -> bool:
 
 def _probability(token: dict[str, Any]) -> float:
     logprob = token.get("logprob")
-    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or math.isnan(logprob) or logprob > 0.01:
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= 0.01:
         raise JudgeFailed(f"the log-probability {shorten(logprob)} is none")
-    return math.exp(logprob)
+    return math.exp(max(logprob, _NO_LOGPROB))

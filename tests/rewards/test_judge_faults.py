@@ -52,6 +52,7 @@ ONCE: list[tuple[Behaviour, str]] = [  # a fault, and what is told of it when it
     (body(b"busy", 429, Retry_After="0"), "status 429"),
     (body(b"busy", 429, Retry_After="soon"), "status 429"),
     (body(b"busy", 503, Retry_After=format_datetime(datetime.now(UTC) - timedelta(days=1))), "status 503"),
+    (body(b"busy", 503, Retry_After=f"Mon, 01 Jan {10**20} 00:00:00 GMT"), "status 503"),
     (body(b"oh", 500), "status 500: 'oh'"),
     (body(b"<html>", 502), "status 502"),
     (closes, "RemoteProtocolError"),
@@ -102,6 +103,7 @@ FINAL: list[tuple[Behaviour, str]] = [
     (body(b'{"choices": [{"message": "4"}]}'), "no text"),
     (body(chat("4", logprobs={"4": float("nan")}).replace(b"NaN", b'"x"')), "log-probability 'x' is none"),
     (body(chat("4", logprobs={"4": 3.0})), "log-probability 3.0 is none"),
+    (body(chat("4", logprobs={"4": -(10**400)})), "give no number of the scale any probability"),
     (body(chat("4", logprobs={"4": -1e6})), "give no number of the scale any probability"),
 ]
 
@@ -190,6 +192,26 @@ def test_the_key_is_sent_and_nowhere_to_be_seen(
     assert KEY not in caplog.text and KEY not in repr(keyed) + keyed.model_dump_json() + repr(judge)
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_a_key_that_comes_back_escaped_is_not_shown(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-ve/ry\"sec'ret\\" + "1" * 60
+    monkeypatch.setenv("JUDGE_KEY", key)
+    judge = Judge(quick(server, key_variable="JUDGE_KEY", tries=1))
+    slashed = chat(key).replace(b"/", b"\\/")
+    coded = chat("x").replace(b'"x"', b'"' + b"".join(b"\\u%04x" % ord(letter) for letter in key) + b'"')
+    nested = json.dumps({"error": slashed.decode()}).encode()
+    for data in (chat(key), slashed, coded, nested):
+        for status in (200, 400, 500):
+            server.faults = [body(data, status)]
+            with pytest.raises(JudgeFailed) as failed:
+                judge.score(PROMPT, {}, "a")
+            told = str(failed.value)
+            assert "repeats the key" in told or "holds no choices" in told and status == 200
+            assert "sk-" not in told and "111" not in told
+    server.faults = [body(chat("sk-another"))]
+    with pytest.raises(JudgeFailed, match="the judge wrote 'sk-another'"):
+        judge.score(PROMPT, {}, "a")
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", "sk-\u00e9", "sk two", "sk\x01"])
