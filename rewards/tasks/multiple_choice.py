@@ -6,8 +6,8 @@ The answer is that of ``rewards.parsing`` (the last tag, a box in it). Without a
 but the answer, else what follows the last "the answer is". How an answer is read:
 
 - A letter in either case, alone, in brackets or with a full stop, also after "the answer is" or "option".
-- The text of an option, whole: case, punctuation, spaces and an article before it don't count. A text that two options
-  share names neither.
+- The text of an option, whole: case, punctuation, spaces and an article before it don't count, but signs do where they
+  alone tell options apart (3 and -3). A text that two options share names neither.
 - A letter and the text of its option. With another option's text they contradict each other, and nothing is named.
 - Where the answer is tagged or marked, an explanation may follow, set off by a full stop, a colon, a bracket or
   "because". When it names another option, by letter or by text, or takes the answer back, nothing is named.
@@ -42,7 +42,9 @@ _LEAD = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _LETTER = re.compile(
-    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?![\w'\u2019]))(\s?[.:),\u2013\u2014-])?\s?", re.ASCII
+    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?![\w'\u2019]|\.[A-Za-z](?:\.|$)))"  # A.B. is no letter
+    r"(\s?[.:),\u2013\u2014-])?\s?",
+    re.ASCII,
 )
 _REASON = re.compile(r"\s?(?:because|since)\b", re.IGNORECASE)
 _CONFIRMED = re.compile(
@@ -169,7 +171,7 @@ def _number(letter: re.Match[str], options: Sequence[str]) -> int | None:
 def _with_rest(letter: re.Match[str], rest: str, number: int, options: Sequence[str], *, explained: bool) -> int | None:
     """The option of a letter that more follows."""
     if plain(rest) == plain(options[number]):
-        return number
+        return number if _by_text(rest, options) in (number, None) else None
     if not explained:
         return None
     mark, bracketed = (letter[4] or "").strip(), letter[3] is None
@@ -201,12 +203,19 @@ def _phrase(words: str) -> str:
 
 
 def _by_text(text: str, options: Sequence[str]) -> int | None:
-    words = plain(text)
-    found = [number for number, option in enumerate(options) if plain(option) == words]
-    return found[0] if len(found) == 1 else None
+    for form in (_signed, plain):  # signs tell -3 from 3, and C++ from C, where they are all that does
+        found = [number for number, option in enumerate(options) if form(option) == form(text)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def _signed(text: str) -> str:
+    """In lower case, without an article before it and a full stop behind it."""
+    text = text.strip().casefold()
+    return " ".join((_ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text).rstrip(".").split())
 
 
 def plain(text: str) -> str:
     """Words alone, in lower case, without an article before them; what has no word, as it is."""
-    text = text.strip().casefold()
-    return " ".join(_WORD.findall(_ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text)) or text
+    return " ".join(_WORD.findall(_signed(text))) or text.strip().casefold()

@@ -95,6 +95,9 @@ NOT_NAMED = [
     ("<answer>(b) or (a)</answer>", "in brackets"),
     ("<answer>B, A</answer>", "in a list"),
     ("<answer>B. C</answer>", "set off"),
+    ("<answer>B.C</answer>", "set off by a full stop alone"),
+    ("<answer>A.B.C.D.E</answer>", "all of them"),
+    ("The answer is A.B.C.", "the same in a sentence"),
     ("<answer>B and bank robbery</answer>", "a letter and another option's text"),
     ("<answer>(B) department store</answer>", "letter and text contradict each other"),
     ("<answer>B. New York</answer>", "the same behind a full stop"),
@@ -147,7 +150,16 @@ def test_no_option_is_named(task: MultipleChoice, completion: str, why: str) -> 
 def test_options_that_share_a_text_are_told_apart_by_letter_alone(task: MultipleChoice) -> None:
     shared = {"question": "?", "options": ["Bank.", "shop", "a bank"], "answer": "C"}
     assert task.grade(shared, "<answer>C</answer>").correct
-    assert not task.grade(shared, "<answer>bank</answer>").correct
+    assert not any(task.grade(shared | {"answer": gold}, "<answer>bank</answer>").correct for gold in "ABC")
+
+
+def test_options_that_signs_alone_tell_apart(task: MultipleChoice) -> None:
+    numbers = {"question": "?", "options": ["C++", "3", "3.5", "-3", "C"], "answer": "B"}
+    for gold, text in (("A", "c++."), ("B", "3"), ("B", "B. 3"), ("C", "3.5"), ("D", "-3."), ("D", "D: -3")):
+        assert task.grade(numbers | {"answer": gold}, f"<answer>{text}</answer>").correct, text
+    for text in ("B. -3", "D. 3", "A. C", "+3"):
+        for gold in "ABCDE":
+            assert not task.grade(numbers | {"answer": gold}, f"<answer>{text}</answer>").correct, text
 
 
 def test_an_option_that_is_a_letter_is_named_by_its_own_letter(task: MultipleChoice) -> None:
