@@ -99,7 +99,10 @@ class Head:
             held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             weights = held.pop("weights", None)
             if weights is None or weights.shape != parameter.shape:
-                raise CheckpointError(f"the checkpoint holds no head of {self.spec.width} units for this model")
+                raise CheckpointError(
+                    f"the checkpoint holds no head of {self.spec.width} units for this model; leave the settings of "
+                    "the method's head as they were, or start a new run with lora.adapter=<checkpoint>/adapter"
+                )
             with torch.no_grad():
                 parameter.copy_(weights)
             if held:

@@ -1,6 +1,6 @@
 """What makes a run itself. A run that goes on must learn the same thing from the same: the base that its adapter
 belongs to, the adapter's shape, the problems, the seed that split them, the method; of one that learns in phases also
-what its buffer and weights were made with. All else may change, and is told.
+what its buffer and weights were made with; the thresholds that a learned law is of. All else may change, and is told.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ def fixed_settings(config: Section) -> dict[str, Any]:
     settings, kept = flat(config.model_dump(mode="json")), [*_FIXED, "model.base."]
     if isinstance(config, RunConfig):
         kept += [f"objective.{name}" for name in config.objective.fixed]
+        kept += ["rollout.sampler.threshold"] if config.objective.learns_thresholds() else []
         kept += _OF_A_BUFFER if config.objective.phases() is not None else ()
     sections = tuple(key for key in kept if key.endswith("."))
     return {key: value for key, value in settings.items() if key in kept or key.startswith(sections)}

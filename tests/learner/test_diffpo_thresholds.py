@@ -112,6 +112,8 @@ def test_both_views_of_a_completion_meet_so_that_its_threshold_counts_once():
         ([*LEARNING, "rollout.engine=vllm"], "which rollout.engine=vllm keeps to itself"),
         (["objective.type=diffpo", "objective.threshold_lr=1e-3", "rollout.sampler.threshold=[0.5]"], "threshold"),
         (["objective.type=diffpo", "objective.threshold_lr=1e-3", "rollout.sampler.threshold=[0.5,2]"], "threshold"),
+        ([*LEARNING, "rollout.sampler.threshold=[0.9,0.5,0.9]"], "has a threshold twice"),
+        ([*LEARNING, "rollout.sampler.threshold=[0.5,0.500000001]"], "has a threshold twice"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(arguments, words):

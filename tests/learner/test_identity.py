@@ -114,6 +114,16 @@ def test_what_does_not_may_change(started: Started) -> None:
     assert {key: held[key] for key in held if held[key] != grounds.identity[key]} == {"evaluated": held["evaluated"]}
 
 
+def test_a_learned_law_goes_on_over_the_thresholds_that_it_is_of(tmp_path: Path, base: Path) -> None:
+    learned = ("objective.type=diffpo", "objective.threshold_lr=1e-3", "rollout.sampler.threshold=[0.5,0.9]")
+    started = Started(tmp_path, base, *learned)
+    started.goes_on("objective.threshold_lr=1e-2")
+    started.goes_on("objective.threshold_lr=null", "rollout.sampler.threshold=0.9")
+    for other in ("[0.9,0.5]", "[0.5,0.7]", "[0.5,0.7,0.9]"):
+        with pytest.raises(ConfigError, match=r"rollout.sampler.threshold=.*started with \[0.5, 0.9\]"):
+            started.goes_on(f"rollout.sampler.threshold={other}")
+
+
 PHASES = ("objective.type=dtm", "objective.phase_iterations=4", "objective.buffer_prompts=6")
 PHASES += ("rollout.prompts_per_iteration=2", "rollout.groups_per_lease=2", "rollout.group_size=3")
 

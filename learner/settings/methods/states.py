@@ -6,6 +6,7 @@ The text under a field is its help; it names the unit.
 import math
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from learner.settings.objective import Average, ClipLow, Cost, ObjectiveSection
@@ -242,6 +243,14 @@ class DiffpoConfig(ObjectiveSection):
                 f"objective.threshold_lr={self.threshold_lr:g} learns which of several thresholds to draw; set "
                 "rollout.sampler.threshold=[0.5,0.7,0.9], for example, or leave it null"
             )
+        if isinstance(sampler.threshold, tuple):
+            # As they are recorded, where two that are too near are one.
+            several = [float(np.float32(threshold)) for threshold in sampler.threshold]
+            if len(set(several)) < len(several):
+                problems.append(
+                    f"rollout.sampler.threshold={list(sampler.threshold)} has a threshold twice, so that a draw of it "
+                    "could be either; leave one out"
+                )
         if sampler.threshold is None and sampler.steps < 2:
             problems.append(
                 f"rollout.sampler.steps={sampler.steps} leaves no step after the first to draw one from; take 2 or more"
