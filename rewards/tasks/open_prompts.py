@@ -40,6 +40,8 @@ class OpenPrompts(Task):
 
     def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any]:
         prompt = row.get("prompt", row.get("question", row.get("instruction")))
+        if isinstance(prompt, str) and prompt == row.get("instruction") and isinstance(row.get("input"), str):
+            prompt = f"{prompt}\n\n{row['input']}".rstrip()  # Alpaca's rows have what it is about there
         reference = row.get("reference", row.get("answer", row.get("output")))
         fields = {"prompt": prompt, "reference": reference}
         self.validate_fields(fields)

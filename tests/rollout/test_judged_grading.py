@@ -120,10 +120,13 @@ def test_what_cannot_be_judged(server: JudgeServer, tmp_path: Path, monkeypatch:
 
 def test_open_prompts_from_a_file(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "reference": "b"}, {"instruction": "c", "output": "d"}, {"question": "e"}]
+    rows += [{"instruction": "Sum up.", "input": "f", "output": "g"}, {"instruction": "h", "input": "", "output": "i"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = get_task("open_prompts")
     problems = task.problems("train", seed=0, size=9, path=str(tmp_path / "rows.jsonl"))
-    assert [(p.fields["prompt"], p.fields["reference"]) for p in problems] == [("a", "b"), ("c", "d"), ("e", None)]
+    assert [(p.fields["prompt"], p.fields["reference"]) for p in problems] == [
+        *(("a", "b"), ("c", "d"), ("e", None), ("Sum up.\n\nf", "g"), ("h", "i"))
+    ]
     with pytest.raises(ConfigError, match="set task.train_path"):
         task.problems("train", seed=0, size=9)
     for bad in ({"prompt": ""}, {"prompt": 3}, {"prompt": "a", "reference": 3}):
