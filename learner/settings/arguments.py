@@ -148,7 +148,7 @@ def validated(data: Mapping[str, Any], model: type[Model], source: str) -> Model
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        problems = [_sentence(detail, model) for detail in error.errors()]
+        problems = _joined([_sentence(detail, model) for detail in error.errors()])
     raise ConfigError("\n".join(f"{source}: {problem}" if source else problem for problem in problems))
 
 
@@ -314,6 +314,9 @@ _WANTED = {
     "less_than_equal": "a number of at most {le:g}",
 }
 
+_UNION_MEMBER = re.compile(r"(?:constrained-)?(?:float|int|str)|(?:list|tuple)\[.*\]")
+"""What pydantic puts into a place to tell which type of several it tried."""
+
 
 def _sentence(detail: Any, model: type[BaseModel]) -> str:
     key, variant = _key_of(detail["loc"], model)
@@ -332,6 +335,15 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     return f"{key}={_shown(detail['input'])}: {detail['msg']}"
 
 
+def _joined(sentences: Sequence[str]) -> list[str]:
+    """What one value must be, of a setting that may be one thing or another, as one sentence."""
+    found: dict[str, str] = {}
+    for sentence in sentences:
+        value, must, wanted = sentence.partition(" must be ")
+        found[value] = f"{found[value]} or {wanted}" if must and value in found else sentence
+    return list(found.values())
+
+
 def _key_of(location: Sequence[int | str], model: type[BaseModel]) -> tuple[str, str | None]:
     """A place of pydantic's as a dotted key, without the name of the variant that it puts in; and the setting that
     picks that variant."""
@@ -340,6 +352,8 @@ def _key_of(location: Sequence[int | str], model: type[BaseModel]) -> tuple[str,
     current: type[BaseModel] | None = model
     while place:
         part = place.pop(0)
+        if current is None and _UNION_MEMBER.fullmatch(str(part)):
+            continue
         parts.append(str(part))
         field = current.model_fields.get(str(part)) if current is not None else None
         sections = section_models(field) if field is not None else ()

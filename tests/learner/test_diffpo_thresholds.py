@@ -110,8 +110,14 @@ def test_both_views_of_a_completion_meet_so_that_its_threshold_counts_once():
         (["objective.type=diffpo", "objective.threshold_lr=1e-3"], "learns which of several thresholds"),
         (["objective.type=diffpo", "objective.threshold_lr=1e-3", "rollout.sampler.threshold=0.5"], "which of several"),
         ([*LEARNING, "rollout.engine=vllm"], "which rollout.engine=vllm keeps to itself"),
-        (["objective.type=diffpo", "objective.threshold_lr=1e-3", "rollout.sampler.threshold=[0.5]"], "threshold"),
-        (["objective.type=diffpo", "objective.threshold_lr=1e-3", "rollout.sampler.threshold=[0.5,2]"], "threshold"),
+        (
+            [*LEARNING, "rollout.sampler.threshold=[0.5]"],
+            r"^\S*threshold=\[0.5\] must be a number or a list of at least 2",
+        ),
+        (
+            [*LEARNING, "rollout.sampler.threshold=[0.5,2]"],
+            r"rollout.sampler.threshold.1=2 must be a number of at most 1",
+        ),
         ([*LEARNING, "rollout.sampler.threshold=[0.9,0.5,0.9]"], "has a threshold twice"),
         ([*LEARNING, "rollout.sampler.threshold=[0.5,0.500000001]"], "has a threshold twice"),
     ],
