@@ -73,7 +73,9 @@ class Training(ABC):
         """Evaluations that can't be compared with those to come are forgotten."""
         before, now = progress.identity.get("evaluated"), identity.get("evaluated")
         if before not in (None, now) and progress.evaluations:
-            text = "held-out problems, or how they are decoded, are not those before: the base is evaluated anew"
+            text = (
+                "held-out problems, or how they are decoded or judged, are not those before: the base is evaluated anew"
+            )
             self.reporter.event("warning", "evaluation", text)
             progress = dataclasses.replace(progress, evaluations={}, best={})
         return dataclasses.replace(progress, identity=identity)

@@ -116,8 +116,9 @@ def problems_digest(problems: Sequence[Problem]) -> str:
 
 def evaluation_digest(config: RunConfig, held_out: Sequence[Problem]) -> str:
     """Names what an evaluation measures: two with the same can be compared."""
-    section = config.evaluation
-    how = [config.rollout.sampler.steps, sorted(section.step_divisors), section.position_rule]
+    section, judge = config.evaluation, config.task.judge
+    how: list[Any] = [config.rollout.sampler.steps, sorted(section.step_divisors), section.position_rule]
+    how += [judge.meaning] if judge.right_from is not None and judge.meaning else []  # the verdicts are the judge's
     return hashlib.sha256(json.dumps([problems_digest(held_out), how]).encode()).hexdigest()
 
 

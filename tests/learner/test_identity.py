@@ -114,6 +114,21 @@ def test_what_does_not_may_change(started: Started) -> None:
     assert {key: held[key] for key in held if held[key] != grounds.identity[key]} == {"evaluated": held["evaluated"]}
 
 
+def test_another_judge_measures_something_else_where_the_verdicts_are_its_own() -> None:
+    judged = [*SMALL, "task.judge.model=a", "task.judge.rubric=Good.", "rollout.grade_timeout_s=70"]
+
+    def digest(*changes: str) -> str:
+        return identity.evaluation_digest(load_config([*judged, *changes]), [])
+
+    assert digest() == digest("task.judge.model=b") == identity.evaluation_digest(load_config(SMALL), []), (
+        "the task's verdicts"
+    )
+    of_a = digest("task.judge.right_from=4")
+    assert of_a == digest("task.judge.right_from=4", "task.judge.timeout_s=50", "task.judge.cache=false")
+    for change in ("task.judge.model=b", "task.judge.rubric=Bad.", "task.judge.highest=6", "task.judge.right_from=3"):
+        assert digest("task.judge.right_from=4", change) not in (of_a, digest())
+
+
 def test_a_learned_law_goes_on_over_the_thresholds_that_it_is_of(tmp_path: Path, base: Path) -> None:
     learned = ("objective.type=diffpo", "objective.threshold_lr=1e-3", "rollout.sampler.threshold=[0.5,0.9]")
     started = Started(tmp_path, base, *learned)
