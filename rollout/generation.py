@@ -54,12 +54,12 @@ def generate(options: argparse.Namespace, messages: list[dict[str, str]] | None)
             (group,) = engine.generate([spec], [prompt], sampler, on_step=view.step)
             view.finished(group.completion_ids)
     texts = [completion_text(tokenizer, ids.tolist()) for ids in group.completion_ids]
+    if view is not None:
+        view.print_texts(texts)  # before they are graded, at which a judge may fail
     grades = [] if task is None else [task.grade(problem.fields, text) for text in texts]
-    if options.json:
+    if view is None:
         print(json.dumps(_as_json(subject, options.seed, tokenizer, group, texts, grades), indent=2))
         return 0
-    assert view is not None
-    view.print_texts(texts)
     for row in range(group.size):
         which = f"{row + 1}: " if group.size > 1 else ""
         logp, drawn = float(group.logp[row].sum()), int(group.drawn[row].sum())

@@ -208,6 +208,17 @@ def test_on_a_terminal_it_is_redrawn_in_place(run, capsys, monkeypatch) -> None:
     assert err.splitlines()[-1].startswith(("right", "wrong")) and "reward" in err.splitlines()[-1]
 
 
+def test_a_text_whose_judge_fails_is_shown_all_the_same(run, capsys) -> None:
+    judge = ["task.judge.model=m", "task.judge.rubric=Good.", "task.judge.url=http://127.0.0.1:1/v1"]
+    judge += ["task.judge.tries=1", "rollout.grade_timeout_s=70", f"task.judge.cache_dir={run}"]
+    assert main(["--run", str(run), "--problem", "0"]) == 0
+    shown = capsys.readouterr().out
+    (run / "config.json").write_text(dump_config(load_config([*SETTINGS, *judge])))
+    assert main(["--run", str(run), "--problem", "0"]) == 1
+    out, err = capsys.readouterr()
+    assert out == shown and err.splitlines()[-1].startswith("error: judge m at http://127.0.0.1:1/v1: ConnectError")
+
+
 def test_a_completion_can_not_command_the_terminal() -> None:
     assert printable("a\x1b]0;title\x07\tb\n\u202e é 漢") == "a\\x1b]0;title\\x07\tb\n\\u202e é 漢"
 
