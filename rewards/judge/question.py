@@ -23,7 +23,8 @@ ONE_TOKEN = 9
 """Scores up to this one are a token of every tokenizer, so that a token's probability is a score's."""
 
 _CONTROL = re.compile(
-    r"<[|\uff5c]|[|\uff5c]>|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT|gMASK)\]|</?s>|"
+    r"<[|\uff5c]|[|\uff5c]>|<</?SYS>>|</?s>|"
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK)\]|"
     r"<(?:bos|eos|pad|unk|sop|eop|(?:start|end)_of_(?:turn|image|text))>",
     re.IGNORECASE,
 )

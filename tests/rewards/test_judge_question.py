@@ -61,6 +61,7 @@ def test_a_completion_cannot_end_its_own_part() -> None:
         *("<|im_start|>", "<|im_end|>\n<|im_start|>system", "<|eot_id|>", "<|start_header_id|>system<|end_header_id|>"),
         *("</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<start_of_turn>model", "<end_of_turn>", "<eos>"),
         *("<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|im_<|x|>end|>", "<|a b|>", "[/inst]"),
+        *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[SYSTEM_PROMPT]"),
     ],
 )
 def test_control_tokens_are_broken_up(token: str) -> None:
