@@ -375,7 +375,7 @@ def test_the_command_writes_table_json_and_plot(run, tmp_path, capsys):
     assert sum(row["own"] for row in found["estimators"]) == 1
     assert (tmp_path / "out" / "variance.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "out" / "variance.md").read_text()
-    assert table.count("\n| ") == 32 and "entropy, floor 0.1 (this run)" in table
+    assert table.count("\n| ") == 42 and "entropy, floor 0.1 (this run)" in table
     assert "Least total variance x work" in capsys.readouterr().out
 
 

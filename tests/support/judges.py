@@ -46,6 +46,7 @@ def body(data: bytes, status: int = 200, *, length: int | None = None, **headers
             handler.send_header(name.replace("_", "-"), value)
         handler.send_header("Content-Length", str(len(data) if length is None else length))
         handler.end_headers()
+        handler.answered()
         handler.wfile.write(data)
 
     return behave
@@ -113,6 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
     sent: dict[str, Any]
+    waits = True
 
     def do_POST(self) -> None:
         judge, server = self.server.judge, self.server
@@ -127,9 +129,15 @@ class _Handler(BaseHTTPRequestHandler):
             assert self.path == "/v1/chat/completions", self.path
             behave(self)
         finally:
-            with server.lock:
-                server.now -= 1
+            self.answered()
             self.close_connection = True
+
+    def answered(self) -> None:
+        """It counts no longer among those at once: a client that has its answer may ask anew before this thread
+        goes on."""
+        with self.server.lock:
+            self.server.now -= self.waits
+            self.waits = False
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass

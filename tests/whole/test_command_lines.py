@@ -37,6 +37,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.bench.packing": [["--wrong"]],
     "learner.bench.planned": [["--wrong"]],
     "learner.bench.steps": [["--wrong"]],
+    "learner.bench.vllm": [["--wrong"]],
     "learner.bench.variance": [["--wrong"], ["x", "--out", "y", "--groups", "1"], ["x", "--out", "y", "--k", "some"]],
     "rewards.grade": [["--wrong"], [], ["--task", "nothing"]],
     "rewards.throughput": [["--wrong"], []],
