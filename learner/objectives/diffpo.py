@@ -17,8 +17,8 @@ other, without gradient:
     w_j = exp(logp_old_j - logp_drawn_j), or w = the product of w_j over the text;  at most importance_cap
 
 logp_drawn is what the rollout recorded. With weights of completions, no cap and no clip, and a sum over the text in
-place of its mean, the expected gradient is that of the mean advantage under the likelihood's own law. They vary the
-more the longer the completion; weights of tokens are their cheap, biased form.
+place of its mean, the expected gradient is that of the mean advantage under the likelihood's own law, where rewards
+depend on the text alone. They vary the more the longer the completion; weights of tokens are their cheap, biased form.
 
 With ``threshold_lr`` the sampler learns too. Each completion draws its confidence threshold before it is written, from
 the law pi_q over the sampler's thresholds that a head makes of the prompt (``learner.ranks.heads``): one more action,
