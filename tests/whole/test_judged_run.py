@@ -21,7 +21,7 @@ KEY = "sk-very-secret-1234"
 
 def test_a_judged_run(runs: Runs) -> None:
     with judge_server() as server:
-        server.usual = by_text("12345123451234512345x")
+        server.usual, server.faults = by_text("12345123451234512345x"), [body(chat("3"))]  # the first is a trial
         judge = [f"task.judge.url={server.url}", "task.judge.model=tiny", "task.judge.rubric=It has many ones."]
         more = ["task.judge.key_variable=JUDGE_KEY", "task.judge.timeout_s=20", "rollout.grade_timeout_s=30"]
         arguments = [*judge, *more, "run.iterations=3", "evaluation.problems=4", "rollout.graders_per_actor=3"]
