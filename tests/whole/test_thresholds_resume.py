@@ -18,15 +18,15 @@ SETTINGS = (
 
 
 def test_a_run_with_learned_thresholds_goes_on_bit_for_bit(runs: Runs) -> None:
-    runs.train("whole", *SETTINGS, "rollout.actors=2")
-    whole, killed = runs["whole"], runs["killed"]
-    with runs.started("killed", *SETTINGS) as run:
+    runs.train("thresholds-whole", *SETTINGS, "rollout.actors=2")
+    whole, killed = runs["thresholds-whole"], runs["thresholds-killed"]
+    with runs.started("thresholds-killed", *SETTINGS) as run:
         run.wait_for_row(3)
         os.killpg(run.popen.pid, signal.SIGKILL)
         wait_until(lambda: not run.members(), "the end of all processes", 30)
     assert saved_iterations(killed)
 
-    runs.train("killed", *SETTINGS, "resume=auto")
+    runs.train("thresholds-killed", *SETTINGS, "resume=auto")
     assert rows(killed) == rows(whole)
     assert summary(killed) == summary(whole)
     ours, theirs = (read_peft_folder(run.adapter_dir)[0] for run in (killed, whole))
