@@ -12,8 +12,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from learner.evaluation.settings import StatisticsSection
 from learner.settings import arguments as overrides
 from learner.settings.run import RunConfig
-from learner.settings.sections import Section, UserPath
+from learner.settings.sections import UserPath
 from rewards.errors import ConfigError
+from rewards.section import Section
 
 OF_A_METHOD = (
     "objective.",

@@ -16,8 +16,9 @@ from learner.runs.directory import RunDirectory
 from learner.runs.start import changed_settings, open_run
 from learner.runs.stopping import interrupted, lasting_output
 from learner.settings.run import dump_config
-from learner.settings.sections import RunPlace, Section, StoreSection
+from learner.settings.sections import RunPlace, StoreSection
 from rewards.errors import StoreError
+from rewards.section import Section
 from services.store.files import is_damage
 from services.store.retention import Retention
 from services.store.schema import open_engine

@@ -10,8 +10,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from learner.settings import arguments as overrides
 from learner.settings.run import DEFAULT_RECIPE, RunConfig, load_dumped, refuse_relative
-from learner.settings.sections import Fraction, NonNegative, Section, UserPath
+from learner.settings.sections import Fraction, NonNegative, UserPath
 from rewards.errors import ConfigError
+from rewards.section import Section
 from rollout.trajectory import PositionRule
 
 STEP_DIVISORS = (1, 2, 4, 8)

@@ -24,12 +24,12 @@ from learner.settings.sections import (
     ModelSection,
     ResourcesSection,
     RunPlace,
-    Section,
     StoreSection,
     TimeoutsSection,
     UserPath,
 )
 from rewards.errors import ConfigError
+from rewards.section import Section
 
 
 class DataSection(Section):

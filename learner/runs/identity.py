@@ -13,8 +13,8 @@ from learner.runs import checkpoint as checkpoints
 from learner.settings.arguments import flat
 from learner.settings.run import RunConfig
 from learner.settings.saved import saved_settings
-from learner.settings.sections import Section
 from rewards.errors import CheckpointError, ConfigError
+from rewards.section import Section
 from rewards.task import Problem
 from rollout.models.family import read_config
 

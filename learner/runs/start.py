@@ -19,9 +19,9 @@ from learner.settings.sections import (
     ResourcesSection,
     RolloutSection,
     RunPlace,
-    Section,
 )
 from rewards.errors import CheckpointError, ConfigError
+from rewards.section import Section
 from rollout.adapters import AdapterState, pack, read_peft_folder, require_plain_lora, unpack, without_head
 from rollout.engines.vllm.settings import MERGED, require_support, require_vllm, slot_rank
 from rollout.models.family import policy_adapter

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from learner.settings.sections import Section
+from rewards.section import Section
 from rollout.trajectory import BranchSpec, SamplerSpec
 
 ClipLow = Annotated[float, Field(gt=0, le=1)]

@@ -9,8 +9,9 @@ from pydantic import BaseModel, create_model
 
 from learner.settings import arguments as overrides
 from learner.settings.saved import OF_A_START, run_of, run_to_resume, saved_settings, starts
-from learner.settings.sections import RunPlace, Section
+from learner.settings.sections import RunPlace
 from rewards.errors import ConfigError
+from rewards.section import Section
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -30,13 +30,13 @@ from learner.settings.sections import (
     RolloutSection,
     RunPlace,
     RunSection,
-    Section,
     StoreSection,
     TaskSection,
     TimeoutsSection,
 )
 from rewards.errors import ConfigError
 from rewards.judge.judged import grading_problems
+from rewards.section import Section
 from rewards.tasks.hub import PREFIX
 
 DEFAULT_RECIPE = "sudoku"

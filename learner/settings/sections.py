@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rewards.judge.judged import load_task
 from rewards.judge.settings import JudgeSettings
+from rewards.section import Section
 from rewards.task import Task
 from rollout.engines.vllm.settings import VllmSettings
 from rollout.trajectory import PositionRule, SamplerSpec
@@ -20,19 +21,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file or folder; no shell expands the ~ of key=~/x."""
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys are errors, nothing changes after the check, field docstrings are help."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
 
 
 class RunPlace(Section):

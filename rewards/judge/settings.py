@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     JsonValue,
     NonNegativeInt,
     PositiveFloat,
@@ -21,6 +19,7 @@ from pydantic import (
 )
 
 from rewards.errors import ConfigError
+from rewards.section import Section
 
 HIGHEST = 100
 _MEANING = {"model", "url", "rubric", "lowest", "highest", "weight", "right_from", "fields", "logprobs", "request"}
@@ -28,17 +27,8 @@ _NO_MODEL = "task.judge.rubric is set and task.judge.model is not; name the mode
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}", re.ASCII)
 
 
-class JudgeSettings(BaseModel):
+class JudgeSettings(Section):
     """A judge, and the part of the reward, ``judge``, that it gives."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
 
     model: str | None = None
     """Name of the judging model, as its server knows it; null: nothing is judged."""

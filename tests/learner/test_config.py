@@ -21,8 +21,9 @@ from learner.settings.run import (
     load_dumped,
     required_resources,
 )
-from learner.settings.sections import RunPlace, Section
+from learner.settings.sections import RunPlace
 from rewards.errors import ConfigError
+from rewards.section import Section
 
 
 @pytest.mark.parametrize("name", overrides.recipe_names())

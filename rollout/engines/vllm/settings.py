@@ -4,9 +4,10 @@ import importlib.metadata
 import importlib.util
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from rewards.errors import ConfigError
+from rewards.section import Section
 
 MERGED = frozenset({"bert"})
 """Families that vLLM has as masked LMs, every position's logits coming back. It applies no LoRA to them, so adapters
@@ -26,17 +27,8 @@ _LONGEST = 8192
 _BATCH_TOKENS = 16_384
 
 
-class VllmSettings(BaseModel):
+class VllmSettings(Section):
     """vLLM in the actors (rollout.engine=vllm)."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
 
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that vLLM may use."""
