@@ -6,7 +6,7 @@ Shapes: G completions (= rows of the plain way), P prompt tokens, C completion p
 import dataclasses
 import tempfile
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -111,12 +111,10 @@ class BenchEngine(TorchEngine):
         self.policy_version, self.adapter_digest = 0, ""
 
 
-def build_policy(
-    shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[torch.nn.Module, PolicyAdapter]:
-    """A LLaDA with random weights, made on ``device``, and a LoRA adapter that acts (its B matrices aren't 0)."""
+def llada_config(shape: Shape, **more: Any) -> LLaDAConfig:
+    """A LLaDA of these sizes; the last two tokens of its vocabulary are the special ones."""
     V = shape.vocabulary
-    config = LLaDAConfig(
+    return LLaDAConfig(
         d_model=shape.d_model,
         n_layers=shape.layers,
         n_heads=shape.heads,
@@ -125,7 +123,15 @@ def build_policy(
         mask_token_id=V - 2,
         eos_token_id=V - 1,
         pad_token_id=V - 1,
+        **more,
     )
+
+
+def build_policy(
+    shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, PolicyAdapter]:
+    """A LLaDA with random weights, made on ``device``, and a LoRA adapter that acts (its B matrices aren't 0)."""
+    config = llada_config(shape)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         family = policy_adapter(folder)

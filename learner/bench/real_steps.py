@@ -14,7 +14,7 @@ import torch
 from learner.bench.measure import peak_above
 from learner.bench.model_free import prebuilt_group
 from learner.bench.planned_cases import Case
-from learner.bench.policy import BenchEngine, warm_up
+from learner.bench.policy import BenchEngine, llada_config, warm_up
 from learner.ranks.rank import lora_spec
 from learner.ranks.trajectories import LearnerRank
 from learner.runs.local_ray import LOOPBACK
@@ -22,7 +22,7 @@ from learner.settings.run import RunConfig
 from rewards.task import Problem
 from rollout.malloc import give_back_freed_memory
 from rollout.models.family import policy_adapter
-from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from rollout.models.llada import LLaDAModelLM
 from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
 from rollout.seeds import numpy_generator
@@ -67,19 +67,8 @@ def rollout_peak(case: Case, folder: str) -> int:
 
 def save_model(case: Case, folder: str) -> None:
     """Write a LLaDA of the case's sizes with random weights."""
-    shape, V = case.shape, case.shape.vocabulary
-    config = LLaDAConfig(
-        d_model=shape.d_model,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        mlp_hidden_size=shape.mlp,
-        vocab_size=V,
-        mask_token_id=V - 2,
-        eos_token_id=V - 1,
-        pad_token_id=V - 1,
-    )
     torch.manual_seed(0)
-    LLaDAModelLM(config).to(getattr(torch, case.dtype)).save_pretrained(folder)
+    LLaDAModelLM(llada_config(case.shape)).to(getattr(torch, case.dtype)).save_pretrained(folder)
 
 
 def _groups(case: Case, config: RunConfig, folder: str) -> list[TrajectoryGroup]:

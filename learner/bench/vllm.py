@@ -25,14 +25,14 @@ import torch
 
 from learner.bench import report
 from learner.bench.measure import interleaved, machine
-from learner.bench.policy import Shape, prompt_ids
+from learner.bench.policy import Shape, llada_config, prompt_ids
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, pack
 from rollout.engines.base import Engine
 from rollout.engines.torch import TorchEngine
 from rollout.engines.vllm.engine import VllmEngine
 from rollout.engines.vllm.settings import VllmSettings
-from rollout.models.llada import LLaDAConfig, LLaDAModelLM
+from rollout.models.llada import LLaDAModelLM
 from rollout.models.lora import LoraSpec
 from rollout.models.tokenizer import build_tokenizer
 from rollout.trajectory import GroupSpec
@@ -98,20 +98,8 @@ def _draw(shape: Shape, prompts: list[list[int]], engine: Engine) -> None:
 
 
 def _write(folder: Path, shape: Shape) -> None:
-    V = shape.vocabulary
-    config = LLaDAConfig(
-        d_model=shape.d_model,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        mlp_hidden_size=shape.mlp,
-        vocab_size=V,
-        max_sequence_length=shape.length,
-        mask_token_id=V - 2,
-        eos_token_id=V - 1,
-        pad_token_id=V - 1,
-    )
     torch.manual_seed(0)
-    LLaDAModelLM(config).save_pretrained(folder)
+    LLaDAModelLM(llada_config(shape, max_sequence_length=shape.length)).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
 
 
