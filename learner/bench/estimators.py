@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from learner.likelihood.timesteps import StepTable, Strata, TimestepSampling, once_probabilities, step_probabilities
+from learner.objectives.agrpo import relative_size
 from learner.settings.methods.states import AgrpoConfig
 
 Design = Strata | Literal["once", "once apart"]
@@ -84,8 +85,7 @@ def draw_weights(estimator: Estimator, table: StepTable, size_Gm: np.ndarray) ->
     if estimator.k is None:
         return table.eligible_Gm.astype(np.float64)
     if estimator.once:
-        weights_Gm = estimator.k * _weights(table, _once(estimator, table, size_Gm))
-        return weights_Gm * size_Gm / size_Gm[size_Gm > 0].mean() if size_Gm.any() else weights_Gm
+        return estimator.k * _weights(table, _once(estimator, table, size_Gm)) * relative_size(size_Gm)
     return _weights(table, step_probabilities(table, estimator.sampling, estimator.weight_floor))
 
 

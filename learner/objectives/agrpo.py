@@ -77,11 +77,11 @@ class Agrpo:
     def wanted(self, index: int, group: TrajectoryGroup, credit_G: np.ndarray, context: UpdateContext) -> Wanted:
         """Drawn steps that have a gradient: those with an advantage, all of them when there is a KL term."""
         table = step_table(group, self.config.step_range, context.eos_ids)
-        credit_Gm = np.broadcast_to(credit_G.reshape(group.size, -1), table.eligible_Gm.shape)
+        credit_Gm = np.where(table.eligible_Gm, credit_G.reshape(group.size, -1), 0.0)
         live_Gm = table.eligible_Gm & ((credit_Gm != 0) | self.needs.reference)
         drawn = [
             (row, int(step), int(count), float(weight))
-            for row, of_row in enumerate(self._drawn(group, table, np.where(live_Gm, credit_Gm, 0.0), live_Gm, context))
+            for row, of_row in enumerate(self._drawn(group, table, credit_Gm, live_Gm, context))
             for step, count, weight in zip(*of_row, strict=True)
             if live_Gm[row, step]
         ]
@@ -91,7 +91,7 @@ class Agrpo:
         ]
         merged = sum(count - 1 for _, _, count, _ in drawn)
         # Of steps that are taken by the size of their advantage, a small one makes for a large weight of no effect.
-        effect_Gm = relative_size(np.where(live_Gm, credit_Gm, 0.0)) if self.config.draws == "once" else live_Gm * 1.0
+        effect_Gm = relative_size(credit_Gm) if self.config.draws == "once" else live_Gm * 1.0
         largest = max((weight / count * effect_Gm[row, step] for row, step, count, weight in drawn), default=None)
         statistics = Statistics(
             maxima={} if largest is None else {"importance_weight/max": largest},
