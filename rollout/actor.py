@@ -171,8 +171,8 @@ class RolloutActor:
             components={name: tuple(grade.components[name] for grade in grades) for name in self._task.components},
             tokens=tuple(group.drawn.sum(axis=1).tolist()),
             nfe=tuple(group.nfe.tolist()),
-            grader_failures=sum(grade.failed or grade.invalid is not None for grade in grades),
-            reason=next((grade.error for grade in grades if grade.failed or grade.invalid is not None), None),
+            grader_failures=sum(grade.missing for grade in grades),
+            reason=next((grade.error for grade in grades if grade.missing), None),
             trajectory=self._with_grades(group, graded) if with_trajectory else None,
         )
 
@@ -299,5 +299,5 @@ def _report(group: TrajectoryGroup, rows: Sequence[_Grades]) -> GroupReport:
         verdicts=len(grades),
         failures=sum(grade.failed for grade in grades),
         invalid=next((grade.invalid for grade in grades if grade.invalid is not None), None),
-        reason=next((grade.error for grade in grades if grade.failed or grade.invalid is not None), None),
+        reason=next((grade.error for grade in grades if grade.missing), None),
     )

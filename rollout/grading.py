@@ -64,6 +64,11 @@ class GradeResult:
         """Whether the grader gave no verdict."""
         return self.timed_out or self.crashed
 
+    @property
+    def missing(self) -> bool:
+        """Whether there is no verdict, whoever is to blame: the grader, or the task that it ran."""
+        return self.failed or self.invalid is not None
+
 
 class GraderPool:
     """Graders of one task.

@@ -8,7 +8,6 @@ it.
 """
 
 import re
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,8 +16,8 @@ from rewards.errors import DataError
 from rewards.maths.answers import FinalAnswer, final_answer
 from rewards.maths.equivalence import equivalent
 from rewards.parsing import MAX_CHARACTERS, has_thinking, shorten
-from rewards.task import Grade, Problem, Split, Task
-from rewards.tasks.hub import problems_from_source
+from rewards.task import Grade, Split
+from rewards.tasks.hub import DataTask
 
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Put your reasoning inside <think> and </think>, then give the final answer inside "
@@ -29,7 +28,7 @@ _GOLD = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,10})?")
 _PUNCTUATION = str.maketrans("", "", "$,.;:!?'\"")
 
 
-class WrittenMaths(Task):
+class WrittenMaths(DataTask):
     """What GSM8K and MATH share: fields QUESTION and ``answer``, prompt, components and verdict."""
 
     components: ClassVar[tuple[str, ...]] = ("think_tag", "answer_tag", "correct")
@@ -38,15 +37,6 @@ class WrittenMaths(Task):
     """The field that holds the problem's text."""
     SYMBOLIC: ClassVar[bool]
     """Whether answers may need ``rewards.maths.symbolic``."""
-
-    def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
-        source = self.source(split, path)
-        assert source is not None, "a task of real data has default sources"
-        return problems_from_source(source, task=self.name, size=size, convert=self.fields_from_row)
-
-    @abstractmethod
-    def fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The task's fields from a row of the published files; None for a row to pass over."""
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         return [

@@ -8,18 +8,33 @@ tests and prompts of the code tasks are code of its rows, which runs in the sand
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rewards.errors import ConfigError, DataError
 from rewards.files import MAX_ROW, Row, characters, known_types, problems_from_file, problems_from_rows, too_long
-from rewards.task import Problem
+from rewards.task import Problem, Split, Task
 
 PREFIX = "hub:"
 """What tells a hub source from a path."""
 
 _SOURCE = re.compile(r"hub:(?P<name>[^:\s]+)(:(?P<config>[^:\s\[\]]+))?:(?P<split>[\w.-]+(\[[-\d%:]*\])?)")
+
+
+class DataTask(Task):
+    """A task whose problems are rows of published data, or of a file of the user's."""
+
+    def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
+        source = self.source(split, path)
+        assert source is not None, "a task of real data has default sources"
+        return problems_from_source(source, task=self.name, size=size, convert=self.fields_from_row)
+
+    @abstractmethod
+    def fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The task's fields from a row of the published files; None for a row to pass over, such as one without an
+        answer in a test set."""
 
 
 def problems_from_source(

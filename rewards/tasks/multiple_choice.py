@@ -16,14 +16,13 @@ but the answer, else what follows the last "the answer is". How an answer is rea
 
 import re
 import string
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from rewards.errors import DataError
 from rewards.parsing import MAX_CHARACTERS, has_thinking, shorten, submission
-from rewards.task import Grade, Problem, Split, Task
-from rewards.tasks.hub import problems_from_source
+from rewards.task import Grade
+from rewards.tasks.hub import DataTask
 
 SYSTEM_PROMPT = (
     "Choose the right option. Put your reasoning inside <think> and </think>, then give the letter of your choice "
@@ -61,19 +60,10 @@ _WORD = re.compile(r"\w+")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
 
-class MultipleChoice(Task):
+class MultipleChoice(DataTask):
     """Fields: ``question``, ``options`` (2 to 26 texts) and ``answer``, the letter of the right one."""
 
     components: ClassVar[tuple[str, ...]] = ("think_tag", "answer_tag", "correct")
-
-    def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
-        source = self.source(split, path)
-        assert source is not None, "a task of real data has default sources"
-        return problems_from_source(source, task=self.name, size=size, convert=self.fields_from_row)
-
-    @abstractmethod
-    def fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The task's fields from a row of the published files; None for a row without an answer, as test sets have."""
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, fields["options"], strict=False))
