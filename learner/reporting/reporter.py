@@ -22,6 +22,7 @@ from learner.reporting.trackers import Tracker
 from learner.runs.atomic import atomic_write_text
 from learner.runs.directory import RunDirectory
 from rollout.trajectory import TrajectoryGroup
+from services.store.faults import FAULT, Cause, Part
 from services.store.writer import StoreWriter
 
 
@@ -88,6 +89,14 @@ class Reporter:
             self._say(text)
         else:
             self._print(f"{level}: {text}", style="bold red" if level == "error" else "yellow")
+
+    def fault(self, part: Part, cause: Cause, text: str, **cost: Any) -> None:
+        """Report a fault and what is done about it: a warning that is counted by part and cause.
+
+        ``part``: what failed; ``cause``: how; ``cost``: what it took, such as ``silent_s`` (seconds until it was
+        noticed), ``seconds`` (until work went on), ``groups`` or ``iterations`` (work that is done again).
+        """
+        self.event("warning", FAULT, text, part=part, cause=cause, **cost)
 
     def sample(
         self,

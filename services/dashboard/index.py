@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from services.dashboard.models import RunSummary, number
 from services.store import schema
 from services.store.actions import LIVE_STATUSES, SILENT_AFTER_S
 from services.store.catalog import Catalog, pause_s
+from services.store.faults import CAUSES, FAULT, PARTS
 from services.store.reader import Reader
 
 MAX_AGE_S = 1.0
@@ -37,6 +39,8 @@ class Known:
     errors: int
     """Error events so far."""
     warnings: int
+    faults: Mapping[tuple[str, str], int]
+    """By what failed and how; what ``services.store.faults`` doesn't know is called other."""
     revision: int
     """What of the run these figures are of; -1 when they have to be read anew."""
     counted: int
@@ -73,7 +77,7 @@ class RunIndex:
                 return rows
 
     def _look(self, row: dict[str, Any]) -> Known:
-        known = self._known.get(row["id"]) or Known(RunSummary(id=row["id"], status=""), {}, [], 0, 0, -1, 0, 0.0)
+        known = self._known.get(row["id"]) or Known(RunSummary(id=row["id"], status=""), {}, [], 0, 0, {}, -1, 0, 0.0)
         if row["unreadable"] is not None:
             return _unreadable(known, row["unreadable"])
         began = time.monotonic()
@@ -92,7 +96,7 @@ class RunIndex:
 
     def _read(self, row: dict[str, Any], known: Known) -> Known:
         if known.summary.created != row["created"]:  # another run of this name than before
-            known = dataclasses.replace(known, errors=0, warnings=0, revision=-1, counted=0)
+            known = dataclasses.replace(known, errors=0, warnings=0, faults={}, revision=-1, counted=0)
         if known.revision != row["revision"]:
             reader = self._catalog.reader(row["id"])
             known = _count_events(reader, dataclasses.replace(known, workers=reader.workers(row["id"])))
@@ -101,7 +105,7 @@ class RunIndex:
 
 
 def _count_events(reader: Reader, known: Known) -> Known:
-    """With the errors and warnings that have come since."""
+    """With the errors, warnings and faults that have come since."""
     events = schema.events.c
     query = sa.select(events.level, sa.func.count().label("count"), sa.func.max(events.id).label("last"))
     query = query.where(events.run_id == known.summary.id, events.id > known.counted).group_by(events.level)
@@ -109,7 +113,14 @@ def _count_events(reader: Reader, known: Known) -> Known:
     new = {level: found[level]["count"] if level in found else 0 for level in ("error", "warning")}
     counted = max([known.counted, *(row["last"] for row in found.values())])
     errors, warnings = known.errors + new["error"], known.warnings + new["warning"]
-    return dataclasses.replace(known, errors=errors, warnings=warnings, counted=counted)
+    faults = Counter(known.faults)
+    if counted > known.counted:
+        theirs = (events.run_id == known.summary.id) & (events.id > known.counted) & (events.id <= counted)
+        for row in reader.select(sa.select(events.data).where(theirs, events.kind == FAULT)):
+            data = row["data"] if isinstance(row["data"], dict) else {}
+            part, cause = data.get("part"), data.get("cause")
+            faults[part if part in PARTS else "other", cause if cause in CAUSES else "other"] += 1
+    return dataclasses.replace(known, errors=errors, warnings=warnings, faults=faults, counted=counted)
 
 
 def _unreadable(known: Known, reason: str, *, again: float = 0.0) -> Known:

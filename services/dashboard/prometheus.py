@@ -68,6 +68,7 @@ class _Runs(Collector):
             yield family
         yield from _rows(shown)
         yield from _by_state(shown)
+        yield _faults(shown)
 
 
 def _rows(shown: list[Known]) -> Iterator[GaugeMetricFamily]:
@@ -108,6 +109,16 @@ def _by_state(shown: list[Known]) -> Iterator[GaugeMetricFamily]:
         for role, count in sorted(restarted.items()):
             restarts.add_metric([run_id, role], count)
     yield from (groups, workers, restarts)
+
+
+def _faults(shown: list[Known]) -> CounterMetricFamily:
+    """Of a run that is resumed all faults of its life count."""
+    text = "Faults of the run that it recovered from or ended by, by what failed and how"
+    family = CounterMetricFamily("unmask_run_faults", text, labels=["run", "part", "cause"])
+    for known in shown:
+        for (part, cause), count in sorted(known.faults.items()):
+            family.add_metric([known.summary.id, part, cause], count)
+    return family
 
 
 class _Service(Collector):

@@ -76,3 +76,26 @@ def test_page_says_what_a_worker_does_and_when_it_was_heard_from(browser: Any, t
                 told = [" ".join(cell.inner_text().split()) for cell in cells]
                 assert told[0].startswith(status) and told[1].startswith(heard), told  # seconds may follow
             assert page.page.locator("[data-silent=true]").count() == 1, "what the run has not told for a minute"
+
+
+def test_faults_are_counted_by_part_and_cause(place: Place) -> None:
+    with writer(place, "faulty") as store, dashboard(place) as service:
+        store.event("warning", "fault", "an actor died", {"part": "actor", "cause": "died", "groups": 2})
+        store.event("warning", "fault", "another", {"part": "actor", "cause": "died"})
+        store.event("warning", "fault", "a rank hangs", {"part": "rank", "cause": "hung"})
+        store.event("warning", "fault", "of a later version", {"part": "coffee machine", "cause": ["empty"]})
+        store.event("warning", "store", "no fault", {"part": "disk", "cause": "full"})
+        assert store.flush(20)
+
+        def told() -> list[str]:
+            return [line for line in service.get("/metrics").text.splitlines() if line.startswith("unmask_run_faults")]
+
+        eventually(lambda: len(told()) == 3)
+        assert told() == [
+            'unmask_run_faults_total{cause="died",part="actor",run="faulty"} 2.0',
+            'unmask_run_faults_total{cause="other",part="other",run="faulty"} 1.0',
+            'unmask_run_faults_total{cause="hung",part="rank",run="faulty"} 1.0',
+        ]
+        store.event("warning", "fault", "once more", {"part": "rank", "cause": "hung"})
+        assert store.flush(20)
+        eventually(lambda: told()[-1].endswith(" 2.0"))

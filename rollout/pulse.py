@@ -1,0 +1,51 @@
+"""The pulse of a worker's process: whether it still answers while it works, or while it has nothing to do.
+
+A worker answers ``ping`` in a thread of its own, so that work doesn't keep it from answering. A process that was
+stopped, or whose Python holds the interpreter lock, does not answer; nor does one that is cut off. How long its work
+may take is bounded elsewhere (leases, evaluations, updates).
+"""
+
+import time
+from typing import Any
+
+import ray
+
+from rollout.waits import bounded_wait
+
+GROUP = {"pulse": 1}
+"""The ``concurrency_groups`` of a class with a ``ping``."""
+_SHARE = 8
+"""How often a worker is asked within its limit."""
+
+
+class Pulse:
+    """Of one process. Nothing here waits.
+
+    Args:
+        handle: of a Ray actor with ``GROUP`` and a method ``ping`` that returns at once.
+        limit_s: seconds that a question may stay without an answer.
+    """
+
+    def __init__(self, handle: Any, limit_s: float) -> None:
+        self._handle, self._limit_s = handle, limit_s
+        self._asked_at = time.monotonic()
+        self._question: ray.ObjectRef[Any] | None = None
+
+    def silent_s(self) -> float:
+        """Seconds for which the newest question has been without an answer; 0 when there is none. Asks the next one
+        when it is due. A process that is dead answers too: its death is told where its work is waited for."""
+        now = time.monotonic()
+        if self._question is not None:
+            done, _ = bounded_wait([self._question], who="a worker's pulse", timeout_s=0.0)
+            if not done:
+                return now - self._asked_at
+            self._question = None
+        if now - self._asked_at >= self._limit_s / _SHARE:
+            self._asked_at = now
+            self._question = self._handle.ping.options(concurrency_group="pulse").remote()
+        return 0.0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it is silent for longer than its limit."""
+        return self.silent_s() > self._limit_s
