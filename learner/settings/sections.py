@@ -340,6 +340,8 @@ class TimeoutsSection(Section):
     """Seconds for an adapter to be returned by rank 0, and loaded by an actor."""
     start: PositiveFloat = 300.0
     """Seconds for a process to start and load its model."""
+    heartbeat: PositiveFloat = 60.0
+    """Seconds that the process of an actor or rank may stay without answering; then it is killed and replaced."""
     resize: PositiveFloat = 120.0
     """Seconds for actors that are added to a run to be ready; the old number is kept otherwise."""
     evaluate: PositiveFloat = 1800.0
