@@ -75,6 +75,9 @@ class RolloutPool:
         max_restarts: replacements in a row without any work delivered, per actor, before the pool gives up.
     """
 
+    actor_class: type = RolloutActor
+    """What is started in each place, with its name and ``settings``."""
+
     def __init__(
         self,
         settings: ActorSettings,
@@ -321,7 +324,7 @@ class RolloutPool:
     def _start(self, place: Place, limit_s: float | None = None) -> None:
         custom = {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")}
         # Ray neither restarts the actor nor repeats its tasks: that is decided, and counted, here and in the ledger.
-        actor_class = ray.remote(RolloutActor).options(
+        actor_class = ray.remote(self.actor_class).options(
             num_cpus=self._resources.get("CPU", 0),
             num_gpus=self._resources.get("GPU", 0),
             resources=custom,

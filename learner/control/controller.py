@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from learner.control.commands import Commands
@@ -33,6 +34,7 @@ from learner.supply.actors import start_actors
 from learner.supply.feed import Feed
 from learner.supply.greedy import greedy_solve_rates
 from learner.supply.publish import publish
+from learner.supply.pumping import pump_until
 from learner.supply.window import GroupRef, Supply
 from rollout.adapters import digest
 from rollout.ledger import Ledger
@@ -229,9 +231,7 @@ class Controller(Training):
         index = index if self.phases is None else number
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
             update = thread.submit(self.learner.update, refs, index, lr, on_tick=self._enforce_stop)
-            while not concurrent.futures.wait([update], timeout=0.05).done:
-                self.feed.pump(self.weights, timeout_s=0.0)
-            return update.result(timeout=0)
+            return pump_until(update, partial(self.feed.pump, self.weights, timeout_s=0.0))
 
     def _metrics(
         self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]
