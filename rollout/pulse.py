@@ -12,17 +12,21 @@ import ray
 
 from rollout.waits import bounded_wait
 
-GROUP = {"pulse": 1}
-"""The ``concurrency_groups`` of a class with a ``ping``."""
+_GROUP = "pulse"
 _SHARE = 8
 """How often a worker is asked within its limit."""
+
+
+def with_pulse(worker: type[Any]) -> Any:
+    """The Ray actor class of a class that has a method ``ping``, which returns at once."""
+    return ray.remote(concurrency_groups={_GROUP: 1})(worker)
 
 
 class Pulse:
     """Of one process. Nothing here waits.
 
     Args:
-        handle: of a Ray actor with ``GROUP`` and a method ``ping`` that returns at once.
+        handle: of an actor whose class is ``with_pulse``.
         limit_s: seconds that a question may stay without an answer.
     """
 
@@ -42,7 +46,7 @@ class Pulse:
             self._question = None
         if now - self._asked_at >= self._limit_s / _SHARE:
             self._asked_at = now
-            self._question = self._handle.ping.options(concurrency_group="pulse").remote()
+            self._question = self._handle.ping.options(concurrency_group=_GROUP).remote()
         return 0.0
 
     @property
