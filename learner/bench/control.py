@@ -2,10 +2,11 @@
 
     python -m learner.bench.control [--small] [--out FOLDER]
 
-Groups go the way of a run: leased by the ledger, returned by real Ray actors (which answer at once with a prebuilt
-group of LLaDA-8B size), delivered into the replay buffer, taken, planned (AGRPO, k 24) and built into the learner's
-batches, committed. The actors and this process share the machine's cores. ``groups/s`` counts the whole path by the
-wall clock; the ``s`` columns say where the controller's time goes, per group.
+Groups go the way of a run, through the product's feed, pool, ledger and replay buffer: leased, returned by real Ray
+actors (which answer at once with a prebuilt group of LLaDA-8B size), delivered, found in the object store, committed.
+The ranks take no time at all, so the controller and the actors, who share the machine's cores, are what limits.
+``groups/s`` is by the wall clock; ``controller s`` is the controller's CPU time per group. ``plan s`` and
+``build batches s`` are what a rank then does with a group (AGRPO, k 24), and no part of the rate.
 
 Publish-to-loaded: from the controller's ``publish`` (digest, one put) until every actor has fetched the adapter, copied
 it into its parameters and found the published digest in them.
@@ -16,10 +17,12 @@ from rollout.process import prepare_process
 if __name__ == "__main__":
     prepare_process()  # before torch is loaded
 
+import dataclasses
 import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,28 +32,29 @@ import torch
 from learner.bench import report
 from learner.bench.adapter_holder import AdapterHolder, adapter_shapes
 from learner.bench.measure import machine
-from learner.bench.model_free import ModelFreeActor, prebuilt_group
+from learner.bench.model_free import ModelFreeSettings, prebuilt_group
+from learner.bench.model_free_pool import ModelFreePool, start_model_free
 from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import plan_update
 from learner.ranks.rank import PublishedAdapter
 from learner.runs.local_ray import local_ray
 from learner.settings.methods.states import AgrpoConfig
+from learner.settings.run import load_config
+from learner.simulation.cycle import make_cycle
 from learner.supply.publish import publish
-from rewards.task import Problem
 from rollout.adapters import digest, pack
-from rollout.ledger import Ledger
-from rollout.messages import GroupReport, LeaseReport
-from rollout.replay import ReplayBuffer
-from rollout.trajectory import GroupSpec
-from rollout.waits import bounded_get, bounded_wait
+from rollout.messages import BASE_WEIGHTS, Weights
+from rollout.replay import ReplayBuffer, ReplayItem
+from rollout.waits import bounded_get
 
 LIMIT_S = 240.0
 """For any one wait."""
 
 TABLES = {
     "Groups through the control path": [
-        "actors", "groups", "groups/s", "MB/group", "MB/s", "lease, deliver s", "fetch s", "plan s", "build batches s",
+        "actors", "groups per lease", "groups", "groups/s", "MB/group", "MB/s", "controller s", "plan s",
+        "build batches s",
     ],
     "Publish to loaded": ["holders", "adapter MB", "publish s", "all loaded s", "per actor s"],
 }  # fmt: skip
@@ -60,6 +64,7 @@ TABLES = {
 class Size:
     group: dict[str, int]
     actors: tuple[int, ...]
+    groups_per_lease: tuple[int, ...]
     groups_per_iteration: int
     iterations: int
     k: int
@@ -69,8 +74,9 @@ class Size:
 
 FULL = Size(
     group={"size": 8, "prompt": 256, "completion": 384, "block": 12, "steps": 128, "kept": 150, "vocabulary": 126_464},
-    actors=(4, 16, 64),
-    groups_per_iteration=16,
+    actors=(1, 4, 16, 64),
+    groups_per_lease=(1, 4),
+    groups_per_iteration=64,
     iterations=8,
     k=24,
     holders=(1, 4, 16),
@@ -79,6 +85,7 @@ FULL = Size(
 SMALL = Size(
     group={"size": 2, "prompt": 4, "completion": 16, "block": 8, "steps": 8, "kept": 4, "vocabulary": 100},
     actors=(2,),
+    groups_per_lease=(1,),
     groups_per_iteration=4,
     iterations=2,
     k=2,
@@ -93,69 +100,64 @@ def run(*, small: bool = False) -> dict[str, Any]:
     size, about = SMALL if small else FULL, machine(threads=1)
     # The CPUs are also how many workers Ray starts at once.
     with local_ray(num_cpus=4, object_store_memory=2 * 10**9, logging_level=logging.ERROR):
-        actor_class: Any = ray.remote(ModelFreeActor).options(num_cpus=0)
-        actors = [actor_class.remote(size.group) for _ in range(max(size.actors))]
-        bounded_get([actor.ready.remote() for actor in actors], who="the model-free actors", timeout_s=LIMIT_S)
-        rows = [pass_groups(actors[:count], size) for count in size.actors]
-        for actor in actors:
-            ray.kill(actor)
+        work = rank_work(size)
+        rows = []
+        for actors in size.actors:
+            pool = start_model_free(ModelFreeSettings(size.group), actors, start_timeout_s=LIMIT_S)
+            rows += [pass_groups(pool, each, size) | work for each in size.groups_per_lease]
+            pool.close()
         rows += [publish_to(count, size) for count in size.holders]
     return {"benchmark": "control", "small": small, "machine": about, "rows": rows, "tables": TABLES, "bars": []}
 
 
-def pass_groups(actors: list[Any], size: Size) -> dict[str, Any]:
-    """Send all iterations' groups through these actors. Enough iterations are leased ahead to keep all actors busy."""
-    count, per_iteration = len(actors), size.groups_per_iteration
-    ahead = -(-2 * count // per_iteration)
-    ledger = Ledger(capacity=per_iteration * (ahead + 1), groups_per_lease=1, max_staleness=ahead)
-    replay = ReplayBuffer(ledger)
-    path = _Path(replay, actors)
-    nbytes = prebuilt_group(**size.group).nbytes
-    problem = Problem("bench", {})
-    spent = {"lease": 0.0, "fetch": 0.0, "plan": 0.0, "build": 0.0}
-    begin = time.perf_counter()
-    for iteration in range(size.iterations):
-        for planned in range(ledger.last_iteration + 1, min(iteration + ahead, size.iterations - 1) + 1):
-            ids = range(planned * per_iteration, (planned + 1) * per_iteration)
-            ledger.issue(planned, [GroupSpec(i, problem, size.group["size"], seed=i) for i in ids])
-        marks = [time.perf_counter()]
-        while not ledger.complete(iteration):
-            path.pump(iteration)
-        items = replay.take(iteration, iteration)
-        marks.append(time.perf_counter())
-        assert not replay.find_lost({item.group_id: item.ref for item in items}, timeout_s=LIMIT_S)
-        groups = bounded_get([item.ref for item in items], who="the object store", timeout_s=LIMIT_S)
-        marks.append(time.perf_counter())
-        plan = plan_update(
-            groups,
-            objective=Agrpo(AgrpoConfig(k=size.k, timestep_sampling="uniform")),
-            run_seed=0,
-            update_index=iteration,
-            eos_ids=(),
-            ranks=1,
-            views_per_forward=16,
-        )
-        marks.append(time.perf_counter())
-        for forward in plan.forwards[0]:
-            build_batch(forward.views, groups, mask_id=0, pad_id=1)
-        marks.append(time.perf_counter())
-        replay.commit(items, iteration)
-        for name, start, end in zip(spent, marks[:-1], marks[1:], strict=True):
-            spent[name] += end - start
-    seconds, groups_done = time.perf_counter() - begin, size.iterations * per_iteration
-    counts = ledger.counts()
-    assert counts["consumed"] == counts["issued"] == groups_done, f"groups went astray: {counts}"
+def pass_groups(pool: ModelFreePool, groups_per_lease: int, size: Size) -> dict[str, Any]:
+    """Send all iterations' groups through these actors. Enough iterations are leased ahead to keep all of them busy."""
+    per_iteration = size.groups_per_iteration
+    ahead = -(-2 * pool.size * groups_per_lease // per_iteration)
+    config = load_config(
+        [
+            "recipe=smoke",
+            f"run.iterations={size.iterations}",
+            f"rollout.prompts_per_iteration={per_iteration}",
+            f"rollout.groups_per_lease={groups_per_lease}",
+            f"rollout.max_staleness={ahead}",
+        ]
+    )
+    cycle = make_cycle(config, pool, ReplayBuffer, time.monotonic, _tell)
+    begin, worked = time.perf_counter(), time.process_time()
+    cycle.run(_Ranks(), BASE_WEIGHTS._replace(version=0), time.monotonic, iterations=size.iterations)
+    seconds, worked = time.perf_counter() - begin, time.process_time() - worked
+    groups, nbytes = size.iterations * per_iteration, prebuilt_group(**size.group).nbytes
     return {
-        "actors": count,
-        "groups": groups_done,
-        "groups/s": groups_done / seconds,
+        "actors": pool.size,
+        "groups per lease": groups_per_lease,
+        "groups": groups,
+        "groups/s": groups / seconds,
         "MB/group": nbytes / 1e6,
-        "MB/s": nbytes * groups_done / seconds / 1e6,
-        "lease, deliver s": spent["lease"] / groups_done,
-        "fetch s": spent["fetch"] / groups_done,
-        "plan s": spent["plan"] / groups_done,
-        "build batches s": spent["build"] / groups_done,
+        "MB/s": nbytes * groups / seconds / 1e6,
+        "controller s": worked / groups,
     }
+
+
+def rank_work(size: Size) -> dict[str, Any]:
+    """Seconds that a rank of one needs for a group before its first forward."""
+    count = 16
+    groups = [dataclasses.replace(prebuilt_group(**size.group), group_id=number) for number in range(count)]
+    marks = [time.perf_counter()]
+    plan = plan_update(
+        groups,
+        objective=Agrpo(AgrpoConfig(k=size.k, timestep_sampling="uniform")),
+        run_seed=0,
+        update_index=0,
+        eos_ids=(),
+        ranks=1,
+        views_per_forward=16,
+    )
+    marks.append(time.perf_counter())
+    for forward in plan.forwards[0]:
+        build_batch(forward.views, groups, mask_id=0, pad_id=1)
+    marks.append(time.perf_counter())
+    return {"plan s": (marks[1] - marks[0]) / count, "build batches s": (marks[2] - marks[1]) / count}
 
 
 def publish_to(count: int, size: Size) -> dict[str, Any]:
@@ -191,29 +193,21 @@ def publish_to(count: int, size: Size) -> dict[str, Any]:
     }
 
 
-class _Path:
-    """What ``learner.supply.feed`` and ``rollout.pool`` do with a lease, for actors that report nothing but its id."""
+class _Ranks:
+    """They are ready at once."""
 
-    def __init__(self, replay: ReplayBuffer, actors: list[Any]) -> None:
-        self._replay, self._idle = replay, list(actors)
-        self._running: dict[ray.ObjectRef[Any], tuple[Any, list[ray.ObjectRef[Any]], tuple[int, ...]]] = {}
+    def update(self, items: Sequence[ReplayItem], pump: Callable[[], None]) -> None:
+        return
 
-    def pump(self, version: int) -> None:
-        while self._idle:
-            lease = self._replay.ledger.lease(policy_version=version, timeout_s=LIMIT_S)
-            if lease is None:
-                break
-            actor = self._idle.pop()
-            first, *refs = actor.run_lease.options(num_returns=1 + len(lease.groups)).remote(lease)
-            self._running[first] = (actor, refs, tuple(spec.group_id for spec in lease.groups))
-        done, _ = bounded_wait(list(self._running), who="model-free actors", timeout_s=LIMIT_S)
-        assert done, "no model-free actor answered"
-        for ref in done:
-            actor, refs, group_ids = self._running.pop(ref)
-            lease_id = bounded_get(ref, who="a model-free actor", timeout_s=LIMIT_S)
-            reports = tuple(GroupReport(i, "bench", 0, 0, 0, None, None) for i in group_ids)
-            self._replay.deliver(LeaseReport(lease_id, "bench", 0, "bench", reports, 0.0, 0.0, 0.0), refs)
-            self._idle.append(actor)
+    def publish(self, version: int) -> Weights:
+        return BASE_WEIGHTS._replace(version=version)
+
+    def report(self) -> None:
+        return
+
+
+def _tell(level: str, kind: str, text: str) -> None:
+    print(f"{level} {kind}: {text}", file=sys.stderr)
 
 
 def _available() -> int:

@@ -1,17 +1,20 @@
-"""Actors without a model, for the control path: no torch in here, so that 64 of them fit on a small machine.
+"""Actors without a model, for the control path: no torch in here, so that hundreds of them fit on a small machine.
 
 Shapes: G completions, C positions, m steps, K kept tokens of a position.
 """
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from learner.simulation.spread import Spread
+from rollout.messages import GroupReport, LeaseReport, Weights
 from rollout.seeds import numpy_generator
-from rollout.trajectory import Lease, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, Lease, SamplerSpec, TrajectoryGroup
 
 
 def prebuilt_group(
@@ -52,16 +55,45 @@ def prebuilt_group(
     return group
 
 
+class ModelFreeSettings(NamedTuple):
+    """What all actors of a pool have in common."""
+
+    group: Mapping[str, int]
+    """Sizes, as ``prebuilt_group`` wants them."""
+    lease_s: float = 0.0
+    """Mean time of a lease; 0: answers at once."""
+    spread: float = 0.0
+    """Standard deviation of that, as a share of it."""
+
+
 class ModelFreeActor:
-    """Answers a lease at once, with copies of one prebuilt group."""
+    """Answers a lease with copies of one prebuilt group, after a while in which it uses no core."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self._group = prebuilt_group(**sizes)
+    def __init__(self, actor_id: str, settings: ModelFreeSettings) -> None:
+        self._actor_id, self._settings = actor_id, settings
 
-    def ready(self) -> int:
-        """The process id."""
-        return os.getpid()
+    def start(self) -> dict[str, Any]:
+        """Say where this actor is, as ``rollout.actor.RolloutActor`` does."""
+        self._group = prebuilt_group(**self._settings.group)
+        return {"actor_id": self._actor_id, "pid": os.getpid()}
 
-    def run_lease(self, lease: Lease) -> tuple[Any, ...]:
-        """The lease's id, then its groups."""
-        return lease.lease_id, *(dataclasses.replace(self._group, group_id=s.group_id) for s in lease.groups)
+    def run_lease(
+        self, lease: Lease, sampler: SamplerSpec, weights: Weights, branches: BranchSpec | None = None
+    ) -> tuple[Any, ...]:
+        """The lease's report, then its groups. How long it takes depends on the lease's first group alone."""
+        begin = time.perf_counter()
+        if self._settings.lease_s:
+            name = ("model-free lease", lease.groups[0].seed)
+            time.sleep(Spread(self._settings.lease_s, self._settings.spread, *name).draw())
+        groups = [dataclasses.replace(self._group, group_id=spec.group_id) for spec in lease.groups]
+        report = LeaseReport(
+            lease_id=lease.lease_id,
+            actor_id=self._actor_id,
+            policy_version=weights.version,
+            adapter_digest=weights.digest,
+            groups=tuple(GroupReport(s.group_id, s.problem.id, 0, 0, 0, None, None) for s in lease.groups),
+            load_s=0.0,
+            generate_s=time.perf_counter() - begin,
+            grade_wait_s=0.0,
+        )
+        return report, *groups

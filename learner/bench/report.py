@@ -16,7 +16,7 @@ from rewards.command import Parser
 from rewards.errors import DataError
 
 DEFAULT_FOLDER = Path("runs/bench")
-NAMES = ("steps", "choice", "control", "overlap", "gpu")
+NAMES = ("steps", "choice", "control", "scaling", "overlap", "gpu")
 """In the order of the page."""
 BEGIN, END = "<!-- results: written by python -m learner.bench --write -->", "<!-- end of results -->"
 

@@ -26,7 +26,7 @@ from learner.bench.compare import (
     our_update,
 )
 from learner.bench.measure import matmul_rate, peak_above
-from learner.bench.model_free import ModelFreeActor, prebuilt_group
+from learner.bench.model_free import ModelFreeActor, ModelFreeSettings, prebuilt_group
 from learner.bench.plain import plain_update
 from learner.bench.policy import BenchEngine, Shape, build_policy, generate
 from learner.bench.step_memory import memory_in_fresh_process
@@ -36,7 +36,8 @@ from learner.settings.methods.states import AgrpoConfig
 from rewards.errors import ConfigError, DataError, WeightMismatch
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, pack
-from rollout.trajectory import GroupSpec, Lease, TrajectoryGroup
+from rollout.messages import BASE_WEIGHTS
+from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 
 SHAPE = steps.SMALL[0].shape
 K = 6
@@ -227,8 +228,12 @@ def test_a_prebuilt_group_has_the_size_of_llada_8b():
 def test_a_model_free_actor_returns_the_lease_whole():
     sizes = {"size": 2, "prompt": 3, "completion": 8, "block": 4, "steps": 4, "kept": 2, "vocabulary": 30}
     specs = tuple(GroupSpec(i, Problem("p", {}), 2, 0) for i in (5, 6))
-    lease_id, *groups = ModelFreeActor(sizes).run_lease(Lease(9, specs))
-    assert lease_id == 9 and [g.group_id for g in groups] == [5, 6]
+    actor = ModelFreeActor("a", ModelFreeSettings(sizes))
+    actor.start()
+    sampler = SamplerSpec(8, 4, 4, "random", 0.6, 2, 1.0)
+    about, *groups = actor.run_lease(Lease(9, specs), sampler, BASE_WEIGHTS)
+    assert about.lease_id == 9 and [g.group_id for g in groups] == [5, 6]
+    assert [each.group_id for each in about.groups] == [5, 6]
     for group in groups:
         group.validate()
 

@@ -16,6 +16,13 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.sft": [["--wrong"], ["run.nonsense=1"], ["recipe=sudoku"]],
     "learner.evaluate": [["--wrong"], ["--run"], ["--run", "/nowhere"], ["decode.stepps=[1]"]],
     "learner.plan": [["--wrong"], ["run.nonsense=1"], ["--gpus", "none"], ["--gpu", "H100"]],
+    "learner.simulate": [
+        ["--wrong"],
+        ["run.nonsense=1"],
+        ["actors=none"],
+        ["--run", "/nowhere"],
+        ["--gpu", "abacus"],
+    ],
     "learner.compare": [
         ["--wrong"],
         [],
@@ -36,6 +43,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.bench.overlap": [["--wrong"]],
     "learner.bench.packing": [["--wrong"]],
     "learner.bench.planned": [["--wrong"]],
+    "learner.bench.scaling": [["--wrong"]],
     "learner.bench.steps": [["--wrong"]],
     "learner.bench.vllm": [["--wrong"]],
     "learner.bench.variance": [["--wrong"], ["x", "--out", "y", "--groups", "1"], ["x", "--out", "y", "--k", "some"]],

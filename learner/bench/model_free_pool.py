@@ -1,0 +1,22 @@
+"""The product's pool over actors without a model."""
+
+from typing import Any
+
+from learner.bench.model_free import ModelFreeActor, ModelFreeSettings
+from rollout.pool import RolloutPool
+
+
+class ModelFreePool(RolloutPool):
+    """The product's pool, whose actors have no model."""
+
+    actor_class = ModelFreeActor
+
+
+def start_model_free(settings: ModelFreeSettings, size: int, *, start_timeout_s: float) -> ModelFreePool:
+    """So many actors, ready. They take no logical CPU."""
+    pool_settings: Any = settings  # its own actors know what to do with them
+    pool = ModelFreePool(
+        pool_settings, size=size, resources={"CPU": 0}, threads=1, start_timeout_s=start_timeout_s, max_restarts=0
+    )
+    pool.wait_ready()
+    return pool
