@@ -16,18 +16,18 @@ the answers for the others are ignored.
 No Ray and no threads in here; the clock is an argument.
 """
 
+import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rewards.errors import ConfigError
 from rewards.task import Problem
+from rollout.chunks import STATUSES, Chunk, Chunks, Group, Status
 from rollout.trajectory import GroupSpec, Lease
 
-Status = Literal["pending", "leased", "ready", "consumed", "dropped"]
-STATUSES: tuple[Status, ...] = ("pending", "leased", "ready", "consumed", "dropped")
 EVENTS = ("relet", "second", "expired", "failed", "refused", "lost", "too_stale")
 
 
@@ -77,10 +77,11 @@ class Ledger:
         self._last_iteration = -1
         self._next_lease_id = 0
         # Finished groups, chunks and iterations leave these tables, so their size follows what is in flight.
-        self._groups: dict[int, _Group] = {}
-        self._chunks: list[_Chunk] = []  # in plan order
+        self._groups: dict[int, Group] = {}
+        self._chunks = Chunks()
         self._open: Counter[int] = Counter()  # iteration -> groups that are pending or leased
-        self._leases: dict[int, _LiveLease] = {}
+        self._leases: dict[int, _LiveLease] = {}  # oldest first
+        self._deadlines: list[tuple[float, int]] = []  # a heap; of leases that were closed too, until they are over
 
     @property
     def last_iteration(self) -> int:
@@ -97,8 +98,8 @@ class Ledger:
         self._require_room(len(specs))
         self._last_iteration = iteration
         for start in range(0, len(specs), self.groups_per_lease):
-            groups = [_Group(spec) for spec in specs[start : start + self.groups_per_lease]]
-            self._add_chunk(_Chunk(iteration, groups))
+            groups = [Group(spec) for spec in specs[start : start + self.groups_per_lease]]
+            self._add_chunk(Chunk(iteration, groups))
         self._check()
 
     def lease(self, *, policy_version: int, timeout_s: float) -> Lease | None:
@@ -108,7 +109,7 @@ class Ledger:
         ``max_staleness`` ahead of ``policy_version``, the newest version of the learner: its groups would be too stale
         by the time they are consumed. A later chunk is never handed out before an earlier one.
         """
-        chunk = next((chunk for chunk in self._chunks if chunk.has("pending")), None)
+        chunk = self._chunks.first_pending()
         if chunk is None or chunk.iteration > policy_version + self.max_staleness:
             return None
         wanted = [group for group in chunk.groups if group.status == "pending"]
@@ -125,6 +126,9 @@ class Ledger:
         The first delivery counts. Not for runs that must repeat bit for bit: which weights deliver depends on timing.
         """
         now = self._clock()
+        oldest = next(iter(self._leases.values()), None)
+        if oldest is None or now - oldest.since < after_s:
+            return None
         for chunk in self._chunks:
             live = chunk.live
             if len(live) == 1 and now - self._leases[live[0]].since >= after_s:
@@ -153,10 +157,13 @@ class Ledger:
     def expire(self) -> list[int]:
         """Close the leases whose time is over and return their ids; see ``fail_lease`` for their groups."""
         now = self._clock()
-        overdue = [lease_id for lease_id, lease in self._leases.items() if now >= lease.deadline]
-        for lease_id in overdue:
-            self._events["expired"] += 1
-            self._give_back(lease_id)
+        overdue = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, lease_id = heapq.heappop(self._deadlines)
+            if lease_id in self._leases:
+                self._events["expired"] += 1
+                self._give_back(lease_id)
+                overdue.append(lease_id)
         return overdue
 
     def fail_lease(self, lease_id: int) -> bool:
@@ -200,7 +207,7 @@ class Ledger:
         this version go back to pending and are left out.
         """
         found = []
-        for group in [group for chunk in self._chunks if chunk.iteration == iteration for group in chunk.groups]:
+        for group in [group for chunk in self._chunks.of(iteration) for group in chunk.groups]:
             if group.status != "ready":
                 continue
             if version - group.policy_version > self.max_staleness:
@@ -260,7 +267,7 @@ class Ledger:
         assert self._issued == 0 and self._last_group_id == -1, "only a new ledger can take over a saved state"
         for chunk in state["chunks"]:
             groups = [_group_from_state(group) for group in chunk["groups"]]
-            self._add_chunk(_Chunk(chunk["iteration"], groups))
+            self._add_chunk(Chunk(chunk["iteration"], groups))
         for status in ("consumed", "dropped"):
             self._count[status] += state["finished"][status]
             self._issued += state["finished"][status]
@@ -279,7 +286,7 @@ class Ledger:
                 f"an iteration of {groups} groups does not fit a buffer of {self.capacity}; raise the buffer's size"
             )
 
-    def _add_chunk(self, chunk: "_Chunk") -> None:
+    def _add_chunk(self, chunk: Chunk) -> None:
         for group in chunk.groups:
             group_id = group.spec.group_id
             assert group_id > self._last_group_id, f"group id {group_id} after {self._last_group_id}: ids must grow"
@@ -289,13 +296,14 @@ class Ledger:
             self._count[group.status] += 1
             self._open[chunk.iteration] += group.open
         self._issued += len(chunk.groups)
-        self._chunks.append(chunk)
+        self._chunks.add(chunk)
 
-    def _open_lease(self, chunk: "_Chunk", policy_version: int, timeout_s: float) -> Lease:
+    def _open_lease(self, chunk: Chunk, policy_version: int, timeout_s: float) -> Lease:
         lease_id = self._next_lease_id
         self._next_lease_id += 1
         now = self._clock()
-        self._leases[lease_id] = _LiveLease(chunk, policy_version, since=now, deadline=now + timeout_s)
+        self._leases[lease_id] = _LiveLease(chunk, policy_version, since=now)
+        heapq.heappush(self._deadlines, (now + timeout_s, lease_id))
         chunk.live.append(lease_id)
         chunk.times_leased += 1
         self._check()
@@ -313,25 +321,27 @@ class Ledger:
                     self._move(group, "pending")
         self._check()
 
-    def _redraw(self, group: "_Group") -> None:
+    def _redraw(self, group: Group) -> None:
         assert group.status == "ready", f"group {group.spec.group_id} is {group.status}, not ready"
         # A live lease of the chunk draws this group anyway.
         self._move(group, "leased" if group.chunk.live else "pending")
 
-    def _move(self, group: "_Group", status: Status) -> None:
+    def _move(self, group: Group, status: Status) -> None:
         assert not group.finished, f"group {group.spec.group_id} is {group.status} for good"
         self._count[group.status] -= 1
         self._open[group.chunk.iteration] -= group.open
         group.status = status
         self._count[status] += 1
         self._open[group.chunk.iteration] += group.open
+        if status == "pending":
+            self._chunks.note_pending(group.chunk)
 
-    def _forget_if_done(self, chunk: "_Chunk") -> None:
+    def _forget_if_done(self, chunk: Chunk) -> None:
         if all(group.finished for group in chunk.groups):
-            self._chunks.remove(chunk)
             for group in chunk.groups:
                 del self._groups[group.spec.group_id]
-            if all(other.iteration != chunk.iteration for other in self._chunks):
+            self._chunks.remove(chunk)
+            if not self._chunks.of(chunk.iteration):
                 del self._open[chunk.iteration]
 
     def _finished(self, status: Status) -> int:
@@ -345,41 +355,13 @@ class Ledger:
         assert sum(self._dropped.values()) == self._count["dropped"], "drops and their reasons differ"
 
 
-@dataclass(eq=False)
-class _Group:
-    spec: GroupSpec
-    status: Status = "pending"
-    policy_version: int = -1
-    chunk: "_Chunk" = field(init=False, repr=False)
-
-    @property
-    def finished(self) -> bool:
-        return self.status in ("consumed", "dropped")
-
-    @property
-    def open(self) -> bool:
-        return self.status in ("pending", "leased")
-
-
-@dataclass(eq=False)
-class _Chunk:
-    iteration: int
-    groups: list[_Group]
-    live: list[int] = field(default_factory=list)  # ids of its live leases
-    times_leased: int = 0
-
-    def has(self, status: Status) -> bool:
-        return any(group.status == status for group in self.groups)
-
-
 @dataclass(frozen=True, eq=False)
 class _LiveLease:
-    chunk: _Chunk
+    chunk: Chunk
     policy_version: int
     since: float
-    deadline: float
 
 
-def _group_from_state(saved: dict[str, Any]) -> _Group:
+def _group_from_state(saved: dict[str, Any]) -> Group:
     problem = Problem(**saved["problem"])
-    return _Group(GroupSpec(saved["group_id"], problem, saved["size"], saved["seed"]), saved["status"])
+    return Group(GroupSpec(saved["group_id"], problem, saved["size"], saved["seed"]), saved["status"])
