@@ -33,6 +33,10 @@ class WorkerLost(UnmaskError):
     """A rollout actor or learner rank died and could not be replaced."""
 
 
+class RayLost(UnmaskError):
+    """Ray itself is gone: its control service, or the raylet of this node."""
+
+
 class WeightMismatch(UnmaskError):
     """Weights and the digest or version recorded for them disagree."""
 

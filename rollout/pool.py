@@ -26,7 +26,7 @@ from rollout.actor import ActorSettings, RolloutActor
 from rollout.messages import EvalReport, EvalResult, LeaseReport, Weights
 from rollout.places import STATES, Evaluation, Place, Task
 from rollout.trajectory import BranchSpec, Lease, SamplerSpec
-from rollout.waits import bounded_get, bounded_wait
+from rollout.waits import bounded_get, bounded_wait, end_actor
 
 # Repeating the task would end the same way.
 FATAL = (ConfigError, DataError, TrajectoryError, WeightMismatch)
@@ -369,7 +369,7 @@ def _check_weights(report: LeaseReport, weights: Weights) -> None:
 
 
 def _kill(place: Place) -> None:
-    ray.kill(place.handle, no_restart=True)
+    end_actor(place.handle)
 
 
 def _sentence(error: Exception) -> str:

@@ -19,7 +19,8 @@ _SHARE = 8
 
 def with_pulse(worker: type[Any]) -> Any:
     """The Ray actor class of a class that has a method ``ping``, which returns at once."""
-    return ray.remote(concurrency_groups={_GROUP: 1})(worker)
+    remote: Any = ray.remote  # its stub doesn't know of concurrency groups
+    return remote(concurrency_groups={_GROUP: 1})(worker)
 
 
 class Pulse:

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from rewards.errors import UnmaskError, WaitTimeout
+from rollout.given_up import ray_given_up, require_ray
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +24,18 @@ def bounded_get(refs: ray.ObjectRef[Any] | Sequence[ray.ObjectRef[Any]], *, who:
         timeout_s: seconds to wait for all of them together.
 
     Raises:
+        RayLost: Ray itself is gone.
         WaitTimeout: nothing came in time.
-        UnmaskError: what the remote task raised, as itself and not in Ray's wrapping.
+        UnmaskError, ObjectLostError: what the remote task raised, as itself and not in Ray's wrapping.
         ray.exceptions.RayError: any other failure of the task, its process or its objects.
     """
+    require_ray()
     try:
         return ray.get(refs if isinstance(refs, ray.ObjectRef) else list(refs), timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise WaitTimeout(f"{who} did not answer within {timeout_s:g} s") from error
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UnmaskError):
+        if isinstance(error.cause, UnmaskError | ray.exceptions.ObjectLostError):
             raise error.cause from error
         raise
 
@@ -42,8 +45,9 @@ def bounded_wait(
 ) -> tuple[list[ray.ObjectRef[Any]], list[ray.ObjectRef[Any]]]:
     """Split references into (done, pending) once ``num_returns`` are done or ``timeout_s`` seconds are over.
 
-    Never raises: a failed task is done, and ``bounded_get`` says how it failed.
+    A failed task is done, and ``bounded_get`` says how it failed. Raises RayLost when Ray itself is gone.
     """
+    require_ray()
     if not refs:
         return [], []
     count = min(num_returns, len(refs))
@@ -51,3 +55,9 @@ def bounded_wait(
     if len(done) < count:
         logger.debug("%d of %d answers of %s are not in after %g s", count - len(done), count, who, timeout_s)
     return done, pending
+
+
+def end_actor(handle: Any) -> None:
+    """Have an actor's process killed; a Ray that is gone takes its actors with it."""
+    if not ray_given_up():
+        ray.kill(handle, no_restart=True)

@@ -22,11 +22,10 @@ from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit
 from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
-from learner.ranks.group import LearnerGroup, reserve_ranks
+from learner.ranks.group import GroupState, LearnerGroup, group_state, reserve_ranks
 from learner.ranks.plan import plan_update
-from learner.ranks.rank import UpdateReport, lora_spec
+from learner.ranks.rank import PublishedAdapter, UpdateReport, lora_spec
 from learner.reporting.playback import PlaybackRecorder
-from learner.runs import checkpoint as checkpoints
 from learner.runs.stopping import StopFlag
 from learner.settings.run import RunConfig
 from learner.supply.actor_count import ActorCount
@@ -88,7 +87,8 @@ class Controller(Training):
         )
         if resumed is not None:
             ledger.restore(resumed.progress.ledger)
-        placement = reserve_ranks(config)
+        self._model_path, self._first_adapter = model_path, subject.adapter
+        self._placement = reserve_ranks(config)
         pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
         closing.callback(pool.close)
         self.workers.pool = pool
@@ -103,27 +103,17 @@ class Controller(Training):
             stop=stop.is_set,
             on_pump=self._attend,
         )
-        shards = resumed.shards if resumed is not None else None
-        self.learner = LearnerGroup(
-            config, model_path, adapter=subject.adapter, shards=shards, on_tick=self._watch, placement=placement
-        )
-        closing.callback(self.learner.close)
+        self.learner = self._start_ranks(group_state(resumed) if resumed is not None else None)
+        closing.callback(lambda: self.learner.close())
         self.workers.learner = self.learner
         pool.wait_ready(self._watch)
-        self._take_adapter()
-        if self.phases is not None:
-            self.learner.enter_phase(self.phases.of(self.progress.iteration), resumed.phase if resumed else None)
-            if resumed is not None:
-                supply.restore(resumed.buffer)
-                teacher = resumed.phase["teacher"]
-                drawing = dataclasses.replace(self.adapter, state=teacher, digest=digest(teacher))
-                self.weights = publish(self.progress.iteration, drawing)
-        self._publish(self.progress.iteration)
-
-    def evaluate_base(self) -> None:
-        """Solve rates of the bare base, without adapter, once per run."""
-        if "base" not in self.progress.evaluations:
-            self._evaluate("base", BASE_WEIGHTS, iteration=0)
+        self._take_state()
+        if self.phases is not None and resumed is not None:
+            supply.restore(resumed.buffer)
+            teacher = resumed.phase["teacher"]
+            drawing = dataclasses.replace(self.adapter, state=teacher, digest=digest(teacher))
+            self.weights = publish(self.progress.iteration, drawing)
+        self._publish(self.progress.iteration, self.adapter)
 
     def rest(self) -> bool:
         """Take in what is being drawn, and lease nothing. True when nothing is being drawn any more."""
@@ -168,14 +158,26 @@ class Controller(Training):
         for name, value in plan.statistics.items():
             print(f"  {name:<32}{value:>12.5g}")
 
-    def _with_phase(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-        if self.phases is None:
-            return checkpoint
-        buffer = self._groups(self.feed.held())
-        return dataclasses.replace(checkpoint, phase=self.learner.phase_state(), buffer=buffer)
+    def _ledger(self) -> dict[str, Any]:
+        return self.feed.replay.ledger.state()
 
-    def _state_to_save(self) -> checkpoints.Progress:
-        return dataclasses.replace(self.progress, ledger=self.feed.replay.ledger.state())
+    def _buffer(self) -> Sequence[TrajectoryGroup]:
+        return () if self.phases is None else self._groups(self.feed.held())
+
+    def _start_ranks(self, state: GroupState | None) -> LearnerGroup:
+        placement, self._placement = self._placement, None
+        adapter, shards = (self._first_adapter, None) if state is None else (state.adapter.state, state.shards)
+        learner = LearnerGroup(
+            self.config, self._model_path, adapter=adapter, shards=shards, on_tick=self._watch, placement=placement
+        )
+        if self.phases is not None:
+            learner.enter_phase(self.phases.of(self.progress.iteration), state.phase if state is not None else None)
+        return learner
+
+    def _evaluate_base(self) -> None:
+        """Solve rates of the bare base, without adapter, once per run."""
+        if "base" not in self.progress.evaluations:
+            self._evaluate("base", BASE_WEIGHTS, iteration=0)
 
     def _iterate(self, iteration: int) -> None:
         """Gather, learn, publish, commit, report."""
@@ -189,9 +191,9 @@ class Controller(Training):
         version = iteration + 1
         if self.phases is not None and self.phases.begin(version) == version:
             self.learner.enter_phase(self.phases.of(version))
-        self.adapter = self.learner.publish()
+        state = self.learner.commit()
         self.feed.replay.commit(items, self.weights.version)
-        self._publish(version)
+        self._publish(version, state.adapter)
         groups = self._groups(refs)
         seconds = {
             "rollout_wait": gathered - begin,
@@ -206,17 +208,17 @@ class Controller(Training):
             **{f"time/lease/{stage}_s": value for stage, value in self.feed.lease_seconds().items()},
             "machine/tokens_per_s": sum(item.report.tokens for item in items) / total,
         }
-        self._advance(reports, total)
+        self._advance(reports, total, state)
         self.reporter.iteration(version, metrics)
         self.recorder.iteration(version, groups, reports[0].credit, [report.scored for report in reports])
         self.workers.tell(version)
         self._check_agreement(version, items, reports)
         self._check_finite(reports)
 
-    def _publish(self, version: int) -> None:
+    def _publish(self, version: int, adapter: PublishedAdapter) -> None:
         """To evaluations the newest weights, to rollouts those that the method draws with: in a phase, those that it
         began with, under the new version."""
-        self.trained = publish(version, self.adapter)
+        self.trained = publish(version, adapter)
         begins = self.phases is None or self.phases.begin(version) == version
         self.weights = self.trained if begins else self.weights._replace(version=version)
 

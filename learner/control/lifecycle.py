@@ -1,32 +1,47 @@
 """From its first iteration to its exit status: what every kind of run does alike."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import ray
+
 from learner.control.commands import Commands
 from learner.control.training import Training
+from learner.ranks.group import RanksLost
 from learner.reporting.reporter import Reporter
+from learner.runs.ray_watch import RayWatch
 from learner.runs.stopping import StopFlag, StopRequested
+from rewards.errors import TrainingDiverged, UnmaskError, first_line
 
 
 def see_through(
     start: Callable[[], Training], reporter: Reporter, stop: StopFlag, commands: Commands
 ) -> dict[str, Any] | None:
     """Train to the end and return the summary; None when the run was asked to stop, and has saved where it stands."""
+    with RayWatch() as watch:
+        return _watched(watch, start, reporter, stop, commands)
+
+
+def _watched(
+    watch: RayWatch, start: Callable[[], Training], reporter: Reporter, stop: StopFlag, commands: Commands
+) -> dict[str, Any] | None:
     try:
         training = start()
+        watch.on_lost = training.ray_lost
     except StopRequested:
         reporter.event("info", "stop", f"asked to stop by {stop.name} while the run's processes were starting")
         reporter.store.status("stopped")
         commands.stopped("stopped while the run's processes were starting")
         return None
     try:
-        training.evaluate_base()
         training.train()
     except StopRequested:
         at = training.progress.iteration + 1
         reporter.event("info", "stop", f"asked to stop by {stop.name} in iteration {at}")
-        training.checkpoint()
+        with contextlib.suppress(RanksLost):  # then what the controller holds is saved
+            training.checkpoint()
+        training.save()
         saved = training.saved
         at_saved = f"after iteration {saved.iteration}" if saved is not None else "from the start"
         reporter.event("info", "stop", f"resume=auto will go on {at_saved}")
@@ -35,9 +50,27 @@ def see_through(
         reporter.store.status("stopped")
         commands.stopped(_where(training))
         return None
+    except TrainingDiverged:
+        raise  # from here it would end again at once
+    except Exception as error:
+        _save_at_the_end(training, reporter, error)
+        raise
     summary = training.finish()
     reporter.store.status("finished", summary)
     return summary
+
+
+def _save_at_the_end(training: Training, reporter: Reporter, ended_by: Exception) -> None:
+    """Whatever ended the run: what was learned so far is kept, if it can be."""
+    try:
+        training.save()
+    except (OSError, UnmaskError, ray.exceptions.RayError) as error:
+        text = f"where the run stood when it ended could not be saved: {first_line(error)}"
+        reporter.event("warning", "checkpoint", text)
+        ended_by.add_note(text)
+        return
+    if training.saved is not None:
+        reporter.event("info", "checkpoint", f"resume=auto will go on after iteration {training.saved.iteration}")
 
 
 def _where(training: Training) -> str:

@@ -1,6 +1,13 @@
-"""What reinforcement learning and fine-tuning do alike: iterations, what is due between them, checkpoints, results."""
+"""What reinforcement learning and fine-tuning do alike: iterations, what is due between them, checkpoints, results.
+
+After each iteration the controller holds all that the ranks need to go on from there (``GroupState``). Ranks that are
+lost are replaced by new ones that begin with it, and what was under way is done again, with the same result. So a
+checkpoint needs no rank: it writes what the controller holds, also when the ranks, or Ray itself, are gone.
+"""
 
 import dataclasses
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -8,7 +15,7 @@ from typing import Any, Protocol
 from learner.control.commands import Commands
 from learner.control.opening import BegunRun
 from learner.objectives.statistics import Statistics
-from learner.ranks.group import LearnerGroup
+from learner.ranks.group import GroupState, LearnerGroup, RanksLost
 from learner.ranks.optim import learning_rate
 from learner.ranks.rank import GroupConfig, PublishedAdapter, UpdateReport
 from learner.reporting.plots import plot_run
@@ -19,8 +26,12 @@ from learner.runs.atomic import atomic_dir
 from learner.runs.stopping import StopFlag
 from learner.settings.sections import CheckpointSection
 from learner.supply.actor_count import ActorCount
-from rewards.errors import TrainingDiverged
+from rewards.errors import TrainingDiverged, UnmaskError, WorkerLost, first_line
 from rollout.adapters import AdapterState, write_peft_folder
+from rollout.trajectory import TrajectoryGroup
+
+MAX_LOSSES = 3
+"""Times in a row that ranks are replaced without an iteration in between."""
 
 
 class TrainingConfig(GroupConfig, Protocol):
@@ -31,8 +42,8 @@ class TrainingConfig(GroupConfig, Protocol):
 
 
 class Training(ABC):
-    """One run; ``learner.control.lifecycle`` calls its phases in turn. A subclass starts ``learner``, tells ``workers``
-    of it, and then calls ``_take_adapter``.
+    """One run; ``learner.control.lifecycle`` calls its phases in turn. A subclass starts ``learner`` by
+    ``_start_ranks``, tells ``workers`` of it, and then calls ``_take_state``.
 
     Args:
         iterations: of the whole run.
@@ -40,7 +51,8 @@ class Training(ABC):
     """
 
     learner: LearnerGroup
-    adapter: PublishedAdapter
+    state: GroupState
+    """What the ranks held when the newest iteration ended; see ``_stands_at``."""
     actors: ActorCount | None = None
 
     def __init__(
@@ -68,6 +80,11 @@ class Training(ABC):
             self.progress, self.saved = checkpoints.Progress.before_the_first(layout, identity), None
             self._take_hold = None
         self._resumed = self.saved
+        self._stands_at = self.progress
+        """The progress that ``state`` belongs to."""
+        self._losses = 0
+        self._standing = threading.Lock()
+        """For ``progress``, ``state`` and what is saved, which belong together."""
 
     def _goes_on_from(self, progress: checkpoints.Progress, identity: dict[str, Any]) -> checkpoints.Progress:
         """Evaluations that can't be compared with those to come are forgotten."""
@@ -85,33 +102,67 @@ class Training(ABC):
         """Whether nothing has been done since the checkpoint that the run went on from."""
         return self.progress == self._resumed
 
-    @abstractmethod
-    def evaluate_base(self) -> None:
-        """Measure what the run starts from, once per run."""
+    @property
+    def adapter(self) -> PublishedAdapter:
+        """What the newest iteration left."""
+        return self.state.adapter
 
     def train(self) -> None:
-        """All remaining iterations. Raises StopRequested when the run is asked to stop."""
-        self._evaluate_and_save()  # a run that was stopped in an evaluation makes up for it
-        while self.progress.iteration < self._iterations:
-            self._commands.between_iterations(self.progress.iteration, self)
-            self._iterate(self.progress.iteration)
-            self._evaluate_and_save()
+        """Measure what the run starts from, once per run, then all remaining iterations.
+
+        Raises:
+            StopRequested: the run is asked to stop.
+            WorkerLost: its ranks are lost time and again.
+        """
+        while True:
+            try:
+                self._evaluate_base()
+                self._evaluate_and_save()  # a run that was stopped in an evaluation makes up for it
+                if self.progress.iteration >= self._iterations:
+                    return
+                self._commands.between_iterations(self.progress.iteration, self)
+                self._iterate(self.progress.iteration)
+            except RanksLost as error:
+                self._replace_ranks(error)
 
     def checkpoint(self) -> None:
-        """Save where the run stands, if it has moved since the last time and its ranks are there to hand it over."""
-        if self.progress == self.saved or self.learner.closed:
+        """Save where the run stands, if it has moved since the last time; without ranks, where it stood last. Raises
+        RanksLost."""
+        if self._stands_at.iteration < self.progress.iteration and not self.learner.closed:
+            state = self.learner.commit()
+            with self._standing:
+                self.state, self._stands_at = state, self.progress
+        self.save()
+
+    def ray_lost(self, why: str) -> None:
+        """In another thread: Ray is gone, and may end this process with it. What the controller holds is written."""
+        self.reporter.fault("ray", "died", why)
+        try:
+            self.save()
+        except (UnmaskError, OSError) as error:
+            self.reporter.event("warning", "checkpoint", f"what was learned could not be saved: {first_line(error)}")
+        self.reporter.store.status("failed")
+        self.reporter.flush()
+
+    def save(self) -> None:
+        """Write what the controller holds, if that has changed since the last time. In any thread; needs no rank."""
+        with self._standing:
+            self._save()
+
+    def _save(self) -> None:
+        standing = self.progress if self.progress.iteration == self._stands_at.iteration else self._stands_at
+        if standing == self.saved:
             return
         self.reporter.flush()
-        state = self._state_to_save()
-        progress = dataclasses.replace(state, adapter_digest=self.adapter.digest)
-        saved = self._with_phase(
-            checkpoints.Checkpoint(progress, self.adapter.state, self.adapter.peft_config, self.learner.export())
+        progress = dataclasses.replace(standing, adapter_digest=self.adapter.digest)
+        saved = checkpoints.Checkpoint(
+            progress, self.adapter.state, self.adapter.peft_config, self.state.shards, self.state.phase, self._buffer()
         )
         path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
         discard(self.run_dir)
         best = progress.best.get("iteration")
         checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
-        self.saved = self.progress
+        self.saved = standing
         self.reporter.store.checkpoint(progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
 
     def rest(self) -> bool:
@@ -124,8 +175,16 @@ class Training(ABC):
         """Leave the results behind; returns the summary."""
 
     @abstractmethod
+    def _start_ranks(self, state: GroupState | None) -> LearnerGroup:
+        """Ranks that go on from there, or begin with what the run starts from."""
+
+    @abstractmethod
+    def _evaluate_base(self) -> None:
+        """Measure what the run starts from, unless that was done."""
+
+    @abstractmethod
     def _iterate(self, iteration: int) -> None:
-        """Learn and report; ``iteration`` counts from 0."""
+        """Learn and report; ``iteration`` counts from 0. Until ``_advance``, all of it may be done again."""
 
     @abstractmethod
     def _evaluate_trained(self, iteration: int) -> None:
@@ -142,20 +201,55 @@ class Training(ABC):
             progress = dataclasses.replace(progress, best={"iteration": iteration, **best})
         self.progress = progress
 
-    def _state_to_save(self) -> checkpoints.Progress:
-        """The state of a checkpoint; ``adapter`` is then what the ranks hold."""
-        return self.progress
+    def _ledger(self) -> dict[str, Any]:
+        """The ledger's state, of a run that has one."""
+        return {}
 
-    def _with_phase(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-        """With what a method that learns in phases needs to go on."""
-        return checkpoint
+    def _buffer(self) -> Sequence[TrajectoryGroup]:
+        """The groups that a method which learns in phases learns from."""
+        return ()
 
-    def _take_adapter(self) -> None:
-        """Raises WeightMismatch when the ranks don't hold the checkpoint's."""
-        self.adapter = self.learner.publish()
+    def _take_state(self) -> None:
+        """Of ranks that have just started. Raises WeightMismatch when they don't hold the checkpoint's adapter."""
+        self.state = self.learner.commit()
         if self.saved is not None:
             checkpoints.require_adapter(self.saved, self.adapter.digest)
+        else:
+            self.progress = self._stands_at = dataclasses.replace(self.progress, ledger=self._ledger())
         self.workers.tell(self.progress.policy_version)
+
+    def _replace_ranks(self, error: RanksLost) -> None:
+        """Start new ranks where the lost ones stood after the newest iteration that ``state`` is of.
+
+        Raises:
+            WorkerLost: too many times in a row.
+        """
+        began, back = time.monotonic(), self.progress.iteration - self._stands_at.iteration
+        while True:
+            self.learner.close()
+            self._losses += 1
+            # What took too long will hardly be quicker the next time.
+            if self._losses > (1 if error.cause == "late" else MAX_LOSSES):
+                raise WorkerLost(f"ranks were lost {self._losses} times in a row; last: {error}") from error
+            self.reporter.event("warning", "rank", f"{error}; the ranks are started again")
+            try:
+                self.learner = self._start_ranks(self.state)
+                break
+            except RanksLost as again:
+                error = again
+        self.workers.learner = self.learner
+        if back:
+            self.reporter.truncate_after(self._stands_at.iteration)
+            self.progress = self._stands_at
+        seconds = time.monotonic() - began
+        self.reporter.fault(
+            "rank",
+            error.cause,
+            f"new ranks go on after iteration {self._stands_at.iteration}; {seconds:.1f} s for their start",
+            silent_s=error.silent_s,
+            seconds=seconds,
+            iterations=back + 1,
+        )
 
     def _enforce_stop(self) -> None:
         """Once a second of every wait, in any thread. Raises StopRequested."""
@@ -192,20 +286,31 @@ class Training(ABC):
             update, updates, peak=learner.lr, schedule=learner.lr_schedule, warmup_fraction=learner.warmup_fraction
         )
 
-    def _advance(self, reports: Sequence[UpdateReport], seconds: float) -> None:
-        """The iteration of these updates has ended."""
+    def _advance(self, reports: Sequence[UpdateReport], seconds: float, state: GroupState | None) -> None:
+        """The iteration of these updates has ended.
+
+        Args:
+            seconds: that it took.
+            state: what the ranks hold now; None to go back further when they are lost.
+        """
         in_a_row = self.progress.nonfinite_in_a_row
         for report in reports:
             in_a_row = 0 if report.applied else in_a_row + 1
         done = self.progress.iteration + 1
-        self.progress = dataclasses.replace(
+        progress = dataclasses.replace(
             self.progress,
             iteration=done,
             policy_version=done,
             updates=self.progress.updates + sum(report.applied for report in reports),
             nonfinite_in_a_row=in_a_row,
             train_seconds=self.progress.train_seconds + seconds,
+            ledger=self._ledger(),
         )
+        with self._standing:
+            self.progress = progress
+            if state is not None:
+                self.state, self._stands_at = state, progress
+        self._losses = 0
         if self._take_hold is not None:
             self._take_hold()
             self._take_hold = None

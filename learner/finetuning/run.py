@@ -22,6 +22,7 @@ from learner.control.training import Training, update_metrics
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources
+from learner.ranks.group import GroupState, group_state
 from learner.ranks.rank import UpdateReport, lora_spec
 from learner.reporting.reporter import best_words
 from learner.runs import checkpoint as checkpoints
@@ -37,6 +38,9 @@ from rollout.code import code_identity
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
 from rollout.seeds import numpy_generator
+
+COMMIT_SHARE = 0.05
+"""Of a fine-tuning run's time, for keeping what a group of ranks needs to go on: an update may be short."""
 
 
 def run(config: SftConfig, argv: Sequence[str] = ()) -> int:
@@ -122,22 +126,13 @@ class Finetuning(Training):
             evaluate_every=config.sft.evaluate_every,
         )
         self.data = data
-        self.learner = SftGroup(
-            config,
-            config.model.path,
-            adapter=grounds.adapter,
-            shards=begun.resumed.shards if begun.resumed is not None else None,
-            on_tick=self._tick,
-        )
-        closing.callback(self.learner.close)
+        self._first_adapter = grounds.adapter
+        self.learner = self._start_ranks(group_state(begun.resumed) if begun.resumed is not None else None)
+        closing.callback(lambda: self.learner.close())
         self.workers.learner = self.learner
-        self._take_adapter()
+        self._committed_at, self._commit_s = time.monotonic(), 0.0
+        self._take_state()
         self._held_out = [ray.put(data.held_out)] if data.held_out else []
-
-    def evaluate_base(self) -> None:
-        """Held-out loss of what the run starts from, once per run."""
-        if "base" not in self.progress.evaluations:
-            self._evaluate("base", iteration=0)
 
     def finish(self) -> dict[str, Any]:
         """Leave adapter, summary and plots behind; returns the summary."""
@@ -156,16 +151,22 @@ class Finetuning(Training):
         }
         return self._leave(state, peft_config, figures)
 
-    def _state_to_save(self) -> checkpoints.Progress:
-        self.adapter = self.learner.publish()
-        return self.progress
+    def _start_ranks(self, state: GroupState | None) -> SftGroup:
+        assert self.config.model.path is not None
+        adapter, shards = (self._first_adapter, None) if state is None else (state.adapter.state, state.shards)
+        return SftGroup(self.config, self.config.model.path, adapter=adapter, shards=shards, on_tick=self._tick)
+
+    def _evaluate_base(self) -> None:
+        """Held-out loss of what the run starts from, once per run."""
+        if "base" not in self.progress.evaluations:
+            self._evaluate("base", iteration=0)
 
     def _iterate(self, iteration: int) -> None:
         """Learn and report."""
         begin = time.monotonic()
         report = self._update(iteration)
         total = time.monotonic() - begin
-        self._advance([report], total)
+        self._advance([report], total, self._committed())
         metrics = {
             **update_metrics([report]),
             "epoch": (iteration + 1) * self.config.sft.batch / len(self.data.train),
@@ -175,6 +176,16 @@ class Finetuning(Training):
         self.reporter.iteration(iteration + 1, metrics)
         self.workers.tell(iteration + 1)
         self._check_finite([report])
+
+    def _committed(self) -> GroupState | None:
+        """What the ranks hold, unless asking for it would be more than a small share of the work."""
+        begin = time.monotonic()
+        if begin - self._committed_at < self._commit_s / COMMIT_SHARE:
+            return None
+        state = self.learner.commit()
+        self._committed_at = time.monotonic()
+        self._commit_s = self._committed_at - begin
+        return state
 
     def _update(self, number: int) -> UpdateReport:
         batch = update_batch(self.data, seed=self.config.run.seed, batch=self.config.sft.batch, number=number)

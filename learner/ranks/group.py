@@ -1,7 +1,12 @@
-"""The learner group: DeepSpeed ranks as Ray actors, reserved together in one placement group."""
+"""The learner group: DeepSpeed ranks as Ray actors, reserved together in one placement group.
+
+A group whose ranks are not all there any more is of no use: what is left of it waits for the others. ``RanksLost`` says
+so, and whoever holds a ``GroupState`` can go on from there with a new group.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -9,16 +14,45 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.objectives.statistics import Statistics
-from learner.ranks.rank import GroupConfig, PublishedAdapter, Rank, UpdateReport
+from learner.ranks.rank import GroupConfig, PublishedAdapter, Rank, RankState, UpdateReport
 from learner.ranks.rendezvous import meeting_host
 from learner.ranks.trajectories import LearnerRank
+from learner.runs.checkpoint import Checkpoint
 from learner.runs.stopping import StopRequested
-from rewards.errors import WaitTimeout, WorkerLost
+from rewards.errors import WaitTimeout, WorkerLost, first_line
 from rollout.adapters import AdapterState
-from rollout.waits import bounded_get, bounded_wait
+from rollout.given_up import ray_given_up
+from rollout.pulse import Pulse, with_pulse
+from rollout.waits import bounded_get, bounded_wait, end_actor
+from services.store.faults import Cause
 
 _TICK_S = 1.0
 """How often a wait for the ranks calls ``on_tick``."""
+
+
+class RanksLost(WorkerLost):
+    """Ranks died, hang, or could not have what they were to learn from; the group is of no use any more."""
+
+    def __init__(self, message: str, cause: Cause = "died", silent_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.cause, self.silent_s = cause, silent_s
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """All that another group, of the same layout, needs to go on from where this one stood."""
+
+    adapter: PublishedAdapter
+    shards: Sequence[bytes]
+    """Each rank's optimizer state as safetensors, in rank order."""
+    phase: Mapping[str, AdapterState] = field(default_factory=dict)
+    """Weights beside the trained ones, of a method that learns in phases."""
+
+
+def group_state(checkpoint: Checkpoint) -> GroupState:
+    """What a checkpoint holds of the ranks."""
+    adapter = PublishedAdapter(dict(checkpoint.adapter), checkpoint.progress.adapter_digest, checkpoint.peft_config)
+    return GroupState(adapter, checkpoint.shards, checkpoint.phase)
 
 
 def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
@@ -48,7 +82,7 @@ def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
 
 
 class LearnerGroup:
-    """Starts the ranks and speaks to all of them at once. Every call is bounded; a rank that dies ends the run.
+    """Starts the ranks and speaks to all of them at once. Every call is bounded.
 
     Args:
         config: the run's settings.
@@ -61,7 +95,8 @@ class LearnerGroup:
         placement: what ``reserve_ranks`` gave, and the group's to give back; None reserves here.
 
     Raises:
-        WaitTimeout: when the cluster can't hold the ranks, naming what is missing, or they don't start in time.
+        WaitTimeout: when the cluster can't hold the ranks, naming what is missing.
+        RanksLost: from each call that needs the ranks, the start included, naming the rank.
     """
 
     def __init__(
@@ -84,7 +119,10 @@ class LearnerGroup:
         self._placement = placement or reserve_ranks(config)
         try:
             self._ranks = [self._launch(model_path, rank) for rank in range(config.learner.ranks)]
+            self._pulses: list[Pulse] = []
             self.descriptions = self._start(adapter, shards)
+            # Not while they start: to load a model may hold Python's lock for long.
+            self._pulses = [Pulse(rank, config.timeouts.heartbeat) for rank in self._ranks]
         except BaseException:
             self.close()
             raise
@@ -127,17 +165,15 @@ class LearnerGroup:
         return self._all("publish", limit=self.config.timeouts.publish)[0]
 
     def enter_phase(self, number: int, state: Mapping[str, AdapterState] | None = None) -> None:
-        """Begin a phase, or go on in one with what ``phase_state`` gave; see ``LearnerRank.enter_phase``."""
+        """Begin a phase, or go on in one with what a ``GroupState`` holds of it; see ``LearnerRank.enter_phase``."""
         self._all("enter_phase", number, state, limit=self.config.timeouts.publish)
 
-    def phase_state(self) -> dict[str, AdapterState]:
-        """What a checkpoint must hold of the present phase."""
-        state: dict[str, AdapterState] = self._all("phase_state", limit=self.config.timeouts.publish)[0]
-        return state
-
-    def export(self) -> list[bytes]:
-        """Every rank's optimizer state, in rank order."""
-        return self._all("export", limit=self.config.timeouts.checkpoint)
+    def commit(self) -> GroupState:
+        """Where the group stands."""
+        states: list[RankState] = self._all("commit", limit=self.config.timeouts.checkpoint)
+        adapter, shard = states[0].adapter, states[0].shard
+        assert adapter is not None and shard is not None, "rank 0 gives both"
+        return GroupState(adapter, [each.shard or shard for each in states], states[0].phase)
 
     @property
     def closed(self) -> bool:
@@ -146,11 +182,11 @@ class LearnerGroup:
     def close(self) -> None:
         """End the ranks and give their resources back."""
         for actor in getattr(self, "_ranks", []):
-            ray.kill(actor)
-        self._ranks = []
-        if self._placement is not None:
+            end_actor(actor)
+        self._ranks, self._pulses = [], []
+        if self._placement is not None and not ray_given_up():
             remove_placement_group(self._placement)
-            self._placement = None
+        self._placement = None
 
     def _launch(self, model_path: str, rank: int) -> Any:
         resources = self.config.resources
@@ -167,7 +203,7 @@ class LearnerGroup:
             # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}},
         }
-        remote = ray.remote(self._rank_type).options(**options)
+        remote = with_pulse(self._rank_type).options(**options)
         return remote.remote(self.config, model_path, rank, self.config.learner.ranks)
 
     def _start(self, adapter: AdapterState | None, shards: Sequence[bytes] | None) -> list[dict[str, Any]]:
@@ -190,24 +226,40 @@ class LearnerGroup:
         finally:
             self.doing = None
 
+    def _require_pulse(self, method: str) -> None:
+        for rank, pulse in enumerate(self._pulses):
+            if pulse.stopped:
+                silent_s = pulse.silent_s()
+                raise RanksLost(
+                    f"learner rank {rank} hangs in '{method}': it has not answered for {silent_s:.0f} s "
+                    "(timeouts.heartbeat)",
+                    "hung",
+                    silent_s,
+                )
+
     def _answers(
         self, refs: list[ray.ObjectRef[Any]], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
     ) -> list[Any]:
-        """All ranks' answers; the first rank that fails is named at once, since the others wait for it in vain."""
+        """All ranks' answers. The first rank that fails is named at once, since the others wait for it in vain."""
         pending, deadline = list(refs), time.monotonic() + timeout_s
         while pending:
             left = deadline - time.monotonic()
             done, pending = bounded_wait(pending, who="learner ranks", timeout_s=min(max(left, 0.0), _TICK_S))
             if not done and left > 0:
                 on_tick()
+                self._require_pulse(method)
                 continue
             if not done:
                 late = ", ".join(str(refs.index(ref)) for ref in pending)
-                raise WaitTimeout(f"learner rank {late} did not finish '{method}' within {timeout_s:g} s")
+                raise RanksLost(f"learner rank {late} did not finish '{method}' within {timeout_s:g} s", "late")
+            rank = refs.index(done[0])
             try:
-                bounded_get(done[0], who=f"learner rank {refs.index(done[0])} ({method})", timeout_s=timeout_s)
+                bounded_get(done[0], who=f"learner rank {rank} ({method})", timeout_s=timeout_s)
             except ray.exceptions.RayActorError as error:
-                raise WorkerLost(f"learner rank {refs.index(done[0])} died during '{method}': {error}") from error
+                raise RanksLost(f"learner rank {rank} died during '{method}': {first_line(error)}") from error
+            except ray.exceptions.ObjectLostError as error:
+                text = f"learner rank {rank} could not have what it was to learn from in '{method}'"
+                raise RanksLost(f"{text}: {first_line(error)}", "lost") from error
         answers = bounded_get(refs, who=f"the learner ranks ({method})", timeout_s=timeout_s)
         self.heard = time.time()
         return answers

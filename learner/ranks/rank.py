@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -82,6 +82,17 @@ class PublishedAdapter:
     state: AdapterState
     digest: str
     peft_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank gives of the group's state, see ``learner.ranks.group.GroupState``."""
+
+    adapter: PublishedAdapter | None
+    """From rank 0."""
+    shard: bytes | None
+    """None from a rank whose optimizer holds what rank 0's does."""
+    phase: Mapping[str, AdapterState]
 
 
 class GroupConfig(Protocol):
@@ -279,6 +290,21 @@ class Rank(ABC):
     def export(self) -> bytes:
         """This rank's optimizer state as safetensors."""
         return save_safetensors(export_state(self.engine))
+
+    def commit(self) -> RankState:
+        """What the group needs of this rank to go on from here, in other processes too."""
+        adapter = self.publish()
+        # At stage 0 each rank holds all of the optimizer's state, and takes the same steps.
+        own = self.rank == 0 or self.config.learner.zero_stage > 0
+        return RankState(adapter, self.export() if own else None, self.phase_state() if self.rank == 0 else {})
+
+    def ping(self) -> None:
+        """Answers, in a thread of its own (``rollout.pulse``)."""
+        return
+
+    def phase_state(self) -> dict[str, AdapterState]:
+        """Weights beside the trained ones, of a method that learns in phases."""
+        return {}
 
     def _device(self) -> torch.device:
         wanted = self.config.learner.device

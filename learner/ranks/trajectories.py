@@ -85,7 +85,7 @@ class LearnerRank(Rank):
 
         Args:
             number: of the phase, from 0.
-            state: what ``phase_state`` gave in the middle of it; None at its begin.
+            state: what ``commit`` gave in the middle of it; None at its begin.
         """
         phases = self.config.objective.phases()
         assert phases is not None, f"{self.config.objective.type} learns in no phases"
@@ -99,10 +99,8 @@ class LearnerRank(Rank):
             self._phase_weights.next()
             inner_optimizer(self.engine).state.clear()
 
-    def phase_state(self) -> dict[str, AdapterState] | None:
-        """From rank 0, what a checkpoint must hold of the present phase; None from the others, which hold the same."""
-        assert self._phase_weights is not None, "no phase was begun"
-        return self._phase_weights.state() if self.rank == 0 else None
+    def phase_state(self) -> dict[str, AdapterState]:
+        return {} if self._phase_weights is None else self._phase_weights.state()
 
     def _accumulate(self, plan: Plan, data: list[TrajectoryGroup]) -> tuple[Statistics, float]:
         head = self._head

@@ -7,11 +7,15 @@ clusters on this platform. So this module reaches into Ray, under the names ``ra
 other one does; ``tests/whole/test_closed_ray.py`` attacks what comes of it.
 """
 
+import atexit
 import contextlib
+import itertools
 import logging
 import os
 import secrets
 import shutil
+import socket
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.worker
 from ray._private import ray_constants
 from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few things only
     AuthenticationMode,
@@ -29,6 +34,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few 
 
 from learner.runs.stopping import not_for_children, uninterrupted
 from rewards.errors import ConfigError
+from rollout.given_up import ray_given_up
 from rollout.process import for_ray_workers
 
 LOOPBACK = "127.0.0.1"
@@ -69,7 +75,11 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
         raise
     finally:
         with uninterrupted():
-            ray.shutdown()
+            if ray_given_up():
+                abandon()
+                failed = False  # a Ray that somebody killed has nothing to say
+            else:
+                ray.shutdown()
             _forget_authentication()
             if failed:
                 _keep_logs(private)
@@ -87,6 +97,33 @@ def loopback_only() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def core_processes() -> dict[str, int]:
+    """Process ids of the raylet of this node and, where this process started it, of the GCS. Ray must be there."""
+    node = _node()
+    with socket.socket(socket.AF_UNIX) as raylet:
+        raylet.connect(node.raylet_socket_name)
+        pid, _, _ = struct.unpack("3i", raylet.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    found = {"raylet": pid}
+    if started := node.all_processes.get(ray_constants.PROCESS_TYPE_GCS_SERVER):
+        found["GCS"] = started[0].process.pid
+    return found
+
+
+def abandon() -> None:
+    """Leave a Ray whose core has died: end what this process started of it, and have Ray do nothing at exit, where it
+    would wait for what isn't there any more."""
+    atexit.unregister(ray._private.worker.shutdown)
+    for each in itertools.chain.from_iterable(_node().all_processes.values()):
+        with contextlib.suppress(ProcessLookupError):
+            each.process.kill()
+
+
+def _node() -> Any:
+    node: Any = ray._private.worker._global_node
+    assert node is not None, "Ray was never started"
+    return node
 
 
 def token_header() -> dict[str, str]:

@@ -13,9 +13,10 @@ import grpc
 import ray
 from ray.util import get_node_ip_address
 
-from learner.runs.local_ray import check_place, local_ray, loopback_only, token_header
+from learner.runs.local_ray import abandon, check_place, local_ray, loopback_only, token_header
 from learner.settings.run import RunConfig, check_resources, in_ray_job, required_resources
 from rewards.errors import ConfigError
+from rollout.given_up import ray_given_up
 from rollout.process import for_ray_workers
 
 _KNOCK_LIMIT_S = 10.0
@@ -54,7 +55,7 @@ def joined_ray(
             check_cluster(wanted, insecure=insecure)
             address = stack.enter_context(_cluster(_named(wanted)))
             told = f"joined the Ray cluster at {address}"
-            if _is_open(address, _answer(address)):
+            if _is_open(address, answer(address)):
                 _refuse_unless(insecure, address)
                 told += "; it lets everybody in (resources.ray_insecure=true)"
         else:
@@ -91,17 +92,17 @@ def check_cluster(wanted: str | None, *, insecure: bool) -> None:
         socket.create_connection((host, port), timeout=_KNOCK_LIMIT_S).close()
     except OSError as error:
         raise ConfigError(f"no Ray answers at {address} ({error}); start one, or {_NO_CLUSTER}") from error
-    answer = _answer(reached)
-    if _is_open(reached, answer):
+    said = answer(reached)
+    if _is_open(reached, said):
         _refuse_unless(insecure, reached)
-    if answer == grpc.StatusCode.UNAUTHENTICATED:
+    if said == grpc.StatusCode.UNAUTHENTICATED:
         mine = token_header()
         if not mine:
             raise ConfigError(
                 f"no Ray answers at {address} without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
                 f"the file that holds it, or {_NO_CLUSTER}"
             )
-        if _answer(reached, mine) == grpc.StatusCode.UNAUTHENTICATED:
+        if answer(reached, mine) == grpc.StatusCode.UNAUTHENTICATED:
             raise ConfigError(
                 f"no Ray answers at {address} to this shell's token; set RAY_AUTH_TOKEN_PATH to the file that holds "
                 f"the right one, or {_NO_CLUSTER}"
@@ -133,7 +134,7 @@ def joins(wanted: str | None) -> bool:
     return named != "local" if named else in_ray_job()
 
 
-def _answer(address: str, header: Mapping[str, str] | None = None) -> grpc.StatusCode:
+def answer(address: str, header: Mapping[str, str] | None = None) -> grpc.StatusCode:
     """What the Ray at ``host:port`` says to a question that comes with this header, by default without a token."""
     metadata = [(name.lower(), value) for name, value in (header or {}).items()]
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -176,7 +177,10 @@ def _cluster(wanted: str) -> Iterator[str]:
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
-        ray.shutdown()
+        if ray_given_up():
+            abandon()
+        else:
+            ray.shutdown()
 
 
 def _only_on_loopback(address: str) -> bool:

@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from rewards.command import piped, reported
+from rollout.given_up import ray_given_up
 
 _INSISTING = (signal.SIGINT, signal.SIGTERM)
 """Of these the second one ends a run at once."""
@@ -48,6 +49,16 @@ def interrupted(error: KeyboardInterrupt) -> Interrupted:
 def exit_status(command: Callable[[], int]) -> int:
     """Of any ``python -m learner.X``: what the command returns, 2 for wrong settings, 1 for another error of ours (both
     are printed on standard error, see ``rewards.command``), and 128 + signal when one ended it."""
+    status = _status(command)
+    if ray_given_up():  # what is left of Ray in this process would crash it, or wait for a minute
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    return status
+
+
+def _status(command: Callable[[], int]) -> int:
     try:
         with piped():
             return reported(command)

@@ -300,7 +300,7 @@ def refs(cluster, tiny_model, start) -> list[ray.ObjectRef]:
     return put(draw_batch(tiny_model, settings(), start))
 
 
-def two_updates_and_a_third(group: LearnerGroup, refs, folder: Path) -> tuple[Checkpoint, str, list[bytes]]:
+def two_updates_and_a_third(group: ProbedGroup, refs, folder: Path) -> tuple[Checkpoint, str, list[bytes]]:
     """A checkpoint after the second update, read back from disk; adapter digest and shards after the third."""
     for index in range(2):
         assert group.update(refs, index, 1e-3).applied
@@ -340,6 +340,6 @@ def test_a_resume_in_new_processes_goes_on_bit_for_bit(ranks, tiny_model, start,
     try:
         assert not pids & {description["pid"] for description in group.descriptions}
         assert group.update(refs, 2, 1e-3).applied
-        assert group.publish().digest == third and group.export() == shards
+        assert group.publish().digest == third and group.commit().shards == shards
     finally:
         group.close()

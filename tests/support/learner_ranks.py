@@ -305,6 +305,15 @@ class ProbedGroup(LearnerGroup):
         self.config = config
         self.ask("reconfigure", config)
 
+    def export(self) -> list[bytes]:
+        """Every rank's own optimizer state, in rank order, whatever the stage."""
+        return self.ask("export")
+
+    def phase_state(self) -> dict[str, AdapterState]:
+        """As rank 0 holds it."""
+        state: dict[str, AdapterState] = self.ask("phase_state")[0]
+        return state
+
     def ask(self, method: str, *args: Any) -> list[Any]:
         """All ranks' answers."""
         return self._all(method, *args, limit=120.0)

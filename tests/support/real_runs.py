@@ -13,6 +13,8 @@ from typing import Any
 
 from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
+from services.store import schema
+from tests.support import store_rows
 from tests.support.forked import Forked
 from tests.support.metrics_rows import deterministic
 
@@ -205,6 +207,21 @@ def kill_session(leader: int, timeout_s: float = 30.0) -> None:
         return not members
 
     wait_until(gone, f"the end of session {leader}", timeout_s)
+
+
+def store_status(run_dir: RunDirectory) -> tuple[str, int]:
+    """The run's status, and how often it was started."""
+    engine = schema.open_engine(run_dir.store_url, create=False)
+    (run,) = store_rows.list_runs(engine)
+    engine.dispose()
+    return run["status"], run["starts"]
+
+
+def store_events(run_dir: RunDirectory) -> list[dict[str, Any]]:
+    engine = schema.open_engine(run_dir.store_url, create=False)
+    events = store_rows.list_events(engine, run_dir.id)
+    engine.dispose()
+    return events
 
 
 def send(signum: int, pids: Sequence[int]) -> None:

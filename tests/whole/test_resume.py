@@ -10,15 +10,12 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from learner.runs.directory import RunDirectory
 from learner.settings.run import load_dumped
 from rollout.adapters import digest, read_peft_folder
-from services.store import schema
-from tests.support import store_rows
 from tests.support.real_runs import (
     LEDGER_STATES,
     Runs,
@@ -29,6 +26,8 @@ from tests.support.real_runs import (
     rows,
     saved_iterations,
     send,
+    store_events,
+    store_status,
     summary,
     training_rows,
     wait_until,
@@ -45,21 +44,6 @@ def assert_same_run(run_dir: RunDirectory, other: RunDirectory) -> None:
 
 def adapter_digest(run_dir: RunDirectory) -> str:
     return digest(read_peft_folder(run_dir.adapter_dir)[0])
-
-
-def store_status(run_dir: RunDirectory) -> tuple[str, int]:
-    """The run's status, and how often it was started."""
-    engine = schema.open_engine(run_dir.store_url, create=False)
-    (run,) = store_rows.list_runs(engine)
-    engine.dispose()
-    return run["status"], run["starts"]
-
-
-def store_events(run_dir: RunDirectory) -> list[dict[str, Any]]:
-    engine = schema.open_engine(run_dir.store_url, create=False)
-    events = store_rows.list_events(engine, run_dir.id)
-    engine.dispose()
-    return events
 
 
 def copy_of(run_dir: RunDirectory, name: str) -> RunDirectory:
@@ -132,14 +116,44 @@ def stands_still(run: StartedRun) -> bool:
     return iterations(run.dir) == before
 
 
-def test_learner_rank_killed_ends_the_run_in_a_sentence(runs: Runs) -> None:
-    with runs.started("rank") as run:
+@pytest.mark.parametrize(
+    ("how", "cause"), [(signal.SIGKILL, "died"), (signal.SIGSEGV, "died"), (signal.SIGSTOP, "hung")]
+)
+def test_a_lost_learner_rank_costs_an_iteration_and_no_bit(
+    runs: Runs, undisturbed: RunDirectory, how: signal.Signals, cause: str
+) -> None:
+    name = f"rank-{how.name.lower()}"
+    with runs.started(name, "timeouts.heartbeat=5") as run:
         run.wait_for_row(2)
-        send(signal.SIGKILL, run.ranks())
+        (before,) = run.ranks()
+        send(how, [before])
+        assert run.wait() == 0, run.output()
+        assert "Traceback" not in run.output()
+    assert_same_run(runs[name], undisturbed)
+    assert_ledger_balances(runs[name])
+    (fault,) = [event for event in store_events(runs[name]) if event["kind"] == "fault"]
+    assert fault["data"]["part"] == "rank" and fault["data"]["cause"] == cause and fault["data"]["iterations"] == 1
+    assert store_status(runs[name]) == ("finished", 1)
+
+
+def test_ranks_that_are_lost_time_and_again_end_the_run_which_can_be_resumed(
+    runs: Runs, undisturbed: RunDirectory
+) -> None:
+    with runs.started("ranks-gone", "checkpoint.every=100") as run:
+        run.wait_for_row(2)
+        killed: set[int] = set()
+        deadline = time.monotonic() + 300
+        while run.popen.poll() is None and time.monotonic() < deadline:
+            send(signal.SIGKILL, new := [pid for pid in run.ranks() if pid not in killed])
+            killed |= set(new)
+            time.sleep(0.2)
         assert run.wait() == 1, run.output()
-    assert "learner rank 0 died" in run.output() and "Traceback" not in run.output()
-    assert store_status(runs["rank"]) == ("failed", 1)
-    assert saved_iterations(runs["rank"]), "nothing to resume from"
+    assert "ranks were lost 4 times in a row" in run.output() and "Traceback" not in run.output()
+    assert len(killed) == 4
+    assert store_status(runs["ranks-gone"]) == ("failed", 1)
+    assert saved_iterations(runs["ranks-gone"]) == [iterations(runs["ranks-gone"])[-1]], "what was learned is kept"
+    runs.train("ranks-gone", "resume=auto")
+    assert rows(runs["ranks-gone"]) == rows(undisturbed)
 
 
 def test_asynchronous_run_killed_goes_on_within_its_bounds(runs: Runs) -> None:

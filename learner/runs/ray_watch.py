@@ -1,0 +1,91 @@
+"""Ray's own processes, without which a run can't go on: the control service (GCS) of the cluster, and this node's
+raylet.
+
+Ray doesn't tell a driver that one of them has died. A driver whose raylet is dead is ended by Ray at its next call; one
+whose GCS is dead, after a minute, in the middle of anything. So a thread looks for itself, and whoever asked is told at
+once, in that thread: this is the time to save what must not be lost. From then on no wait of ours (``rollout.waits``)
+asks Ray any more.
+"""
+
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import grpc
+import ray
+
+from learner.runs.local_ray import core_processes, token_header
+from learner.runs.session import answer
+from rollout.given_up import give_ray_up, ray_given_up
+
+_LOOK_S = 1.0
+_LOOKS_UNANSWERED = 15
+"""So often a GCS elsewhere may be away, a second or more at a time; it may be one that starts again."""
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_LEAVE_S = 30.0
+
+
+class RayWatch:
+    """Watches while entered.
+
+    Attributes:
+        on_lost: called once, in another thread, with a sentence that says what has gone.
+    """
+
+    on_lost: Callable[[str], None] | None = None
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="ray watch", daemon=True)
+        self._ends = select.poll()
+        self._names: dict[int, str] = {}
+        self._gcs: str | None = None
+
+    def __enter__(self) -> "RayWatch":
+        processes = core_processes()
+        for name, pid in processes.items():
+            end = os.pidfd_open(pid)
+            self._ends.register(end, select.POLLIN)
+            self._names[end] = f"Ray's {name} (process {pid})"
+        if "GCS" not in processes:
+            self._gcs = ray.get_runtime_context().gcs_address
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if ray_given_up():
+            return  # the thread sees to it that the process ends
+        self._thread.join()
+        for end in self._names:
+            os.close(end)
+
+    def _look(self) -> None:
+        unanswered = 0
+        while not self._over.is_set():
+            if ended := self._ends.poll(_LOOK_S * 1000):
+                self._lost(f"{self._names[ended[0][0]]} has died, and nothing works without it")
+                return
+            if self._gcs is None:
+                continue
+            there = answer(self._gcs, token_header()) not in _NO_ANSWER
+            unanswered = 0 if there else unanswered + 1
+            if unanswered == _LOOKS_UNANSWERED:
+                self._lost(f"Ray's GCS at {self._gcs} doesn't answer any more, and nothing works without it")
+                return
+
+    def _lost(self, why: str) -> None:
+        give_ray_up(why)
+        try:
+            if self.on_lost is not None:
+                self.on_lost(why)
+        finally:
+            time.sleep(_LEAVE_S)  # the main thread may be inside Ray, and never come back
+            print(f"error: {why}", file=sys.stderr, flush=True)
+            os._exit(1)
