@@ -54,10 +54,10 @@ class Figures:
 
 
 def simulate(config: SimulationConfig, times: Times, actors: int) -> Figures:
-    """Replay ``config.iterations`` iterations with so many actors, after ``config.warm_up_iterations``."""
+    """Replay ``config.counted`` iterations with so many actors, after ``config.warming``."""
     # The run is longer, or the actors would have nothing left to do before it ends.
-    staleness, first = config.rollout.max_staleness, config.warm_up_iterations
-    longer = first + config.iterations + staleness + 1
+    staleness, first = config.rollout.max_staleness, config.warming
+    longer = first + config.counted + staleness + 1
     run = config.run.model_copy(update={"iterations": longer})
     config = config.model_copy(update={"run": run})
     clock = Clock()
@@ -89,7 +89,7 @@ def simulate(config: SimulationConfig, times: Times, actors: int) -> Figures:
         )
 
     ranks = _Ranks(config, times, actors, pool, clock)
-    cycle.run(ranks, Weights(0, "", []), clock, iterations=first + config.iterations, on_iteration=read)
+    cycle.run(ranks, Weights(0, "", []), clock, iterations=first + config.counted, on_iteration=read)
     spent = {name: readings[-1][name] - readings[first][name] for name in readings[0]}
     seconds, marks = spent["time"], cycle.marks
     updating = _sum_of_spans(marks.gathered[first:], marks.updated[first:])
@@ -107,7 +107,7 @@ def simulate(config: SimulationConfig, times: Times, actors: int) -> Figures:
     fullest = max(busy, key=lambda name: busy[name])
     return Figures(
         actors=actors,
-        iterations_per_hour=3600 * config.iterations / seconds,
+        iterations_per_hour=3600 * config.counted / seconds,
         groups_per_s=len(consumed) / seconds,
         actors_idle=1 - (spent["worked"] + spent["away"]) / of_actors,
         actors_away=spent["away"] / of_actors,
@@ -140,8 +140,8 @@ class _Ranks:
                 self._clock.now = end
                 return
             pump()
-            # Pumps that would find nothing are left out, but for one a second, which finds the leases that are overdue.
-            ahead = min(max(self._pool.next_event() - self._clock.now, 0.0), 1.0)
+            # Pumps that would find nothing are left out.
+            ahead = min(max(self._pool.next_event(), self._clock.now), end) - self._clock.now
 
     def publish(self, version: int) -> Weights:
         self._clock.spend(self._times.publish_s)

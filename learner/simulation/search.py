@@ -8,8 +8,8 @@ from learner.simulation.times import Times
 
 MORE_STALENESS = 4
 """Versions above the settings' own ``rollout.max_staleness`` that are tried."""
-STEP = 1.1
-"""From one number of actors that is tried to the next."""
+PRECISION = 0.03
+"""Of the number of actors, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ def advise(config: SimulationConfig, times: Times) -> Advice:
 
 
 def best(config: SimulationConfig, times: Times) -> Choice:
-    """The smallest number of actors that leaves neither side too idle; where there is none, the one whose idler side
-    is the busiest. Actors beyond the leases that can be out at once would get nothing to do."""
-    rollout = config.rollout
-    groups = rollout.prompts_per_iteration * (rollout.max_staleness + 1)
-    most = -(-groups // rollout.groups_per_lease)
-    tried: list[Figures] = []
-    number = 1
-    while number <= most:
-        tried.append(simulate(config, times, number))
-        if tried[-1].idlest <= config.most_idle:
-            return Choice(rollout.max_staleness, tried[-1], enough=True)
-        if tried[-1].actors_idle > max(0.5, tried[-1].learner_idle):
-            break  # more of them are idler still
-        number = max(number + 1, int(number * STEP))
-    return Choice(rollout.max_staleness, min(tried, key=lambda figures: figures.idlest), enough=False)
+    """The smallest number of actors that leaves the learner no more than ``most_idle`` of the time idle, to
+    ``PRECISION``; where the actors are then idle for longer, or no number is enough for the learner, that one of those
+    tried whose idler side is the busiest. Actors beyond the leases that can be out at once would get nothing to do."""
+    most = config.leases_per_iteration * (config.rollout.max_staleness + 1)
+    as_fast = config.leases_per_iteration * times.lease_s / times.update_s  # as the ranks, if nobody ever waited
+    low, high = max(1, min(most, int(as_fast / 2))), max(1, min(most, int(4 * as_fast) + 1))
+    tried = {number: simulate(config, times, number) for number in {low, high}}
+    while high - low > max(1, PRECISION * low) and tried[high].learner_idle <= config.most_idle:
+        middle = (low + high) // 2
+        tried[middle] = simulate(config, times, middle)
+        low, high = (low, middle) if tried[middle].learner_idle <= config.most_idle else (middle, high)
+    enough = [number for number, figures in sorted(tried.items()) if figures.idlest <= config.most_idle]
+    if enough:
+        return Choice(config.rollout.max_staleness, tried[enough[0]], enough=True)
+    return Choice(config.rollout.max_staleness, min(tried.values(), key=lambda f: f.idlest), enough=False)
 
 
 def _with_staleness(config: SimulationConfig, staleness: int) -> SimulationConfig:

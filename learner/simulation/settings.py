@@ -22,10 +22,10 @@ class SimulationConfig(RunConfig):
 
     actors: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = ACTORS
     """Numbers of rollout actors, one row each."""
-    iterations: Annotated[int, Field(ge=4)] = 40
-    """Iterations of each row that are counted."""
+    iterations: Annotated[int, Field(ge=4)] | None = None
+    """Iterations of each row that are counted; null: 40, fewer where that makes more than 20,000 leases, 6 at least."""
     warm_up: NonNegativeInt | None = None
-    """Iterations before those; null: 8 for each version that groups may be behind, and 8 more."""
+    """Iterations before those; null: a fifth of them, and as many for each version that groups may be behind."""
     most_idle: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of time that the recommended number of actors leaves either side idle, at most."""
     lease_s: PositiveFloat | None = None
@@ -64,9 +64,20 @@ class SimulationConfig(RunConfig):
     """How many times as long a slow actor takes."""
 
     @property
-    def warm_up_iterations(self) -> int:
+    def leases_per_iteration(self) -> int:
+        """Leases that an iteration is cut into."""
+        return -(-self.rollout.prompts_per_iteration // self.rollout.groups_per_lease)
+
+    @property
+    def counted(self) -> int:
+        """``iterations``, its default filled in."""
+        return self.iterations or max(6, min(40, 20_000 // self.leases_per_iteration))
+
+    @property
+    def warming(self) -> int:
         """``warm_up``, its default filled in: actors that are a little too fast need long to fill the buffer."""
-        return 8 * (self.rollout.max_staleness + 1) if self.warm_up is None else self.warm_up
+        of_a_version = -(-self.counted // 5)
+        return of_a_version * (self.rollout.max_staleness + 1) if self.warm_up is None else self.warm_up
 
 
 OWN = tuple(name for name in SimulationConfig.model_fields if name not in RunConfig.model_fields)

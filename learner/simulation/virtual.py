@@ -94,11 +94,17 @@ class SimulatedPool:
             actor.version = weights.version
             work += self._times.load_s + self._transfer(actor.node, weights.version)
         self._push(self._clock.now + work, "done", actor)
+        if work > (limit := self._config.timeouts.lease):
+            self._push(self._clock.now + limit, "look", actor)
+        if (after := self._config.rollout.second_lease_after_s) is not None:
+            self._push(self._clock.now + after, "look", actor)
 
     def poll(self, timeout_s: float) -> list[Delivery | ActorLost]:
-        """What has happened; the clock goes on to the next event, by ``timeout_s`` seconds at most."""
-        if not self._killed:
-            self._clock.wait_until(min(self.next_event(), self._clock.now + timeout_s))
+        """What has happened. With a timeout the clock goes on to the next event, however far: waits of a second in
+        which nothing happens would change nothing."""
+        if timeout_s > 0 and not self._killed:
+            assert self._queue, "waiting for actors that have nothing to do: it would never end"
+            self._clock.wait_until(self.next_event())
         events: list[Delivery | ActorLost] = [*self._killed]
         self._killed = []
         while self._queue and self._queue[0][0] <= self._clock.now:
@@ -122,7 +128,8 @@ class SimulatedPool:
                 return
 
     def next_event(self) -> float:
-        """When something happens next that the controller would notice."""
+        """When something happens next that the controller may notice; a ``look`` is when a lease has lasted so long
+        that the ledger does something about it."""
         return self._queue[0][0] if self._queue else math.inf
 
     def worked(self) -> float:
@@ -175,6 +182,7 @@ class SimulatedPool:
         self.failures += 1
         if actor.lease is not None and self._faults.random() < self._config.hangs:
             actor.hung_since = when  # nobody notices before the lease's time is over
+            self._push(actor.began + self._config.timeouts.lease, "look", actor)
             return []
         return self._lose(actor, when, "died")
 
