@@ -10,6 +10,7 @@ A state may bring a head that actors draw with (``rollout.models.prompt_head``):
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,14 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, PackedTensor]:
     """Copy tensors of any dtype and device into packed form, sorted by name."""
     packed = {}
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", copy=True).contiguous()
-        data = tensor.reshape(-1).view(torch.uint8).numpy()
-        packed[name] = PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+        packed[name] = _packed(tensors[name].detach().to("cpu", copy=True))
     return packed
+
+
+def _packed(tensor: torch.Tensor) -> PackedTensor:
+    """Of a CPU tensor, whose memory it shares where that is contiguous."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
 
 
 def unpack(packed: PackedTensor) -> torch.Tensor:
@@ -91,14 +96,33 @@ def unpack(packed: PackedTensor) -> torch.Tensor:
     return flat.reshape(packed.shape)
 
 
+def _readable(packed: PackedTensor) -> torch.Tensor:
+    """The packed values where they lie, which may be memory of the object store that nobody may write to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        flat = torch.from_numpy(packed.data)
+    return flat.view(getattr(torch, packed.dtype)).reshape(packed.shape)
+
+
 def digest(state: AdapterState) -> str:
     """sha256 over sorted (canonical name, dtype, shape, bytes)."""
     sha = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name]
-        sha.update(f"{name}|{tensor.dtype}|{tensor.shape}|".encode())
-        sha.update(np.ascontiguousarray(tensor.data).tobytes())
+        _hash(sha, name, state[name])
     return sha.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The digest of these tensors, packed; what lies in the CPU's memory is hashed where it is, the rest one by one."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        _hash(sha, name, _packed(tensors[name].detach().to("cpu")))
+    return sha.hexdigest()
+
+
+def _hash(sha: Any, name: str, tensor: PackedTensor) -> None:
+    sha.update(f"{name}|{tensor.dtype}|{tensor.shape}|".encode())
+    sha.update(np.ascontiguousarray(tensor.data))
 
 
 def require_plain_lora(peft_config: Mapping[str, Any], source: Path) -> None:
@@ -138,7 +162,7 @@ def load_state(model: torch.nn.Module, state: AdapterState) -> None:
             raise WeightMismatch(f"{name} is {theirs.dtype} {theirs.shape} in the adapter and {held} in this model")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(unpack(state[name]))
+            parameter.copy_(_readable(state[name]))
 
 
 def write_peft_folder(folder: Path, state: AdapterState, peft_config: Mapping[str, Any]) -> None:

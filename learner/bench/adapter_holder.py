@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rewards.errors import WeightMismatch
-from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack
+from rollout.adapters import AdapterState, adapter_parameters, digest_of, load_state
 from rollout.waits import bounded_get
 
 
@@ -49,7 +49,7 @@ class AdapterHolder:
             WeightMismatch: what was loaded has another digest.
         """
         load_state(self._module, adapter)
-        if (found := digest(pack(adapter_parameters(self._module)))) != expected:
+        if (found := digest_of(adapter_parameters(self._module))) != expected:
             raise WeightMismatch(f"the adapter was published with digest {expected[:12]}, loaded was {found[:12]}")
 
     def _place(self, name: str, value: torch.Tensor) -> None:

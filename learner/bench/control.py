@@ -162,12 +162,12 @@ def rank_work(size: Size) -> dict[str, Any]:
 
 def publish_to(count: int, size: Size) -> dict[str, Any]:
     """Publish one adapter to ``count`` actors, each with parameters of its own. Figures are None where it doesn't fit
-    into this machine's memory: every actor holds the adapter twice while it hashes what it has loaded."""
+    into this machine's memory."""
     shapes = adapter_shapes(**size.adapter)
     nbytes = 2 * sum(rows * columns for rows, columns in shapes.values())
     row: dict[str, Any] = {"holders": count, "adapter MB": nbytes / 1e6}
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if count * (2.2 * nbytes + 0.4e9) + 3 * nbytes > max(free, _available()):
+    if count * (1.1 * nbytes + 0.4e9) + 3 * nbytes > max(free, _available()):
         print(f"control: {count} holders of {nbytes / 1e6:.0f} MB don't fit into free memory", file=sys.stderr)
         return {**row, "publish s": None, "all loaded s": None, "per actor s": None}
     holder_class: Any = ray.remote(AdapterHolder).options(

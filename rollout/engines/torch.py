@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from rewards.errors import ConfigError, WeightMismatch
-from rollout.adapters import HEAD, AdapterState, adapter_parameters, digest, head_tensors, load_state, pack, unpack
+from rollout.adapters import HEAD, AdapterState, adapter_parameters, digest_of, head_tensors, load_state, unpack
 from rollout.engines.groups import draw_groups
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import load_tokenizer
@@ -104,7 +104,7 @@ class TorchEngine:
         head = {name.removeprefix(HEAD): unpack(tensor) for name, tensor in head_tensors(adapter).items()}
         self._head = net_of(head, self.device) if head else None
         beside = {} if self._head is None else {HEAD + name: p for name, p in self._head.named_parameters()}
-        loaded = digest(pack({**adapter_parameters(self.model), **beside}))
+        loaded = digest_of({**adapter_parameters(self.model), **beside})
         if loaded != expected_digest:
             raise WeightMismatch(
                 f"adapter version {version} was published with digest {expected_digest[:12]}, "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rewards.errors import WeightMismatch
-from rollout.adapters import digest, pack
+from rollout.adapters import digest_of
 
 # Read by vLLM when it is imported. The engine's core stays in this process, where one SIGKILL ends it all, and where no
 # message has to be packed; a CPU's threads are those that the process was given.
@@ -81,7 +81,7 @@ class WorkerParts:
         for name in modules:
             a, b = tensors[rename.map_name(f"{name}.").removesuffix(".")]
             found |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-        return digest(pack(found))
+        return digest_of(found)
 
     def reload(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take these weights, under the names of the checkpoint, in place of the model's."""

@@ -21,6 +21,7 @@ from rollout.adapters import (
     adapter_parameters,
     canonical_name,
     digest,
+    digest_of,
     load_state,
     pack,
     unpack,
@@ -116,7 +117,7 @@ class Merged:
     def load(self, adapter: AdapterState, expected_digest: str) -> None:
         load_state(self._policy, adapter)
         self._is_bare = False
-        _require_digest(digest(pack(adapter_parameters(self._policy))), expected_digest)
+        _require_digest(digest_of(adapter_parameters(self._policy)), expected_digest)
         self._reload()
 
     def _reload(self) -> None:
