@@ -30,6 +30,10 @@ def _command(argv: Sequence[str] | None) -> int:
         print(dump_config(config), end="")
         return 0
     check_paths(config, in_ray_job())
+    if config.run.restarts and not options.dry_run:
+        from learner.control.supervisor import supervise
+
+        return supervise(config.run, "run", config.task.name, options.settings)
     with interrupting():
         from learner.control.launch import run  # torch and Ray take seconds to import
 

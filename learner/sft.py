@@ -34,6 +34,10 @@ def _command(argv: Sequence[str] | None) -> int:
         print(dump_config(config), end="")
         return 0
     check_paths(config, in_ray_job())
+    if config.run.restarts:
+        from learner.control.supervisor import supervise
+
+        return supervise(config.run, "sft", "sft", options.settings)
     with interrupting():
         from learner.finetuning.run import run  # torch and Ray take seconds to import
 

@@ -48,7 +48,7 @@ def run(config: RunConfig, argv: Sequence[str] = (), *, dry_run: bool = False) -
     with contextlib.ExitStack() as stack:
         if dry_run:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-dry-run-"))
-            changes = {"dir": place, "name": "dry-run", "resume": "never", "dashboard": False}
+            changes = {"dir": place, "name": "dry-run", "resume": "never", "dashboard": False, "restarts": 0}
             of_its_own = config.store.model_copy(update={"url": None})
             config = config.model_copy(update={"run": config.run.model_copy(update=changes), "store": of_its_own})
         about = About(

@@ -123,6 +123,9 @@ def begun_run(about: About, found: FoundRun) -> Iterator[BegunRun]:
             reporter.truncate_after(beyond)
             run_dir.write_config(dump_config(about.config))
 
+        if reporter.store.cut_off:
+            goes_on = "begins again" if after is None else f"goes on after iteration {after}"
+            reporter.fault("controller", "died", f"the process before this one ended without a word; the run {goes_on}")
         if after is not None:
             reporter.event("info", "resume", f"run {run_dir.id} goes on after iteration {after}")
         elif run_dir.metrics_path.exists():  # it ended before its first checkpoint: nothing to keep until there is one

@@ -34,6 +34,12 @@ _UNBEGUN = _SKELETON | {
 """What may lie in the folder of a run that never had an iteration."""
 
 
+def new_name(label: str) -> str:
+    """Of a run that is given none: time stamp, label and four random hex digits."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "run"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}-{secrets.token_hex(2)}"
+
+
 class RunDirectory:
     """Paths of one run. ``RunDirectory(path)`` only names them, for readers; ``create`` and ``open`` are for the one
     process that writes: they hold the lock until ``close`` (or the end of a ``with`` block, or of the process).
@@ -63,7 +69,7 @@ class RunDirectory:
     def create(
         cls, base: Path | str, name: str | None = None, *, label: str = "run", shared: bool = False
     ) -> "RunDirectory":
-        """Make ``base/name``; without a name the id is time stamp, label and four random hex digits. Only its owner can
+        """Make ``base/name``; without a name it is a ``new_name``. Only its owner can
         look into it unless it is ``shared``: completions, settings and logs are in it.
 
         A name whose run never began (it has no iteration and no checkpoint) is as good as a new one.
@@ -72,8 +78,7 @@ class RunDirectory:
         refuses.
         """
         if name is None:
-            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "run"
-            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}-{secrets.token_hex(2)}"
+            name = new_name(label)
         elif problems := name_problems(name):
             raise ConfigError(problems[0])
         run = cls(Path(base) / name)

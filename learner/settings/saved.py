@@ -19,7 +19,7 @@ ASIDE = "set-aside"
 ABOUT, COMPLETE = "about.json", "complete"
 """Files in it: the iteration that the resume went on from; a mark that everything is in it."""
 
-OF_A_START = ("name", "dir", "resume", "dashboard", "shared")
+OF_A_START = ("name", "dir", "resume", "dashboard", "restarts", "shared")
 """Settings of the section ``run`` that say nothing about the run itself."""
 
 _CHECKPOINT = re.compile(r"iteration-\d{6,}", re.ASCII)

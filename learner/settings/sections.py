@@ -35,6 +35,9 @@ class RunPlace(Section):
     resume: UserPath = "never"
     """never; auto (the newest good checkpoint of the run that name names, or that was started last); or the path of a
     run or checkpoint. The run goes on with its own settings; what the command line names is laid over them."""
+    restarts: NonNegativeInt = 0
+    """Times that the run is started again, from its newest checkpoint, when its process is killed or ends with an
+    error; the process that was called then only looks after the one that works."""
     shared: bool = False
     """Let other users of the machine read the run's folder, as the umask says; false: the folder is the owner's alone
     (mode 0700)."""

@@ -13,6 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from rewards.errors import ConfigError, StoreError
 from services.store import schema
+from services.store.actions import LIVE_STATUSES
 
 _SILENT_S = 60.0
 """A running run that gave no sign of life for so long is dead."""
@@ -25,6 +26,8 @@ class Entered(NamedTuple):
     """1 when the store had nothing of it."""
     revision: int
     renamed_from: str | None
+    cut_off: bool
+    """The start before this one never said how it ended."""
 
 
 def enter(engine: sa.Engine, run_id: str, identity: str, started: Mapping[str, Any]) -> Entered:
@@ -44,6 +47,7 @@ def enter(engine: sa.Engine, run_id: str, identity: str, started: Mapping[str, A
     try:
         with engine.begin() as connection:
             renamed_from = _rename(connection, run_id, identity)
+            before = connection.execute(sa.select(runs.c.status).where(mine)).scalar()
             entry = insert(runs).values(row)
             entry = entry.on_conflict_do_update(index_elements=["id"], set_=again, where=runs.c.identity == identity)
             connection.execute(entry)
@@ -59,7 +63,7 @@ def enter(engine: sa.Engine, run_id: str, identity: str, started: Mapping[str, A
     except schema.UNANSWERED as error:
         reason = schema.short_reason(error)
         raise StoreError(f"cannot enter the run in the run store {engine.url}: {reason}") from error
-    return Entered(found.starts, found.revision, renamed_from)
+    return Entered(found.starts, found.revision, renamed_from, before in LIVE_STATUSES)
 
 
 def _rename(connection: sa.Connection, run_id: str, identity: str) -> str | None:
@@ -72,7 +76,7 @@ def _rename(connection: sa.Connection, run_id: str, identity: str) -> str | None
     if run is None:
         return None
     silent_s = time.time() - run["heartbeat"]
-    if run["status"] in ("running", "paused") and silent_s < _SILENT_S:
+    if run["status"] in LIVE_STATUSES and silent_s < _SILENT_S:
         raise ConfigError(
             f"the run store {connection.engine.url} has this run under the name {run['id']}, which it had "
             f"{silent_s:.0f} s ago: stop that process, or wait a minute if it is dead; for a copy of the folder choose "

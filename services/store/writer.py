@@ -42,6 +42,7 @@ class StoreWriter:
     Attributes:
         lost_rows: rows that were given up since this writer was opened.
         is_new: the store had nothing of this run.
+        cut_off: the start before this one never said how it ended.
         last_error: why the newest failed attempt failed, also when a later one went through; None when none did.
     """
 
@@ -91,7 +92,7 @@ class StoreWriter:
             self._engine.dispose()
             raise
         self._start: int = mine.starts
-        self.is_new = self._start == 1
+        self.is_new, self.cut_off = self._start == 1, mine.cut_off
         self._revision: int | None = mine.revision  # None: to be read
         self._in_transaction = threading.Lock()  # guards the revision
         self._retention = retention

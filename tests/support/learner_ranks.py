@@ -111,7 +111,7 @@ def relative(expected: AdapterState, state: AdapterState) -> float:
 def adamw_steps(group: LearnerGroup) -> set[int]:
     """Optimizer steps that AdamW has counted in its own state, over all ranks and parameters; 0 without a state."""
     steps = set()
-    for shard in group.export():
+    for shard in group.commit().shards:
         tensors = load_safetensors(shard)
         counted = {int(value) for name, value in tensors.items() if name.startswith("step.")}
         steps |= counted or {0}

@@ -13,6 +13,7 @@ from typing import Any
 
 from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
+from rollout.adapters import digest, read_peft_folder
 from services.store import schema
 from tests.support import store_rows
 from tests.support.forked import Forked
@@ -207,6 +208,10 @@ def kill_session(leader: int, timeout_s: float = 30.0) -> None:
         return not members
 
     wait_until(gone, f"the end of session {leader}", timeout_s)
+
+
+def adapter_digest(run_dir: RunDirectory) -> str:
+    return digest(read_peft_folder(run_dir.adapter_dir)[0])
 
 
 def store_status(run_dir: RunDirectory) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from tests.support.real_runs import (
     LEDGER_STATES,
     Runs,
     StartedRun,
+    adapter_digest,
     assert_ledger_balances,
     iterations,
     newest_state,
@@ -40,10 +41,6 @@ def assert_same_run(run_dir: RunDirectory, other: RunDirectory) -> None:
     assert rows(run_dir) == rows(other)
     assert adapter_digest(run_dir) == adapter_digest(other)
     assert summary(run_dir) == summary(other)
-
-
-def adapter_digest(run_dir: RunDirectory) -> str:
-    return digest(read_peft_folder(run_dir.adapter_dir)[0])
 
 
 def copy_of(run_dir: RunDirectory, name: str) -> RunDirectory:
