@@ -199,7 +199,7 @@ class _Ranks:
     def update(self, items: Sequence[ReplayItem], pump: Callable[[], None]) -> None:
         return
 
-    def publish(self, version: int) -> Weights:
+    def publish(self, version: int, pump: Callable[[], None]) -> Weights:
         return BASE_WEIGHTS._replace(version=version)
 
     def report(self) -> None:

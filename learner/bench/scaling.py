@@ -157,7 +157,7 @@ def real_run(config: SimulationConfig, actors: int, size: Size) -> tuple["TimedR
         cycle = make_cycle(config, pool, make_replay, time.monotonic, _tell)
         learner = WaitingLearner(Spread(size.update_s, SPREAD / 3, "waiting learner"))
         begin = time.monotonic()
-        cycle.run(learner, learner.publish(0), time.monotonic, iterations=WARM_UP + size.iterations)
+        cycle.run(learner, learner.publish(0, lambda: None), time.monotonic, iterations=WARM_UP + size.iterations)
         return replays[0], cycle, time.monotonic() - begin
     finally:
         pool.close()
@@ -197,7 +197,7 @@ class WaitingLearner:
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
             pump_until(thread.submit(time.sleep, self.seconds.draw()), pump)
 
-    def publish(self, version: int) -> Weights:
+    def publish(self, version: int, pump: Callable[[], None]) -> Weights:
         return publish(version, self.adapter)
 
     def report(self) -> None:

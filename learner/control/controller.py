@@ -10,7 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from learner.supply.actors import start_actors
 from learner.supply.feed import Feed
 from learner.supply.greedy import greedy_solve_rates
 from learner.supply.publish import publish
-from learner.supply.pumping import pump_until
+from learner.supply.pumping import Answer, pump_until
 from learner.supply.window import GroupRef, Supply
 from rollout.adapters import digest
 from rollout.ledger import Ledger
@@ -191,10 +191,9 @@ class Controller(Training):
         version = iteration + 1
         if self.phases is not None and self.phases.begin(version) == version:
             self.learner.enter_phase(self.phases.of(version))
-        state = self.learner.commit()
+        state = self._meanwhile(partial(self.learner.commit, on_tick=self._enforce_stop))
         self.feed.replay.commit(items, self.weights.version)
         self._publish(version, state.adapter)
-        groups = self._groups(refs)
         seconds = {
             "rollout_wait": gathered - begin,
             "update": updated - gathered,
@@ -209,6 +208,10 @@ class Controller(Training):
             "machine/tokens_per_s": sum(item.report.tokens for item in items) / total,
         }
         self._advance(reports, total, state)
+        # What the new version allows is drawn while the controller reports.
+        self.feed.issue_through(version + self.config.rollout.max_staleness)
+        self.feed.pump(self.weights, timeout_s=0.0)
+        groups = self._groups(refs)
         self.reporter.iteration(version, metrics)
         self.recorder.iteration(version, groups, reports[0].credit, [report.scored for report in reports])
         self.workers.tell(version)
@@ -223,17 +226,19 @@ class Controller(Training):
         self.weights = self.trained if begins else self.weights._replace(version=version)
 
     def _update(self, refs: Sequence[Any], iteration: int, index: int) -> UpdateReport:
-        """One optimizer step; meanwhile the actors are kept busy with what may be drawn ahead. The learning rate's
-        schedule is that of the run, or of each phase."""
+        """One optimizer step. The learning rate's schedule is that of the run, or of each phase."""
         per_batch, iterations, begin = self.config.learner.updates_per_batch, self.config.run.iterations, 0
         if self.phases is not None:
             iterations, begin = self.phases.iterations, self.phases.begin(iteration)
         number = (iteration - begin) * per_batch + index
         lr = self._learning_rate(number, iterations * per_batch)
         index = index if self.phases is None else number
+        return self._meanwhile(partial(self.learner.update, refs, index, lr, on_tick=self._enforce_stop))
+
+    def _meanwhile(self, work: Callable[[], Answer]) -> Answer:
+        """What the ranks answer; until then the actors are kept busy with what may be drawn ahead."""
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-            update = thread.submit(self.learner.update, refs, index, lr, on_tick=self._enforce_stop)
-            return pump_until(update, partial(self.feed.pump, self.weights, timeout_s=0.0))
+            return pump_until(thread.submit(work), partial(self.feed.pump, self.weights, timeout_s=0.0))
 
     def _metrics(
         self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]

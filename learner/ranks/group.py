@@ -168,9 +168,9 @@ class LearnerGroup:
         """Begin a phase, or go on in one with what a ``GroupState`` holds of it; see ``LearnerRank.enter_phase``."""
         self._all("enter_phase", number, state, limit=self.config.timeouts.publish)
 
-    def commit(self) -> GroupState:
-        """Where the group stands."""
-        states: list[RankState] = self._all("commit", limit=self.config.timeouts.checkpoint)
+    def commit(self, *, on_tick: Callable[[], None] | None = None) -> GroupState:
+        """Where the group stands. ``on_tick``: called meanwhile, every second, instead of the group's own."""
+        states: list[RankState] = self._all("commit", limit=self.config.timeouts.checkpoint, on_tick=on_tick)
         adapter, shard = states[0].adapter, states[0].shard
         assert adapter is not None and shard is not None, "rank 0 gives both"
         return GroupState(adapter, [each.shard or shard for each in states], states[0].phase)

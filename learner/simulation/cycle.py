@@ -27,8 +27,8 @@ class Learner(Protocol):
     def update(self, items: Sequence[ReplayItem], pump: Callable[[], None]) -> None:
         """Learn from these, calling ``pump`` as often as the controller does."""
 
-    def publish(self, version: int) -> Weights:
-        """The weights after an update."""
+    def publish(self, version: int, pump: Callable[[], None]) -> Weights:
+        """The weights after an update; ``pump`` is called as before."""
 
     def report(self) -> None:
         """What the controller does at the end of an iteration."""
@@ -78,9 +78,11 @@ class Cycle:
 
             learner.update(items, pump)
             marks.updated.append(clock())
-            self.feed.replay.commit(items, weights.version)
-            weights = learner.publish(iteration + 1)
+            weights = learner.publish(iteration + 1, pump)
+            self.feed.replay.commit(items, held.version)
             marks.published.append(clock())
+            self.feed.issue_through(iteration + 1 + config.rollout.max_staleness)
+            self.feed.pump(weights, timeout_s=0.0)
             learner.report()
             self.staleness.append([item.staleness for item in items])
         on_iteration()

@@ -132,8 +132,14 @@ class _Ranks:
         self._updates = Spread(times.update_s, times.update_spread, config.run.seed, "simulated updates", actors)
 
     def update(self, items: Sequence[ReplayItem], pump: Callable[[], None]) -> None:
-        end = self._clock.now + self._updates.draw()
-        ahead = 0.0  # the first pump hands out what the new version allows
+        self._work(self._updates.draw(), pump)
+
+    def publish(self, version: int, pump: Callable[[], None]) -> Weights:
+        self._work(self._times.publish_s, pump)
+        return Weights(version, "", [])
+
+    def _work(self, seconds: float, pump: Callable[[], None]) -> None:
+        end, ahead = self._clock.now + seconds, 0.0
         while self._clock.now < end:
             self._clock.spend(max(1, math.ceil(ahead / PUMP_S)) * PUMP_S)
             if self._clock.now >= end:
@@ -142,10 +148,6 @@ class _Ranks:
             pump()
             # Pumps that would find nothing are left out.
             ahead = min(max(self._pool.next_event(), self._clock.now), end) - self._clock.now
-
-    def publish(self, version: int) -> Weights:
-        self._clock.spend(self._times.publish_s)
-        return Weights(version, "", [])
 
     def report(self) -> None:
         self._clock.spend(self._config.report_s)

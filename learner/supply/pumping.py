@@ -6,7 +6,7 @@ from typing import TypeVar
 
 Answer = TypeVar("Answer")
 
-PUMP_S = 0.05
+PUMP_S = 0.02
 """Seconds between two pumps: how long an actor that has delivered may wait for its next lease."""
 
 
