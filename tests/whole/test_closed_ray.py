@@ -383,7 +383,7 @@ def open_starts(text: str) -> list[str]:
 
 
 def test_instructions_start_ray_with_a_token() -> None:
-    """README and docs; tests/whole/test_deploy.py looks at deploy/."""
+    """README and docs; tests/deploy looks at deploy/."""
     texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     assert [(path.name, line) for path in texts for line in open_starts(path.read_text(encoding="utf-8"))] == []
     assert open_starts("first\n  RAY_X=1 ray start --head") == ["RAY_X=1 ray start --head"], "the control"

@@ -1,6 +1,5 @@
-"""deploy/: the cluster launcher's file against Ray's own schema, and a real cluster of several local nodes."""
+"""deploy/local.sh: a real cluster of several local nodes."""
 
-import copy
 import json
 import os
 import re
@@ -12,11 +11,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
-import yaml
 
 from tests.support.listening import listeners
 from tests.support.real_runs import TEST_PROCESS, command_line
@@ -25,55 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT / "deploy" / "local.sh"
 PORT = 21000 + 2000 * (TEST_PROCESS % 5)
 """The first of 2,000 that no other process of this test session uses."""
-
-
-@pytest.fixture
-def cluster() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "deploy" / "cluster.yaml").read_text())
-
-
-def check_with_ray(config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` does to the file before it launches anything: fill in the provider's defaults, then validate."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    prepared = prepare_config(copy.deepcopy(config))
-    validate_config(prepared)
-    return prepared
-
-
-def test_cluster_file_passes_rays_own_schema(cluster: dict[str, Any]) -> None:
-    prepared = check_with_ray(cluster)
-    assert prepared["head_node_type"] == "head"
-
-
-def test_rays_schema_refuses_an_unknown_setting(cluster: dict[str, Any]) -> None:
-    with pytest.raises(jsonschema.ValidationError):
-        check_with_ray(cluster | {"available_node_typos": {}})
-
-
-def test_rays_schema_refuses_more_workers_than_the_cluster_may_have(cluster: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="max_workers"):
-        check_with_ray(cluster | {"max_workers": 1})
-
-
-def test_head_gets_no_work_and_each_worker_type_has_bounds(cluster: dict[str, Any]) -> None:
-    types = cluster["available_node_types"]
-    assert types["head"]["resources"] == {"CPU": 0}
-    assert types["head"]["max_workers"] == 0
-    for name in ("learner", "rollout"):
-        assert 0 < types[name]["min_workers"] <= types[name]["max_workers"]
-        assert types[name]["resources"]["GPU"] > 0
-    assert sum(kind["max_workers"] for kind in types.values()) <= cluster["max_workers"]
-
-
-def test_every_node_starts_with_a_token_and_the_environment_on_path(cluster: dict[str, Any]) -> None:
-    for role in ("head", "worker"):
-        (start,) = (c for c in cluster[f"{role}_start_ray_commands"] if "ray start" in c)
-        before = start.partition("ray start")[0]
-        assert "RAY_AUTH_MODE=token" in before
-        assert "PATH=$HOME/unmask-env/bin:$PATH" in before
-    assert "/home/ubuntu/.ray/auth_token" in cluster["file_mounts"]
-    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
 
 
 class LocalCluster:
