@@ -86,6 +86,10 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# Faults at random under whole runs, which must end as if there had been none: make chaos SEED=1 MINUTES=10
+chaos: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.chaos.soak --seed $(or $(SEED),0) --minutes $(or $(MINUTES),10)
+
 reproduce: setup
 	$(PY) -m learner.reproduce $(ARGS)
 

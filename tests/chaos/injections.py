@@ -1,0 +1,109 @@
+"""Faults that are done to a run's processes, and what came of each."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.real_runs import StartedRun, command_line, iterations, session_members, store_events, wait_until
+
+HOW = {
+    "killed": signal.SIGKILL,
+    "exits": signal.SIGTERM,
+    "segfaults": signal.SIGSEGV,
+    "hangs": signal.SIGSTOP,
+}
+LIMIT_S = 240.0
+"""Until work goes on after a fault."""
+
+
+def controller(run: StartedRun) -> list[int]:
+    """The process that works for a run with ``run.restarts``; it leads a session of its own."""
+    named = f"run.name={run.dir.id}"
+    lead = [int(name) for name in os.listdir("/proc") if name.isdigit() and named in command_line(int(name))]
+    return [pid for pid in lead if "run.restarts=0" in command_line(pid) and os.getsid(pid) == pid]
+
+
+def _members(run: StartedRun) -> list[int]:
+    return [pid for leader in controller(run) for pid in session_members(leader)]
+
+
+def _titled(title: str) -> Callable[[StartedRun], list[int]]:
+    return lambda run: [pid for pid in _members(run) if command_line(pid).startswith(title)]
+
+
+def _program(name: str) -> Callable[[StartedRun], list[int]]:
+    return lambda run: [pid for pid in _members(run) if command_line(pid).split(" ")[0].endswith(name)]
+
+
+def _graders(run: StartedRun) -> list[int]:
+    """Each leads a session of its own, below an actor."""
+    actors = set(TARGETS["actor"](run))
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent in actors and "-c" in command_line(int(name)):
+            found.append(int(name))
+    return found
+
+
+TARGETS: dict[str, Callable[[StartedRun], list[int]]] = {
+    "actor": _titled("ray::RolloutActor"),
+    "rank": _titled("ray::LearnerRank"),
+    "grader": _graders,
+    "controller": controller,
+    "gcs": _program("gcs_server"),
+    "raylet": _program("raylet/raylet"),
+}
+HANGING = ("actor", "rank")
+"""What is killed and replaced when it hangs, at no cost but time. A grader that hangs costs the verdict that it was
+asked for, which counts as wrong and is told. Nobody watches the controller and Ray's own processes from outside."""
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A fault, and what came of it. Times in seconds since it was done."""
+
+    part: str
+    how: str
+    iteration: int
+    """The newest finished one then."""
+    noticed_s: float | None
+    """Until an event told of it; None where none did: an idle grader is replaced without a word."""
+    went_on_s: float
+    """Until another iteration than those before it was finished."""
+    repeated: int
+    """Iterations, finished before, that were done again."""
+
+
+def inject(run: StartedRun, part: str, how: str, draw: random.Random) -> Injected | None:
+    """Do it, and wait until work has gone on; None where there was no such process, or the run ended meanwhile."""
+    if not (found := TARGETS[part](run)):
+        return None
+    before, begin = _last(run), time.time()
+    os.kill(draw.choice(found), HOW[how])
+    # Two more iterations: the first may have been on its way.
+    wait_until(lambda: _last(run) >= before + 2 or run.popen.poll() is not None, f"work after {part} {how}", LIMIT_S)
+    if _last(run) < before + 2:
+        return None
+    went_on = time.time()
+    told = [event["time"] for event in store_events(run.dir) if event["level"] != "info" and event["time"] >= begin]
+    resumed = [event for event in store_events(run.dir) if event["kind"] == "resume" and event["time"] >= begin]
+    again = before - _resumed_after(resumed) if resumed else 0
+    noticed_s = min(told) - begin if told else None
+    return Injected(part, how, before, noticed_s, went_on - begin, max(0, again))
+
+
+def _last(run: StartedRun) -> int:
+    return max(iterations(run.dir), default=0)
+
+
+def _resumed_after(events: Sequence[dict[str, Any]]) -> int:
+    return int(str(events[-1]["text"]).rpartition(" ")[2])

@@ -1,0 +1,144 @@
+"""Faults at random, for a while: ``make chaos SEED=1 MINUTES=10`` (``python -m tests.chaos.soak --help``).
+With ``--each``, every fault once, one at a time, in one run.
+
+Rounds of whole runs, of a method each, under ``run.restarts``. In each round faults are drawn from the seed and done
+one after the other; then the run must have ended well, with the same rows and the same adapter, bit for bit, as a run
+of the same settings that nothing happened to, and each group must have been learned from once. Ends with a line that
+says faults, recoveries, losses and the verdict, and with status 1 unless the verdict is "sound".
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from learner.runs.directory import RunDirectory
+from tests.chaos.injections import HANGING, HOW, TARGETS, Injected, inject
+from tests.support.real_runs import LEDGER_STATES, Runs, adapter_digest, rows, training_rows
+
+FAULTS_A_ROUND = 8
+SETTINGS = ("recipe=smoke", "run.iterations=240", "evaluation.every=0", "rollout.actors=2", "checkpoint.every=20")
+SETTINGS += ("evaluation.step_divisors=[1]", "evaluation.problems=8", "samples_per_iteration=0")
+SETTINGS += ("timeouts.heartbeat=5", "rollout.grade_timeout_s=3", "timeouts.lease=60")
+METHODS: dict[str, tuple[str, ...]] = {
+    "agrpo": (),
+    "dtm": ("objective.type=dtm", "objective.phase_iterations=4", "objective.buffer_prompts=8", "objective.ema=0.5"),
+    "two-ranks": ("learner.ranks=2", "learner.zero_stage=2", "objective.type=espo", "learner.updates_per_batch=2"),
+    "values": ("objective.type=trace_rl", "objective.value_lr=1e-3"),
+}
+"""What a fault could cost: adapter and moments, a teacher with a buffer, shards and old scores, a head."""
+ALL = [(part, how) for part in TARGETS for how in HOW if how != "hangs" or part in HANGING]
+ALL.remove(("controller", "exits"))  # a SIGTERM asks it to stop, which it does
+RARE = ("controller", "gcs", "raylet")
+
+
+def draws(draw: random.Random) -> Iterator[tuple[str, str]]:
+    """Faults without end. Those that cost a start of the whole run come more seldom."""
+    while True:
+        part, how = draw.choice(ALL)
+        if part not in RARE or draw.random() < 0.4:
+            yield part, how
+
+
+def disturbed(
+    runs: Runs, name: str, settings: Sequence[str], faults: Iterator[tuple[str, str]], draw: random.Random, count: int
+) -> list[Injected]:
+    """A run to which so many faults are done, if it lasts."""
+    found: list[Injected] = []
+    with runs.started(name, *settings, "run.restarts=99") as run:
+        run.wait_for_row(2)
+        for part, how in faults:
+            time.sleep(draw.uniform(0.0, 1.5))
+            done = inject(run, part, how, draw)
+            if done is not None:
+                print(f"  {told(done)}", flush=True)
+                found.append(done)
+            if len(found) == count or run.popen.poll() is not None:
+                break
+        status = run.wait(900.0)
+        assert status == 0, f"the run ended with status {status}: {run.output()[-4000:]}"
+    return found
+
+
+def told(done: Injected) -> str:
+    """A fault in a line."""
+    noticed = "without an event" if done.noticed_s is None else f"noticed after {done.noticed_s:.1f} s"
+    return (
+        f"iteration {done.iteration}: {done.part} {done.how}, {noticed}, work went on after {done.went_on_s:.1f} s, "
+        f"{done.repeated} iterations done again"
+    )
+
+
+def losses(run_dir: RunDirectory, whole: RunDirectory) -> list[str]:
+    """What isn't as in the run that nothing happened to."""
+    found = []
+    if rows(run_dir) != rows(whole):
+        found.append("rows of metrics.jsonl differ")
+    if adapter_digest(run_dir) != adapter_digest(whole):
+        found.append("the adapter differs")
+    for row in training_rows(run_dir):
+        if row["ledger/issued"] != sum(row[f"ledger/{state}"] for state in LEDGER_STATES):
+            found.append(f"the ledger of iteration {row['iteration']} doesn't add up")
+    if training_rows(run_dir)[-1]["ledger/consumed"] != training_rows(whole)[-1]["ledger/consumed"]:
+        found.append("groups were learned from twice, or not at all")
+    return found
+
+
+def soak(
+    folder: Path,
+    *,
+    seed: int,
+    minutes: float,
+    methods: Sequence[str] = tuple(METHODS),
+    count: int = FAULTS_A_ROUND,
+    cache: Path | None = None,
+    each: bool = False,
+) -> tuple[list[Injected], list[str]]:
+    """The faults that were done, and what was lost."""
+    runs = Runs(folder, cache or Path("~/.cache/unmask").expanduser(), settings=SETTINGS)
+    draw, begin = random.Random(seed), time.monotonic()
+    faults: Iterator[tuple[str, str]] = iter(ALL) if each else draws(draw)
+    number, count = 0, len(ALL) if each else count
+    done: list[Injected] = []
+    lost: list[str] = []
+    while not number or (not each and time.monotonic() - begin < 60 * minutes):
+        method = methods[number % len(methods)]
+        if not runs[f"whole-{method}"].summary_path.exists():
+            runs.train(f"whole-{method}", *METHODS[method], limit_s=900.0)
+        print(f"round {number + 1}: {method}", flush=True)
+        name = f"chaos-{number}-{method}"
+        done += disturbed(runs, name, METHODS[method], faults, draw, count)
+        lost += [f"{name}: {what}" for what in losses(runs[name], runs[f"whole-{method}"])]
+        number += 1
+    return done, lost
+
+
+def main() -> int:
+    """Status 0 when nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=10.0, help="no new round begins later")
+    parser.add_argument("--each", action="store_true", help="every fault once, in one round")
+    parser.add_argument("--json", type=Path, help="file for all faults and what came of them")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="unmask-chaos-") as folder:
+        done, lost = soak(Path(folder), seed=options.seed, minutes=options.minutes, each=options.each)
+    for what in lost:
+        print(what)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(each) for each in done], indent=2) + "\n")
+    kinds = Counter(each.part for each in done)
+    shown = ", ".join(f"{count} {part}" for part, count in sorted(kinds.items()))
+    verdict = "NOT SOUND" if lost else "sound"
+    print(f"seed {options.seed}: {len(done)} faults ({shown}), {len(done)} recoveries, {len(lost)} losses: {verdict}")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
