@@ -123,7 +123,8 @@ node() { # options of `ray start`
     ray start "$@" --block --temp-dir="$private/ray" --num-cpus="${SLURM_CPUS_ON_NODE:-1}" --disable-usage-stats \
         --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 &
     ray=$!
-    trap 'kill "$ray" 2>/dev/null || true' TERM INT
+    # Ray says goodbye to the head first, and would wait for one that is gone already; Slurm ends what it leaves.
+    trap 'kill "$ray" 2>/dev/null; { sleep 10; kill -KILL "$ray" 2>/dev/null; } &' TERM INT
     while kill -0 "$ray" 2>/dev/null; do
         wait "$ray" && status=0 || status=$?
     done
