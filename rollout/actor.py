@@ -27,7 +27,7 @@ from rollout.grading import GradeResult, GraderPool
 from rollout.messages import EvalReport, EvalResult, GroupReport, LeaseReport, Weights
 from rollout.models.encoding import completion_text, encode_prompt
 from rollout.seeds import derive_seed
-from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup, content_digest
 from rollout.usage import process_usage
 from rollout.waits import bounded_get
 
@@ -67,6 +67,9 @@ class RolloutActor:
     def __init__(self, actor_id: str, settings: ActorSettings) -> None:
         self._actor_id = actor_id
         self._settings = settings
+
+    def ping(self) -> None:
+        """Answers, in a thread of its own (``rollout.pulse``)."""
 
     def start(self) -> dict[str, Any]:
         """Build engine and graders, and say where and what this actor is.
@@ -300,4 +303,5 @@ def _report(group: TrajectoryGroup, rows: Sequence[_Grades]) -> GroupReport:
         failures=sum(grade.failed for grade in grades),
         invalid=next((grade.invalid for grade in grades if grade.invalid is not None), None),
         reason=next((grade.error for grade in grades if grade.missing), None),
+        digest=content_digest(group),
     )

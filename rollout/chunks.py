@@ -52,9 +52,7 @@ class Chunks:
     def __init__(self) -> None:
         self._added = 0
         self._iterations: dict[int, dict[int, Chunk]] = {}  # by number; both in plan order
-        self._pending: list[
-            int
-        ] = []  # a heap of numbers; who had a pending group may still be in it
+        self._pending: list[int] = []  # a heap of numbers; who had a pending group may still be in it
         self._noted: dict[int, Chunk] = {}  # those in the heap
 
     def __iter__(self) -> Iterator[Chunk]:

@@ -177,6 +177,11 @@ class Ledger:
         self._give_back(lease_id)
         return True
 
+    def groups_under(self, lease_id: int) -> int:
+        """Number of groups that a lease draws; 0 when it is not live any more."""
+        lease = self._leases.get(lease_id)
+        return 0 if lease is None else len(lease.chunk.groups)
+
     def lost(self, group_id: int) -> None:
         """A ready group's object is gone: it must be drawn again."""
         self._events["lost"] += 1

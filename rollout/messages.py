@@ -30,7 +30,7 @@ BASE_WEIGHTS = Weights(-1, "", [])
 class GroupReport:
     """What the controller must know of a drawn group without fetching it. tokens: drawn ones. failures: verdicts, of
     ``verdicts``, that a timeout or crash decided. invalid: the kind of failure for which the group can't be trained on,
-    or None. reason: of the first verdict that failed or is invalid, in full."""
+    or None. reason: of the first verdict that failed or is invalid, in full. digest: the group's ``content_digest``."""
 
     group_id: int
     problem_id: str
@@ -39,6 +39,7 @@ class GroupReport:
     failures: int
     invalid: str | None
     reason: str | None
+    digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 import ray
 
 from rollout.messages import EvalReport, EvalResult, Weights
+from rollout.pulse import Pulse
+from rollout.trajectory import Lease, SamplerSpec
 
 STATES = ("starting", "idle", "busy")
 """Of a place, in the order in which a pool gives them up."""
@@ -17,17 +19,19 @@ STATES = ("starting", "idle", "busy")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What an actor was asked: a lease, a chunk of an evaluation, or (neither) to start."""
+    """What an actor was asked: a lease, or a chunk of an evaluation."""
 
     refs: list[ray.ObjectRef[Any]]  # the first one is awaited
     weights: Weights
-    lease_id: int | None = None
+    sampler: SamplerSpec
+    lease: Lease | None = None
     chunk: int | None = None
     since: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:
-        return f"lease {self.lease_id}" if self.chunk is None else "evaluation"
+        return "evaluation" if self.lease is None else f"lease {self.lease.lease_id}"
 
 
 @dataclass(eq=False)
@@ -47,7 +51,12 @@ class Place:
     last_error: str | None = None
     retiring: bool = False
     on_trial: bool = False  # new in a pool that grows, and not ready yet
-    limit_s: float = math.inf  # for its start
+    placed: bool = False  # Ray has found room for it
+    limit_s: float = math.inf  # for its start, once it has room
+    pulse: Pulse | None = None
+    pace_s: float | None = None  # seconds for a group of its newest lease
+    refused: int = 0  # deliveries of this actor
+    leaving: float | None = None  # when its node goes, Unix seconds; 0: nobody said
 
     @property
     def state(self) -> str:
@@ -61,22 +70,60 @@ class Place:
     def doing(self) -> tuple[str, float] | None:
         """What it was asked, and when."""
         if self.info is None:
-            return "start", self.began
+            return "start", self.began  # or waits for room
         return None if self.task is None else (self.task.name, self.task.since)
 
+    @property
+    def lease_id(self) -> int | None:
+        return None if self.task is None or self.task.lease is None else self.task.lease.lease_id
+
+    @property
+    def node_id(self) -> str:
+        """Empty as long as it isn't known."""
+        return str((self.info or {}).get("node_id") or "")
+
+    def told(self) -> dict[str, Any]:
+        """For the run store, see ``RolloutPool.workers``."""
+        return {
+            "actor_id": self.name,
+            "state": self.state,
+            "lease_id": self.lease_id,
+            "doing": self.doing,
+            "began": self.began,
+            "heard": self.heard,
+            "policy_version": self.version,
+            "restarts": self.restarts,
+            "last_error": self.last_error,
+            **{key: (self.info or {}).get(key) for key in ("pid", "host", "node_id", "code", "engine", "usage")},
+        }
+
     def begin(self, handle: Any, limit_s: float) -> None:
-        self.handle, self.began = handle, time.time()
-        self.info = self.task = self.version = self.heard = None
-        self.limit_s = limit_s
-        self.awaited, self.deadline = handle.start.remote(), time.monotonic() + limit_s
+        """An actor that waits for room; on trial it may do so no longer than its start may take in all."""
+        self.handle, self.began, self.limit_s = handle, time.time(), limit_s
+        self.info = self.task = self.version = self.heard = self.pulse = self.pace_s = self.leaving = None
+        self.refused, self.placed = 0, False
+        self.awaited = handle.ping.remote()
+        self.deadline = time.monotonic() + limit_s if self.on_trial else math.inf
+
+    def has_room(self) -> None:
+        """Its process is there, and loads its model."""
+        self.placed, self.awaited = True, self.handle.start.remote()
+        self.deadline = min(self.deadline, time.monotonic() + self.limit_s)
+
+    def is_ready(self, info: dict[str, Any], heartbeat_s: float) -> None:
+        self.info, self.on_trial = info, False
+        # Not while it starts: to load a model may hold Python's lock for long.
+        self.pulse = Pulse(self.handle, heartbeat_s)
 
     def take(self, task: Task, deadline: float = math.inf) -> None:
         self.task, self.awaited, self.deadline = task, task.refs[0], deadline
 
     def finish(self) -> Task | None:
-        """It has answered; what it was asked."""
+        """It has answered; what it was asked, None for its start."""
         self.heard = time.time()
         task, self.task, self.awaited, self.deadline = self.task, None, None, math.inf
+        if task is not None and task.lease is not None:
+            self.pace_s = (time.monotonic() - task.began) / len(task.lease.groups)
         return task
 
 
@@ -92,3 +139,14 @@ class Evaluation:
         self.results[chunk] = report.results
         if self.on_chunk is not None:
             self.on_chunk(chunk, report)
+
+
+@dataclass(eq=False)
+class Resize:
+    """A change of the pool's size while it works: under way until ``over``."""
+
+    size: int
+    before: int
+    over: bool = False
+    error: str | None = None
+    """Why the size that was there ``before`` is kept."""

@@ -7,8 +7,7 @@ controller passes on to the replay buffer; which lease comes next is the ledger'
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -23,60 +22,43 @@ from rewards.errors import (
 )
 from rewards.task import Problem
 from rollout.actor import ActorSettings, RolloutActor
-from rollout.messages import EvalReport, EvalResult, LeaseReport, Weights
-from rollout.places import STATES, Evaluation, Place, Task
+from rollout.arrival import Arrival, Arrivals, report_problem
+from rollout.events import ActorLost, Cause, Delivery, Event, Refused, sentence_of
+from rollout.messages import EvalReport, EvalResult, Weights
+from rollout.places import STATES, Evaluation, Place, Resize, Task
+from rollout.starting import Starter, draining_nodes
 from rollout.trajectory import BranchSpec, Lease, SamplerSpec
 from rollout.waits import bounded_get, bounded_wait, end_actor
 
 # Repeating the task would end the same way.
-FATAL = (ConfigError, DataError, TrajectoryError, WeightMismatch)
+FATAL = (ConfigError, DataError, WeightMismatch)
+
+MOST_REFUSED = 3
+"""Deliveries of one actor that are refused; then it is not used any more, nor is its node if there is another."""
 
 _REPORT_LIMIT_S = 60.0
 _TICK_S = 1.0
 
 
-@dataclass(frozen=True)
-class Delivery:
-    """A lease's report, and references to its trajectory groups in the lease's order."""
-
-    report: LeaseReport
-    refs: list[ray.ObjectRef[Any]]
-
-
-@dataclass(frozen=True)
-class ActorLost:
-    """An actor died, failed or was given up; lease_id is what it was working on, if anything. It has been replaced."""
-
-    actor_id: str
-    lease_id: int | None
-    error: str
-
-
-@dataclass(eq=False)
-class Resize:
-    """A change of the pool's size while it works: under way until ``over``."""
-
-    size: int
-    before: int
-    over: bool = False
-    error: str | None = None
-    """Why the size that was there ``before`` is kept."""
-
-
 class RolloutPool:
-    """Starts the actors at once; ``wait_ready`` waits for them.
+    """Starts the actors at once; ``wait_ready`` waits for those that a run needs. The others join when there is room
+    for them: Ray is asked for it all the time, which is what makes an autoscaler add nodes.
 
     Args:
         settings: what each actor is made of.
-        size: number of actors.
+        size: number of actors that are wanted.
+        least: number without which a run doesn't begin, nor goes on for longer than ``start_timeout_s``; None: all.
         resources: what one actor asks of its node, by Ray's names ("CPU", "GPU", custom ones).
         threads: compute threads per actor (OMP_NUM_THREADS, which Ray would set to 1).
-        start_timeout_s: seconds for an actor to be scheduled and to load its model.
+        start_timeout_s: seconds for an actor to load its model, and for ``least`` of them to be there.
         max_restarts: replacements in a row without any work delivered, per actor, before the pool gives up.
+        heartbeat_s: seconds that an actor's process may stay without answering; then it is replaced.
     """
 
     actor_class: type = RolloutActor
     """What is started in each place, with its name and ``settings``."""
+    looks_into_groups = True
+    """Whether what is delivered is read before it counts (``rollout.arrival``)."""
 
     def __init__(
         self,
@@ -87,61 +69,79 @@ class RolloutPool:
         threads: int,
         start_timeout_s: float,
         max_restarts: int,
+        least: int | None = None,
+        heartbeat_s: float = 60.0,
     ) -> None:
-        self._settings = settings
-        self._resources = dict(resources)
-        self._threads = threads
+        self._starter = Starter(self.actor_class, settings, dict(resources), threads, start_timeout_s)
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
+        self._least = least
+        self._heartbeat_s = heartbeat_s
         self._places: list[Place] = []
         self._started = 0
         self._failures = 0
-        self._events: list[Delivery | ActorLost] = []
+        self._events: list[Event] = []
         self._evaluation = Evaluation()
         self._resize: Resize | None = None
+        self._arrivals = Arrivals()
+        self._looked_around = -_TICK_S
+        self._short_since: float | None = time.monotonic()  # of ``least`` ready actors
         self.set_size(size)
 
     def wait_ready(self, on_tick: Callable[[], None] = lambda: None) -> None:
-        """Wait until all actors are ready, calling ``on_tick`` every second, which may raise.
+        """Wait until as many actors are ready as a run needs, calling ``on_tick`` every second, which may raise.
 
         Raises:
             WaitTimeout: some are not ready after ``start_timeout_s``; the message names the missing resource.
             ConfigError: the model or task can't be had.
             WorkerLost: they die time and again while starting.
         """
-        deadline = time.monotonic() + self._start_timeout_s
-        while starting := [place for place in self._places if place.info is None]:
-            if time.monotonic() >= deadline:
-                raise WaitTimeout(self._not_ready(starting))
+        self._short_since = time.monotonic()
+        while self.ready < self.least:
             on_tick()
             self._pump(_TICK_S)
+
+    @property
+    def least(self) -> int:
+        """Number of actors without which the run can't go on for long."""
+        wanted = sum(not place.on_trial for place in self._staying())
+        return wanted if self._least is None else min(self._least, wanted)
+
+    @property
+    def ready(self) -> int:
+        """Number of actors that are there, idle or at work."""
+        return sum(place.info is not None for place in self._staying())
 
     def idle(self) -> int:
         """Number of actors that could take a lease now."""
         return len(self._idle_places())
 
     def submit(self, lease: Lease, sampler: SamplerSpec, weights: Weights, branches: BranchSpec | None = None) -> None:
-        """Give the lease to an idle actor."""
+        """Give the lease to the fastest idle actor."""
         place = self._idle_places()[0]
         method = place.handle.run_lease.options(num_returns=1 + len(lease.groups))
-        place.take(Task(method.remote(lease, sampler, weights, branches), weights, lease_id=lease.lease_id))
+        place.take(Task(method.remote(lease, sampler, weights, branches), weights, sampler, lease))
 
-    def poll(self, timeout_s: float) -> list[Delivery | ActorLost]:
+    def poll(self, timeout_s: float) -> list[Event]:
         """What has happened; waits up to ``timeout_s`` seconds for something to happen.
 
         Raises:
-            ConfigError, DataError, TrajectoryError, WeightMismatch: from an actor; repeating the lease can't help.
-            WorkerLost: too many actors had to be replaced in a row.
+            ConfigError, DataError, WeightMismatch: from an actor; repeating the lease can't help.
+            WorkerLost: too many actors had to be replaced, or deliveries refused, in a row.
+            WaitTimeout: too few actors are there, and have been for too long.
         """
+        deadline = time.monotonic() + timeout_s
         self._pump(0.0 if self._events else timeout_s)
+        while not self._events and self._arrivals.awaited and (left := deadline - time.monotonic()) > 0:
+            self._pump(left)  # what was delivered is being looked at
         events, self._events = self._events, []
         return events
 
     def kill_lease(self, lease_id: int) -> None:
         """The lease timed out: take its actor for stuck, and replace it. Nothing happens if the lease isn't running."""
         for place in self._places:
-            if place.task is not None and place.task.lease_id == lease_id:
-                self._replace(place, f"{place.name} did not deliver lease {lease_id} in time")
+            if place.lease_id == lease_id:
+                self._replace(place, f"{place.name} did not deliver lease {lease_id} in time", "late")
                 return
 
     def evaluate(
@@ -178,7 +178,7 @@ class RolloutPool:
                 chunk = self._evaluation.waiting.popleft()
                 kept = max(0, keep - chunk * chunk_size)
                 ref = place.handle.evaluate.remote(chunks[chunk], sampler, weights, samples, kept)
-                place.take(Task([ref], weights, chunk=chunk), deadline=time.monotonic() + timeout_s)
+                place.take(Task([ref], weights, sampler, chunk=chunk), deadline=time.monotonic() + timeout_s)
             self._pump(_TICK_S)
             for lease_id in expire():
                 self.kill_lease(lease_id)
@@ -191,7 +191,7 @@ class RolloutPool:
         for place in dispensable[: max(0, len(staying) - size)]:
             self._retire(place)
         for _ in range(len(staying), size):
-            self._start(self._add())
+            self._starter.start(self._add())
 
     def resize(self, size: int, *, timeout_s: float) -> Resize:
         """Start or retire actors while work goes on. The answer changes as ``poll`` and ``evaluate`` go on.
@@ -204,7 +204,7 @@ class RolloutPool:
         for _ in range(before, size):
             place = self._add()
             place.on_trial = True
-            self._start(place, timeout_s)
+            self._starter.start(place, timeout_s)
         self.set_size(size)
         self._see_resize()
         return self._resize or Resize(size, before, over=True)
@@ -217,21 +217,7 @@ class RolloutPool:
     def workers(self) -> list[dict[str, Any]]:
         """The actors for the run store: id, state, what they do and since when, when they were started and when they
         answered last, where they run, version held, restarts, last error. Times in Unix seconds."""
-        return [
-            {
-                "actor_id": place.name,
-                "state": place.state,
-                "lease_id": place.task.lease_id if place.task else None,
-                "doing": place.doing,
-                "began": place.began,
-                "heard": place.heard,
-                "policy_version": place.version,
-                "restarts": place.restarts,
-                "last_error": place.last_error,
-                **{key: (place.info or {}).get(key) for key in ("pid", "host", "node_id", "code", "engine", "usage")},
-            }
-            for place in self._places
-        ]
+        return [place.told() for place in self._places]
 
     def close(self) -> None:
         """Kill all actors; their graders die with them."""
@@ -240,19 +226,23 @@ class RolloutPool:
 
     def _pump(self, timeout_s: float) -> None:
         """Wait for an answer, then settle all that are there and replace the actors that are overdue."""
-        awaited = [place.awaited for place in self._places if place.awaited is not None]
+        awaited = [place.awaited for place in self._places if place.awaited is not None] + self._arrivals.awaited
         assert awaited or timeout_s == 0, "waiting for actors that have nothing to do: it would never end"
         done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=timeout_s)
-        if done:
-            done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=0.0, num_returns=len(awaited))
-        for place in list(self._places):
+        all_done, _ = bounded_wait(awaited if done else (), who="actors", timeout_s=0.0, num_returns=len(awaited))
+        answered, now = set(all_done), time.monotonic()
+        for place in [place for place in self._places if place.awaited in answered or now >= place.deadline]:
             if place not in self._places:  # it went with another one, just now
                 continue
-            if place.awaited is not None and place.awaited in done:
+            if place.awaited is not None and place.awaited in answered:
                 self._settle(place, place.awaited)
             elif time.monotonic() >= place.deadline:
-                late = self._not_ready([place]) if place.info is None else f"{place.name} did not evaluate in time"
-                self._replace(place, late)
+                late = f"{place.name} did not evaluate in time" if place.info else self._starter.not_ready([place])
+                self._replace(place, late, "late")
+        for arrival in self._arrivals.looked_at():
+            self._accept(arrival)
+        if time.monotonic() - self._looked_around >= _TICK_S:
+            self._look_around()
         self._see_resize()
 
     def _settle(self, place: Place, answered: ray.ObjectRef[Any]) -> None:
@@ -261,41 +251,114 @@ class RolloutPool:
         except (UnmaskError, ray.exceptions.RayError) as error:
             if isinstance(error, FATAL) and not place.on_trial:
                 raise
-            self._replace(place, f"{place.name} was lost: {_sentence(error)}")
+            if isinstance(error, TrajectoryError) and (task := place.finish()) is not None:
+                self._repeat(task)
+                self._refuse(place, task.lease, str(error))
+            else:
+                self._replace(place, f"{place.name} was lost: {sentence_of(error)}")
+            return
+        if not place.placed:
+            place.has_room()
             return
         task = place.finish()
         if task is None:
-            place.info, place.on_trial = answer, False
+            place.is_ready(answer, self._heartbeat_s)
             return
-        self._failures = 0
         place.version = task.weights.version
-        if task.chunk is not None:
-            self._evaluation.take(task.chunk, answer)
+        if task.lease is None:
+            self._settle_chunk(place, task, answer)
+        elif problem := report_problem(answer, task.lease, place.name, task.weights):
+            self._refuse(place, task.lease, problem)
         else:
-            _check_weights(answer, task.weights)
             place.info = {**(place.info or {}), "usage": answer.usage}
-            self._events.append(Delivery(answer, task.refs[1:]))
-        if place.retiring:
+            arrival = Arrival(answer, task.refs[1:], task.lease, task.sampler, place.handle)
+            if self.looks_into_groups:
+                self._arrivals.add(arrival, place.node_id)
+            else:
+                self._accept(arrival)
+        if place.retiring and place in self._places:
             self._remove(place)
 
-    def _replace(self, place: Place, error: str) -> None:
+    def _settle_chunk(self, place: Place, task: Task, answer: Any) -> None:
+        assert task.chunk is not None, "a lease or a chunk"
+        if isinstance(answer, EvalReport):
+            self._failures = 0
+            self._evaluation.take(task.chunk, answer)
+        else:
+            self._repeat(task)
+            self._refuse(place, None, f"a {type(answer).__name__} in place of an evaluation")
+
+    def _accept(self, arrival: Arrival) -> None:
+        """A delivery that was looked at."""
+        if arrival.problem is None:
+            self._failures = 0
+            self._events.append(Delivery(arrival.report, list(arrival.refs)))
+            return
+        place = next((place for place in self._places if place.handle is arrival.handle), None)
+        if place is not None and not arrival.lost:
+            self._refuse(place, arrival.lease, arrival.problem)
+            return
+        cause: Literal["lost", "invalid"] = "lost" if arrival.lost else "invalid"
+        self._events.append(Refused(arrival.report.actor_id, arrival.lease.lease_id, arrival.problem, cause))
+        self._count_failure(arrival.problem)
+
+    def _refuse(self, place: Place, lease: Lease | None, problem: str) -> None:
+        what = "an evaluation" if lease is None else f"lease {lease.lease_id}"
+        problem = f"what {place.name} delivered for {what} is refused: {problem}"
+        self._events.append(Refused(place.name, None if lease is None else lease.lease_id, problem))
+        place.refused += 1
+        if place.refused >= MOST_REFUSED:
+            node = f"node {place.node_id[:12]} ({(place.info or {}).get('host')})"
+            self._starter.avoided |= {place.node_id} - {""}
+            text = f"{place.name} on {node} is given up after {place.refused} deliveries that were refused; {problem}"
+            self._replace(place, text, "invalid")
+        else:
+            self._count_failure(problem)
+
+    def _repeat(self, task: Task) -> None:
+        if task.chunk is not None:
+            self._evaluation.waiting.appendleft(task.chunk)
+
+    def _count_failure(self, error: str) -> None:
+        self._failures += 1
+        if self._failures > self._max_restarts * max(1, len(self._places)):
+            raise WorkerLost(f"{self._failures} rollout actors in a row were lost without any work done; last: {error}")
+
+    def _replace(self, place: Place, error: str, cause: Cause = "died", silent_s: float = 0.0) -> None:
         if place.on_trial:
             self._give_growth_up(error)
             return
-        task = place.task
-        if task is not None and task.chunk is not None:
-            self._evaluation.waiting.appendleft(task.chunk)
-        self._events.append(ActorLost(place.name, task.lease_id if task else None, error))
-        self._failures += 1
-        if self._failures > self._max_restarts * len(self._places):
-            raise WorkerLost(f"{self._failures} rollout actors in a row were lost without any work done; last: {error}")
+        if place.task is not None:
+            self._repeat(place.task)
+        self._events.append(ActorLost(place.name, place.lease_id, error, cause, silent_s))
+        if cause != "preempted":
+            self._count_failure(error)
         if place.retiring:
             self._remove(place)
             return
-        _kill(place)
+        end_actor(place.handle)
         place.restarts += 1
         place.last_error = error
-        self._start(place)
+        self._starter.start(place)
+
+    def _look_around(self) -> None:
+        """Once a second: whose process hangs or is dead, whose node is about to go, and whether enough are there."""
+        self._looked_around = time.monotonic()
+        for place in list(self._places):
+            silent_s = place.pulse.silent_s() if place.pulse is not None else 0.0
+            if place.pulse is not None and place.pulse.ended is not None:
+                self._replace(place, f"{place.name} was lost: {place.pulse.ended}")
+            elif silent_s > self._heartbeat_s:
+                text = f"{place.name} hangs: it has not answered for {silent_s:.0f} s (timeouts.heartbeat)"
+                self._replace(place, text, "hung", silent_s)
+        draining = draining_nodes()
+        for place in list(self._places):
+            place.leaving = draining.get(place.node_id)
+            if place.leaving is not None and (place.task is None or 0 < place.leaving <= time.time()):
+                self._replace(place, f"{place.name} leaves node {place.node_id[:12]}, which is drained", "preempted")
+        self._short_since = None if self.ready >= self.least else (self._short_since or time.monotonic())
+        if self._short_since is not None and time.monotonic() - self._short_since >= self._start_timeout_s:
+            raise WaitTimeout(self._starter.not_ready([place for place in self._staying() if place.info is None]))
 
     def _give_growth_up(self, error: str) -> None:
         assert self._resize is not None, "an actor is on trial while the size changes"
@@ -321,57 +384,14 @@ class RolloutPool:
         if place.task is None:
             self._remove(place)
 
-    def _start(self, place: Place, limit_s: float | None = None) -> None:
-        custom = {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")}
-        # Ray neither restarts the actor nor repeats its tasks: that is decided, and counted, here and in the ledger.
-        actor_class = ray.remote(self.actor_class).options(
-            num_cpus=self._resources.get("CPU", 0),
-            num_gpus=self._resources.get("GPU", 0),
-            resources=custom,
-            scheduling_strategy="SPREAD",
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._threads)}},
-        )
-        place.begin(actor_class.remote(place.name, self._settings), limit_s or self._start_timeout_s)
-
     def _remove(self, place: Place) -> None:
-        _kill(place)
+        end_actor(place.handle)
         self._places.remove(place)
 
     def _idle_places(self) -> list[Place]:
-        return [place for place in self._places if place.state == "idle"]
+        """Fastest first; of what isn't known the best is thought."""
+        idle = [place for place in self._places if place.state == "idle" and place.leaving is None]
+        return sorted(idle, key=lambda place: place.pace_s or 0.0)
 
     def _staying(self) -> list[Place]:
         return [place for place in self._places if not place.retiring]
-
-    def _not_ready(self, places: Sequence[Place]) -> str:
-        free, total = ray.available_resources(), ray.cluster_resources()
-        short = [
-            f"{name} ({amount:g} asked for by each, {free.get(name, 0):g} of {total.get(name, 0):g} free)"
-            for name, amount in self._resources.items()
-            if free.get(name, 0) < amount
-        ]
-        if short:
-            why = f"the cluster is short of {', '.join(short)}; start fewer actors or learner ranks, or add nodes"
-        else:
-            why = "loading takes longer, or no single node has all that an actor asks for; raise the time limit"
-        names = ", ".join(place.name for place in places)
-        return f"{names} did not start within {places[0].limit_s:g} s: {why}"
-
-
-def _check_weights(report: LeaseReport, weights: Weights) -> None:
-    if (report.policy_version, report.adapter_digest) != (weights.version, weights.digest):
-        raise WeightMismatch(
-            f"lease {report.lease_id} was drawn with version {report.policy_version} ({report.adapter_digest[:12]}), "
-            f"given out was version {weights.version} ({weights.digest[:12]})"
-        )
-
-
-def _kill(place: Place) -> None:
-    end_actor(place.handle)
-
-
-def _sentence(error: Exception) -> str:
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}"

@@ -10,7 +10,8 @@ from typing import Any
 
 import ray
 
-from rollout.waits import bounded_wait
+from rewards.errors import first_line
+from rollout.waits import bounded_get, bounded_wait
 
 _GROUP = "pulse"
 _SHARE = 8
@@ -35,15 +36,21 @@ class Pulse:
         self._handle, self._limit_s = handle, limit_s
         self._asked_at = time.monotonic()
         self._question: ray.ObjectRef[Any] | None = None
+        self.ended: str | None = None
+        """What Ray said in place of the newest answer: the process is dead."""
 
     def silent_s(self) -> float:
         """Seconds for which the newest question has been without an answer; 0 when there is none. Asks the next one
-        when it is due. A process that is dead answers too: its death is told where its work is waited for."""
+        when it is due. A process that is dead is not silent, but has ``ended``."""
         now = time.monotonic()
         if self._question is not None:
             done, _ = bounded_wait([self._question], who="a worker's pulse", timeout_s=0.0)
             if not done:
                 return now - self._asked_at
+            try:
+                bounded_get(self._question, who="a worker's pulse", timeout_s=self._limit_s)
+            except ray.exceptions.RayActorError as error:
+                self.ended = first_line(error)
             self._question = None
         if now - self._asked_at >= self._limit_s / _SHARE:
             self._asked_at = now

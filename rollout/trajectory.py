@@ -10,6 +10,7 @@ Everything is numpy, so a group comes out of Ray's object store without a copy.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -348,6 +349,20 @@ class TrajectoryGroup:
             raise TrajectoryError(
                 f"trajectory group {self.group_id} from actor {self.actor_id or 'unknown'}: {problem}"
             )
+
+
+def content_digest(group: TrajectoryGroup) -> str:
+    """SHA-256 of all that was drawn and graded, by field: who did it and what it took aside."""
+    told = {
+        f.name: getattr(group, f.name)
+        for f in dataclasses.fields(group)
+        if f.name not in ("actor_id", "counters") and not isinstance(getattr(group, f.name), np.ndarray)
+    }
+    found = hashlib.sha256(repr(told).encode())
+    for name, array in _arrays(group).items():
+        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def _arrays(group: TrajectoryGroup) -> dict[str, np.ndarray]:

@@ -72,6 +72,9 @@ class ModelFreeActor:
     def __init__(self, actor_id: str, settings: ModelFreeSettings) -> None:
         self._actor_id, self._settings = actor_id, settings
 
+    def ping(self) -> None:
+        """Answers, in a thread of its own (``rollout.pulse``)."""
+
     def start(self) -> dict[str, Any]:
         """Say where this actor is, as ``rollout.actor.RolloutActor`` does."""
         self._group = prebuilt_group(**self._settings.group)

@@ -7,9 +7,10 @@ from rollout.pool import RolloutPool
 
 
 class ModelFreePool(RolloutPool):
-    """The product's pool, whose actors have no model."""
+    """The product's pool, whose actors have no model, and whose groups are none that was asked for."""
 
     actor_class = ModelFreeActor
+    looks_into_groups = False
 
 
 def start_model_free(settings: ModelFreeSettings, size: int, *, start_timeout_s: float) -> ModelFreePool:

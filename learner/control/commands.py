@@ -17,7 +17,7 @@ from learner.runs.directory import RunDirectory
 from learner.runs.stopping import StopFlag, StopRequested
 from learner.supply.actor_count import ActorCount
 from rewards.errors import ConfigError
-from rollout.pool import Resize
+from rollout.places import Resize
 from services.store.actions import COMMANDS, STOP, Action, Inbox
 
 _CLOSE_S = 5.0

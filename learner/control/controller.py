@@ -100,6 +100,7 @@ class Controller(Training):
             ReplayBuffer(ledger),
             supply,
             on_event=begun.reporter.event,
+            on_fault=begun.reporter.fault,
             stop=stop.is_set,
             on_pump=self._attend,
         )

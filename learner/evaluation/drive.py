@@ -37,8 +37,9 @@ from learner.supply.actors import start_actors
 from learner.supply.judging import tried_judge
 from rewards.task import Problem
 from rollout.code import code_identity
+from rollout.events import ActorLost
 from rollout.messages import BASE_WEIGHTS, EvalReport, Weights
-from rollout.pool import ActorLost, RolloutPool
+from rollout.pool import RolloutPool
 
 _TELL_EVERY_S = 10.0
 

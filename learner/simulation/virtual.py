@@ -11,9 +11,9 @@ from typing import Any
 from learner.simulation.settings import SimulationConfig
 from learner.simulation.spread import Spread
 from learner.simulation.times import Times
+from rollout.events import ActorLost, Delivery
 from rollout.ledger import Ledger
 from rollout.messages import GroupReport, LeaseReport, Weights
-from rollout.pool import ActorLost, Delivery
 from rollout.replay import ReplayBuffer
 from rollout.seeds import numpy_generator
 from rollout.trajectory import BranchSpec, Lease, SamplerSpec

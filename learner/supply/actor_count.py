@@ -13,7 +13,8 @@ from learner.planning.hardware import this_machine
 from learner.runs.session import joins
 from learner.settings.run import RunConfig, check_resources, required_resources
 from rewards.errors import ConfigError
-from rollout.pool import Resize, RolloutPool
+from rollout.places import Resize
+from rollout.pool import RolloutPool
 
 
 class ActorCount:

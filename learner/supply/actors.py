@@ -43,6 +43,7 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         threads=resources.threads_per_process,
         start_timeout_s=config.timeouts.start,
         max_restarts=MAX_RESTARTS,
+        heartbeat_s=config.timeouts.heartbeat,
     )
 
 

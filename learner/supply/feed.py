@@ -1,6 +1,7 @@
 """The feed: which prompts each iteration trains on, and the pump that keeps the rollout actors busy with them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,11 +11,19 @@ from learner.supply.verdicts import Verdicts
 from learner.supply.window import GroupRef, Supply
 from rewards.errors import GradingFailed
 from rewards.task import Problem
+from rollout.events import ActorLost, Refused
 from rollout.messages import Weights
-from rollout.pool import ActorLost, RolloutPool
+from rollout.pool import RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import GroupSpec
+from services.store.faults import FAULT, Cause, Part
+
+
+class OnFault(Protocol):
+    """``Reporter.fault``."""
+
+    def __call__(self, part: Part, cause: Cause, text: str, **cost: Any) -> None: ...
 
 
 class Feed:
@@ -24,6 +33,7 @@ class Feed:
 
     Args:
         on_event: called as (level, kind, text) with what a person should know.
+        on_fault: called with what failed, see ``Reporter.fault``; None: ``on_event`` is.
         stop: says whether the run was asked to stop.
         on_pump: called whenever work goes on, every second at least.
     """
@@ -38,6 +48,7 @@ class Feed:
         *,
         on_event: Callable[[str, str, str], None],
         stop: Callable[[], bool],
+        on_fault: OnFault | None = None,
         on_pump: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.problems, self.pool, self.replay, self.supply = config, problems, pool, replay, supply
@@ -46,6 +57,7 @@ class Feed:
         self.verdicts = Verdicts(on_event)
         self._lease_seconds: list[dict[str, float]] = []
         self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
+        self._on_fault: OnFault = on_fault or (lambda part, cause, text, **cost: on_event("warning", FAULT, text))
 
     @property
     def grader_failures(self) -> int:
@@ -89,7 +101,8 @@ class Feed:
             refs = {item.group_id: item.ref for item in items}
             lost = self.replay.find_lost(refs, timeout_s=self.config.timeouts.publish)
             if lost:
-                self._on_event("warning", "lost", f"the objects of groups {lost} are gone; they are drawn again")
+                text = f"the objects of groups {lost} are gone; they are drawn again"
+                self._on_fault("objects", "lost", text, groups=len(lost))
                 self.replay.lost(lost)
             if self.replay.ledger.complete(iteration):
                 break
@@ -115,7 +128,8 @@ class Feed:
         """The objects of the groups in the buffer; those that are gone are told and left out."""
         lost = self.replay.find_lost(self.supply.held, timeout_s=self.config.timeouts.publish)
         if lost:
-            self._on_event("warning", "lost", f"the objects of groups {lost} are gone; the buffer is smaller now")
+            text = f"the objects of groups {lost} are gone; the buffer is smaller now"
+            self._on_fault("objects", "lost", text, groups=len(lost))
             self.supply.let_go(lost)
         return list(self.supply.held.values())
 
@@ -129,13 +143,10 @@ class Feed:
     def take_in(self, *, timeout_s: float) -> None:
         """Take in what has happened, waiting at most ``timeout_s`` seconds for it, and lease nothing."""
         for lease_id in self.replay.ledger.expire():
-            self._on_event("warning", "lease", f"lease {lease_id} timed out; its groups are leased again")
             self.pool.kill_lease(lease_id)
         for event in self.pool.poll(timeout_s):
-            if isinstance(event, ActorLost):
-                self._on_event("warning", "actor", event.error)
-                if event.lease_id is not None:
-                    self.replay.ledger.fail_lease(event.lease_id)
+            if isinstance(event, ActorLost | Refused):
+                self._take_fault(event)
                 continue
             self.replay.deliver(event.report, event.refs)
             report = event.report
@@ -147,6 +158,22 @@ class Feed:
                 if group.invalid is not None:
                     text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {group.reason}"
                     self._on_event("warning", "dropped", text)
+
+    def _take_fault(self, event: ActorLost | Refused) -> None:
+        """Its lease, if it had one that counts, is given out again."""
+        cost: dict[str, Any] = {"actor_id": event.actor_id}
+        text = event.error
+        if event.lease_id is not None:
+            groups = self.replay.ledger.groups_under(event.lease_id)
+            self.replay.ledger.fail_lease(event.lease_id)
+            cost |= {"lease_id": event.lease_id, "groups": groups}
+            text += f"; lease {event.lease_id} is given out again"
+        if isinstance(event, Refused):
+            self._on_fault("delivery", event.cause, text, **cost)
+        else:
+            self._on_fault(
+                "node" if event.cause == "preempted" else "actor", event.cause, text, **cost, silent_s=event.silent_s
+            )
 
     def lease_seconds(self) -> dict[str, float]:
         """Mean seconds of a lease by stage, over those taken in since the last call; empty when there were none."""

@@ -26,11 +26,13 @@ from rollout.actor import ActorSettings, RolloutActor
 from rollout.adapters import adapter_parameters, digest, pack
 from rollout.code import code_identity
 from rollout.engines.torch import TorchEngine
+from rollout.events import ActorLost, Delivery
 from rollout.ledger import STATUSES, Ledger
 from rollout.messages import BASE_WEIGHTS, EvalResult, Weights
 from rollout.models.encoding import completion_text, load_tokenizer
 from rollout.models.lora import LoraSpec
-from rollout.pool import ActorLost, Delivery, Resize, RolloutPool
+from rollout.places import Resize
+from rollout.pool import RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import (
     BranchSpec,
@@ -182,7 +184,8 @@ def pump(
             if isinstance(event, Delivery):
                 replay.deliver(event.report, event.refs)
             else:
-                lost.append(event)
+                if isinstance(event, ActorLost):
+                    lost.append(event)
                 if event.lease_id is not None:
                     replay.ledger.fail_lease(event.lease_id)
         for lease_id in replay.ledger.expire():
@@ -320,11 +323,14 @@ def test_second_delivery_is_refused(pool: RolloutPool, weights: Callable[[int], 
     for lease in (first, second):
         pool.submit(lease, SAMPLER, weights(0))
     accepted: list[list[int]] = []
+    bits = []
     while len(accepted) < 2:
         for event in pool.poll(30.0):
             assert isinstance(event, Delivery)
+            bits.append(content(bounded_get(event.refs, who="groups", timeout_s=30.0)))
             accepted.append(replay.deliver(event.report, event.refs))
     assert accepted == [[0, 1], []]
+    assert bits[0] == bits[1], "drawn with the same weights, so whoever delivers first makes no difference"
     assert replay.ledger.counts()["refused"] == 1 and replay.ledger.counts()["ready"] == 2
 
 
