@@ -123,7 +123,8 @@ class Ledger:
     def second_lease(self, *, after_s: float, policy_version: int, timeout_s: float) -> Lease | None:
         """A straggler's second chance: lease the first chunk once more whose only live lease is older than ``after_s``.
 
-        The first delivery counts. Not for runs that must repeat bit for bit: which weights deliver depends on timing.
+        The first delivery counts. With ``max_staleness`` 0 both are drawn with the same weights, and are the same bit
+        for bit; otherwise which weights deliver depends on timing.
         """
         now = self._clock()
         oldest = next(iter(self._leases.values()), None)

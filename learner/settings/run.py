@@ -318,11 +318,6 @@ def _rollout_problems(config: RunConfig) -> list[str]:
             f"rollout.buffer_groups={rollout.buffer_groups} can't hold one iteration of "
             f"{rollout.prompts_per_iteration} groups; raise it to at least that"
         )
-    if rollout.second_lease_after_s is not None and rollout.max_staleness == 0:
-        problems.append(
-            f"rollout.second_lease_after_s={rollout.second_lease_after_s:g} would make a synchronous run "
-            "unrepeatable; leave it null, or set rollout.max_staleness to 1 or more"
-        )
     if config.evaluation.problems > config.task.test_size:
         problems.append(
             f"evaluation.problems={config.evaluation.problems} is more than task.test_size={config.task.test_size}; "

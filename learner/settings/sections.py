@@ -210,7 +210,8 @@ class RolloutSection(Section):
     grade_timeout_s: PositiveFloat = 2.0
     """Seconds for grading one completion; it counts as wrong afterwards."""
     second_lease_after_s: PositiveFloat | None = None
-    """Seconds until a straggler's groups are leased a second time; null: never, which bitwise repetition needs."""
+    """Seconds until a straggler's groups are leased a second time, and whoever delivers first counts; null: never. A
+    synchronous run draws the same either way; in others it depends on timing with which weights."""
 
     def refuses(self) -> list[str]:
         """What the engine can't do that is asked of it, one sentence each."""

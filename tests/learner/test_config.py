@@ -137,10 +137,6 @@ MISTAKES = {
     "room for fewer actors": (["rollout.max_actors=1"], ["max_actors=1", "rollout.actors=2"]),
     "lease beyond the iteration": (["rollout.groups_per_lease=17"], ["groups_per_lease=17", "=16"]),
     "buffer below the iteration": (["rollout.buffer_groups=3"], ["buffer_groups=3", "at least"]),
-    "second lease in a synchronous run": (
-        ["rollout.second_lease_after_s=3"],
-        ["second_lease_after_s=3", "max_staleness"],
-    ),
     "ZeRO stage": (["learner.zero_stage=4"], ["zero_stage=4", "at most 3"]),
     "clip 0": (["objective.clip_low=0"], ["clip_low=0", "above 0"]),
     "weight floor": (["objective.weight_floor=2"], ["weight_floor=2", "at most 1"]),
