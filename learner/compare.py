@@ -66,7 +66,7 @@ def room_for(config: ComparisonConfig) -> int:
     run = run_config(method_arguments(config, first, grid_points(config, first)[0]))
     if required_resources(run)[1]:
         return 1
-    busy = max(run.rollout.actors, run.learner.ranks) * run.resources.threads_per_process
+    busy = max(run.rollout.wanted_actors, run.learner.ranks) * run.resources.threads_per_process
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min((os.cpu_count() or 1) // busy, free // MEMORY_OF_A_RUN))
 

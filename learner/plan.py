@@ -83,7 +83,7 @@ def _on_gpus(config: RunConfig, found: hardware.Hardware) -> tuple[RunConfig, st
     """The settings, and what was assumed: GPUs are dealt out evenly where --gpus is given and the settings use none."""
     if found.device != "cuda" or hardware.uses_gpus(config):
         return config, ""
-    ranks, actors = config.learner.ranks, config.rollout.actors
+    ranks, actors = config.learner.ranks, config.rollout.wanted_actors
     of_rank = of_actor = min(1.0, found.gpus / (ranks + actors))
     if ranks > 1 and of_rank <= 0.5 and found.gpus > 0.6 * ranks:  # NCCL wants no two ranks on one GPU
         of_rank, of_actor = 0.6, min(1.0, (found.gpus - 0.6 * ranks) / actors)

@@ -22,6 +22,7 @@ from learner.settings.sections import RunPlace
 _PAUSE_S = 2.0
 """Before the first restart; twice as long before each further one."""
 _LONGEST_PAUSE_S = 60.0
+_LOOK_S = 60.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SET_PDEATHSIG = 1
 _NO_RESTART = (0, 2, *(128 + signum for signum in _PASSED_ON), 141)
@@ -81,7 +82,10 @@ class _Passing:
         self._working = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
         if self.asked:  # just before
             self._working.send_signal(signal.SIGTERM)
-        status = self._working.wait()
+        status = None
+        while status is None:  # as long as the run lasts; its own waits end
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self._working.wait(timeout=_LOOK_S)
         self._working = None
         return 128 - status if status < 0 else status
 

@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
                 _say("info", "judge", judge)
             check_local_gpus(resources.ray_address, required_resources(config)[1])
             with ray_session(config) as told, StopFlag() as stop, contextlib.ExitStack() as closing:
-                print(f"{told}; {config.rollout.actors} actors", flush=True)
+                print(f"{told}; {config.rollout.wanted_actors} actors", flush=True)
                 pool = start_actors(config, model_path, lora, seed=config.noise_seed)
                 closing.callback(pool.close)
                 pool.wait_ready()

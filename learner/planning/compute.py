@@ -92,7 +92,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     head = completions * (C * candidates_per_token(config) + branched_positions(config))
     one_forward = forward_flops(model, lora_r=r, rows=completions, length=length, head_rows=head / steps)
     leases = math.ceil(drawn / rollout.groups_per_lease)
-    rounds = math.ceil(leases / rollout.actors)
+    rounds = math.ceil(leases / rollout.wanted_actors)
     rows_of_lease = rollout.groups_per_lease * rollout.group_size
     busiest = min(completions, rounds * rows_of_lease)
     cost = config.objective.cost(sampler.spec())
@@ -129,7 +129,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
         learner=training,
         reference=plain * without_gradient,
         published=adapter_bytes(config, model),
-        published_by_all=adapter_bytes(config, model) * rollout.actors,
+        published_by_all=adapter_bytes(config, model) * rollout.wanted_actors,
         trajectories=trajectory_bytes(config, prompt) * drawn,
         buffered=trajectory_bytes(config, prompt) * held,
         engine_share=busiest / completions,

@@ -180,7 +180,7 @@ class _Needs:
             else:
                 mine = "rank" if not found else "actor"
                 others = self.node_total() - self._all(mine)
-                count = config.learner.ranks if mine == "rank" else config.rollout.actors
+                count = config.learner.ranks if mine == "rank" else config.rollout.wanted_actors
                 found.append(Budget((memory - others) // count, "this machine's memory less what the others need"))
         return found[0], found[1]
 
@@ -190,8 +190,8 @@ class _Needs:
         _, gpus = required_resources(config)
         if hardware.device == "cuda" and hardware.gpus and gpus > hardware.gpus:
             yield (
-                f"{config.learner.ranks} ranks and {config.rollout.actors} actors ask for {gpus:g} GPUs, and there are "
-                f"{hardware.gpus}"
+                f"{config.learner.ranks} ranks and {config.rollout.wanted_actors} actors ask for {gpus:g} GPUs, and "
+                f"there are {hardware.gpus}"
             )
         if hardware.device == "cpu":
             total = self.node_total()
@@ -215,14 +215,14 @@ class _Needs:
 
     def node_bytes(self, work: Work) -> int:
         config = self.config
-        beside = config.learner.ranks * self.rank().host_bytes + config.rollout.actors * self.actor().host_bytes
+        beside = config.learner.ranks * self.rank().host_bytes + config.rollout.wanted_actors * self.actor().host_bytes
         return self.node_total() + beside + work.buffered + self.sandboxed_bytes()
 
     def sandboxed_bytes(self) -> int:
         """0 for a user's own task: it isn't imported here."""
         name, rollout = self.config.task.name, self.config.rollout
         each = get_task(name).memory_limit_mb << 20 if name in BUILT_IN else 0
-        return rollout.actors * rollout.graders_per_actor * each
+        return rollout.wanted_actors * rollout.graders_per_actor * each
 
     def largest_views(self) -> int | None:
         bytes_ = self.budgets()[0].bytes
@@ -237,7 +237,7 @@ class _Needs:
     def _all(self, kind: str) -> int:
         if kind == "rank":
             return self.config.learner.ranks * self.rank().peak if self.rank_device == "cpu" else 0
-        return self.config.rollout.actors * self.actor().peak if self.actor_device == "cpu" else 0
+        return self.config.rollout.wanted_actors * self.actor().peak if self.actor_device == "cpu" else 0
 
 
 def gib(size: int) -> str:

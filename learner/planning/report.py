@@ -73,7 +73,7 @@ def _head(plan: RunPlan) -> list[str]:
         f"width {model.width}, vocabulary {model.vocabulary:,}{experts}",
         f"hardware  {there} ({hardware.source})",
         f"run       {config.learner.ranks} learner ranks (ZeRO-{config.learner.zero_stage}, {config.learner.dtype}), "
-        f"{config.rollout.actors} actors; {plan.work.completions} completions an iteration "
+        f"{config.rollout.wanted_actors} actors; {plan.work.completions} completions an iteration "
         f"({plan.work.completions // config.rollout.group_size} prompts x {config.rollout.group_size}), "
         f"{config.objective.type} with {config.objective.cost(config.rollout.sampler.spec()).views} views of each"
         + (f" of {plan.work.learned}" if plan.work.learned != plan.work.completions else ""),
@@ -91,8 +91,8 @@ def _memory(plan: RunPlan) -> list[str]:
     engine = "" if config.rollout.engine == "torch" else f"{config.rollout.engine}, "
     lines += ["", *_process(plan.actor, plan.actor_budget, f"{engine}max_rows {config.rollout.max_rows}"), ""]
     if plan.rank.device == plan.actor.device == "cpu":
-        total = learner.ranks * plan.rank.peak + config.rollout.actors * plan.actor.peak
-        lines.append(_row("all processes", total, f"{learner.ranks} ranks and {config.rollout.actors} actors"))
+        total = learner.ranks * plan.rank.peak + config.rollout.wanted_actors * plan.actor.peak
+        lines.append(_row("all processes", total, f"{learner.ranks} ranks and {config.rollout.wanted_actors} actors"))
     else:
         lines.append(_row("memory of the nodes", plan.node_bytes, "all processes' own, and the object store"))
         for item in plan.rank.host or plan.actor.host:
@@ -100,7 +100,7 @@ def _memory(plan: RunPlan) -> list[str]:
     lines.append(_row("  object store: a full buffer", plan.work.buffered, f"{plan.work.held} groups"))
     lines.append(_row("  arrays of one learner forward", plan.work.batch_arrays))
     if plan.sandboxed_bytes:
-        graders = f"{config.rollout.actors} actors x {config.rollout.graders_per_actor} graders"
+        graders = f"{config.rollout.wanted_actors} actors x {config.rollout.graders_per_actor} graders"
         lines.append(_row("  programs in the sandbox, at most", plan.sandboxed_bytes, f"{graders}; rarely a hundredth"))
     if plan.largest_views is not None:
         lines.append(f"largest learner.views_per_forward that fits: {plan.largest_views or 'none'}")

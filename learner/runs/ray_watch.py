@@ -62,7 +62,7 @@ class RayWatch:
         self._over.set()
         if ray_given_up():
             return  # the thread sees to it that the process ends
-        self._thread.join()
+        self._thread.join(timeout=_LEAVE_S)
         for end in self._names:
             os.close(end)
 

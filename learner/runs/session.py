@@ -27,7 +27,7 @@ _NO_CLUSTER = "set resources.ray_address=local"
 def ray_session(config: RunConfig) -> Iterator[str]:
     """The Ray of a run that samples and learns; see ``joined_ray``."""
     cpus, _ = required_resources(config)
-    room = (config.rollout.most_actors - config.rollout.actors) * config.resources.cpus_per_actor
+    room = (config.rollout.most_actors - config.rollout.fewest_actors) * config.resources.cpus_per_actor
     resources = config.resources
     wanted, check = resources.ray_address, partial(check_resources, config)
     with joined_ray(wanted, cpus + room, check, insecure=resources.ray_insecure) as told:

@@ -148,7 +148,9 @@ def validated(data: Mapping[str, Any], model: type[Model], source: str) -> Model
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        problems = _joined([_sentence(detail, model) for detail in error.errors()])
+        # A section in the place of a plain value was meant as a section, where there may be either.
+        meant = [each for each in error.errors() if not (isinstance(each["input"], dict) and _is_plain(each["loc"]))]
+        problems = _joined([_sentence(detail, model) for detail in meant or error.errors()])
     raise ConfigError("\n".join(f"{source}: {problem}" if source else problem for problem in problems))
 
 
@@ -314,8 +316,13 @@ _WANTED = {
     "less_than_equal": "a number of at most {le:g}",
 }
 
-_UNION_MEMBER = re.compile(r"(?:constrained-)?(?:float|int|str)|(?:list|tuple)\[.*\]")
+_PLAIN_MEMBER = re.compile(r"(?:constrained-)?(?:float|int|str)")
+_UNION_MEMBER = re.compile(_PLAIN_MEMBER.pattern + r"|(?:list|tuple)\[.*\]|[A-Z]\w*")
 """What pydantic puts into a place to tell which type of several it tried."""
+
+
+def _is_plain(location: Sequence[int | str]) -> bool:
+    return _PLAIN_MEMBER.fullmatch(str(location[-1])) is not None if location else False
 
 
 def _sentence(detail: Any, model: type[BaseModel]) -> str:

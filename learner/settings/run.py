@@ -198,15 +198,15 @@ def bias_warnings(config: RunConfig) -> list[str]:
 
 
 def required_resources(config: RunConfig) -> tuple[float, float]:
-    """(logical CPUs, GPUs) that all actors and ranks together ask for."""
-    actors, ranks, resources = config.rollout.actors, config.learner.ranks, config.resources
+    """(logical CPUs, GPUs) that the ranks and the fewest actors that will do ask for together."""
+    actors, ranks, resources = config.rollout.fewest_actors, config.learner.ranks, config.resources
     cpus = actors * resources.cpus_per_actor + ranks * resources.cpus_per_rank
     return cpus, actors * resources.gpus_per_actor + ranks * resources.gpus_per_rank
 
 
 def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
     """Refuses a run that asks for more than the Ray cluster's ``cpus`` (logical) and ``gpus``. Raises ConfigError."""
-    actors, ranks = config.rollout.actors, config.learner.ranks
+    actors, ranks = config.rollout.fewest_actors, config.learner.ranks
     for name, needed, present in zip(("CPUs", "GPUs"), required_resources(config), (cpus, gpus), strict=True):
         if needed > present:
             raise ConfigError(
@@ -308,10 +308,15 @@ def _rollout_problems(config: RunConfig) -> list[str]:
             f"rollout.group_size={rollout.group_size} is more than {LARGEST_GROUP}, and a group is drawn, delivered "
             "and recorded as a whole; lower it, and raise rollout.prompts_per_iteration for more completions"
         )
-    if rollout.max_actors is not None and rollout.max_actors < rollout.actors:
+    if rollout.fewest_actors > rollout.wanted_actors:
         problems.append(
-            f"rollout.max_actors={rollout.max_actors} is less than rollout.actors={rollout.actors}; raise it, or leave "
-            "it null"
+            f"rollout.actors.min={rollout.fewest_actors} is more than rollout.actors.max={rollout.wanted_actors}; "
+            "lower the one or raise the other"
+        )
+    if rollout.max_actors is not None and rollout.max_actors < rollout.wanted_actors:
+        problems.append(
+            f"rollout.max_actors={rollout.max_actors} is less than the {rollout.wanted_actors} that rollout.actors "
+            "asks for; raise it, or leave it null"
         )
     if rollout.buffer_size < rollout.prompts_per_iteration:
         problems.append(

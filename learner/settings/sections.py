@@ -181,11 +181,21 @@ class RewardSection(Section):
     completion of the prompt is right. Needs rollout.sampler.threshold. LightningRL: 1, with a threshold of 0.9."""
 
 
+class ActorRange(Section):
+    """Numbers of rollout actors between which a run goes on."""
+
+    min: PositiveInt
+    """With so many it begins; with fewer, for longer than timeouts.start, it ends."""
+    max: PositiveInt
+    """So many it asks the cluster for."""
+
+
 class RolloutSection(Section):
     """The actors that draw and grade completions."""
 
-    actors: PositiveInt = 2
-    """Rollout actors."""
+    actors: PositiveInt | ActorRange = 2
+    """Rollout actors: a number, or {min, max}. With fewer than max the run begins as soon as there are min, takes more
+    as nodes come, and goes on without those whose nodes go."""
     max_actors: PositiveInt | None = None
     """Actors that the run may be given while it runs, for which a local Ray is started with room; null: no more than
     actors on a local Ray, as many as there is room for on a cluster."""
@@ -223,9 +233,19 @@ class RolloutSection(Section):
         ]
 
     @property
+    def fewest_actors(self) -> int:
+        """With how many actors the run begins, and goes on."""
+        return self.actors.min if isinstance(self.actors, ActorRange) else self.actors
+
+    @property
+    def wanted_actors(self) -> int:
+        """How many actors it would have."""
+        return self.actors.max if isinstance(self.actors, ActorRange) else self.actors
+
+    @property
     def most_actors(self) -> int:
         """How many actors a local Ray has room for."""
-        return max(self.actors, self.max_actors or 0)
+        return max(self.wanted_actors, self.max_actors or 0)
 
     @property
     def buffer_size(self) -> int:

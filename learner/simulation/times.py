@@ -76,12 +76,13 @@ def measured_by(run: Path, before: RunConfig) -> dict[str, float]:
     leases = -(-rollout.prompts_per_iteration // rollout.groups_per_lease)
     lease = [row["time/lease/generate_s"] + row["time/lease/grade_wait_s"] for row in rows]
     update = [row["time/update_s"] for row in rows]
+    loading = min(rollout.wanted_actors, leases)
     found = {
         "lease_s": statistics.mean(lease),
         # A row has the mean over an iteration's leases, whose deviation is smaller by the root of their number.
         "lease_spread": _spread(lease) * leases**0.5,
         # Actors load once a version, and the rows have the mean over all leases.
-        "load_s": statistics.median(row["time/lease/load_s"] for row in rows) * leases / min(rollout.actors, leases),
+        "load_s": statistics.median(row["time/lease/load_s"] for row in rows) * leases / loading,
         "update_s": statistics.mean(update),
         "update_spread": _spread(update),
         "publish_s": statistics.median(row["time/publish_s"] for row in rows),
@@ -92,7 +93,7 @@ def measured_by(run: Path, before: RunConfig) -> dict[str, float]:
 
 def estimated(config: RunConfig, gpu: str | None) -> dict[str, float]:
     """``learner.plan``'s estimate for these settings."""
-    processes = config.learner.ranks + config.rollout.actors
+    processes = config.learner.ranks + config.rollout.wanted_actors
     if gpu is not None:
         of_one = {"gpus_per_rank": 1.0, "gpus_per_actor": 1.0}
         config = config.model_copy(update={"resources": config.resources.model_copy(update=of_one)})
@@ -101,7 +102,7 @@ def estimated(config: RunConfig, gpu: str | None) -> dict[str, float]:
     plan = plan_run(config, model_shape(config), hardware, prompt=prompt, prompt_source=source)
     rollout = config.rollout
     leases = -(-rollout.prompts_per_iteration // rollout.groups_per_lease)
-    of_the_busiest = -(-leases // rollout.actors)
+    of_the_busiest = -(-leases // rollout.wanted_actors)
     return {
         "lease_s": plan.time.rollout / of_the_busiest,
         "update_s": plan.time.learn,

@@ -38,7 +38,8 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
     )
     return RolloutPool(
         settings,
-        size=config.rollout.actors,
+        size=config.rollout.wanted_actors,
+        least=config.rollout.fewest_actors,
         resources={"CPU": resources.cpus_per_actor, "GPU": resources.gpus_per_actor},
         threads=resources.threads_per_process,
         start_timeout_s=config.timeouts.start,

@@ -23,7 +23,8 @@ from tests.chaos.injections import HANGING, HOW, TARGETS, Injected, inject
 from tests.support.real_runs import LEDGER_STATES, Runs, adapter_digest, rows, training_rows
 
 FAULTS_A_ROUND = 8
-SETTINGS = ("recipe=smoke", "run.iterations=240", "evaluation.every=0", "rollout.actors=2", "checkpoint.every=20")
+SETTINGS = ("recipe=smoke", "run.iterations=240", "rollout.actors={min: 1, max: 2}", "checkpoint.every=20")
+SETTINGS += ("evaluation.every=0",)
 SETTINGS += ("evaluation.step_divisors=[1]", "evaluation.problems=8", "samples_per_iteration=0")
 SETTINGS += ("timeouts.heartbeat=5", "rollout.grade_timeout_s=3", "timeouts.lease=60")
 METHODS: dict[str, tuple[str, ...]] = {

@@ -134,7 +134,10 @@ MISTAKES = {
     "top_p above 1": (["rollout.sampler.top_p=1.5"], ["top_p=1.5", "at most 1"]),
     "top_k 0": (["rollout.sampler.top_k=0"], ["top_k=0", "above 0"]),
     "group of one": (["rollout.group_size=1"], ["group_size=1", "take 2 or more"]),
-    "room for fewer actors": (["rollout.max_actors=1"], ["max_actors=1", "rollout.actors=2"]),
+    "room for fewer actors": (["rollout.max_actors=1"], ["max_actors=1", "the 2 that rollout.actors asks for"]),
+    "no actors": (["rollout.actors=0"], ["rollout.actors=0 must be a number above 0"]),
+    "a range upside down": (["rollout.actors={min: 3, max: 2}"], ["rollout.actors.min=3", "rollout.actors.max=2"]),
+    "half a range": (["rollout.actors.min=3"], ["rollout.actors.max is missing"]),
     "lease beyond the iteration": (["rollout.groups_per_lease=17"], ["groups_per_lease=17", "=16"]),
     "buffer below the iteration": (["rollout.buffer_groups=3"], ["buffer_groups=3", "at least"]),
     "ZeRO stage": (["learner.zero_stage=4"], ["zero_stage=4", "at most 3"]),
@@ -383,3 +386,24 @@ def test_mistakes_in_a_section_with_variants_are_sentences(arguments: list[str],
     with pytest.raises(ConfigError) as raised:
         of(*arguments)
     assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fewest", "wanted", "room"),
+    [
+        ([], 2, 2, 2),
+        (["rollout.actors=4"], 4, 4, 4),
+        (["rollout.actors={min: 1, max: 3}"], 1, 3, 3),
+        (["rollout.actors.min=1", "rollout.actors.max=3"], 1, 3, 3),
+        (["rollout.actors={min: 1, max: 3}", "rollout.max_actors=5"], 1, 3, 5),
+    ],
+)
+def test_actors_are_a_number_or_a_range(
+    tmp_path: Path, arguments: list[str], fewest: int, wanted: int, room: int
+) -> None:
+    config = load_config(["recipe=sudoku", *arguments])
+    rollout = config.rollout
+    assert (rollout.fewest_actors, rollout.wanted_actors, rollout.most_actors) == (fewest, wanted, room)
+    assert required_resources(config)[0] == fewest + config.learner.ranks
+    (tmp_path / "config.json").write_text(dump_config(config))
+    assert load_dumped(tmp_path / "config.json") == config
