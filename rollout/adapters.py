@@ -6,6 +6,9 @@ numpy has no bfloat16. Names are canonical when they don't depend on how peft or
 
 A state may bring a head that actors draw with (``rollout.models.prompt_head``): its tensors' names begin with
 ``prompt_head.``, are part of the digest, and lie in a file of their own on disk, which PEFT doesn't look at.
+
+On disk the digest stands in the header of the adapter's file, where damage and files that don't belong together show.
+It is no signature, and doesn't cover ``adapter_config.json``, where a user may correct the place of the base.
 """
 
 import hashlib
@@ -18,15 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rewards.errors import ConfigError, DataError, WeightMismatch
 
 ADAPTER_NAME = "default"
 HEAD = "prompt_head."
+_ADAPTER_FILE = "adapter_model.safetensors"
 _HEAD_FILE = "prompt_head.safetensors"
 _PEFT_PREFIX = "base_model.model."
+_DIGEST = "digest"  # key in the header's metadata
 
 # PEFT's options that leave the function as it is, with the values for which that holds; none: all values. Any other
 # option that is set, also one of a later PEFT, is not ours.
@@ -166,27 +171,50 @@ def load_state(model: torch.nn.Module, state: AdapterState) -> None:
 
 
 def write_peft_folder(folder: Path, state: AdapterState, peft_config: Mapping[str, Any]) -> None:
-    """Write the adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it. ``folder`` must exist."""
+    """Write the adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it, with its digest. ``folder`` must
+    exist. The same adapter is the same bytes."""
     tensors = {_PEFT_PREFIX + name: unpack(packed) for name, packed in without_head(state).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    metadata = {"format": "pt", _DIGEST: digest(state)}
+    save_file(tensors, folder / _ADAPTER_FILE, metadata=metadata)
+    _order_metadata(folder / _ADAPTER_FILE, metadata)
     if head := head_tensors(state):
         save_file({name: unpack(packed) for name, packed in head.items()}, folder / _HEAD_FILE)
     (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
+
+
+def _order_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Give the metadata of a safetensors file this order: the library writes it in a different one each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": metadata}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(text) == size, f"the header of {path} has {len(text)} bytes instead of {size}"
+        file.seek(8)
+        file.write(text)
 
 
 def read_peft_folder(folder: Path) -> tuple[dict[str, PackedTensor], dict[str, Any]]:
     """An adapter in PEFT format, with the head that lies beside it, and its configuration.
 
     Raises:
-        DataError: when the folder holds no readable adapter.
+        DataError: when the folder holds no readable adapter, or one that isn't what was written: it has a digest, as
+            those of ``write_peft_folder`` have, and not that of its tensors. PEFT itself writes none.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / _ADAPTER_FILE)
         head = load_file(folder / _HEAD_FILE) if (folder / _HEAD_FILE).exists() else {}
+        with safe_open(folder / _ADAPTER_FILE, framework="pt") as file:
+            written = (file.metadata() or {}).get(_DIGEST)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} holds no readable PEFT adapter (safetensors): {error}") from error
-    return pack({**{canonical_name(name): tensor for name, tensor in tensors.items()}, **head}), config
+    state = pack({**{canonical_name(name): tensor for name, tensor in tensors.items()}, **head})
+    if written is not None and (found := digest(state)) != written:
+        raise DataError(
+            f"the adapter in {folder} is damaged or its files belong to several adapters: its digest is {found[:12]}, "
+            f"and {written[:12]!r} was written with it; copy the whole folder anew from where it was made"
+        )
+    return state, config
 
 
 def _is_lora(name: str) -> bool:
