@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from rollout.events import Cause
 from rollout.messages import EvalReport, EvalResult, Weights
 from rollout.pulse import Pulse
 from rollout.trajectory import Lease, SamplerSpec
@@ -33,6 +34,11 @@ class Task:
     def name(self) -> str:
         return "evaluation" if self.lease is None else f"lease {self.lease.lease_id}"
 
+    @property
+    def late(self) -> str:
+        """What is said of an actor whose time for it is over."""
+        return "did not evaluate in time" if self.lease is None else f"did not deliver {self.name} in time"
+
 
 @dataclass(eq=False)
 class Place:
@@ -42,7 +48,7 @@ class Place:
     handle: Any = None
     info: dict[str, Any] | None = None  # what the actor said when it was ready
     awaited: ray.ObjectRef[Any] | None = None
-    deadline: float = math.inf  # of what is awaited; a lease's is kept by the ledger
+    deadline: float = math.inf  # of what is awaited
     task: Task | None = None
     version: int | None = None
     began: float = 0.0  # Unix seconds, as are all times that people see
@@ -115,7 +121,20 @@ class Place:
         # Not while it starts: to load a model may hold Python's lock for long.
         self.pulse = Pulse(self.handle, heartbeat_s)
 
-    def take(self, task: Task, deadline: float = math.inf) -> None:
+    def trouble(self, heartbeat_s: float) -> tuple[str, Cause, float] | None:
+        """What is wrong with its process, at work or idle: a sentence, the cause, and for how many seconds it has been
+        silent. None: it answers, or starts."""
+        if self.pulse is None:
+            return None
+        silent_s = self.pulse.silent_s()
+        if self.pulse.ended is not None:
+            return f"{self.name} was lost: {self.pulse.ended}", "died", 0.0
+        if silent_s > heartbeat_s:
+            text = f"{self.name} hangs: it has not answered for {silent_s:.0f} s (timeouts.heartbeat)"
+            return text, "hung", silent_s
+        return None
+
+    def take(self, task: Task, deadline: float) -> None:
         self.task, self.awaited, self.deadline = task, task.refs[0], deadline
 
     def finish(self) -> Task | None:

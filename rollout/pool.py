@@ -4,6 +4,7 @@ It lives in the controller and never blocks longer than it is told to. What it r
 controller passes on to the replay buffer; which lease comes next is the ledger's decision.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,15 +12,7 @@ from typing import Any, Literal
 
 import ray
 
-from rewards.errors import (
-    ConfigError,
-    DataError,
-    TrajectoryError,
-    UnmaskError,
-    WaitTimeout,
-    WeightMismatch,
-    WorkerLost,
-)
+from rewards.errors import ConfigError, DataError, TrajectoryError, UnmaskError, WaitTimeout, WeightMismatch, WorkerLost
 from rewards.task import Problem
 from rollout.actor import ActorSettings, RolloutActor
 from rollout.arrival import Arrival, Arrivals, report_problem
@@ -116,11 +109,22 @@ class RolloutPool:
         """Number of actors that could take a lease now."""
         return len(self._idle_places())
 
-    def submit(self, lease: Lease, sampler: SamplerSpec, weights: Weights, branches: BranchSpec | None = None) -> None:
-        """Give the lease to the fastest idle actor."""
+    def submit(
+        self,
+        lease: Lease,
+        sampler: SamplerSpec,
+        weights: Weights,
+        branches: BranchSpec | None = None,
+        *,
+        limit_s: float = math.inf,
+    ) -> None:
+        """Give the lease to the fastest idle actor, which is replaced when it hasn't delivered after ``limit_s``
+        seconds: also when another's delivery has closed the lease, so that the ledger doesn't name it any more."""
         place = self._idle_places()[0]
         method = place.handle.run_lease.options(num_returns=1 + len(lease.groups))
-        place.take(Task(method.remote(lease, sampler, weights, branches), weights, sampler, lease))
+        task = Task(method.remote(lease, sampler, weights, branches), weights, sampler, lease)
+        # A little later: those that count are ended by the ledger, which is asked every second.
+        place.take(task, deadline=time.monotonic() + limit_s + 3 * _TICK_S)
 
     def poll(self, timeout_s: float) -> list[Event]:
         """What has happened; waits up to ``timeout_s`` seconds for something to happen.
@@ -140,8 +144,8 @@ class RolloutPool:
     def kill_lease(self, lease_id: int) -> None:
         """The lease timed out: take its actor for stuck, and replace it. Nothing happens if the lease isn't running."""
         for place in self._places:
-            if place.lease_id == lease_id:
-                self._replace(place, f"{place.name} did not deliver lease {lease_id} in time", "late")
+            if place.task is not None and place.lease_id == lease_id:
+                self._replace(place, f"{place.name} {place.task.late}", "late")
                 return
 
     def evaluate(
@@ -237,7 +241,7 @@ class RolloutPool:
             if place.awaited is not None and place.awaited in answered:
                 self._settle(place, place.awaited)
             elif time.monotonic() >= place.deadline:
-                late = f"{place.name} did not evaluate in time" if place.info else self._starter.not_ready([place])
+                late = f"{place.name} {place.task.late}" if place.task else self._starter.not_ready([place])
                 self._replace(place, late, "late")
         for arrival in self._arrivals.looked_at():
             self._accept(arrival)
@@ -345,12 +349,8 @@ class RolloutPool:
         """Once a second: whose process hangs or is dead, whose node is about to go, and whether enough are there."""
         self._looked_around = time.monotonic()
         for place in list(self._places):
-            silent_s = place.pulse.silent_s() if place.pulse is not None else 0.0
-            if place.pulse is not None and place.pulse.ended is not None:
-                self._replace(place, f"{place.name} was lost: {place.pulse.ended}")
-            elif silent_s > self._heartbeat_s:
-                text = f"{place.name} hangs: it has not answered for {silent_s:.0f} s (timeouts.heartbeat)"
-                self._replace(place, text, "hung", silent_s)
+            if (trouble := place.trouble(self._heartbeat_s)) is not None:
+                self._replace(place, *trouble)
         draining = draining_nodes()
         for place in list(self._places):
             place.leaving = draining.get(place.node_id)

@@ -84,7 +84,15 @@ class SimulatedPool:
     def idle(self) -> int:
         return len(self._idle)
 
-    def submit(self, lease: Lease, sampler: SamplerSpec, weights: Weights, branches: BranchSpec | None = None) -> None:
+    def submit(
+        self,
+        lease: Lease,
+        sampler: SamplerSpec,
+        weights: Weights,
+        branches: BranchSpec | None = None,
+        *,
+        limit_s: float = math.inf,
+    ) -> None:
         """The actor that has been idle longest takes the lease."""
         actor = self._idle.popleft()
         actor.lease, actor.began, actor.policy_version = lease, self._clock.now, weights.version

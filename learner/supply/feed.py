@@ -190,7 +190,7 @@ class Feed:
                 )
             if lease is None:
                 return
-            self.pool.submit(lease, self.sampler, weights, self.branches)
+            self.pool.submit(lease, self.sampler, weights, self.branches, limit_s=timeout_s)
 
     def _order(self, epoch: int) -> np.ndarray:
         return numpy_generator(self.config.run.seed, "prompt order", epoch).permutation(len(self.problems))

@@ -53,12 +53,24 @@ class GarbageActor(HonestActor):
         return report, *(replace(group, rewards=group.rewards + np.float32(1.0)) for group in groups)
 
 
+class StuckActor(HonestActor):
+    """Its engine hangs in every lease, while its process answers."""
+
+    def run_lease(self, lease: Lease, *asked: Any) -> tuple[Any, ...]:
+        time.sleep(600.0)
+        raise AssertionError("it is not waited for")
+
+
 class HonestPool(RolloutPool):
     actor_class = HonestActor
 
 
 class GarbagePool(RolloutPool):
     actor_class = GarbageActor
+
+
+class StuckPool(RolloutPool):
+    actor_class = StuckActor
 
 
 @pytest.fixture
@@ -124,6 +136,17 @@ def test_garbage_is_refused_and_its_actor_given_up_after_three_times(start: Call
             pool.submit(lease(number), SAMPLER, WEIGHTS)
             happened(pool)
             pool.wait_ready()
+
+
+def test_actor_stuck_in_a_lease_that_counts_no_more_is_replaced(start: Callable[..., RolloutPool]) -> None:
+    """Another's delivery has closed the leases, so ``kill_lease`` is never called."""
+    pool = start(2, StuckPool)
+    pool.submit(lease(0), SAMPLER, WEIGHTS, limit_s=1.0)
+    pool.submit(lease(1), SAMPLER, WEIGHTS)  # the control: without a limit it stays busy
+    (event,) = happened(pool)
+    assert isinstance(event, ActorLost) and (event.cause, event.lease_id) == ("late", 0)
+    pool.wait_ready()
+    assert [worker["lease_id"] for worker in pool.workers()] == [None, 1] and pool.idle() == 1
 
 
 def test_reports_are_compared_with_what_was_asked() -> None:
