@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import ray
+
 from learner.control.commands import Commands
 from learner.control.opening import BegunRun
 from learner.control.subject import Grounds
@@ -35,6 +37,7 @@ from learner.supply.greedy import greedy_solve_rates
 from learner.supply.publish import publish
 from learner.supply.pumping import Answer, pump_until
 from learner.supply.window import GroupRef, Supply
+from rewards.errors import WaitTimeout, first_line
 from rollout.adapters import digest
 from rollout.ledger import Ledger
 from rollout.messages import BASE_WEIGHTS, Weights
@@ -212,12 +215,21 @@ class Controller(Training):
         # What the new version allows is drawn while the controller reports.
         self.feed.issue_through(version + self.config.rollout.max_staleness)
         self.feed.pump(self.weights, timeout_s=0.0)
-        groups = self._groups(refs)
         self.reporter.iteration(version, metrics)
-        self.recorder.iteration(version, groups, reports[0].credit, [report.scored for report in reports])
+        self._record(version, refs, reports)
         self.workers.tell(version)
         self._check_agreement(version, items, reports)
         self._check_finite(reports)
+
+    def _record(self, iteration: int, refs: Sequence[GroupRef], reports: Sequence[UpdateReport]) -> None:
+        """Keep completions for playback, which isn't worth a run: none of groups that are gone."""
+        try:
+            groups = self._groups(refs)
+        except (ray.exceptions.ObjectLostError, WaitTimeout) as error:
+            text = f"no completions of iteration {iteration} are kept for playback: {first_line(error)}"
+            self.reporter.fault("objects", "lost", text)
+            return
+        self.recorder.iteration(iteration, groups, reports[0].credit, [report.scored for report in reports])
 
     def _publish(self, version: int, adapter: PublishedAdapter) -> None:
         """To evaluations the newest weights, to rollouts those that the method draws with: in a phase, those that it

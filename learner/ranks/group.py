@@ -31,7 +31,7 @@ _TICK_S = 1.0
 
 
 class RanksLost(WorkerLost):
-    """Ranks died, hang, or could not have what they were to learn from; the group is of no use any more."""
+    """Ranks died, hang, or what they were given or gave is gone; the group is of no use any more."""
 
     def __init__(self, message: str, cause: Cause = "died", silent_s: float = 0.0) -> None:
         super().__init__(message)
@@ -241,6 +241,7 @@ class LearnerGroup:
         self, refs: list[ray.ObjectRef[Any]], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
     ) -> list[Any]:
         """All ranks' answers. The first rank that fails is named at once, since the others wait for it in vain."""
+        answers: dict[int, Any] = {}
         pending, deadline = list(refs), time.monotonic() + timeout_s
         while pending:
             left = deadline - time.monotonic()
@@ -254,12 +255,11 @@ class LearnerGroup:
                 raise RanksLost(f"learner rank {late} did not finish '{method}' within {timeout_s:g} s", "late")
             rank = refs.index(done[0])
             try:
-                bounded_get(done[0], who=f"learner rank {rank} ({method})", timeout_s=timeout_s)
+                answers[rank] = bounded_get(done[0], who=f"learner rank {rank} ({method})", timeout_s=timeout_s)
             except ray.exceptions.RayActorError as error:
                 raise RanksLost(f"learner rank {rank} died during '{method}': {first_line(error)}") from error
             except ray.exceptions.ObjectLostError as error:
-                text = f"learner rank {rank} could not have what it was to learn from in '{method}'"
+                text = f"what learner rank {rank} was given or gave in '{method}' is gone"
                 raise RanksLost(f"{text}: {first_line(error)}", "lost") from error
-        answers = bounded_get(refs, who=f"the learner ranks ({method})", timeout_s=timeout_s)
         self.heard = time.time()
-        return answers
+        return [answers[rank] for rank in range(len(refs))]
