@@ -86,7 +86,7 @@ def short_folder() -> Iterator[Path]:
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_a_run_keeps_what_its_environment_holds_to_itself(runs: Runs, short_folder: Path) -> None:
-    """Now and then the judge says its key back in an error, which drops a completion and is told."""
+    """Now and then the judge says its key back in an error, which drops a group and is told."""
     secrets, lines, kept = dict(PLANTED), set[str](), short_folder / "kept"
     token = short_folder / "token"
     token.write_text(PLANTED["in RAY_AUTH_TOKEN_PATH's file"])
@@ -98,7 +98,7 @@ def test_a_run_keeps_what_its_environment_holds_to_itself(runs: Runs, short_fold
     with judge_server() as server:
         scores = by_text("12345")
         server.usual = scores
-        server.faults = [*6 * [scores], echoes(400)] * 12
+        server.faults = [*11 * [scores], echoes(400)] * 6
         judge = (f"task.judge.url={server.url}", "task.judge.model=tiny", "task.judge.rubric=It has many ones.")
         more = ("task.judge.key_variable=JUDGE_KEY", "task.judge.timeout_s=20", "rollout.grade_timeout_s=30")
         arguments = (*judge, *more, "run.iterations=2", "evaluation.problems=4")
