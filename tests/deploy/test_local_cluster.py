@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import shutil
 import sqlite3
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,51 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.listening import listeners
-from tests.support.real_runs import TEST_PROCESS, command_line
-
-ROOT = Path(__file__).resolve().parents[2]
-LOCAL = ROOT / "deploy" / "local.sh"
-PORT = 21000 + 2000 * (TEST_PROCESS % 5)
-"""The first of 2,000 that no other process of this test session uses."""
-
-
-class LocalCluster:
-    """deploy/local.sh with state and ports of its own."""
-
-    def __init__(self, folder: Path, port: int, **environment: str) -> None:
-        self.folder = folder
-        without_ray = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.environment = without_ray | {"UNMASK_LOCAL_DIR": str(folder), "PORT": str(port)} | environment
-
-    def call(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(LOCAL), *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
-
-    def python(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        """Runs this interpreter in a shell that sourced the cluster's environment."""
-        shell = ["bash", "-c", f'. "{self.folder}/env" && exec "$@"', "bash", sys.executable, *arguments]
-        return subprocess.run(shell, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
-
-    def processes(self) -> list[str]:
-        """Command lines of the cluster's live processes."""
-        return [command_line(int(path.name)) for path in Path("/proc").glob("[0-9]*") if self.owns(path)]
-
-    def owns(self, process: Path) -> bool:
-        """Whether it mentions the cluster's folder or carries it in its environment; ``process`` is its folder in
-        /proc."""
-        try:
-            arguments, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            return False
-        return int(process.name) != os.getpid() and str(self.folder).encode() in arguments + environment
+from tests.support.local_clusters import PORT, LocalCluster, short_folder
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Short, because Ray's sockets live below it; the number of the test process keeps two suites apart."""
-    path = Path(f"/tmp/unmask-t{os.getpid()}")
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+    with short_folder() as path:
+        yield path
 
 
 ALIVE_NODES = """
