@@ -8,7 +8,7 @@ import pytest
 from services.store.reader import Reader
 from tests.learner.test_sft_group import adapter_digest, data_file, sft_runs  # noqa: F401  (fixtures)
 from tests.support.actions import answer, ask, run_row, store
-from tests.support.real_runs import Runs, iterations, rows, saved_iterations, summary, wait_until
+from tests.support.real_runs import Runs, command_line, iterations, rows, saved_iterations, send, summary, wait_until
 from tests.whole.test_dashboard_of_a_run import address_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(1200)]
@@ -59,3 +59,16 @@ def test_paused_saved_stopped_and_resumed_run_has_the_same_bits(sft_runs: Runs) 
     assert adapter_digest(run.dir.adapter_dir) == adapter_digest(alone.adapter_dir)
     over = ask(run.dir, "pause")
     assert (over.status, over.result) == ("refused", "the run is over (finished)")
+
+
+def test_a_lost_rank_costs_a_few_updates_and_no_bit(sft_runs: Runs) -> None:  # noqa: F811
+    sft_runs.train("whole", *LONG)
+    with sft_runs.started("rank-lost", *LONG) as run:
+        run.wait_for_row(3)
+        (rank,) = [pid for pid in run.members() if command_line(pid).startswith("ray::SftRank")]
+        send(signal.SIGKILL, [rank])
+        assert run.wait() == 0, run.output()
+    assert "the ranks are started again" in run.output()
+    assert iterations(run.dir) == list(range(1, UPDATES + 1)), "rows of what was done again are there once"
+    assert rows(run.dir) == rows(sft_runs["whole"])
+    assert adapter_digest(run.dir.adapter_dir) == adapter_digest(sft_runs["whole"].adapter_dir)
