@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 
+from learner.ranks.group import RanksLost
 from learner.ranks.rank import PublishedAdapter
 from learner.supply.publish import publish
 from rewards.errors import CheckpointError, TrajectoryError, WaitTimeout, WeightMismatch
@@ -435,6 +436,17 @@ def test_trajectories_of_threshold_decoding_are_refused(groups, tiny_model, adap
     group = groups[1].restart(at(1), adapter)
     with pytest.raises(TrajectoryError, match="confidence threshold"):
         group.update(put(decoded), 0, LR)
+
+
+@pytest.mark.filterwarnings("ignore:.free. is a deprecated API")  # nothing else loses an object on one node
+def test_a_group_that_is_gone_is_told_as_a_loss(groups, adapter, batch, refs):
+    group = groups[1].restart(at(1), adapter)
+    gone = ray.put(batch[3])
+    ray._private.internal_api.free([gone])
+    with pytest.raises(RanksLost, match="given or gave in 'update' is gone") as lost:
+        group.update([*refs[:3], gone], 0, LR)
+    assert lost.value.cause == "lost"
+    assert group.update(refs, 0, LR).applied
 
 
 def test_optimizer_state_of_another_layout_is_refused(groups, adapter, refs):
