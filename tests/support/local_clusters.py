@@ -20,8 +20,10 @@ def short_folder() -> Iterator[Path]:
     """A folder for a cluster, not made yet. Short, because Ray's sockets live below it; the number of the test process
     keeps two suites apart."""
     path = Path(f"/tmp/unmask-t{os.getpid()}")
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class LocalCluster:
