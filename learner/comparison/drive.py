@@ -68,11 +68,12 @@ def _run_all(
     running: dict[Future[Findings], Cell] = {}
     with ThreadPoolExecutor(max_workers=parallel) as threads:
         while True:
-            busy = {cell.name for cell in running.values()}
-            waiting = [cell for cell in ready_cells(config, found) if cell.name not in busy]
-            for cell in waiting[: 0 if stop() else parallel - len(running)]:
-                print(f"{cell.name}: {cell.iterations} iterations", flush=True)
-                running[threads.submit(run_cell, cell, out, config.run_limit_s, stop, lock)] = cell
+            if len(running) < parallel and not stop():  # to look for cells takes a fifth of a second
+                busy = {cell.name for cell in running.values()}
+                waiting = [cell for cell in ready_cells(config, found) if cell.name not in busy]
+                for cell in waiting[: parallel - len(running)]:
+                    print(f"{cell.name}: {cell.iterations} iterations", flush=True)
+                    running[threads.submit(run_cell, cell, out, config.run_limit_s, stop, lock)] = cell
             if not running:
                 break
             for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
