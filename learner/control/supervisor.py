@@ -20,8 +20,9 @@ from learner.settings.saved import run_of, run_to_resume
 from learner.settings.sections import RunPlace
 
 _PAUSE_S = 2.0
-"""Before the first restart; twice as long before each further one."""
+"""Before a restart; twice as long when the start before it ended soon, too."""
 _LONGEST_PAUSE_S = 60.0
+_SOON_S = 30.0
 _LOOK_S = 60.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SET_PDEATHSIG = 1
@@ -39,13 +40,16 @@ def supervise(place: RunPlace, kind: Literal["run", "sft"], label: str, argument
     """
     module = "learner.main" if kind == "run" else "learner.sft"
     first, again = _places(place, kind, label)
+    ended_soon = 0
     with _Passing() as passing:
         for number in range(place.restarts + 1):
             given = [*arguments, "run.restarts=0", *(again if number else first)]
+            began = time.monotonic()
             status = passing.run([sys.executable, "-m", module, *given])
             if status in _NO_RESTART or passing.asked or number == place.restarts:
                 return status
-            pause_s = min(_PAUSE_S * 2**number, _LONGEST_PAUSE_S)
+            ended_soon = ended_soon + 1 if time.monotonic() - began < _SOON_S else 0
+            pause_s = min(_PAUSE_S * 2**ended_soon, _LONGEST_PAUSE_S)
             how = signal.Signals(status - 128).name if status > 128 else f"exit status {status}"
             left = place.restarts - number
             print(f"the run ended with {how}: it is started again in {pause_s:g} s ({left} restarts left)", flush=True)

@@ -23,10 +23,10 @@ from learner.runs.session import answer
 from rollout.given_up import give_ray_up, ray_given_up
 
 _LOOK_S = 1.0
-_LOOKS_UNANSWERED = 15
-"""So often a GCS elsewhere may be away, a second or more at a time; it may be one that starts again."""
+_AWAY_S = 15.0
+"""For so long a GCS may give no answer: one elsewhere may start again. After a minute Ray ends its drivers."""
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-_LEAVE_S = 30.0
+_LEAVE_S = 15.0
 
 
 class RayWatch:
@@ -43,7 +43,6 @@ class RayWatch:
         self._thread = threading.Thread(target=self._look, name="ray watch", daemon=True)
         self._ends = select.poll()
         self._names: dict[int, str] = {}
-        self._gcs: str | None = None
 
     def __enter__(self) -> "RayWatch":
         processes = core_processes()
@@ -51,8 +50,7 @@ class RayWatch:
             end = os.pidfd_open(pid)
             self._ends.register(end, select.POLLIN)
             self._names[end] = f"Ray's {name} (process {pid})"
-        if "GCS" not in processes:
-            self._gcs = ray.get_runtime_context().gcs_address
+        self._gcs = ray.get_runtime_context().gcs_address
         self._thread.start()
         return self
 
@@ -67,16 +65,14 @@ class RayWatch:
             os.close(end)
 
     def _look(self) -> None:
-        unanswered = 0
+        answered = time.monotonic()
         while not self._over.is_set():
             if ended := self._ends.poll(_LOOK_S * 1000):
                 self._lost(f"{self._names[ended[0][0]]} has died, and nothing works without it")
                 return
-            if self._gcs is None:
-                continue
-            there = answer(self._gcs, token_header()) not in _NO_ANSWER
-            unanswered = 0 if there else unanswered + 1
-            if unanswered == _LOOKS_UNANSWERED:
+            if answer(self._gcs, token_header()) not in _NO_ANSWER:
+                answered = time.monotonic()
+            elif time.monotonic() - answered > _AWAY_S:
                 self._lost(f"Ray's GCS at {self._gcs} doesn't answer any more, and nothing works without it")
                 return
 

@@ -23,7 +23,7 @@ from tests.support.real_runs import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
-AT_ONCE_S = 15.0
+AT_ONCE_S, SILENT_S = 15.0, 45.0
 """Ray itself takes a minute, or says nothing."""
 
 
@@ -40,11 +40,7 @@ def test_a_dead_ray_ends_the_run_at_once_with_all_that_it_learned(
     with runs.started(name, "checkpoint.every=100") as run:
         run.wait_for_row(3)
         send(signal.SIGKILL, [core_process(run, process)])
-        killed = time.monotonic()
-        assert run.wait() == 1, run.output()
-        took_s = time.monotonic() - killed
-    print(f"{process}: ended after {took_s:.1f} s")
-    assert took_s < AT_ONCE_S
+        assert ended_after(run) < AT_ONCE_S
     assert called in run.output() and "has died" in run.output() and "Traceback" not in run.output()
     assert saved_iterations(runs[name]) == [iterations(runs[name])[-1]]
     assert store_status(runs[name]) == ("failed", 1)
@@ -53,6 +49,23 @@ def test_a_dead_ray_ends_the_run_at_once_with_all_that_it_learned(
     runs.train(name, "resume=auto")
     assert rows(runs[name]) == rows(undisturbed)
     assert_ledger_balances(runs[name])
+
+
+def test_a_ray_that_hangs_does_too(runs: Runs) -> None:
+    with runs.started("hanging-gcs", "checkpoint.every=10000", "run.iterations=5000", "evaluation.every=0") as run:
+        run.wait_for_row(3)
+        send(signal.SIGSTOP, [core_process(run, "gcs_server")])
+        assert ended_after(run) < SILENT_S
+    assert "doesn't answer any more" in run.output() and "Traceback" not in run.output()
+    assert saved_iterations(run.dir) == [iterations(run.dir)[-1]] and store_status(run.dir) == ("failed", 1)
+
+
+def ended_after(run: StartedRun) -> float:
+    """Seconds until it ended, with status 1."""
+    began = time.monotonic()
+    assert run.wait() == 1, run.output()
+    print(f"{run.dir.id}: ended after {time.monotonic() - began:.1f} s")
+    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("status", [0, 1])
