@@ -91,7 +91,7 @@ def test_rollout_actor_killed_over_its_work(runs: Runs, undisturbed: RunDirector
     last = training_rows(runs["actor"])[-1]
     assert last["machine/ledger_failed"] == 1 and last["machine/ledger_relet"] == 1, "it held no lease"
     assert training_rows(undisturbed)[-1]["machine/ledger_failed"] == 0
-    assert [event["text"] for event in store_events(runs["actor"]) if event["kind"] == "actor"], "nothing was reported"
+    assert [event["text"] for event in store_events(runs["actor"]) if event["kind"] == "fault"], "nothing was reported"
 
 
 def stall(run: StartedRun) -> int:
