@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.real_runs import StartedRun, command_line, iterations, session_members, store_events, wait_until
+from tests.support.real_runs import (
+    StartedRun,
+    command_line,
+    iterations,
+    session_members,
+    store_events,
+    wait_until,
+    workers_of,
+)
 
 HOW = {
     "killed": signal.SIGKILL,
@@ -21,15 +29,8 @@ LIMIT_S = 240.0
 """Until work goes on after a fault."""
 
 
-def controller(run: StartedRun) -> list[int]:
-    """The process that works for a run with ``run.restarts``; it leads a session of its own."""
-    named = f"run.name={run.dir.id}"
-    lead = [int(name) for name in os.listdir("/proc") if name.isdigit() and named in command_line(int(name))]
-    return [pid for pid in lead if "run.restarts=0" in command_line(pid) and os.getsid(pid) == pid]
-
-
 def _members(run: StartedRun) -> list[int]:
-    return [pid for leader in controller(run) for pid in session_members(leader)]
+    return [pid for leader in workers_of(run) for pid in session_members(leader)]
 
 
 def _titled(title: str) -> Callable[[StartedRun], list[int]]:
@@ -58,7 +59,7 @@ TARGETS: dict[str, Callable[[StartedRun], list[int]]] = {
     "actor": _titled("ray::RolloutActor"),
     "rank": _titled("ray::LearnerRank"),
     "grader": _graders,
-    "controller": controller,
+    "controller": workers_of,
     "gcs": _program("gcs_server"),
     "raylet": _program("raylet/raylet"),
 }

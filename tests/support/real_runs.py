@@ -210,6 +210,15 @@ def kill_session(leader: int, timeout_s: float = 30.0) -> None:
     wait_until(gone, f"the end of session {leader}", timeout_s)
 
 
+def workers_of(run: StartedRun) -> list[int]:
+    """Process ids of the process that works for a run with ``run.restarts``, which leads a session of its own; none
+    between two starts."""
+    named = f"run.name={run.dir.id}"
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    lead = [pid for pid in pids if named in command_line(pid) and pid != run.popen.pid]
+    return [pid for pid in lead if "run.restarts=0" in command_line(pid) and os.getsid(pid) == pid]
+
+
 def adapter_digest(run_dir: RunDirectory) -> str:
     return digest(read_peft_folder(run_dir.adapter_dir)[0])
 

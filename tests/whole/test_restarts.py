@@ -12,24 +12,16 @@ from tests.support.real_runs import (
     StartedRun,
     adapter_digest,
     assert_ledger_balances,
-    command_line,
     rows,
     saved_iterations,
     session_members,
     store_events,
     store_status,
     wait_until,
+    workers_of,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
-
-
-def workers_of(run: StartedRun) -> list[int]:
-    """Process ids of the process that works for the run, which leads a session of its own; none between two starts."""
-    named = f"run.name={run.dir.id}"
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    lead = [pid for pid in pids if named in command_line(pid) and pid != run.popen.pid]
-    return [pid for pid in lead if "run.restarts=0" in command_line(pid) and os.getsid(pid) == pid]
 
 
 def kill_worker(run: StartedRun) -> int:
