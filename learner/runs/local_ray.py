@@ -33,7 +33,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # its stub names a few 
 )
 
 from learner.runs.stopping import not_for_children, uninterrupted
-from rewards.errors import ConfigError
+from rewards.errors import ConfigError, WaitTimeout
 from rollout.given_up import ray_given_up
 from rollout.process import for_ray_workers
 
@@ -65,7 +65,8 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
         # Half of a Ray, and one whose end is cut short, leave processes behind.
         with uninterrupted(), _authentication(token), loopback_only(), not_for_children():
             place: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(private / "ray")}
-            ray.init(address="local", num_cpus=num_cpus, runtime_env=for_ray_workers(), **place, **quiet | options)
+            with start_errors():
+                ray.init(address="local", num_cpus=num_cpus, runtime_env=for_ray_workers(), **place, **quiet | options)
         address = ray.get_runtime_context().gcs_address
         assert get_authentication_mode() == AuthenticationMode.TOKEN, "Ray started without a token"
         assert address.startswith(f"{LOOPBACK}:"), f"Ray listens at {address}"
@@ -155,6 +156,20 @@ def _forget_authentication() -> None:
     """Ray reads mode and token from the environment anew; it remembers those of its import otherwise."""
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
+
+
+@contextlib.contextmanager
+def start_errors() -> Iterator[None]:
+    """A Ray that isn't up in the time that it gives itself, 30 s, raises a bare ``Exception``: say what to do."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception and "timed out during startup" in str(error):
+            raise WaitTimeout(
+                "Ray did not start on this machine within 30 s: the machine is too busy, or short of memory; "
+                "look what else runs (uptime, free -h), and start again"
+            ) from error
+        raise
 
 
 def check_place() -> None:

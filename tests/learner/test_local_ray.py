@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from ray._private import node
 
-from learner.runs.local_ray import check_place, local_ray
+from learner.runs.local_ray import check_place, local_ray, start_errors
 from learner.runs.session import check_cluster, joins
-from rewards.errors import ConfigError
+from rewards.errors import ConfigError, WaitTimeout
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,13 @@ def test_workers_write_files_as_the_caller_does() -> None:
     finally:
         os.umask(before)
     assert oct(found) == oct(0o027)
+
+
+def test_a_ray_that_does_not_come_up_is_said_in_one_sentence() -> None:
+    said = "timed out during startup"
+    assert f"The current node {said}" in Path(node.__file__).read_text(), "Ray says it in other words now"
+    with pytest.raises(WaitTimeout, match="too busy"), start_errors():
+        raise Exception(f"The current node {said}. This could happen because")
+    with pytest.raises(Exception, match="another") as other, start_errors():
+        raise Exception("another")
+    assert other.type is Exception

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from learner.reporting.curves import main as curves
 from learner.reporting.plots import main, plot_run, read_series
 from rewards.errors import UnmaskError
 
@@ -95,3 +96,17 @@ def test_as_a_command_matplotlib_needs_no_display_and_is_loaded_late(write):
     assert done.returncode == 0 and str(folder / "plots" / "overview.png") in done.stdout, done.stderr
     code = "import sys, learner.reporting.plots, learner.reporting.reporter; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=100).returncode == 0
+
+
+def test_runs_share_axes(tmp_path, capsys):
+    for name, iterations in (("a", 3), ("b", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row(i)) + "\n" for i in range(1, iterations + 1))
+        )
+    folders = [str(tmp_path / "a"), f"{tmp_path / 'b'}=another, sick"]
+    assert curves([*folders, "--out", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert curves([*folders, "--out", str(tmp_path / "curves.png"), "--metric", "nope"]) == 1
+    assert "no run has the metric nope; there are clip_fraction/high" in capsys.readouterr().err
+    assert curves([str(tmp_path / "c")]) == 1
