@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rewards.errors import ConfigError, DataError
+from rewards.layout import Layout
 
 Split = Literal["train", "test"]
 
@@ -75,6 +76,8 @@ class Task(ABC):
     name: ClassVar[str]
     components: ClassVar[tuple[str, ...]]
     """Keys of every grade's components, in this order. None: only a judge can grade it (``rewards.judge``)."""
+    largest: ClassVar[Mapping[str, float]] = {}
+    """The largest absolute value of components, where there is one: what a page draws a value out of."""
     time_limit_s: ClassVar[float] = 1.0
     """Seconds within which ``grade`` returns, whatever the completion."""
     memory_limit_mb: ClassVar[int] = 0
@@ -123,6 +126,15 @@ class Task(ABC):
             f"there are no demonstrations for task {self.name}, so no base can be built for it; set model.path to an "
             "existing model, or give the task the method demonstrations"
         )
+
+    def expected(self, fields: dict[str, Any]) -> str | None:
+        """A right answer, for people to compare with; None where none is known."""
+        return None
+
+    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout | None:
+        """How pages show an answer, with what each part of it is worth; None: as plain text. ``correct`` is the verdict
+        that was given: nothing of the completion is run, or asked of anybody, again. Quick for any completion."""
+        return None
 
     def leak_key(self, fields: dict[str, Any]) -> Hashable:
         """What train and test must not share. By default the whole problem."""

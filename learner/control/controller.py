@@ -36,11 +36,11 @@ from learner.supply.feed import Feed
 from learner.supply.greedy import greedy_solve_rates
 from learner.supply.publish import publish
 from learner.supply.pumping import Answer, pump_until
-from learner.supply.window import GroupRef, Supply
+from learner.supply.window import Supply
 from rewards.errors import WaitTimeout, first_line
 from rollout.adapters import digest
 from rollout.ledger import Ledger
-from rollout.messages import BASE_WEIGHTS, Weights
+from rollout.messages import BASE_WEIGHTS, GroupRef, Weights
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
@@ -77,6 +77,7 @@ class Controller(Training):
             begun.reporter,
             grounds.tokenizer,
             completions=config.samples_per_iteration,
+            task=subject.task,
             train=subject.train,
             held_out=subject.held_out,
         )
@@ -138,7 +139,7 @@ class Controller(Training):
         """Print two rollouts of the first iteration and the batch's statistics."""
         self.feed.issue_through(0)
         items = self.feed.gather(0, self.weights)
-        groups = self._groups([item.ref for item in items])
+        groups = self._groups([item.ref.outline for item in items])
         for group in groups[:2]:
             print(
                 f"\nproblem {group.problem_id}\nprompt: {self.recorder.prompt(group)!r}\n"
@@ -166,7 +167,7 @@ class Controller(Training):
         return self.feed.replay.ledger.state()
 
     def _buffer(self) -> Sequence[TrajectoryGroup]:
-        return () if self.phases is None else self._groups(self.feed.held())
+        return () if self.phases is None else self._groups([ref.whole for ref in self.feed.held()])
 
     def _start_ranks(self, state: GroupState | None) -> LearnerGroup:
         placement, self._placement = self._placement, None
@@ -224,7 +225,7 @@ class Controller(Training):
     def _record(self, iteration: int, refs: Sequence[GroupRef], reports: Sequence[UpdateReport]) -> None:
         """Keep completions for playback, which isn't worth a run: none of groups that are gone."""
         try:
-            groups = self._groups(refs)
+            groups = self._groups([ref.outline for ref in refs])
         except (ray.exceptions.ObjectLostError, WaitTimeout) as error:
             text = f"no completions of iteration {iteration} are kept for playback: {first_line(error)}"
             self.reporter.fault("objects", "lost", text)
@@ -295,6 +296,6 @@ class Controller(Training):
         self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
         self.recorder.evaluation(iteration, name, kept)
 
-    def _groups(self, refs: Sequence[GroupRef]) -> list[TrajectoryGroup]:
+    def _groups(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[TrajectoryGroup]:
         limit = self.config.timeouts.publish
-        return bounded_get(list(refs), who="the replay buffer's objects", timeout_s=limit)
+        return bounded_get(refs, who="the replay buffer's objects", timeout_s=limit)

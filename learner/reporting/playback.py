@@ -14,11 +14,13 @@ A sample is one completion as safetensors. Beside the arrays of ``learner.report
     order_mean_step  [C] float32, the mean step at which a position was drawn; NaN where none was
 
 and in the header's metadata, under ``playback``, a JSON object: version, tokens (the text of each token by itself),
-with the order, its completions and bin widths, and, where states were branched, branches (see ``branches_of``). Shapes:
-C positions, v views, q scored tokens.
+with the order, its completions and bin widths, and, where states were branched, branches (see ``branches_of``). Beside
+the trajectory, in the row's ``data``, is what people look at first: question, expected and layout as the task gives
+them, largest (its rewards' largest values), and scales (``scales_of``). Shapes: C positions, v views, q scored tokens.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,13 +30,17 @@ from transformers import PreTrainedTokenizerBase
 
 from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.reporter import Reporter
-from rewards.task import Problem
+from rewards.task import Problem, Task
 from rollout.models.encoding import completion_text
 from rollout.trajectory import TrajectoryGroup
 
 VERSION = 1
 ORDER_BINS = (256, 128)
 """Most bins of positions and of steps."""
+MAX_QUESTION = 20_000
+"""Characters of a question."""
+MAX_CELLS = 1000
+"""Of a layout."""
 
 
 class PlaybackRecorder:
@@ -42,6 +48,7 @@ class PlaybackRecorder:
 
     Args:
         completions: kept per iteration at least, in whole groups; 0 keeps none.
+        task: says what its problems and answers look like.
         train, held_out: the problems that iterations and evaluations are of.
     """
 
@@ -51,10 +58,12 @@ class PlaybackRecorder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         completions: int,
+        task: Task,
         train: Sequence[Problem],
         held_out: Sequence[Problem],
     ) -> None:
         self._reporter, self._tokenizer, self._completions = reporter, tokenizer, completions
+        self._task = task
         self._special = frozenset(tokenizer.all_special_ids)
         self._train, self._held_out = ({each.id: each.fields for each in split} for split in (train, held_out))
         self._texts: dict[int, str] = {}  # of single tokens
@@ -76,8 +85,10 @@ class PlaybackRecorder:
         order: dict[str, Any] = {}
         order_arrays: dict[str, np.ndarray] = {}
         kept = recorded_groups(credit, self._completions)
+        scales: dict[str, float] = {}
         if kept:
             order, order_arrays = order_map(groups)
+            scales = scales_of(groups, updates)
         views_of: defaultdict[tuple[int, int], list[tuple[int, ScoredView]]] = defaultdict(list)
         for update, scored in enumerate(updates):
             for view in scored:
@@ -91,6 +102,7 @@ class PlaybackRecorder:
                     "group_size": group.size,
                     "updates": len(updates),
                     "learner_version": iteration - 1,
+                    "scales": scales,
                 }
                 fields = self._train[group.problem_id]
                 self._sample(iteration, group, row, "train", fields, about, view_arrays(views) | order_arrays, order)
@@ -98,10 +110,11 @@ class PlaybackRecorder:
 
     def evaluation(self, iteration: int, kind: str, groups: Sequence[TrajectoryGroup]) -> None:
         """Keep the completions of an evaluation; ``kind`` is base or trained."""
+        scales = scales_of(groups, ())
         for group in groups:
             for row in range(group.size):
-                fields = self._held_out[group.problem_id]
-                self._sample(iteration, group, row, kind, fields, {"group_size": group.size}, {}, {})
+                fields, about = self._held_out[group.problem_id], {"group_size": group.size, "scales": scales}
+                self._sample(iteration, group, row, kind, fields, about, {}, {})
 
     def prompt(self, group: TrajectoryGroup) -> str:
         return str(self._tokenizer.decode(group.prompt_ids.tolist()))
@@ -120,7 +133,9 @@ class PlaybackRecorder:
         arrays: Mapping[str, np.ndarray],
         order: Mapping[str, Any],
     ) -> None:
-        ids = group.completion_ids[row].tolist()
+        ids, completion = group.completion_ids[row].tolist(), self.text(group, row)
+        shown: dict[str, Any] = {}
+        self._reporter.attempt("playback", self._show, shown, fields, completion, bool(group.correct[row]))
         special = np.array([token in self._special for token in ids], dtype=np.bool_)
         branches = branches_of(group, row, self._tokenizer)
         playback = {"version": VERSION, "tokens": [self._token(token) for token in ids], **order}
@@ -131,14 +146,24 @@ class PlaybackRecorder:
             group,
             row,
             self.prompt(group),
-            self.text(group, row),
+            completion,
             kind=kind,
             fields=fields,
-            data=about,
+            data={**about, **shown},
             arrays={"special": special, **arrays},
             metadata={"playback": json.dumps(playback)},
             branches=branches,
         )
+
+    def _show(self, shown: dict[str, Any], fields: Mapping[str, Any], completion: str, correct: bool) -> None:
+        """Put into ``shown`` what the task, which may be a user's own, says about a problem and an answer."""
+        questions = [each["content"] for each in self._task.messages(dict(fields)) if each["role"] == "user"]
+        shown["question"] = questions[-1][:MAX_QUESTION] if questions else None
+        shown["expected"] = self._task.expected(dict(fields))
+        shown["largest"] = dict(self._task.largest)
+        layout = self._task.layout(dict(fields), completion, correct=correct)
+        if layout is not None and len(layout.cells) <= MAX_CELLS:
+            shown["layout"] = layout.as_json()
 
     def _token(self, token: int) -> str:
         if token not in self._texts:
@@ -189,6 +214,28 @@ def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray
 def _order(pair: tuple[int, ScoredView]) -> tuple[Any, ...]:
     update, view = pair
     return update, view.step, view.positions.tolist(), view.weight, view.logp.tolist()
+
+
+def scales_of(groups: Sequence[TrajectoryGroup], updates: Sequence[Sequence[ScoredView]]) -> dict[str, float]:
+    """What a page draws all completions of a batch by: the largest mean entropy of a step (nats), and of what the
+    updates scored the largest absolute weight, and log ratio of a view that the rollout went through."""
+    entropy = 0.0
+    for group in groups:
+        rows, positions = np.nonzero(group.drawn)
+        slots = rows * group.sampler.most_steps + group.unmask_step[rows, positions]
+        sums = np.bincount(slots, weights=group.entropy[rows, positions])
+        entropy = max(entropy, float((sums / np.maximum(np.bincount(slots), 1)).max(initial=0.0)))
+    views = [view for scored in updates for view in scored]
+    ratios = [
+        float((view.logp - groups[view.group].logp[view.row, view.positions]).sum(dtype=np.float64))
+        for view in views
+        if view.step >= 0
+    ]
+    return {
+        "entropy": entropy,
+        "weight": max((abs(view.weight) for view in views if math.isfinite(view.weight)), default=0.0),
+        "log_ratio": max((abs(ratio) for ratio in ratios if math.isfinite(ratio)), default=0.0),
+    }
 
 
 def order_map(groups: Sequence[TrajectoryGroup]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

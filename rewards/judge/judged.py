@@ -37,6 +37,7 @@ def load_task(name: str, judge: JudgeSettings) -> Task:
     about = {
         "judge_settings": judge,
         "components": (*task.components, PART),
+        "largest": {**task.largest, PART: abs(judge.weight)},
         "time_limit_s": task.time_limit_s + judge.timeout_s + _DISK_S,
     }
     return cast(Task, type(f"Judged{type(task).__name__}", (_Judged, type(task)), about)())

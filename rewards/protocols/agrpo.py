@@ -85,6 +85,7 @@ class Gsm8kAgrpo(_AsksMathVerify, Gsm8k):
 
     name: ClassVar[str] = "gsm8k_agrpo"
     components: ClassVar[tuple[str, ...]] = ("thinking", "answer", "correctness")
+    largest: ClassVar[Mapping[str, float]] = {"thinking": 0.5, "answer": 0.5, "correctness": 3.0}
     default_sources: ClassVar[Mapping[Split, str]] = {
         "train": "hub:openai/gsm8k:main:train",
         "test": "hub:madrylab/gsm8k-platinum:main:test",
@@ -115,6 +116,7 @@ class MathAgrpo(_AsksMathVerify, Math):
 
     name: ClassVar[str] = "math_agrpo"
     components: ClassVar[tuple[str, ...]] = ("thinking", "answer", "correctness")
+    largest: ClassVar[Mapping[str, float]] = {"thinking": 0.5, "answer": 0.5, "correctness": 3.0}
     default_sources: ClassVar[Mapping[Split, str]] = {
         "train": "hub:qwedsacf/competition_math:train",
         "test": "hub:HuggingFaceH4/MATH-500:test",
@@ -160,6 +162,7 @@ class CountdownAgrpo(_AsksMathVerify, Countdown):
 
     name: ClassVar[str] = "countdown_agrpo"
     components: ClassVar[tuple[str, ...]] = ("format", "correctness")
+    largest: ClassVar[Mapping[str, float]] = {"format": 1.0, "correctness": 3.0}
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         return _chat(_COUNTDOWN_SYSTEM, f"Target: {fields['target']}\nNumbers: {list(fields['numbers'])}")
@@ -200,6 +203,7 @@ class SudokuAgrpo(Sudoku):
 
     name: ClassVar[str] = "sudoku_agrpo"
     components: ClassVar[tuple[str, ...]] = ("format", "correctness")
+    largest: ClassVar[Mapping[str, float]] = {"format": 1.0, "correctness": 3.0}
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         return _chat(_SUDOKU_SYSTEM, f"Puzzle: {fields['puzzle']}")

@@ -93,6 +93,12 @@ class Gsm8kD1(TwoPrompts, Gsm8k):
 
     name: ClassVar[str] = "gsm8k_d1"
     components: ClassVar[tuple[str, ...]] = ("xml_count", "soft_format", "strict_format", "integer", "correctness")
+    largest: ClassVar[Mapping[str, float]] = {
+        "soft_format": 0.5,
+        "strict_format": 0.5,
+        "integer": 0.5,
+        "correctness": 2.0,
+    }
 
     PENALTY_SPLIT: ClassVar[str] = "\n</answer>\n"
     """``xml_count``'s first penalty counts what follows this text's last occurrence."""
@@ -164,6 +170,7 @@ class MathD1(TwoPrompts, Math):
 
     name: ClassVar[str] = "math_d1"
     components: ClassVar[tuple[str, ...]] = ("correctness", "format")
+    largest: ClassVar[Mapping[str, float]] = {"correctness": 2.0, "format": 0.75}
     default_sources: ClassVar[Mapping[Split, str]] = {
         "train": "hub:ankner/math-500:train",
         "test": "hub:HuggingFaceH4/MATH-500:test",
@@ -205,6 +212,7 @@ class CountdownD1(TwoPrompts, Countdown):
 
     name: ClassVar[str] = "countdown_d1"
     components: ClassVar[tuple[str, ...]] = ("score",)
+    largest: ClassVar[Mapping[str, float]] = {"score": 1.0}
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         numbers, target = list(fields["numbers"]), fields["target"]
@@ -250,6 +258,7 @@ class SudokuD1(TwoPrompts, Sudoku):
 
     name: ClassVar[str] = "sudoku_d1"
     components: ClassVar[tuple[str, ...]] = ("cells",)
+    largest: ClassVar[Mapping[str, float]] = {"cells": 1.0}
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         content = f"{SUDOKU_SYSTEM}\n\nSolve the following Sudoku puzzle: {fields['puzzle']}\n"

@@ -16,12 +16,13 @@ defines one, all are joined.
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from rewards.errors import DataError
+from rewards.layout import Cell, Layout, place_of
 from rewards.parsing import answer_region, shorten, without_special_tokens, without_thinking
 from rewards.sandbox.runner import Job, Limits, run_program
 from rewards.task import Grade, Task
@@ -147,6 +148,7 @@ class CodeTask(Task):
     """
 
     components: ClassVar[tuple[str, ...]] = ("format", "tests", "passed")
+    largest: ClassVar[Mapping[str, float]] = {"format": 0.25, "tests": 0.75, "passed": 1.0}
     time_limit_s: ClassVar[float] = LIMITS.seconds + 3.0
     memory_limit_mb: ClassVar[int] = LIMITS.most_memory_mb
 
@@ -178,6 +180,11 @@ class CodeTask(Task):
             "passed": 1.0 * passed,
         }
         return Grade(passed, components, None if passed else f"{outcome.status}: {outcome.error}")
+
+    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout | None:
+        """The program; nothing where it was put together of several parts."""
+        place = place_of(code_in(completion, self.wanted(fields)).text.strip("\n"), completion)
+        return None if place is None else Layout("code", (Cell("", "right" if correct else "wrong", *place),))
 
 
 def text_field(fields: dict[str, Any], *names: str) -> str:

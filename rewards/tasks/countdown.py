@@ -13,7 +13,8 @@ second ``=``. ``rewards.tasks.arithmetic`` says what an expression is; signs in 
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, combinations_with_replacement, permutations
@@ -21,6 +22,7 @@ from typing import Any, ClassVar
 
 from rewards.cells import listed, whole
 from rewards.errors import ConfigError, DataError
+from rewards.layout import Cell, Layout, Mark, place_of
 from rewards.parsing import plain_operators, shorten, submission
 from rewards.task import AnswerPair, Grade, Problem, Split, Task
 from rewards.tasks.arithmetic import MAX_CHARACTERS, ExpressionError, evaluate
@@ -29,7 +31,14 @@ from rewards.tasks.hub import problems_from_source
 MAX_NUMBERS = 16
 LARGEST_FIELD = 10**9
 
+MAX_SEARCHED = 4
+"""Numbers of a problem whose solution is searched for."""
+
+MAX_SHOWN = 100
+"""Characters of an answer that is laid out."""
+
 _INTEGER = re.compile(r"-?[0-9]{1,12}")
+_PIECE = re.compile(r"[0-9]+|\S")
 _LEFT_SIDE = re.compile(r"[0-9 +\-*/()]+")
 
 
@@ -39,6 +48,13 @@ class Countdown(Task):
 
     name: ClassVar[str] = "countdown"
     components: ClassVar[tuple[str, ...]] = ("one_equals", "right_side", "left_side", "numbers", "value")
+    largest: ClassVar[Mapping[str, float]] = {
+        "one_equals": 0.5,
+        "right_side": 1 / 3,
+        "left_side": 1 / 3,
+        "numbers": 1 / 3,
+        "value": 3.0,
+    }
 
     COUNT: ClassVar[int] = 3
     """Numbers in a problem; rows of a file with another count are passed over."""
@@ -106,6 +122,32 @@ class Countdown(Task):
     def solvable(self, fields: dict[str, Any]) -> bool:
         """Whether an expression reaches the target; more than three numbers are taken to have one."""
         return len(fields["numbers"]) > 3 or _may_reach(fields["numbers"], fields["target"])
+
+    def expected(self, fields: dict[str, Any]) -> str | None:
+        """An equation, one of many; None for more numbers than are searched."""
+        numbers, target = fields["numbers"], fields["target"]
+        found = expressions(numbers).get(target) if len(numbers) <= MAX_SEARCHED else None
+        return None if found is None else f"{found}={target}"
+
+    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout | None:
+        """The answer, piece by piece: a number is right that was given and not used before; what stands right of the
+        ``=`` is right where it is the target and the whole answer is. Nothing for what is no short answer."""
+        text = submission(completion).text
+        place = place_of(text, completion)
+        if place is None or len(text) > MAX_SHOWN:
+            return None
+        left = Counter(map(str, fields["numbers"]))
+        cells: list[Cell] = []
+        behind = False
+        for piece in _PIECE.finditer(text):
+            mark: Mark | None = None
+            if piece[0].isdigit():
+                good = correct and piece[0] == str(fields["target"]) if behind else left[piece[0]] > 0
+                mark = "right" if good else "wrong"
+                left[piece[0]] -= 1
+            behind = behind or piece[0] == "="
+            cells.append(Cell("", mark, place[0] + piece.start(), place[0] + piece.end()))
+        return Layout("line", tuple(cells)) if cells else None
 
     def leak_key(self, fields: dict[str, Any]) -> tuple[int, ...]:
         """The numbers without their order."""

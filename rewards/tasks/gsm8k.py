@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from rewards.cells import as_text
 from rewards.errors import DataError
+from rewards.layout import Layout, answer_line
 from rewards.maths.answers import FinalAnswer, final_answer
 from rewards.maths.equivalence import equivalent
 from rewards.parsing import MAX_CHARACTERS, has_thinking, shorten
@@ -32,6 +33,7 @@ class WrittenMaths(DataTask):
     """What GSM8K and MATH share: fields QUESTION and ``answer``, prompt, components and verdict."""
 
     components: ClassVar[tuple[str, ...]] = ("think_tag", "answer_tag", "correct")
+    largest: ClassVar[Mapping[str, float]] = {"think_tag": 0.5, "answer_tag": 0.5, "correct": 3.0}
 
     QUESTION: ClassVar[str]
     """The field that holds the problem's text."""
@@ -75,6 +77,14 @@ class WrittenMaths(DataTask):
     def refusal(self, fields: dict[str, Any], candidate: str) -> str | None:
         """Why an answer of the right value, in another spelling than the gold's, is not accepted; None when it is."""
         return None
+
+    def expected(self, fields: dict[str, Any]) -> str:
+        return str(fields["answer"])
+
+    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout | None:
+        """The final answer, where the completion has it as it is read."""
+        candidates = final_answer(completion).candidates
+        return answer_line(candidates[0], completion, correct=correct) if candidates else None
 
     def leak_key(self, fields: dict[str, Any]) -> str:
         """The problem's text without case, spaces and punctuation. Operators stay: z^4-z^2 and z^4+z^2 are two, one in

@@ -16,10 +16,11 @@ but the answer, else what follows the last "the answer is". How an answer is rea
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rewards.errors import DataError
+from rewards.layout import Layout, answer_line
 from rewards.parsing import MAX_CHARACTERS, has_thinking, shorten, submission
 from rewards.task import Grade
 from rewards.tasks.hub import DataTask
@@ -64,6 +65,7 @@ class MultipleChoice(DataTask):
     """Fields: ``question``, ``options`` (2 to 26 texts) and ``answer``, the letter of the right one."""
 
     components: ClassVar[tuple[str, ...]] = ("think_tag", "answer_tag", "correct")
+    largest: ClassVar[Mapping[str, float]] = {"think_tag": 0.5, "answer_tag": 0.5, "correct": 3.0}
 
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, fields["options"], strict=False))
@@ -92,6 +94,15 @@ class MultipleChoice(DataTask):
                 raise DataError(f"each of the options must be a text, not {shorten(option)}")
         if answer not in LETTERS[: len(options)]:
             raise DataError(f"answer must be a letter from A to {LETTERS[len(options) - 1]}, not {shorten(answer)}")
+
+    def expected(self, fields: dict[str, Any]) -> str:
+        answer = fields["answer"]
+        return f"{answer}. {fields['options'][LETTERS.index(answer)]}"
+
+    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout | None:
+        """The answer in the tag."""
+        answer = submission(completion)
+        return answer_line(answer.text, completion, correct=correct) if answer.tagged else None
 
     def leak_key(self, fields: dict[str, Any]) -> str:
         """The question without case, spaces and punctuation."""

@@ -34,6 +34,10 @@ class OpenPrompts(Task):
         if reference is not None and not isinstance(reference, str):
             raise DataError(f"reference must be a text or null, not {shorten(reference)}")
 
+    def expected(self, fields: dict[str, Any]) -> str | None:
+        reference: str | None = fields.get("reference")
+        return reference
+
     def leak_key(self, fields: dict[str, Any]) -> str:
         """The prompt without case and spaces."""
         return "".join(fields["prompt"].casefold().split())

@@ -12,11 +12,13 @@ solutions. Without a stored solution, ``cells`` uses the valid completion neares
 
 import random
 import re
+from collections.abc import Mapping
 from functools import cache
 from itertools import permutations, product
 from typing import Any, ClassVar
 
 from rewards.errors import ConfigError, DataError
+from rewards.layout import Cell, Layout, characters, place_of
 from rewards.parsing import Submission, shorten, submission
 from rewards.task import AnswerPair, Grade, Problem, Split, Task
 from rewards.tasks.hub import problems_from_source
@@ -31,6 +33,7 @@ class Sudoku(Task):
 
     name: ClassVar[str] = "sudoku"
     components: ClassVar[tuple[str, ...]] = ("length", "permutation", "clues", "cells")
+    largest: ClassVar[Mapping[str, float]] = {"length": 0.25, "permutation": 0.25, "clues": 0.5, "cells": 3.0}
 
     TEST_GRIDS: ClassVar[int] = 64
     """Of the 288 grids, those whose puzzles are test puzzles; the other 224 are for training."""
@@ -97,6 +100,31 @@ class Sudoku(Task):
             missing = iter(sorted(set("1234") - set(row)))
             wrong += "".join(cell if cell != "0" else next(missing) for cell in row)
         return AnswerPair(f"<answer>{fields['solution']}</answer>", f"<answer>{wrong}</answer>")
+
+    def expected(self, fields: dict[str, Any]) -> str:
+        return fields.get("solution") or solutions(fields["puzzle"])[0]
+
+    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout:
+        """The grid: clues, and what was written into each cell. Without a stored solution, or where the answer is
+        another one, a cell is right that agrees with the valid completion nearest to the answer."""
+        puzzle, answer = fields["puzzle"], submission(completion)
+        text = answer.text[:CELLS] if answer.tagged or len(answer.text) == CELLS else ""
+        place = place_of(text, completion)
+        written = [] if place is None else list(characters(text, place[0]))
+        known = fields.get("solution")
+        references = [known] if known and not correct else solutions(puzzle)
+        nearest = max(references, key=lambda grid: sum(map(str.__eq__, grid, text)))
+        cells = []
+        for at, clue in enumerate(puzzle):
+            given = "" if clue == "0" else clue
+            if at >= len(written):
+                cells.append(Cell(given, "clue" if given else None))
+            elif given == written[at][0]:
+                cells.append(Cell(given, "clue", *written[at][1:]))
+            else:
+                right = not given and written[at][0] == nearest[at]
+                cells.append(Cell(given, "right" if right else "wrong", *written[at][1:]))
+        return Layout("grid", tuple(cells), columns=4)
 
     def leak_key(self, fields: dict[str, Any]) -> str:
         """The solution grid."""

@@ -31,7 +31,7 @@ from rollout.trajectory import TrajectoryGroup
 from services.store import schema
 from services.store.writer import StoreWriter
 from tests.support import store_rows
-from tests.support.hand_made import make_group, random_group
+from tests.support.hand_made import Numbered, make_group, random_group
 from tests.support.learner_ranks import (
     SAMPLER,
     ProbedGroup,
@@ -282,7 +282,34 @@ def stored(reporter: Reporter, tmp_path) -> list[tuple[dict, dict[str, np.ndarra
 def recorder_of(reporter: Reporter, tokenizer: PreTrainedTokenizerBase, *, completions: int) -> PlaybackRecorder:
     """Of the one problem that hand-made groups are of."""
     train, held_out = ([Problem("hand-made", {"n": n})] for n in (1, 2))
-    return PlaybackRecorder(reporter, tokenizer, completions=completions, train=train, held_out=held_out)
+    task = Numbered()
+    return PlaybackRecorder(reporter, tokenizer, completions=completions, task=task, train=train, held_out=held_out)
+
+
+def test_what_the_task_shows_is_kept_and_its_mistakes_cost_no_sample(reporter, tiny_model, tmp_path) -> None:
+    recorder, groups = recorder_of(reporter, load_tokenizer(tiny_model), completions=8), [random_group(0, size=2)]
+    groups[0].correct[:] = [True, False]
+    step = int(groups[0].unmask_step[0, 4])
+    logp = groups[0].logp[0, [4]] + np.float32(0.25)
+    views = [ScoredView(0, 0, step, 1, -1.5, np.array([4], np.int32), logp, math.nan)]
+    recorder.iteration(7, groups, credits(groups), [views])
+    recorder.evaluation(7, "trained", groups)
+    right, wrong, evaluated, _ = (row["data"] for row, *_ in stored(reporter, tmp_path))
+    assert (right["question"], right["expected"], right["largest"]) == ("Number 1?", "1", {"a": 2.0})
+    assert right["layout"]["cells"][0]["mark"] == "right" and "layout" not in wrong
+    assert evaluated["question"] == "Number 2?", "of its own split"
+    assert reporter.failures["playback"] == 2 and wrong["question"] == "Number 1?"
+    means = [
+        groups[0].entropy[row][groups[0].drawn[row] & (groups[0].unmask_step[row] == at)].mean()
+        for row in range(2)
+        for at in np.unique(groups[0].unmask_step[row][groups[0].drawn[row]])
+    ]
+    assert (
+        right["scales"]
+        == wrong["scales"]
+        == pytest.approx({"entropy": max(means), "weight": 1.5, "log_ratio": 0.25}, rel=1e-5)
+    )
+    assert evaluated["scales"] == pytest.approx({"entropy": max(means), "weight": 0.0, "log_ratio": 0.0}, rel=1e-5)
 
 
 def test_a_whole_group_is_kept_with_its_tokens_and_the_order_of_the_batch(reporter, tiny_model, tmp_path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rewards.layout import Cell, Layout
+from rewards.task import Grade, Problem, Split, Task
 from rollout.adapters import AdapterState, adapter_parameters, pack
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 
@@ -105,3 +107,28 @@ def _ranks(unmask_step: np.ndarray) -> np.ndarray:
     earlier = np.arange(C)[None, :] < np.arange(C)[:, None]
     same = unmask_step[:, :, None] == unmask_step[:, None, :]
     return (same & earlier).sum(axis=2).astype(np.int16)
+
+
+class Numbered(Task):
+    """A user's own, which shows answers that are right and fails on the others."""
+
+    name, components, largest = "numbered", ("a",), {"a": 2.0}  # type: ignore[misc]
+
+    def problems(self, split: Split, *, seed: int, size: int, path: str | None = None) -> list[Problem]:
+        return []
+
+    def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
+        return [{"role": "system", "content": "Count."}, {"role": "user", "content": f"Number {fields['n']}?"}]
+
+    def grade(self, fields: dict[str, Any], completion: str) -> Grade:
+        raise AssertionError("nothing is graded for playback")
+
+    def validate_fields(self, fields: dict[str, Any]) -> None: ...
+
+    def expected(self, fields: dict[str, Any]) -> str:
+        return str(fields["n"])
+
+    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout:
+        if not correct:
+            raise ValueError("a user's mistake")
+        return Layout("line", (Cell("", "right", 0, len(completion)),))

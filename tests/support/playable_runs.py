@@ -18,7 +18,7 @@ from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.playback import PlaybackRecorder
 from learner.reporting.reporter import Reporter
 from learner.runs.directory import RunDirectory
-from rewards.task import Problem
+from rewards.task import Problem, get_task
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from services.store.writer import StoreWriter
 
@@ -26,8 +26,9 @@ EOS = "<|endoftext|>"
 
 Scored = Literal["steps", "masks", "branches", "nothing"]
 
-PUZZLE = ["Puzzle: ", *"0321003004002100"]
-GRID = ["<answer>", *"4321123434122143", "</answer>"]
+PUZZLE_TEXT, SOLUTION = "0321003004002100", "4321123434122143"
+PUZZLE = ["Puzzle: ", *PUZZLE_TEXT]
+GRID = ["<answer>", *SOLUTION, "</answer>"]
 
 STORY = (
     "Let me work through it step by step.\n\n1. A box holds 12 pencils, and Mia buys 7 boxes:\n   12 * 7 = 84 pencils."
@@ -35,6 +36,8 @@ STORY = (
     "2. She gives a third away, 84 / 3 = 28, so 84 - 28 = 56 are left.\n3. Each of her 4 friends then gets as many as "
     "the others:\n\n   56 / 4 = 14\n\nCheck: 4 * 14 + 28 = 84, which is what she bought.\n\n<answer>14</answer>"
 )
+
+WORDS = {"question": "Mia buys 7 boxes of 12 pencils. How many does each friend get?", "answer": "14"}
 
 ODD = [
     "<script>alert(1)</script>",
@@ -227,15 +230,19 @@ def playable(
     text, other = (story, wrong) if long else (GRID, [*GRID[:9], *"3412", *GRID[13:]])
     tokenizer = tokenizer_of([*story, *wrong, *GRID, *PUZZLE, *ODD])
     shape = {"length": 384, "block": 12, "steps": 128} if long else {"length": 24, "block": 24, "steps": 8}
-    prompt = pieces("Mia buys 7 boxes of 12 pencils. How many does each friend get?") if long else PUZZLE
+    prompt = pieces(WORDS["question"]) if long else PUZZLE
     prompt = [word for word in prompt if word in tokenizer.get_vocab()]
     with RunDirectory.create(runs, name) as run_dir:
-        about = {"task": "gsm8k" if long else "sudoku", "objective": "agrpo", "total_iterations": iterations}
+        task = get_task("gsm8k" if long else "sudoku")
+        about = {"task": task.name, "objective": "agrpo", "total_iterations": iterations}
         reporter = Reporter(
             run_dir, StoreWriter(run_dir.store_url, name, **about), total_iterations=iterations, quiet=True
         )
-        problems = [Problem(f"made-up-{number}", {}) for number in range(10 * iterations + 10)]
-        recorder = PlaybackRecorder(reporter, tokenizer, completions=8, train=problems, held_out=problems)
+        problems = [
+            Problem(f"made-up-{number}", WORDS if long else {"puzzle": PUZZLE_TEXT, "solution": SOLUTION})
+            for number in range(10 * iterations + 10)
+        ]
+        recorder = PlaybackRecorder(reporter, tokenizer, completions=8, task=task, train=problems, held_out=problems)
 
         def evaluation(iteration: int, kind: str) -> None:
             held_out = [
