@@ -20,6 +20,7 @@ from learner.control.commands import Commands
 from learner.control.opening import BegunRun
 from learner.control.subject import Grounds
 from learner.control.training import Training, update_metrics
+from learner.evaluation.intervals import has_fallen
 from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit
 from learner.objectives.rewards import seen_rewards
@@ -28,6 +29,8 @@ from learner.ranks.group import GroupState, LearnerGroup, group_state, reserve_r
 from learner.ranks.plan import plan_update
 from learner.ranks.rank import PublishedAdapter, UpdateReport, lora_spec
 from learner.reporting.playback import PlaybackRecorder
+from learner.reporting.reporter import PROBLEMS
+from learner.runs import checkpoint as checkpoints
 from learner.runs.stopping import StopFlag
 from learner.settings.run import RunConfig
 from learner.supply.actor_count import ActorCount
@@ -292,9 +295,27 @@ class Controller(Training):
     def _evaluate(self, name: str, weights: Weights, *, iteration: int) -> None:
         rates, kept = greedy_solve_rates(self.config, self.feed, self.held_out, weights, on_tick=self._tick)
         better = rates["m"] > self.progress.best.get("solve_rate", -1.0)
-        self._evaluated(name, iteration, rates, best={"solve_rate": rates["m"]} if better else None)
-        self.reporter.evaluation(iteration, {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()})
+        before = self.progress.evaluations.get(name, {}).get("m", 1.0)
+        metrics = {f"eval/{steps}/solve_rate": rate for steps, rate in rates.items()}
+        metrics[PROBLEMS] = float(len(self.held_out))
+        self._evaluated(name, iteration, rates, metrics=metrics, best={"solve_rate": rates["m"]} if better else None)
+        self._tell_fall(rates["m"], before)
         self.recorder.evaluation(iteration, name, kept)
+
+    def _tell_fall(self, rate: float, before: float) -> None:
+        """Warn when held-out falls below its best; ``before``: the rate of the evaluation before, which may have told
+        so already."""
+        best, problems = self.progress.best, len(self.held_out)
+        fallen, told = (has_fallen(each, best["solve_rate"], problems) for each in (rate, before))
+        if not fallen or told:
+            return
+        at = best["iteration"]
+        where = checkpoints.place(self.run_dir.checkpoints_dir, at) if at else "the base"
+        text = (
+            f"held-out solve rate {rate:.3f}: below its best ({best['solve_rate']:.3f} after iteration {at}, {where}) "
+            "by more than twice its standard error: what is learned now makes it worse; lower learner.lr"
+        )
+        self.reporter.event("warning", "fell", text, rate=rate, best=best["solve_rate"], best_iteration=at)
 
     def _groups(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[TrajectoryGroup]:
         limit = self.config.timeouts.publish

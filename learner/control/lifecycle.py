@@ -56,6 +56,8 @@ def _watched(
         _save_at_the_end(training, reporter, error)
         raise
     summary = training.finish()
+    text = f"finished: {summary['iterations']} iterations, {summary['train_seconds']:.0f} s of training"
+    reporter.store.event("info", "finished", text)
     reporter.store.status("finished", summary)
     return summary
 

@@ -22,6 +22,7 @@ from rewards.section import Section
 from services.store.files import is_damage
 from services.store.retention import Retention
 from services.store.schema import open_engine
+from services.store.starts import BEGUN
 from services.store.writer import StoreWriter
 
 
@@ -113,9 +114,10 @@ def begun_run(about: About, found: FoundRun) -> Iterator[BegunRun]:
         elif run_dir.undone is not None:
             reporter.tell_store_again(run_dir.undone)
         after = resumed.progress.iteration if resumed is not None else None
-        note_start(
+        start = note_start(
             run_dir, about.argv, kind=about.kind, default_recipe=about.default_recipe, after=after, changes=changes
         )
+        reporter.store.event("info", BEGUN, str(start["command"]), start)
 
         def take_hold() -> None:
             beyond = -1 if after is None else after

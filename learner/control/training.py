@@ -161,9 +161,16 @@ class Training(ABC):
         path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
         discard(self.run_dir)
         best = progress.best.get("iteration")
-        checkpoints.prune(self.run_dir.checkpoints_dir, keep=self.config.checkpoint.keep, best_iteration=best)
+        keep = self.config.checkpoint.keep
+        gone = checkpoints.prune(self.run_dir.checkpoints_dir, keep=keep, best_iteration=best)
         self.saved = standing
-        self.reporter.store.checkpoint(progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
+        store = self.reporter.store
+        store.checkpoint(progress.iteration, str(path), {"adapter_digest": self.adapter.digest})
+        store.checkpoints_gone(gone)
+        text = f"checkpoint after iteration {progress.iteration}"
+        if gone:
+            text += f"; deleted, for checkpoint.keep={keep}: {', '.join(map(str, gone))}"
+        store.event("info", "checkpoint", text, {"iteration": progress.iteration, "deleted": gone})
 
     def rest(self) -> bool:
         """Do what has to go on in a pause. True when no lease is under way any more."""
@@ -191,15 +198,27 @@ class Training(ABC):
         """Measure the weights after so many iterations."""
 
     def _evaluated(
-        self, name: str, iteration: int, figures: Mapping[str, float], *, best: Mapping[str, float] | None
+        self,
+        name: str,
+        iteration: int,
+        figures: Mapping[str, float],
+        *,
+        metrics: Mapping[str, float],
+        best: Mapping[str, float] | None,
     ) -> None:
-        """Note what an evaluation found. ``best``: what makes it the best so far and its value; None when it isn't."""
+        """Note and tell what an evaluation found. ``metrics``: to be reported; ``best``: what makes it the best so far
+        and its value; None when it isn't."""
         progress = dataclasses.replace(
             self.progress, evaluations={**self.progress.evaluations, name: figures}, evaluated_at=iteration
         )
         if best is not None:
             progress = dataclasses.replace(progress, best={"iteration": iteration, **best})
         self.progress = progress
+        self.reporter.evaluation(iteration, metrics)
+        if best is not None and iteration:
+            measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in best.items())
+            text = f"the best evaluation so far: {measured} after iteration {iteration}"
+            self.reporter.store.event("info", "best", text, progress.best)
 
     def _ledger(self) -> dict[str, Any]:
         """The ledger's state, of a run that has one."""

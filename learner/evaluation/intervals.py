@@ -27,6 +27,13 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     return low, 1.0 if successes == trials else min(1.0, centre + half)
 
 
+def has_fallen(rate: float, best: float, trials: int) -> bool:
+    """Whether ``rate`` lies below ``best``, each of ``trials`` independent outcomes, by more than twice the standard
+    error of their difference."""
+    variance = (rate * (1 - rate) + best * (1 - best)) / trials
+    return best - rate > 2 * sqrt(variance)
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k completions is right, from ``correct`` of ``samples`` (Chen et al.
     2021, arXiv 2107.03374): 1 - C(n-c, k) / C(n, k), in exact integers up to the last division."""

@@ -200,8 +200,7 @@ class Finetuning(Training):
         figures = self.learner.held_out(self._held_out)
         loss = figures["held_out/loss"]
         better = iteration > 0 and loss < self.progress.best.get("loss", float("inf"))
-        self._evaluated(name, iteration, figures, best={"loss": loss} if better else None)
-        self.reporter.evaluation(iteration, figures)
+        self._evaluated(name, iteration, figures, metrics=figures, best={"loss": loss} if better else None)
 
 
 def _grounds(config: SftConfig, found: FoundRun, data: Demonstrations) -> Grounds:

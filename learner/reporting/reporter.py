@@ -25,6 +25,9 @@ from rollout.trajectory import TrajectoryGroup
 from services.store.faults import FAULT, Cause, Part
 from services.store.writer import StoreWriter
 
+PROBLEMS = "eval/problems"
+"""How many held-out problems an evaluation had."""
+
 
 class Reporter:
     """The one voice of a run. ``store`` takes workers and checkpoints directly.
@@ -65,6 +68,9 @@ class Reporter:
         values = {name: float(value) for name, value in metrics.items()}
         values["machine/store_lost_rows"] = float(self.store.lost_rows)
         values["machine/failed_reports"] = float(self.failures.total())
+        to_go_s = self._pace.to_go_s(iteration, values.get("time/iteration_s"))
+        if to_go_s is not None:
+            values["machine/to_go_s"] = to_go_s
         self._record(iteration, values)
         self._show_iteration(iteration, values)
         if self.store.lost_rows and not self._store_loss_shown:
@@ -79,8 +85,10 @@ class Reporter:
         """Report an evaluation of the policy after this many updates."""
         values = {name: float(value) for name, value in metrics.items()}
         self._record(iteration, values)
-        shown = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items()]
-        self._say(f"evaluation after {iteration} iterations: {', '.join(shown)}")
+        problems = values.get(PROBLEMS)
+        shown = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in values.items() if name != PROBLEMS]
+        of = "" if problems is None else f" of {problems:.0f} problems"
+        self.event("info", "evaluation", f"evaluation after {iteration} iterations{of}: {', '.join(shown)}")
 
     def event(self, level: str, kind: str, text: str, **data: Any) -> None:
         """Report something that happened. ``level``: info, warning or error; ``kind``: a short word to filter by."""
@@ -267,7 +275,8 @@ class Reporter:
             figures = f"reward {_number(values.get('reward/mean'), '.3f')}  solve {solved}"
         else:
             figures = f"loss {_number(values['loss'], '.4f')}"
-        pace = f"{_number(values.get('machine/tokens_per_s'), ',.0f')} tokens/s  ETA {self._pace.eta(iteration)}"
+        eta = _duration(values["machine/to_go_s"]) if "machine/to_go_s" in values else "-"
+        pace = f"{_number(values.get('machine/tokens_per_s'), ',.0f')} tokens/s  ETA {eta}"
         status = f"{figures}  {pace}"
         if not self._console.is_terminal:
             self._print(f"iteration {iteration}/{self._total}  {status}")
@@ -293,19 +302,20 @@ class Reporter:
 
 
 class _Pace:
-    """Time to go, from the mean time between the reports that this process made."""
+    """Time to go, from the mean time between the reports that this process made: evaluations and checkpoints count."""
 
     def __init__(self, total: int):
         self._total = total
         self._first: tuple[int, float] | None = None
 
-    def eta(self, iteration: int) -> str:
+    def to_go_s(self, iteration: int, seconds: float | None) -> float | None:
+        """``seconds``: that this iteration took, if known, which is all that is known at the first report."""
         now_s = time.monotonic()
         if self._first is None or iteration <= self._first[0]:
             self._first = (iteration, now_s)
-            return "-"
-        seconds_each = (now_s - self._first[1]) / (iteration - self._first[0])
-        return _duration(seconds_each * max(0, self._total - iteration))
+        else:
+            seconds = (now_s - self._first[1]) / (iteration - self._first[0])
+        return None if seconds is None else seconds * max(0, self._total - iteration)
 
 
 def best_words(summary: Mapping[str, Any]) -> str:

@@ -33,8 +33,8 @@ def note_start(
     default_recipe: str | None,
     after: int | None,
     changes: Sequence[str],
-) -> None:
-    """Append a line about this start to the run's ``starts.jsonl``.
+) -> dict[str, Any]:
+    """Append a line about this start to the run's ``starts.jsonl``, and return what it says.
 
     Args:
         argv: the command's arguments.
@@ -67,6 +67,7 @@ def note_start(
         file.append(json_line(row))
         file.sync()
         file.close()
+    return row
 
 
 def code() -> dict[str, Any]:

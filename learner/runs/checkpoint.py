@@ -157,13 +157,14 @@ def newest_good(folder: Path, *, on_damaged: Callable[[CheckpointError], None]) 
     return None
 
 
-def prune(folder: Path, *, keep: int, best_iteration: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best one."""
+def prune(folder: Path, *, keep: int, best_iteration: int | None) -> list[int]:
+    """Delete all but the ``keep`` newest checkpoints and the best one; the iterations of those deleted."""
     paths = checkpoints_in(folder)
     best = place(folder, best_iteration) if best_iteration is not None else None
-    for path in paths[: max(0, len(paths) - keep)]:
-        if path != best:
-            shutil.rmtree(path)
+    old = [path for path in paths[: max(0, len(paths) - keep)] if path != best]
+    for path in old:
+        shutil.rmtree(path)
+    return [iteration_of(path) for path in old]
 
 
 def later_than(folder: Path, iteration: int) -> list[Path]:

@@ -1,7 +1,8 @@
 """A file that says who works here.
 
 The kernel holds the lock and drops it with the process, however that ends, so a dead holder never has to be guessed
-from its pid (which may be a zombie's, or another process's by now); the pid in the file is there for the message.
+from its pid (which may be a zombie's, or another process's by now); the pid in the file, and the namespace that it is
+of, are there for messages.
 """
 
 import contextlib
@@ -38,7 +39,8 @@ class FileLock:
             failed.callback(os.close, self._descriptor)
             self._take(time.monotonic() + wait_s)
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            record = {"pid": os.getpid(), "host": socket.gethostname(), "pids": os.readlink("/proc/self/ns/pid")}
+            os.pwrite(self._descriptor, json.dumps(record).encode(), 0)
             failed.pop_all()
         self._held = True
 

@@ -242,6 +242,12 @@ _THROUGHPUT = (
         "Tokens of text that a denoising step reveals, on average.",
         "Steady, or rising where speed is rewarded.",
     ),
+    Metric(
+        "machine/to_go_s",
+        "throughput",
+        "Seconds until the last iteration, from the mean time between the reports of this start: evaluations count.",
+        unit="s",
+    ),
     Metric("time/iteration_s", "throughput", "Seconds of the iteration, evaluations not counted.", "Steady.", "", "s"),
     Metric(
         "time/rollout_wait_s",

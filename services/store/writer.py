@@ -201,6 +201,10 @@ class StoreWriter:
         """A checkpoint that is on disk now."""
         self._put(schema.checkpoints, [{"iteration": iteration, "time": time.time(), "path": path, "data": data or {}}])
 
+    def checkpoints_gone(self, iterations: Iterable[int]) -> None:
+        """The checkpoints of these iterations were deleted."""
+        self._put(schema.checkpoints, [{"iteration": iteration} for iteration in iterations], gone=True)
+
     def status(self, status: str, summary: Mapping[str, Any] | None = None) -> None:
         """How the run ended: finished, stopped or failed; or that it is paused, or running again."""
         ended = None if status in ("running", "paused") else time.time()
@@ -260,9 +264,11 @@ class StoreWriter:
     ) -> None:
         self.close(5.0)
 
-    def _put(self, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    def _put(self, table: sa.Table, rows: list[dict[str, Any]], *, gone: bool = False) -> None:
+        if not rows:
+            return
         rows = [plain(row) for row in rows]  # a copy: the caller may change its dicts before the thread gets there
-        call = _Call(table, rows, sum(size(row) for row in rows))
+        call = _Call(table, rows, sum(size(row) for row in rows), gone)
         with self._changed:
             if self._closing.is_set():
                 self.last_error = self.last_error or "the writer was closed before these rows came"
@@ -345,6 +351,9 @@ class StoreWriter:
         table = call.table
         if table is schema.runs:
             return table.update().where(table.c.id == self.run_id).values(call.rows[0]), None
+        if call.gone:
+            iterations = [row["iteration"] for row in call.rows]
+            return table.delete().where(table.c.run_id == self.run_id, table.c.iteration.in_(iterations)), None
         rows = [{"run_id": self.run_id, "revision": revision, **row} for row in call.rows]
         keys = _KEYS.get(table.name)
         if keys is None:
@@ -375,6 +384,8 @@ class _Call(NamedTuple):
     table: sa.Table
     rows: list[dict[str, Any]]
     size: int
+    gone: bool
+    """They are to be deleted."""
 
 
 _KEYS = {

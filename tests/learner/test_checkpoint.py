@@ -256,9 +256,9 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     def kept() -> list[int]:
         return [int(path.name.removeprefix("iteration-")) for path in checkpoints_in(tmp_path)]
 
-    prune(tmp_path, keep=9, best_iteration=None)
+    assert prune(tmp_path, keep=9, best_iteration=None) == []
     assert kept() == [1, 2, 3, 4, 5, 6]
-    prune(tmp_path, keep=3, best_iteration=2)
+    assert prune(tmp_path, keep=3, best_iteration=2) == [1, 3]
     assert kept() == [2, 4, 5, 6]
     prune(tmp_path, keep=2, best_iteration=6)
     assert kept() == [5, 6]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from learner.evaluation.intervals import bootstrap_means, pass_at_k, percentile_interval, wilson
+from learner.evaluation.intervals import bootstrap_means, has_fallen, pass_at_k, percentile_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,11 @@ def test_completions_of_one_problem_are_not_independent() -> None:
         wrong += low <= truth <= high
     assert 0.9 < bootstrap / 400 < 0.98
     assert wrong / 400 < 0.75, "the control"
+
+
+def test_a_fall_is_more_than_twice_its_standard_error() -> None:
+    assert has_fallen(0.203, 0.75, 128)
+    assert not has_fallen(0.64, 0.75, 128), "0.11, and twice its standard error is 0.114"
+    assert has_fallen(0.63, 0.75, 128)
+    assert not has_fallen(0.63, 0.75, 64), "fewer problems tell less"
+    assert not has_fallen(0.75, 0.75, 128) and not has_fallen(1.0, 1.0, 1) and not has_fallen(0.9, 0.5, 128)

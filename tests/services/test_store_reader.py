@@ -301,3 +301,7 @@ def test_workers_checkpoints_and_samples_are_changes_too(pair):
     assert [row["status"] for row in changes.workers] == ["alive"]
     assert [row["iteration"] for row in changes.checkpoints] == [3]
     assert [row["iteration"] for row in changes.samples] == [3] and "completion" not in changes.samples[0]
+    writer.checkpoint(4, "checkpoints/4")
+    writer.checkpoints_gone([3])
+    assert writer.flush(30)
+    assert [row["iteration"] for row in reader.checkpoints("r")] == [4]
