@@ -166,7 +166,7 @@ def summarise(
 
 
 def shown_status(row: Mapping[str, Any], unstored: Ahead | None) -> str:
-    """The store's status; ``lost`` for a run that has gone silent."""
-    wrote = unstored.written if unstored else row["heartbeat"]
-    silent = row["status"] in LIVE_STATUSES and time.time() - wrote > SILENT_AFTER_S
-    return "lost" if silent else str(row["status"])
+    """The store's status; ``lost`` for a run that has gone silent, or whose process is known to be dead."""
+    wrote = max(row["heartbeat"], unstored.written if unstored else 0.0)
+    silent = (unstored is not None and unstored.dead) or time.time() - wrote > SILENT_AFTER_S
+    return "lost" if silent and row["status"] in LIVE_STATUSES else str(row["status"])

@@ -121,6 +121,27 @@ class MetricNames(Model):
     names: list[str]
 
 
+class MetricEntry(Model):
+    """What a metric is, what is healthy, and what to do when it isn't."""
+
+    name: str
+    """{...} stands for a part that differs."""
+    pattern: str
+    """Regular expression of its names; the first entry that matches is meant."""
+    group: str
+    """learning, policy health, throughput or internals."""
+    what: str
+    healthy: str
+    act: str
+    unit: str
+
+
+class MetricReference(Model):
+    """Every metric that a run may write, those of one name first."""
+
+    items: list[MetricEntry]
+
+
 class Event(Model):
     """Something that happened in a run."""
 
@@ -160,12 +181,25 @@ class Workers(Model):
 
 
 class Checkpoint(Model):
-    """A checkpoint on disk."""
+    """A checkpoint."""
 
     iteration: int
     time: float
     path: str
     data: dict[str, Any]
+    on_disk: bool | None = None
+    """Whether its folder is there; null where the run's folder isn't known, as in a store by URL."""
+    held_out: Number | None = None
+    """What the evaluation after this iteration measured, if there was one."""
+    measure: str | None = None
+    """Name of that metric."""
+    best: bool = False
+    """Whether that is the best among these checkpoints."""
+    last: bool = False
+    evaluate: str = ""
+    """Command that evaluates its adapter."""
+    export: str = ""
+    """Command that merges its adapter into the base."""
 
 
 class Checkpoints(Model):

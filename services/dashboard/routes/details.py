@@ -2,12 +2,14 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 
 from services.dashboard.access import RunOfPath
-from services.dashboard.models import Checkpoint, Checkpoints, Event, Page, Sample, Worker, Workers
+from services.dashboard.checkpoints import checkpoints_of
+from services.dashboard.models import Checkpoints, Event, Page, Sample, Worker, Workers
 from services.dashboard.problems import ProblemError, documented
 from services.dashboard.routes.series import Iteration
+from services.dashboard.starts import Starts, starts_of
 
 router = APIRouter(responses=documented(404, 422, 503))
 
@@ -40,9 +42,19 @@ def list_workers(run: RunOfPath) -> Workers:
 
 
 @router.get("/runs/{run_id}/checkpoints", operation_id="listCheckpoints", summary="Checkpoints of a run", tags=["runs"])
-def list_checkpoints(run: RunOfPath) -> Checkpoints:
-    """Checkpoints that the run has told, by rising iteration."""
-    return Checkpoints(run_id=run.id, items=[Checkpoint(**row) for row in run.reader.checkpoints(run.id)])
+def list_checkpoints(run: RunOfPath, request: Request) -> Checkpoints:
+    """With what was measured at each, whether it is still there, and the commands that take it; by rising iteration."""
+    folder = request.app.state.catalog.folder(run.id)
+    return Checkpoints(run_id=run.id, items=checkpoints_of(run.reader, run.id, folder))
+
+
+@router.get("/runs/{run_id}/starts", operation_id="listStarts", summary="Starts of a run", tags=["runs"])
+def list_starts(run: RunOfPath, request: Request) -> Starts:
+    """With which command, code, versions and machine, how long the run worked, and how to go on."""
+    row = run.reader.run(run.id)
+    if row is None:
+        raise ProblemError(404, f"no run named {run.id!r} here")
+    return starts_of(run.reader, row, request.app.state.catalog.folder(run.id))
 
 
 @router.get("/runs/{run_id}/samples", operation_id="listSamples", summary="Sampled completions", tags=["samples"])

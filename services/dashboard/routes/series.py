@@ -7,7 +7,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from services.dashboard.access import RunOfPath
-from services.dashboard.models import STATES, Ledger, MetricNames, Metrics, Series
+from services.dashboard.metric_reference import METRICS
+from services.dashboard.models import (
+    STATES,
+    Ledger,
+    MetricEntry,
+    MetricNames,
+    MetricReference,
+    Metrics,
+    Series,
+)
 from services.dashboard.problems import ProblemError, documented
 
 router = APIRouter(tags=["metrics"], responses=documented(404, 422, 503))
@@ -39,6 +48,13 @@ def get_metrics(
     names = list(dict.fromkeys(name))
     series = run.reader.series(run.id, names, first=first, last=last, points=points)
     return Metrics(run_id=run.id, series={name: Series.model_validate(one) for name, one in series.items()})
+
+
+@router.get("/metric-reference", operation_id="getMetricReference", summary="What metrics mean")
+def get_metric_reference() -> MetricReference:
+    """The same for all runs."""
+    entries = sorted(METRICS, key=lambda metric: "{" in metric.name)
+    return MetricReference(items=[MetricEntry.model_validate(metric, from_attributes=True) for metric in entries])
 
 
 @router.get("/runs/{run_id}/ledger", operation_id="getLedger", summary="Prompt groups by state")
