@@ -1,7 +1,8 @@
 """What actors deliver is looked at before it counts: the report by the controller, the groups where they lie.
 
 Groups are big, and the controller has no need of them. So a task on the actor's node reads them, one at a time on each
-node and for all deliveries that wait there, and answers in a few words.
+node and for all deliveries that wait there, and answers in a few words. It also leaves the outlines of groups with
+supports there, which are small enough for every rank to fetch.
 """
 
 import time
@@ -14,8 +15,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rewards.errors import RayLost, TrajectoryError, UnmaskError, first_line
-from rollout.messages import LeaseReport, Weights
-from rollout.trajectory import Lease, SamplerSpec, TrajectoryGroup, content_digest
+from rollout.messages import GroupRef, LeaseReport, Weights
+from rollout.trajectory import Lease, SamplerSpec, TrajectoryGroup, content_digest, outline
 from rollout.waits import bounded_get, bounded_wait
 
 LIMIT_S = 120.0
@@ -33,10 +34,17 @@ class Arrival:
     sampler: SamplerSpec
     handle: Any
     """Of the actor that delivered it."""
+    outlines: Sequence[ray.ObjectRef[Any]] = ()
+    """Of its groups, made by the look; none where the sampler doesn't truncate."""
     problem: str | None = None
     """What is wrong with it, once it has been looked at."""
     lost: bool = False
     """Whether nobody could look at it."""
+
+    @property
+    def groups(self) -> list[GroupRef]:
+        """Where its groups lie."""
+        return [GroupRef(*each) for each in zip(self.refs, self.outlines or self.refs, strict=True)]
 
 
 @dataclass(eq=False)
@@ -96,10 +104,16 @@ class Arrivals:
         arrivals = self._waiting.pop(node)
         # Their process may be anywhere if the node is gone: then it finds nothing.
         strategy = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
-        remote: Any = ray.remote(problems_of)
-        look = remote.options(num_cpus=0, max_retries=_RETRIES, scheduling_strategy=strategy)
+        remote: Any = ray.remote(look_at)
+        outlined = [arrival for arrival in arrivals if arrival.sampler.truncates]
+        count = sum(len(arrival.refs) for arrival in outlined)
+        look = remote.options(num_cpus=0, num_returns=1 + count, max_retries=_RETRIES, scheduling_strategy=strategy)
         asked = [(arrival.report, arrival.lease, arrival.sampler) for arrival in arrivals]
-        self._looks[look.remote(asked, *(ref for arrival in arrivals for ref in arrival.refs))] = _Look(node, arrivals)
+        made = look.remote(asked, *(ref for arrival in arrivals for ref in arrival.refs))
+        answer, *outlines = made if count else [made]
+        for arrival in outlined:
+            arrival.outlines, outlines = outlines[: len(arrival.refs)], outlines[len(arrival.refs) :]
+        self._looks[answer] = _Look(node, arrivals)
 
 
 def _not_seen(look: _Look, why: str) -> None:
@@ -127,14 +141,19 @@ def report_problem(report: Any, lease: Lease, actor_id: str, weights: Weights) -
     return None
 
 
-def problems_of(asked: Sequence[tuple[LeaseReport, Lease, SamplerSpec]], *groups: Any) -> list[str | None]:
-    """What is wrong with each delivery, whose groups follow one another. Runs on the node where they lie."""
+def look_at(asked: Sequence[tuple[LeaseReport, Lease, SamplerSpec]], *groups: Any) -> Any:
+    """What is wrong with each delivery, whose groups follow one another, and after it, if there are any, the outlines
+    of those that a truncating sampler drew (None of one that is none). Runs on the node where they lie."""
     found: list[str | None] = []
+    outlines: list[TrajectoryGroup | None] = []
     left = iter(groups)
     for report, lease, sampler in asked:
-        of_lease = [group_problem(next(left), report, number, lease, sampler) for number in range(len(lease.groups))]
-        found.append(next((problem for problem in of_lease if problem is not None), None))
-    return found
+        of_lease = [next(left) for _ in lease.groups]
+        problems = [group_problem(group, report, number, lease, sampler) for number, group in enumerate(of_lease)]
+        found.append(next((problem for problem in problems if problem is not None), None))
+        if sampler.truncates:
+            outlines += [outline(group) if isinstance(group, TrajectoryGroup) else None for group in of_lease]
+    return (found, *outlines) if outlines else found
 
 
 def group_problem(group: Any, report: LeaseReport, number: int, lease: Lease, sampler: SamplerSpec) -> str | None:

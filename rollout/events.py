@@ -1,11 +1,11 @@
 """What a pool of rollout actors reports: deliveries, what was refused of them, and actors that were lost."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 
-from rollout.messages import LeaseReport
+from rollout.messages import GroupRef, LeaseReport
 
 Cause = Literal["died", "hung", "late", "preempted", "invalid"]
 """Of the loss of an actor. hung: its process did not answer; late: what it was asked took too long; preempted: its node
@@ -14,10 +14,10 @@ goes; invalid: too much of what it delivered was refused."""
 
 @dataclass(frozen=True)
 class Delivery:
-    """A lease's report, and references to its trajectory groups in the lease's order."""
+    """A lease's report, and where its trajectory groups lie, in the lease's order."""
 
     report: LeaseReport
-    refs: list[ray.ObjectRef[Any]]
+    refs: list[GroupRef]
 
 
 @dataclass(frozen=True)

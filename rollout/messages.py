@@ -10,7 +10,21 @@ from typing import Any, NamedTuple
 
 import ray
 
-from rollout.trajectory import TrajectoryGroup
+from rollout.trajectory import TrajectoryGroup, outline
+
+
+class GroupRef(NamedTuple):
+    """Where a drawn group lies."""
+
+    whole: ray.ObjectRef[TrajectoryGroup]
+    outline: ray.ObjectRef[TrajectoryGroup]
+    """What ``trajectory.outline`` makes of it; the same object where nothing was truncated."""
+
+
+def put_group(group: TrajectoryGroup) -> GroupRef:
+    """Put a group that was read from a file."""
+    whole = ray.put(group)
+    return GroupRef(whole, ray.put(outline(group)) if group.sampler.truncates else whole)
 
 
 class Weights(NamedTuple):

@@ -296,7 +296,7 @@ class RolloutPool:
         """A delivery that was looked at."""
         if arrival.problem is None:
             self._failures = 0
-            self._events.append(Delivery(arrival.report, list(arrival.refs)))
+            self._events.append(Delivery(arrival.report, arrival.groups))
             return
         place = next((place for place in self._places if place.handle is arrival.handle), None)
         if place is not None and not arrival.lost:

@@ -8,20 +8,17 @@ drawn again.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ray
-
 from rollout.ledger import Ledger
-from rollout.messages import GroupReport, LeaseReport
-from rollout.trajectory import TrajectoryGroup
-from rollout.waits import bounded_get
+from rollout.messages import GroupRef, GroupReport, LeaseReport
+from rollout.waits import lost_objects
 
 
 @dataclass(frozen=True)
 class ReplayItem:
-    """A drawn group on its way to the learner. ``ref`` leads to its TrajectoryGroup."""
+    """A drawn group on its way to the learner."""
 
     group_id: int
-    ref: ray.ObjectRef[TrajectoryGroup]
+    ref: GroupRef
     policy_version: int
     staleness: int
     report: GroupReport
@@ -32,9 +29,9 @@ class ReplayBuffer:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._drawn: dict[int, tuple[ray.ObjectRef[TrajectoryGroup], GroupReport]] = {}
+        self._drawn: dict[int, tuple[GroupRef, GroupReport]] = {}
 
-    def deliver(self, report: LeaseReport, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[int]:
+    def deliver(self, report: LeaseReport, refs: Sequence[GroupRef]) -> list[int]:
         """Take in a lease's groups; the ids of those that became ready.
 
         Empty when the lease was no longer live. Groups with a reward that can't be used are dropped, with the report's
@@ -66,23 +63,15 @@ class ReplayBuffer:
             items.append(ReplayItem(group.group_id, ref, group.policy_version, staleness, report))
         return items
 
-    def find_lost(self, refs: Mapping[int, ray.ObjectRef[TrajectoryGroup]], *, timeout_s: float) -> list[int]:
-        """Ids of the groups, each with its object, that can't be had any more. Brings each object to this node.
+    def find_lost(self, refs: Mapping[int, GroupRef], *, timeout_s: float) -> list[int]:
+        """Ids of the groups that can't be had any more. Fetches none.
 
         Raises:
-            WaitTimeout: an object neither came nor was reported lost within ``timeout_s`` seconds.
+            WaitTimeout: Ray was still looking for one after ``timeout_s`` seconds.
         """
-        try:
-            bounded_get(list(refs.values()), who=f"groups {list(refs)} in the object store", timeout_s=timeout_s)
-            return []
-        except ray.exceptions.ObjectLostError:
-            gone = []  # one question for all of them is cheaper, and doesn't say which it was
-        for group_id, ref in refs.items():
-            try:
-                bounded_get(ref, who=f"group {group_id} in the object store", timeout_s=timeout_s)
-            except ray.exceptions.ObjectLostError:
-                gone.append(group_id)
-        return gone
+        objects = [each for ref in refs.values() for each in dict.fromkeys(ref)]
+        lost = lost_objects(objects, who="the drawn groups' objects", timeout_s=timeout_s)
+        return [group_id for group_id, ref in refs.items() if lost.intersection(ref)]
 
     def lost(self, group_ids: Sequence[int]) -> None:
         """The objects of these ready groups are gone: have them drawn again."""

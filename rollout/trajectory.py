@@ -208,6 +208,11 @@ class TrajectoryGroup:
         """Bytes of the arrays."""
         return sum(array.nbytes for array in _arrays(self).values())
 
+    @property
+    def is_outline(self) -> bool:
+        """Whether its supports are elsewhere (``outline``)."""
+        return self.support_ids is None and self.sampler.truncates
+
     def support(self, row: int, position: int) -> np.ndarray | None:
         """Kept token ids at one position, or None when nothing was truncated."""
         if self.support_indptr is None or self.support_ids is None:
@@ -349,6 +354,12 @@ class TrajectoryGroup:
             raise TrajectoryError(
                 f"trajectory group {self.group_id} from actor {self.actor_id or 'unknown'}: {problem}"
             )
+
+
+def outline(group: TrajectoryGroup) -> TrajectoryGroup:
+    """The group without its supports, which only the scoring of its tokens reads: enough for a plan, and a twentieth of
+    the bytes at top-k 150. Where nothing was truncated, the group itself."""
+    return replace(group, support_indptr=None, support_ids=None)
 
 
 def content_digest(group: TrajectoryGroup) -> str:

@@ -34,7 +34,7 @@ UPDATES = 2
 class _Rank(LearnerRank):
     """A rank that is handed its groups themselves."""
 
-    def _groups(self, refs: Sequence[Any]) -> list[TrajectoryGroup]:
+    def _outlines(self, refs: Sequence[Any]) -> list[TrajectoryGroup]:
         return list(refs)
 
 

@@ -331,12 +331,15 @@ def _attention_mask(lengths_Z: np.ndarray, L: int) -> np.ndarray | None:
 
 
 def _support(groups: list[TrajectoryGroup], cells: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-    if groups[0].support_ids is None:
-        assert all(group.support_ids is None for group in groups), "groups with and without a recorded support"
+    if not any(group.sampler.truncates or group.support_ids is not None for group in groups):
         return None
     kept: list[np.ndarray] = [np.zeros(0, np.int32)]
     for group, cell in zip(groups, cells, strict=True):
-        assert group.support_ids is not None and group.support_indptr is not None
+        if not cell.size:  # a pad, of a group that may be an outline
+            continue
+        assert group.support_ids is not None and group.support_indptr is not None, (
+            f"group {group.group_id} was drawn from truncated laws, and its supports are not here"
+        )
         starts, ends = group.support_indptr[cell], group.support_indptr[cell + 1]
         kept += [group.support_ids[start:end] for start, end in zip(starts, ends, strict=True)]
     indptr = np.cumsum([ids.size for ids in kept]).astype(np.int64)

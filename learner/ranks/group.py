@@ -129,7 +129,7 @@ class LearnerGroup:
 
     def update(
         self,
-        refs: Sequence[ray.ObjectRef[Any]],
+        refs: Sequence[Any],
         update_index: int,
         lr: float,
         *,
@@ -156,7 +156,7 @@ class LearnerGroup:
             scored=tuple(view for report in reports for view in report.scored),
         )
 
-    def gradient(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> AdapterState:
+    def gradient(self, refs: Sequence[Any], update_index: int) -> AdapterState:
         """The whole gradient of an update, whose step is not taken."""
         return self._all("gradient", list(refs), update_index, limit=self.config.timeouts.update)[0]
 

@@ -235,11 +235,11 @@ class Rank(ABC):
             "usage": process_usage(),
         }
 
-    def update(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int, lr: float) -> UpdateReport:
+    def update(self, refs: Sequence[Any], update_index: int, lr: float) -> UpdateReport:
         """One optimizer step.
 
         Args:
-            refs: what it learns from.
+            refs: where what it learns from lies.
             update_index: number of this update, for the draws that it makes.
             lr: learning rate of this step.
         """
@@ -271,7 +271,7 @@ class Rank(ABC):
             usage=process_usage(),
         )
 
-    def gradient(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> dict[str, PackedTensor]:
+    def gradient(self, refs: Sequence[Any], update_index: int) -> dict[str, PackedTensor]:
         """The whole gradient of this update, without taking the step (for parity checks)."""
         from deepspeed.utils import safe_get_full_grad
 
@@ -312,7 +312,7 @@ class Rank(ABC):
         return torch.device("cuda" if use_gpu else "cpu")
 
     @abstractmethod
-    def _work(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> tuple[Plan, Any]:
+    def _work(self, refs: Sequence[Any], update_index: int) -> tuple[Plan, Any]:
         """The update's plan, and the data that its forwards speak of."""
 
     @abstractmethod

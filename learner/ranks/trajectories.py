@@ -29,6 +29,7 @@ from learner.ranks.scored import ScoredView, recorded_groups, scored_views
 from learner.settings.run import RunConfig
 from rewards.errors import TrajectoryError
 from rollout.adapters import HEAD, AdapterState, digest, pack
+from rollout.messages import GroupRef
 from rollout.seeds import derive_seed
 from rollout.trajectory import TrajectoryGroup
 from rollout.waits import bounded_get
@@ -36,7 +37,11 @@ from rollout.waits import bounded_get
 
 class LearnerRank(Rank):
     """Learns from groups of trajectories. An update's ``refs`` are its groups by ascending group id, its
-    ``update_index`` the number among the updates on the same groups."""
+    ``update_index`` the number among the updates on the same groups.
+
+    A rank fetches the outlines of all groups, of which it makes the plan, and whole those whose tokens it scores by
+    truncated laws.
+    """
 
     config: RunConfig
 
@@ -51,6 +56,8 @@ class LearnerRank(Rank):
         self._head: PromptHead | TokenHead | None = None
         self._applied = 0
         """optimizer steps before the present update"""
+        self._refs: Sequence[GroupRef] = ()
+        """of the present update"""
         self._final: FinalCredit | None = None
         self._sums: RowSums | None = None
         self._values_read: list[np.ndarray] | None = None
@@ -129,12 +136,11 @@ class LearnerRank(Rank):
         if self._phase_weights is not None:
             self._phase_weights.updated()
 
-    def _work(
-        self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]], update_index: int
-    ) -> tuple[UpdatePlan, list[TrajectoryGroup]]:
-        groups = self._groups(refs)
+    def _work(self, refs: Sequence[GroupRef], update_index: int) -> tuple[UpdatePlan, list[TrajectoryGroup]]:
+        self._refs, groups = refs, self._outlines(refs)
         self._final = self._final_credit(groups, update_index)
         plan = self._plan(groups, update_index)
+        self._complete(groups, [view for forward in plan.forwards[self.rank] for view in forward.views])
         self._update_index = update_index
         if update_index == 0 and self.objective.needs.old:
             self._old = {
@@ -307,6 +313,7 @@ class LearnerRank(Rank):
         return [self._batch(part, groups, None) for part in parts]
 
     def _batch(self, views: list[View], groups: list[TrajectoryGroup], unit_sizes: list[int] | None) -> ViewBatch:
+        self._complete(groups, views)
         return build_batch(
             views,
             groups,
@@ -329,9 +336,22 @@ class LearnerRank(Rank):
         (hidden_ZLD,) = found
         return replace(scores, value_N=head.values(hidden_ZLD, batch.score_rows - self.family.logit_shift))
 
-    def _groups(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[TrajectoryGroup]:
-        who = f"the object store for learner rank {self.rank}'s {len(refs)} trajectory groups"
+    def _complete(self, groups: list[TrajectoryGroup], views: Sequence[View]) -> None:
+        """Put the whole groups in the place of those outlines whose supports these views need."""
+        if self.objective.needs.law is Law.RAW:
+            return
+        lacking = [i for i in sorted({view.group for view in views if view.scored_n.size}) if groups[i].is_outline]
+        fetched = self._fetched([self._refs[index].whole for index in lacking], "trajectory groups")
+        for index, group in zip(lacking, fetched, strict=True):
+            groups[index] = group
+
+    def _fetched(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]], what: str) -> list[TrajectoryGroup]:
+        who = f"the object store for learner rank {self.rank}'s {len(refs)} {what}"
         groups: list[TrajectoryGroup] = bounded_get(refs, who=who, timeout_s=self.config.timeouts.update)
+        return groups
+
+    def _outlines(self, refs: Sequence[GroupRef]) -> list[TrajectoryGroup]:
+        groups = self._fetched([ref.outline for ref in refs], "outlines of trajectory groups")
         samplers = {group.sampler for group in groups}
         for sampler in samplers:
             if problems := self.config.objective.refuses(sampler):

@@ -8,11 +8,11 @@ import numpy as np
 from learner.runs.stopping import StopRequested
 from learner.settings.run import RunConfig
 from learner.supply.verdicts import Verdicts
-from learner.supply.window import GroupRef, Supply
+from learner.supply.window import Supply
 from rewards.errors import GradingFailed
 from rewards.task import Problem
 from rollout.events import ActorLost, Refused
-from rollout.messages import Weights
+from rollout.messages import GroupRef, Weights
 from rollout.pool import RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.seeds import derive_seed, numpy_generator
@@ -85,7 +85,7 @@ class Feed:
         ]
 
     def gather(self, iteration: int, weights: Weights) -> list[ReplayItem]:
-        """Wait for all groups of an iteration, by ascending group id; their objects are on this node.
+        """Wait for all groups of an iteration, by ascending group id. As far as Ray knows, none of them is lost.
 
         Raises:
             StopRequested: the run was asked to stop.

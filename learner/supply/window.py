@@ -6,13 +6,10 @@ iteration that begins a phase draws all of its groups, and each later one the ne
 
 from collections.abc import Mapping, Sequence
 
-import ray
-
 from learner.settings.objective import Phases
+from rollout.messages import GroupRef, put_group
 from rollout.replay import ReplayItem
 from rollout.trajectory import TrajectoryGroup
-
-GroupRef = ray.ObjectRef[TrajectoryGroup]
 
 
 class Supply:
@@ -53,7 +50,7 @@ class Supply:
 
     def restore(self, groups: Sequence[TrajectoryGroup]) -> None:
         """Hold what a checkpoint held."""
-        self.held = {group.group_id: ray.put(group) for group in groups}
+        self.held = {group.group_id: put_group(group) for group in groups}
 
     def let_go(self, group_ids: Sequence[int]) -> None:
         """The objects of these groups are gone."""

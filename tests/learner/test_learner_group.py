@@ -21,6 +21,7 @@ from learner.supply.publish import publish
 from rewards.errors import CheckpointError, TrajectoryError, WaitTimeout, WeightMismatch
 from rollout.adapters import AdapterState, digest, unpack
 from rollout.engines.torch import TorchEngine
+from rollout.messages import GroupRef
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from rollout.waits import bounded_get
 from tests.support.learner_ranks import (
@@ -82,7 +83,7 @@ def batch(tiny_model, adapter) -> list[TrajectoryGroup]:
 
 
 @pytest.fixture(scope="module")
-def refs(cluster, batch) -> list[ray.ObjectRef]:
+def refs(cluster, batch) -> list[GroupRef]:
     return put(batch)
 
 
@@ -306,6 +307,16 @@ def test_rows_without_signal_cost_no_forward(groups, adapter, batch, refs):
     assert counts["policy_rows"] == figures["views"] == 12 * K - figures["draws_merged"]
     assert counts["policy_forwards"] == report.forwards == np.ceil(figures["views"] / 16)
     assert "reference_forwards" not in counts
+    assert counts["whole_groups"] == 3, "supports of the group without signal are not fetched"
+
+
+def test_each_rank_fetches_the_supports_of_its_own_share(groups, adapter, refs):
+    pair = groups[2].restart(at(2), adapter)
+    pair.update(refs, 0, LR)
+    assert [counts["whole_groups"] for counts in pair.ask("counted")] == [2, 2], "a group lies in both shares"
+    raw = settings(objective__type="diffu_grpo", learner__ranks=2)
+    pair.restart(raw, adapter).update(refs, 0, LR)
+    assert [counts["whole_groups"] for counts in pair.ask("counted")] == [0, 0], "an untruncated law needs none"
 
 
 def test_the_kl_wants_every_row_and_the_reference(groups, refs):
@@ -426,7 +437,7 @@ def test_greedy_trajectories_are_refused(groups, tiny_model, adapter, batch, ref
     decoded = draw_batch(tiny_model, settings(), adapter, greedy)
     group = groups[1].restart(at(1), adapter)
     with pytest.raises(TrajectoryError, match="temperature 0"):
-        group.update([*refs[:3], ray.put(decoded[3])], 0, LR)
+        group.update([*refs[:3], *put(decoded[3:])], 0, LR)
     assert adamw_steps(group) == {0}
     assert group.update(refs, 0, LR).applied
 
@@ -441,8 +452,8 @@ def test_trajectories_of_threshold_decoding_are_refused(groups, tiny_model, adap
 @pytest.mark.filterwarnings("ignore:.free. is a deprecated API")  # nothing else loses an object on one node
 def test_a_group_that_is_gone_is_told_as_a_loss(groups, adapter, batch, refs):
     group = groups[1].restart(at(1), adapter)
-    gone = ray.put(batch[3])
-    ray._private.internal_api.free([gone])
+    (gone,) = put(batch[3:])
+    ray._private.internal_api.free([gone.whole])
     with pytest.raises(RanksLost, match="given or gave in 'update' is gone") as lost:
         group.update([*refs[:3], gone], 0, LR)
     assert lost.value.cause == "lost"

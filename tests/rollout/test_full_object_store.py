@@ -57,11 +57,11 @@ def test_groups_beyond_the_object_store_are_kept_on_disk(monkeypatch: pytest.Mon
         assert spilled_bytes() == 0
         assert draw() == GROUPS and ledger.counts()["pending"] == LATER
         items = replay.take(0, 0)
-        sizes = [bounded_get(item.ref, who="a group", timeout_s=60.0).nbytes for item in items]
+        sizes = [bounded_get(item.ref.whole, who="a group", timeout_s=60.0).nbytes for item in items]
         assert sum(sizes) > 1.5 * STORE_BYTES and spilled_bytes() > sum(sizes) - STORE_BYTES
         assert replay.find_lost({item.group_id: item.ref for item in items}, timeout_s=60.0) == []
         for item in items:
-            assert content_digest(bounded_get(item.ref, who="a group", timeout_s=60.0)) == item.report.digest
+            assert content_digest(bounded_get(item.ref.whole, who="a group", timeout_s=60.0)) == item.report.digest
         replay.commit(items, 0)
         assert draw() == LATER and ledger.counts()["refused"] == ledger.counts()["failed"] == 0
         pool.close()

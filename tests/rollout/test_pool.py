@@ -197,7 +197,7 @@ def pump(
 
 
 def groups_of(items: list[ReplayItem]) -> list[TrajectoryGroup]:
-    return [bounded_get(item.ref, who=f"group {item.group_id}", timeout_s=30.0) for item in items]
+    return [bounded_get(item.ref.whole, who=f"group {item.group_id}", timeout_s=30.0) for item in items]
 
 
 def content(groups: list[TrajectoryGroup]) -> list[dict[str, Any]]:
@@ -327,7 +327,8 @@ def test_second_delivery_is_refused(pool: RolloutPool, weights: Callable[[int], 
     while len(accepted) < 2:
         for event in pool.poll(30.0):
             assert isinstance(event, Delivery)
-            bits.append(content(bounded_get(event.refs, who="groups", timeout_s=30.0)))
+            wholes = [ref.whole for ref in event.refs]
+            bits.append(content(bounded_get(wholes, who="groups", timeout_s=30.0)))
             accepted.append(replay.deliver(event.report, event.refs))
     assert accepted == [[0, 1], []]
     assert bits[0] == bits[1], "drawn with the same weights, so whoever delivers first makes no difference"
@@ -391,7 +392,7 @@ def test_branches_are_graded_once_for_each_text(
     spec = GroupSpec(0, Problem("p", {"number": 0}), SIZE, seed=100)
     pool.submit(Lease(0, (spec,)), sampler, weights(0), branches)
     (delivery,) = waited(pool)
-    (group,) = bounded_get(delivery.refs, who="the group", timeout_s=30.0)
+    group = bounded_get(delivery.refs[0].whole, who="the group", timeout_s=30.0)
     assert group.branch_step is not None and group.branch_ids is not None and group.branch_rewards is not None
     tokenizer = load_tokenizer(tiny_model)
     asked = 0

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.torch import load as load_safetensors
 
 from learner.likelihood.scorer import PolicyScores, Scores, score
-from learner.likelihood.views import Unit, ViewBatch, build_batch
+from learner.likelihood.views import Unit, View, ViewBatch, build_batch
 from learner.objectives import make_objective
 from learner.objectives.base import Objective, RowSums, UpdateContext, Wanted, Weighed
 from learner.objectives.statistics import Statistics
@@ -29,6 +28,7 @@ from learner.settings.run import RunConfig, load_config
 from rewards.task import Problem
 from rollout.adapters import AdapterState, adapter_parameters, digest, load_state, pack, unpack
 from rollout.engines.torch import TorchEngine
+from rollout.messages import GroupRef, put_group
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
@@ -93,8 +93,8 @@ def draw_batch(
     return [dataclasses.replace(group, branch_rewards=of_branches[i]) for i, group in enumerate(graded)]
 
 
-def put(groups: Sequence[TrajectoryGroup]) -> list[ray.ObjectRef]:
-    return [ray.put(group) for group in groups]
+def put(groups: Sequence[TrajectoryGroup]) -> list[GroupRef]:
+    return [put_group(group) for group in groups]
 
 
 def flat(state: AdapterState) -> torch.Tensor:
@@ -186,6 +186,11 @@ class ProbedRank(LearnerRank):
         norm = next(module for name, module in self.engine.module.named_modules() if name.endswith("0.attn_norm"))
         norm.register_forward_pre_hook(block_ran)
         return described
+
+    def _complete(self, groups: list[TrajectoryGroup], views: Sequence[View]) -> None:
+        outlines = sum(group.is_outline for group in groups)
+        super()._complete(groups, views)
+        self.counts["whole_groups"] += outlines - sum(group.is_outline for group in groups)
 
     def reconfigure(self, config: RunConfig) -> None:
         """Work with other settings from now on; what is built at the start needs another ``start``."""
