@@ -6,7 +6,6 @@ another start can't mend ends it: wrong settings, or somebody who asked for the 
 """
 
 import contextlib
-import ctypes
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Literal
 from learner.runs.directory import new_name
 from learner.settings.saved import run_of, run_to_resume
 from learner.settings.sections import RunPlace
+from rewards.parent import die_with_parent
 
 _PAUSE_S = 2.0
 """Before a restart; twice as long when the start before it ended soon, too."""
@@ -25,7 +25,6 @@ _LONGEST_PAUSE_S = 60.0
 _SOON_S = 30.0
 _LOOK_S = 60.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_SET_PDEATHSIG = 1
 _NO_RESTART = (0, 2, *(128 + signum for signum in _PASSED_ON), 141)
 """Done; wrong settings; asked to stop; nobody reads any more."""
 
@@ -83,7 +82,7 @@ class _Passing:
     def run(self, command: Sequence[str]) -> int:
         """Its exit status, as a shell has it. It dies with this process, however that ends."""
         # A session of its own: what the terminal sends goes through us, once.
-        self._working = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+        self._working = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
         if self.asked:  # just before
             self._working.send_signal(signal.SIGTERM)
         status = None
@@ -117,7 +116,3 @@ class _Passing:
         if self._working is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._working.send_signal(signum)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)

@@ -9,7 +9,6 @@ returns to Python) and this process ends it at the wall-clock limit; it may not 
 file.
 """
 
-import ctypes
 import json
 import operator
 import os
@@ -19,6 +18,8 @@ import signal
 import sys
 import zlib
 from typing import Any
+
+from rewards.parent import die_with_parent
 
 MEMORY_BYTES = 2 * 2**30
 DIGITS = 50
@@ -68,8 +69,7 @@ def _answer(question: Any, cpu_s: float, wall_s: float) -> str:
 
 
 def _confine(cpu_s: float) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the helper
+    die_with_parent()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     resource.setrlimit(resource.RLIMIT_CPU, (2, 2))

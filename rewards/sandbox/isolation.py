@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import resource
-import signal
 import stat
 import sysconfig
 import tempfile
@@ -23,7 +22,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 
 _MS_REC, _MS_PRIVATE = 16384, 1 << 18
 _KEPT_MOUNT_FLAGS = 1 | 2 | 4 | 8  # read-only, nosuid, nodev, noexec: may be locked, so a remount must repeat them
 _MNT_DETACH = 2
-_PDEATHSIG, _CAPBSET_DROP, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 24, 22, 38
+_CAPBSET_DROP, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 24, 22, 38
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _OUTSIDE_ID = 0x78000000  # of the unprivileged users outside: above what SSSD, systemd and others give to accounts
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -32,11 +31,6 @@ _ESCAPED = re.compile(rb"\\([0-7]{3})")  # a space and the like in /proc/self/mo
 _libc = ctypes.CDLL(None, use_errno=True)
 _THIS_PROCESS = (ctypes.c_uint32 * 2)(0x20080522, 0)  # as capset wants it: a version, and 0
 _NO_CAPABILITY = (ctypes.c_uint32 * 6)()
-
-
-def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends."""
-    _check("prctl", _libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
 
 
 def be_the_first_to_go() -> None:

@@ -31,6 +31,7 @@ import time
 import traceback
 from typing import Any
 
+from rewards.parent import die_with_parent
 from rewards.sandbox import isolation, system_calls
 from rewards.sandbox.harness import Judge, serve
 from rewards.sandbox.values import MAX_REPORT_BYTES, Channel, Closed
@@ -54,7 +55,7 @@ def main(control_fd: int) -> None:
     del sys.path[0]  # ours; programs import from the standard library alone
     sys.argv[:], sys.orig_argv[:], sys.executable = [""], [""], ""  # they tell where we are installed
     try:
-        isolation.die_with_parent()
+        die_with_parent()
         isolation.be_the_first_to_go()
         if not system_calls.known_machine():
             raise OSError("the system call numbers of this machine are not known")
@@ -64,7 +65,7 @@ def main(control_fd: int) -> None:
         isolation.forgo_privileges()
         server = os.fork()
         if server == 0:
-            isolation.die_with_parent()
+            die_with_parent()
             own_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
             for name in _PRELOADED:
                 __import__(name)
