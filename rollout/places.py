@@ -9,9 +9,8 @@ from typing import Any
 
 import ray
 
-from rollout.events import Cause
 from rollout.messages import EvalReport, EvalResult, Weights
-from rollout.pulse import Pulse
+from rollout.pulse import Pulse, Trouble
 from rollout.trajectory import Lease, SamplerSpec
 
 STATES = ("starting", "idle", "busy")
@@ -121,18 +120,9 @@ class Place:
         # Not while it starts: to load a model may hold Python's lock for long.
         self.pulse = Pulse(self.handle, heartbeat_s)
 
-    def trouble(self, heartbeat_s: float) -> tuple[str, Cause, float] | None:
-        """What is wrong with its process, at work or idle: a sentence, the cause, and for how many seconds it has been
-        silent. None: it answers, or starts."""
-        if self.pulse is None:
-            return None
-        silent_s = self.pulse.silent_s()
-        if self.pulse.ended is not None:
-            return f"{self.name} was lost: {self.pulse.ended}", "died", 0.0
-        if silent_s > heartbeat_s:
-            text = f"{self.name} hangs: it has not answered for {silent_s:.0f} s (timeouts.heartbeat)"
-            return text, "hung", silent_s
-        return None
+    def trouble(self) -> Trouble | None:
+        """What is wrong with its process, at work or idle; None: it answers, or starts."""
+        return None if self.pulse is None else self.pulse.trouble(self.name)
 
     def take(self, task: Task, deadline: float) -> None:
         self.task, self.awaited, self.deadline = task, task.refs[0], deadline

@@ -349,7 +349,7 @@ class RolloutPool:
         """Once a second: whose process hangs or is dead, whose node is about to go, and whether enough are there."""
         self._looked_around = time.monotonic()
         for place in list(self._places):
-            if (trouble := place.trouble(self._heartbeat_s)) is not None:
+            if (trouble := place.trouble()) is not None:
                 self._replace(place, *trouble)
         draining = draining_nodes()
         for place in list(self._places):

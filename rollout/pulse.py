@@ -6,7 +6,7 @@ may take is bounded elsewhere (leases, evaluations, updates).
 """
 
 import time
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import ray
 
@@ -22,6 +22,14 @@ def with_pulse(worker: type[Any]) -> Any:
     """The Ray actor class of a class that has a method ``ping``, which returns at once."""
     remote: Any = ray.remote  # its stub doesn't know of concurrency groups
     return remote(concurrency_groups={_GROUP: 1})(worker)
+
+
+class Trouble(NamedTuple):
+    """A sentence, the cause, and for how many seconds the process has been silent."""
+
+    text: str
+    cause: Literal["died", "hung"]
+    silent_s: float = 0.0
 
 
 class Pulse:
@@ -57,7 +65,12 @@ class Pulse:
             self._question = self._handle.ping.options(concurrency_group=_GROUP).remote()
         return 0.0
 
-    @property
-    def stopped(self) -> bool:
-        """Whether it is silent for longer than its limit."""
-        return self.silent_s() > self._limit_s
+    def trouble(self, who: str) -> Trouble | None:
+        """What is wrong with the process, which the sentence calls ``who``; None: it answers."""
+        silent_s = self.silent_s()
+        if self.ended is not None:
+            return Trouble(f"{who} was lost: {self.ended}", "died")
+        if silent_s > self._limit_s:
+            text = f"{who} hangs: it has not answered for {silent_s:.0f} s (timeouts.heartbeat)"
+            return Trouble(text, "hung", silent_s)
+        return None

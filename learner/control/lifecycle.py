@@ -4,15 +4,13 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import ray
-
 from learner.control.commands import Commands
 from learner.control.training import Training
 from learner.ranks.group import RanksLost
 from learner.reporting.reporter import Reporter
 from learner.runs.ray_watch import RayWatch
 from learner.runs.stopping import StopFlag, StopRequested
-from rewards.errors import TrainingDiverged, UnmaskError, first_line
+from rewards.errors import TrainingDiverged
 
 
 def see_through(
@@ -53,26 +51,16 @@ def _watched(
     except TrainingDiverged:
         raise  # from here it would end again at once
     except Exception as error:
-        _save_at_the_end(training, reporter, error)
+        if (unsaved := training.save_at_the_end()) is not None:
+            error.add_note(unsaved)
+        elif training.saved is not None:
+            reporter.event("info", "checkpoint", f"resume=auto will go on after iteration {training.saved.iteration}")
         raise
     summary = training.finish()
     text = f"finished: {summary['iterations']} iterations, {summary['train_seconds']:.0f} s of training"
     reporter.store.event("info", "finished", text)
     reporter.store.status("finished", summary)
     return summary
-
-
-def _save_at_the_end(training: Training, reporter: Reporter, ended_by: Exception) -> None:
-    """Whatever ended the run: what was learned so far is kept, if it can be."""
-    try:
-        training.save()
-    except (OSError, UnmaskError, ray.exceptions.RayError) as error:
-        text = f"where the run stood when it ended could not be saved: {first_line(error)}"
-        reporter.event("warning", "checkpoint", text)
-        ended_by.add_note(text)
-        return
-    if training.saved is not None:
-        reporter.event("info", "checkpoint", f"resume=auto will go on after iteration {training.saved.iteration}")
 
 
 def _where(training: Training) -> str:

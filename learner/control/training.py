@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import ray
+
 from learner.control.commands import Commands
 from learner.control.opening import BegunRun
 from learner.objectives.statistics import Statistics
@@ -137,12 +139,19 @@ class Training(ABC):
     def ray_lost(self, why: str) -> None:
         """In another thread: Ray is gone, and may end this process with it. What the controller holds is written."""
         self.reporter.fault("ray", "died", why)
-        try:
-            self.save()
-        except (UnmaskError, OSError) as error:
-            self.reporter.event("warning", "checkpoint", f"what was learned could not be saved: {first_line(error)}")
+        self.save_at_the_end()
         self.reporter.store.status("failed")
         self.reporter.flush()
+
+    def save_at_the_end(self) -> str | None:
+        """Whatever ended the run: what was learned so far is kept, if it can be; if not, why, which is told too."""
+        try:
+            self.save()
+        except (OSError, UnmaskError, ray.exceptions.RayError) as error:
+            text = f"where the run stood when it ended could not be saved: {first_line(error)}"
+            self.reporter.event("warning", "checkpoint", text)
+            return text
+        return None
 
     def save(self) -> None:
         """Write what the controller holds, if that has changed since the last time. In any thread; needs no rank."""
@@ -271,8 +280,10 @@ class Training(ABC):
         )
 
     def _enforce_stop(self) -> None:
-        """Once a second of every wait, in any thread. Raises StopRequested."""
-        self._stop.enforce(self.config.timeouts.stop)
+        """Once a second of every wait, in any thread. Raises StopRequested: at once where there are no ranks, whose
+        iteration could be waited for."""
+        ranks = getattr(self, "learner", None)
+        self._stop.enforce(0.0 if ranks is None or ranks.closed else self.config.timeouts.stop)
 
     def _tick(self) -> None:
         """Once a second of a wait in the thread that works with the actors. Raises StopRequested."""

@@ -55,8 +55,8 @@ def group_state(checkpoint: Checkpoint) -> GroupState:
     return GroupState(adapter, checkpoint.shards, checkpoint.phase)
 
 
-def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
-    """Room for all ranks at once, None when they ask for no resources.
+def reserve_ranks(config: GroupConfig, on_tick: Callable[[], None] = lambda: None) -> PlacementGroup | None:
+    """Room for all ranks at once, None when they ask for no resources. ``on_tick``: called every second, may raise.
 
     A run reserves it before its actors start: what is left of the GPUs is theirs, however Ray spreads them. With more
     than half of a GPU each, two ranks never share one, which NCCL refuses.
@@ -70,14 +70,21 @@ def reserve_ranks(config: GroupConfig) -> PlacementGroup | None:
     if not bundle:
         return None
     placement = placement_group([bundle] * config.learner.ranks, strategy="PACK")
-    if not bounded_wait([placement.ready()], who="the learner ranks' placement", timeout_s=timeout_s)[0]:
-        remove_placement_group(placement)
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-        free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in bundle)
-        raise WaitTimeout(
-            f"the cluster did not give {config.learner.ranks} learner ranks {wanted} each within "
-            f"{timeout_s:g} s (free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
-        )
+    ready, deadline = [placement.ready()], time.monotonic() + timeout_s
+    try:
+        while not bounded_wait(ready, who="the learner ranks' placement", timeout_s=_TICK_S)[0]:
+            on_tick()
+            if time.monotonic() >= deadline:
+                wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+                free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in bundle)
+                raise WaitTimeout(
+                    f"the cluster did not give {config.learner.ranks} learner ranks {wanted} each within "
+                    f"{timeout_s:g} s (free now: {free}); add nodes, or lower learner.ranks or resources.*_per_rank"
+                )
+    except BaseException:
+        if not ray_given_up():
+            remove_placement_group(placement)
+        raise
     return placement
 
 
@@ -116,7 +123,7 @@ class LearnerGroup:
         self.heard: float | None = None
         """When all ranks last answered, Unix seconds."""
         self._rank_type = rank_type or LearnerRank
-        self._placement = placement or reserve_ranks(config)
+        self._placement = placement or reserve_ranks(config, on_tick)
         try:
             self._ranks = [self._launch(model_path, rank) for rank in range(config.learner.ranks)]
             self._pulses: list[Pulse] = []
@@ -228,14 +235,8 @@ class LearnerGroup:
 
     def _require_pulse(self, method: str) -> None:
         for rank, pulse in enumerate(self._pulses):
-            if pulse.stopped:
-                silent_s = pulse.silent_s()
-                raise RanksLost(
-                    f"learner rank {rank} hangs in '{method}': it has not answered for {silent_s:.0f} s "
-                    "(timeouts.heartbeat)",
-                    "hung",
-                    silent_s,
-                )
+            if (trouble := pulse.trouble(f"learner rank {rank} ('{method}')")) is not None:
+                raise RanksLost(*trouble)
 
     def _answers(
         self, refs: list[ray.ObjectRef[Any]], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None

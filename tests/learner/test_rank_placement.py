@@ -1,5 +1,7 @@
 """Ranks and actors that share GPUs: every rank has one that no other rank sits on, and actors take what is left."""
 
+import time
+
 import pytest
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -7,7 +9,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.ranks.group import reserve_ranks
 from learner.runs.local_ray import local_ray
+from learner.runs.stopping import StopRequested
 from learner.settings.run import load_config
+from rewards.errors import WaitTimeout
 from rollout.waits import bounded_get
 
 CONFIG = load_config(
@@ -52,6 +56,28 @@ def test_ranks_first_then_actors_share_the_gpus():
         for actor in (*actors, *ranks):
             ray.kill(actor)
         remove_placement_group(placement)
+
+
+@pytest.mark.slow
+def test_a_stop_is_heard_while_there_is_no_room():
+    """And nothing stays reserved; the control waits as long as it may."""
+    asked = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"ranks": 9})})
+    ticks = []
+
+    def stop_at_the_second() -> None:
+        ticks.append(time.monotonic())
+        if len(ticks) == 2:
+            raise StopRequested
+
+    began = time.monotonic()
+    with pytest.raises(StopRequested):
+        reserve_ranks(asked, stop_at_the_second)
+    assert ticks[1] - began < 4.0
+    states = [group["state"] for group in ray.util.placement_group_table().values()]
+    assert set(states) <= {"REMOVED"}
+    with pytest.raises(WaitTimeout, match="did not give 9 learner ranks 0.6 GPU each within 5 s"):
+        reserve_ranks(asked, lambda: ticks.append(0.0))
+    assert len(ticks) >= 5
 
 
 @pytest.mark.slow
