@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from rewards.task import Problem
 from rollout.code import code_identity
 from rollout.engines.base import Engine
 from rollout.grading import GradeResult, GraderPool
-from rollout.messages import EvalReport, EvalResult, GroupReport, LeaseReport, Weights
+from rollout.messages import EvalReport, EvalResult, GradingFault, GroupReport, LeaseReport, Weights
 from rollout.models.encoding import completion_text, encode_prompt
 from rollout.seeds import derive_seed
 from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup, content_digest
@@ -174,8 +174,7 @@ class RolloutActor:
             components={name: tuple(grade.components[name] for grade in grades) for name in self._task.components},
             tokens=tuple(group.drawn.sum(axis=1).tolist()),
             nfe=tuple(group.nfe.tolist()),
-            grader_failures=sum(grade.missing for grade in grades),
-            reason=next((grade.error for grade in grades if grade.missing), None),
+            faults=_faults(grades),
             trajectory=self._with_grades(group, graded) if with_trajectory else None,
         )
 
@@ -293,6 +292,10 @@ def _branch_grades(group: TrajectoryGroup, rows: Sequence[_Grades], names: Seque
     return {"branch_rewards": rewards, "branch_correct": correct}
 
 
+def _faults(grades: Iterable[GradeResult]) -> tuple[GradingFault, ...]:
+    return tuple(grade.fault for grade in grades if grade.fault is not None)
+
+
 def _report(group: TrajectoryGroup, rows: Sequence[_Grades]) -> GroupReport:
     grades = [grade for row in rows for grade in row.verdicts]
     return GroupReport(
@@ -302,6 +305,6 @@ def _report(group: TrajectoryGroup, rows: Sequence[_Grades]) -> GroupReport:
         verdicts=len(grades),
         failures=sum(grade.failed for grade in grades),
         invalid=next((grade.invalid for grade in grades if grade.invalid is not None), None),
-        reason=next((grade.error for grade in grades if grade.missing), None),
+        faults=_faults(grades),
         digest=content_digest(group),
     )

@@ -1,7 +1,8 @@
 """Grading beside the engine: co-processes of ``rewards.grade`` behind a queue, with a time limit per completion.
 
 A grader is a process of its own because a verdict can hang or take the process down, and neither may hurt the actor. It
-speaks JSON lines on its pipes. One thread drives each process; the engine only puts completions into the queue.
+speaks JSON lines on its pipes. One thread drives each process; the engine only puts completions into the queue. What a
+grader that hangs or dies was asked, a new one is asked once more: the process may be at fault, and not the completion.
 """
 
 import contextlib
@@ -19,13 +20,15 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from rewards.errors import ConfigError, WaitTimeout
 from rewards.judge.judged import load_task
+from rewards.judge.reply import JudgeFailed
 from rewards.judge.settings import UNJUDGED, JudgeSettings
 from rewards.task import grade_timeout_problem
+from rollout.messages import GradingFault
 
 START_LIMIT_S = 60.0
 """Seconds that a new grader process may take for its imports; a verdict's own time limit starts after them."""
@@ -35,6 +38,7 @@ _MOST = 3.4e38  # rewards are float32
 _KILL_LIMIT_S = 10.0
 _LINE = re.compile(r"line \d+: ")
 _RAISED = re.compile(r"task raised \w+")
+_JUDGE_RAISED = f"task raised {JudgeFailed.__name__}"
 _REFUSED = 2  # exit status of a grader that can't grade this task here
 _TICK_S = 0.5
 
@@ -43,31 +47,38 @@ _TICK_S = 0.5
 class GradeResult:
     """A verdict, or why there is none.
 
-    components has a value for each of the task's components, in its order: 0 when the grader timed out or crashed, NaN
-    where it gave no number. invalid then says what kind of failure that is; such a reward must not be trained on. error
-    is the reason in full.
+    components has a value for each of the task's components, in its order: 0 when the graders hung or died, NaN where
+    one gave no number. invalid then says what kind of failure that is; such a reward must not be trained on. error is
+    the reason in full. fault is the last that there was, also where another grader gave the verdict in the end.
     """
 
     correct: bool
     components: Mapping[str, float]
     error: str | None = None
-    timed_out: bool = False
-    crashed: bool = False
     invalid: str | None = None
+    fault: GradingFault | None = None
 
     @property
     def reward(self) -> float:
         return sum(self.components.values())
 
     @property
+    def timed_out(self) -> bool:
+        return self.missing and self.fault is not None and self.fault.cause == "hung"
+
+    @property
+    def crashed(self) -> bool:
+        return self.missing and self.fault is not None and self.fault.cause == "died"
+
+    @property
     def failed(self) -> bool:
-        """Whether the grader gave no verdict."""
+        """Whether no grader gave a verdict."""
         return self.timed_out or self.crashed
 
     @property
     def missing(self) -> bool:
-        """Whether there is no verdict, whoever is to blame: the grader, or the task that it ran."""
-        return self.failed or self.invalid is not None
+        """Whether there is no verdict, whoever is to blame: the graders, or the task that they ran."""
+        return self.fault is not None and not self.fault.graded
 
 
 class GraderPool:
@@ -76,7 +87,8 @@ class GraderPool:
     Args:
         task_name: as ``rewards.task.get_task`` knows it.
         workers: number of processes.
-        timeout_s: seconds for one verdict; a slower grader is killed, and the completion has no reward.
+        timeout_s: seconds for one verdict; a slower grader is killed, and another is asked. When that is as slow, the
+            completion has no reward.
         judge: whose score is a part of the reward, where it names one.
 
     Raises:
@@ -159,25 +171,28 @@ class GraderPool:
         self._cancel_waiting()
 
     def _decide(self, grader: "_Grader", job: "_Job") -> GradeResult:
-        zeros = dict.fromkeys(self.components, 0.0)
-        crash = ""
+        fault: GradingFault | None = None
         for _ in range(_ATTEMPTS):
             try:
-                return self._result(grader.ask(job.request, self._timeout_s))
+                result = self._result(grader.ask(job.request, self._timeout_s))
             except TimeoutError:
-                grader.kill()
-                return GradeResult(False, zeros, f"no verdict within {self._timeout_s:g} s", timed_out=True)
+                fault = GradingFault("grader", "hung", f"no verdict within {self._timeout_s:g} s")
             except _Crash as error:
-                grader.kill()
-                crash = str(error)
-        return GradeResult(False, zeros, crash, crashed=True)
+                fault = GradingFault("grader", "died", str(error))
+            else:
+                if fault is None or result.fault is not None:
+                    return result
+                return replace(result, fault=replace(fault, graded=True))
+            grader.kill()
+        assert fault is not None, "each try returns or has one"
+        return GradeResult(False, dict.fromkeys(self.components, 0.0), fault.error, fault=fault)
 
     def _result(self, reply: dict[str, Any]) -> GradeResult:
         given = reply.get("components")
         given = given if isinstance(given, dict) else {}
         components = {name: _number(given.get(name)) for name in self.components}
         error = None if reply.get("error") is None else _LINE.sub("", str(reply["error"]), count=1)
-        invalid = None
+        invalid, fault = None, None
         if not given:
             raised = _RAISED.match(error or "")
             invalid = raised[0] if raised else "the task gave no reward"
@@ -185,7 +200,10 @@ class GraderPool:
             invalid = error = f"reward component {missing[0]} is missing"
         elif bad := [name for name, value in components.items() if not abs(value) <= _MOST]:
             invalid = error = f"reward component {bad[0]} is not a finite number"
-        return GradeResult(reply.get("correct") is True, components, error, invalid=invalid)
+        if invalid is not None:
+            cause: Literal["failed", "invalid"] = "failed" if _RAISED.match(invalid) else "invalid"
+            fault = GradingFault("judge" if invalid == _JUDGE_RAISED else "grader", cause, error or invalid)
+        return GradeResult(reply.get("correct") is True, components, error, invalid=invalid, fault=fault)
 
     def _cancel_waiting(self) -> None:
         while True:
@@ -212,9 +230,9 @@ class _Closing(Exception):
 # The grader must not outlive us: it ends at the end of its input, and when it is busy the kernel kills it. Done inside
 # the child, as code between fork and exec is not safe in a process with threads.
 _CHILD = """
-import ctypes, runpy, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+import runpy
+from rewards.parent import die_with_parent
+die_with_parent()
 runpy.run_module("rewards.grade", run_name="__main__", alter_sys=True)
 """
 

@@ -6,7 +6,7 @@ Small values: what is large in them travels as a reference.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 
@@ -41,10 +41,22 @@ BASE_WEIGHTS = Weights(-1, "", [])
 
 
 @dataclass(frozen=True)
+class GradingFault:
+    """What failed over a completion's verdict, and how: a grader's process died or hung, the task or the judge that it
+    asked failed, or gave no reward that can be used. error: the reason in full. graded: another grader gave the verdict
+    in the end. A verdict that graders died or hung over counts as wrong; with the others its group is dropped."""
+
+    part: Literal["grader", "judge"]
+    cause: Literal["died", "hung", "failed", "invalid"]
+    error: str
+    graded: bool = False
+
+
+@dataclass(frozen=True)
 class GroupReport:
     """What the controller must know of a drawn group without fetching it. tokens: drawn ones. failures: verdicts, of
-    ``verdicts``, that a timeout or crash decided. invalid: the kind of failure for which the group can't be trained on,
-    or None. reason: of the first verdict that failed or is invalid, in full. digest: the group's ``content_digest``."""
+    ``verdicts``, that graders died or hung over. invalid: the kind of failure for which the group can't be trained on,
+    or None. faults: one at most of each verdict. digest: the group's ``content_digest``."""
 
     group_id: int
     problem_id: str
@@ -52,7 +64,7 @@ class GroupReport:
     verdicts: int
     failures: int
     invalid: str | None
-    reason: str | None
+    faults: tuple[GradingFault, ...] = ()
     digest: str = ""
 
 
@@ -77,8 +89,7 @@ class LeaseReport:
 @dataclass(frozen=True)
 class EvalResult:
     """The completions of one problem in the order of their rows: texts, verdicts, reward components (NaN where the
-    grader gave none), drawn tokens and forward passes. grader_failures: verdicts that no grader gave, and why the first
-    of them is missing."""
+    grader gave none), drawn tokens and forward passes. faults: one at most of each verdict."""
 
     problem_id: str
     completions: tuple[str, ...]
@@ -86,10 +97,14 @@ class EvalResult:
     components: Mapping[str, tuple[float, ...]]
     tokens: tuple[int, ...]
     nfe: tuple[int, ...]
-    grader_failures: int
-    reason: str | None
+    faults: tuple[GradingFault, ...] = ()
     trajectory: TrajectoryGroup | None = None
     """How they were written, graded, with the problem's number in its chunk for a group id; where it was asked for."""
+
+    @property
+    def grader_failures(self) -> int:
+        """Verdicts that nobody gave."""
+        return sum(not fault.graded for fault in self.faults)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from rollout.adapters import digest, pack
 from rollout.messages import BASE_WEIGHTS, Weights
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.waits import bounded_get
+from services.store.faults import Cause, Part
 
 LIMIT_S = 240.0
 """For any one wait."""
@@ -206,8 +207,8 @@ class _Ranks:
         return
 
 
-def _tell(level: str, kind: str, text: str) -> None:
-    print(f"{level} {kind}: {text}", file=sys.stderr)
+def _tell(part: Part, cause: Cause, text: str, **cost: Any) -> None:
+    print(f"{part} {cause}: {text}", file=sys.stderr)
 
 
 def _available() -> int:

@@ -43,6 +43,7 @@ from rollout.adapters import digest, pack
 from rollout.ledger import Ledger
 from rollout.messages import LeaseReport, Weights
 from rollout.replay import ReplayBuffer, ReplayItem
+from services.store.faults import Cause, Part
 
 LIMIT_S = 240.0
 LARGEST_ERROR = 0.15
@@ -204,8 +205,8 @@ class WaitingLearner:
         return
 
 
-def _tell(level: str, kind: str, text: str) -> None:
-    print(f"{level} {kind}: {text}", file=sys.stderr)
+def _tell(part: Part, cause: Cause, text: str, **cost: Any) -> None:
+    print(f"{part} {cause}: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

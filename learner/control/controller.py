@@ -95,7 +95,7 @@ class Controller(Training):
         if resumed is not None:
             ledger.restore(resumed.progress.ledger)
         self._model_path, self._first_adapter = model_path, subject.adapter
-        self._placement = reserve_ranks(config)
+        self._placement = reserve_ranks(config, self._enforce_stop)
         pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
         closing.callback(pool.close)
         self.workers.pool = pool
@@ -106,7 +106,6 @@ class Controller(Training):
             pool,
             ReplayBuffer(ledger),
             supply,
-            on_event=begun.reporter.event,
             on_fault=begun.reporter.fault,
             stop=stop.is_set,
             on_pump=self._attend,

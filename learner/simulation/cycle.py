@@ -16,6 +16,7 @@ from rollout.ledger import Ledger
 from rollout.messages import Weights
 from rollout.pool import RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
+from services.store.faults import OnFault
 
 PROBLEMS = 256
 """Different ones; they say nothing but their names."""
@@ -95,7 +96,7 @@ def make_cycle(
     pool: RolloutPool,
     make_replay: Callable[[Ledger], ReplayBuffer],
     clock: Callable[[], float],
-    on_event: Callable[[str, str, str], None],
+    on_fault: OnFault,
 ) -> Cycle:
     """The feed of a run over this pool, as the controller makes it."""
     rollout = config.rollout
@@ -107,5 +108,5 @@ def make_cycle(
         clock=clock,
     )
     problems = [Problem(f"stand-in {number}", {}) for number in range(PROBLEMS)]
-    feed = Feed(config, problems, pool, make_replay(ledger), supply, on_event=on_event, stop=lambda: False)
+    feed = Feed(config, problems, pool, make_replay(ledger), supply, on_fault=on_fault, stop=lambda: False)
     return Cycle(feed, Marks(), [])

@@ -69,7 +69,7 @@ def simulate(config: SimulationConfig, times: Times, actors: int) -> Figures:
         return replays[0]
 
     # The feed asks no more of a pool than the simulated one has.
-    cycle = make_cycle(config, cast(Any, pool), make_replay, clock, lambda level, kind, text: None)
+    cycle = make_cycle(config, cast(Any, pool), make_replay, clock, lambda part, cause, text, **cost: None)
     ledger = cycle.feed.replay.ledger
     readings: list[dict[str, float]] = []
 

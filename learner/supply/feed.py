@@ -1,7 +1,7 @@
 """The feed: which prompts each iteration trains on, and the pump that keeps the rollout actors busy with them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -12,18 +12,12 @@ from learner.supply.window import Supply
 from rewards.errors import GradingFailed
 from rewards.task import Problem
 from rollout.events import ActorLost, Refused
-from rollout.messages import GroupRef, Weights
+from rollout.messages import GroupRef, GroupReport, Weights
 from rollout.pool import RolloutPool
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import GroupSpec
-from services.store.faults import FAULT, Cause, Part
-
-
-class OnFault(Protocol):
-    """``Reporter.fault``."""
-
-    def __call__(self, part: Part, cause: Cause, text: str, **cost: Any) -> None: ...
+from services.store.faults import OnFault
 
 
 class Feed:
@@ -32,8 +26,7 @@ class Feed:
     Nothing of it needs saving but the ledger: which prompts an iteration has is a function of the settings.
 
     Args:
-        on_event: called as (level, kind, text) with what a person should know.
-        on_fault: called with what failed, see ``Reporter.fault``; None: ``on_event`` is.
+        on_fault: called with what failed.
         stop: says whether the run was asked to stop.
         on_pump: called whenever work goes on, every second at least.
     """
@@ -46,18 +39,16 @@ class Feed:
         replay: ReplayBuffer,
         supply: Supply,
         *,
-        on_event: Callable[[str, str, str], None],
+        on_fault: OnFault,
         stop: Callable[[], bool],
-        on_fault: OnFault | None = None,
         on_pump: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.problems, self.pool, self.replay, self.supply = config, problems, pool, replay, supply
         self.sampler = config.rollout.sampler.spec()
         self.branches = config.objective.branches(self.sampler)
-        self.verdicts = Verdicts(on_event)
         self._lease_seconds: list[dict[str, float]] = []
-        self._on_event, self._stop, self._on_pump = on_event, stop, on_pump
-        self._on_fault: OnFault = on_fault or (lambda part, cause, text, **cost: on_event("warning", FAULT, text))
+        self._on_fault, self._stop, self._on_pump = on_fault, stop, on_pump
+        self.verdicts = Verdicts(on_fault)
 
     @property
     def grader_failures(self) -> int:
@@ -154,10 +145,15 @@ class Feed:
                 {"load": report.load_s, "generate": report.generate_s, "grade_wait": report.grade_wait_s}
             )
             for group in event.report.groups:
-                self.verdicts.note(group.failures, group.reason)
-                if group.invalid is not None:
-                    text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {group.reason}"
-                    self._on_event("warning", "dropped", text)
+                self._take_grading(group)
+
+    def _take_grading(self, group: GroupReport) -> None:
+        """What failed over its verdicts; one without a reward was dropped for the first of them."""
+        self.verdicts.note(fault for fault in group.faults if fault.cause in ("died", "hung"))
+        if group.invalid is not None:
+            why = next(fault for fault in group.faults if fault.cause not in ("died", "hung"))
+            text = f"group {group.group_id} (problem {group.problem_id}) is dropped: {why.error}"
+            self._on_fault(why.part, why.cause, text, groups=1)
 
     def _take_fault(self, event: ActorLost | Refused) -> None:
         """Its lease, if it had one that counts, is given out again."""

@@ -46,7 +46,7 @@ def greedy_solve_rates(
             keep=config.evaluation.kept if name == "m" else 0,
         )
         for result in results:
-            feed.verdicts.note(result.grader_failures, result.reason)
+            feed.verdicts.note(result.faults)
         feed.verdicts.require_most(
             "the evaluation", failed=sum(result.grader_failures for result in results), asked=len(results)
         )

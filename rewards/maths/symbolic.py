@@ -5,12 +5,12 @@ answered by a fork of a helper that has math-verify loaded (``rewards.maths.symb
 that the kernel enforces, a memory limit and a wall-clock limit, and no question leaves anything behind for the next.
 
 The helper (``rewards.helper``) starts with the first question or at ``start()``. A question costs a few milliseconds
-and at most WALL_LIMIT_S.
+and at most WALL_LIMIT_S; that and the start of another helper once more, where the helper itself hangs or dies.
 """
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rewards.helper import Helper
 from rewards.maths.expression import Node, to_json
@@ -18,7 +18,9 @@ from rewards.maths.expression import Node, to_json
 CPU_LIMIT_S = 0.5
 WALL_LIMIT_S = 0.75
 _GRACE_S = 0.1
-"""For the helper to kill its fork; after that the helper itself is killed and started anew at the next question."""
+"""For the helper to kill its fork; after that the helper itself is killed."""
+_ATTEMPTS = 2
+"""Helpers that are asked a question: one that hangs or dies costs it nothing but time."""
 
 Finding = Literal["equal", "different", "timeout", "failed"]
 """``failed``: math-verify raised, ran out of memory, or can't be started."""
@@ -40,11 +42,12 @@ def ask_plain(gold: str, answer: str) -> Finding:
 
 
 def _ask(question: list[Any] | dict[str, str]) -> Finding:
-    reply = _helper.ask(json.dumps(question).encode(), WALL_LIMIT_S + _GRACE_S)
-    if reply is None:
-        return "timeout"
-    finding = reply.decode("ascii", "replace")
-    if finding not in ("equal", "different", "timeout", "failed"):
+    line = json.dumps(question).encode()
+    reply: bytes | None = None
+    for _ in range(_ATTEMPTS):
+        reply = _helper.ask(line, WALL_LIMIT_S + _GRACE_S)
+        for finding in get_args(Finding):
+            if reply == finding.encode():
+                return finding
         _helper.stop()
-        return "failed"
-    return finding  # type: ignore[return-value]
+    return "timeout" if reply is None else "failed"

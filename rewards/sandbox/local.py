@@ -68,17 +68,20 @@ class LocalRunner:
 
     def run(self, job: Job, limits: Limits) -> Outcome:
         """Raises ConfigError when this machine can't isolate a program."""
+        hangs = False
         for _ in range(_ATTEMPTS):
             if self._server is None or self._server.poll() is not None:
                 self.close()
                 self._start()
             try:
                 return _outcome(self._ask(job, limits), len(job.tests), limits)
-            except TimeoutError:  # the machine is too busy to count the seconds; what ran dies with the server
-                self.close()
-                return _no_verdict("timeout", "the sandbox gave no verdict in time", len(job.tests))
+            except TimeoutError:  # it hangs, or the machine is too busy for it to count the seconds
+                hangs = True
             except OSError:  # it was killed, which no program can do but by using the machine's memory up
-                self.close()
+                hangs = False
+            self.close()  # and with it what ran
+        if hangs:
+            return _no_verdict("timeout", "the sandbox gave no verdict in time, twice", len(job.tests))
         killed = "the sandbox's server was killed over the program, twice"
         try:
             self._start()  # runs an empty one

@@ -119,7 +119,9 @@ def _count_events(reader: Reader, known: Known) -> Known:
         for row in reader.select(sa.select(events.data).where(theirs, events.kind == FAULT)):
             data = row["data"] if isinstance(row["data"], dict) else {}
             part, cause = data.get("part"), data.get("cause")
-            faults[part if part in PARTS else "other", cause if cause in CAUSES else "other"] += 1
+            times = data.get("times")
+            kind = (part if part in PARTS else "other", cause if cause in CAUSES else "other")
+            faults[kind] += times if isinstance(times, int) and times > 0 else 1
     return dataclasses.replace(known, errors=errors, warnings=warnings, faults=faults, counted=counted)
 
 

@@ -25,7 +25,7 @@ def make_feed() -> Callable[..., Feed]:
         ledger = Ledger(capacity=config.rollout.buffer_size, groups_per_lease=2, max_staleness=0)
         pool: Any = None
         supply = Supply(config.rollout.prompts_per_iteration, config.objective.phases())
-        return Feed(config, PROBLEMS, pool, ReplayBuffer(ledger), supply, on_event=print, stop=lambda: False)
+        return Feed(config, PROBLEMS, pool, ReplayBuffer(ledger), supply, on_fault=print, stop=lambda: False)
 
     return make
 

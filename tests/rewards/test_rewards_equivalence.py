@@ -144,15 +144,16 @@ def test_a_question_that_overruns_is_stopped_and_the_next_is_answered() -> None:
         tower = ("^", ("number", 9), tower)
     begin = time.monotonic()
     assert symbolic.ask([(tower, NUMBER)]) == "timeout"
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 10.0  # a busy machine may have the helper overrun as well, and start again
     answers = [symbolic.ask([(NUMBER, NUMBER)]) for _ in range(5)]
     assert "equal" in answers and set(answers) <= {"equal", "timeout"}
 
 
-def test_the_helper_is_started_again_when_it_was_killed() -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_helper_that_dies_or_hangs_costs_no_answer(signum: int) -> None:
     assert symbolic._helper._popen is not None
-    os.kill(symbolic._helper._popen.pid, signal.SIGKILL)
-    assert "equal" in [symbolic.ask([(NUMBER, NUMBER)]) for _ in range(5)]
+    os.kill(symbolic._helper._popen.pid, signum)
+    assert symbolic.ask([(NUMBER, NUMBER)]) == "equal"
 
 
 def test_the_helper_ends_with_its_owner() -> None:

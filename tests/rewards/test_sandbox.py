@@ -15,7 +15,7 @@ import pytest
 from rewards.errors import ConfigError
 from rewards.sandbox import runner as runners
 from rewards.sandbox.local import LocalRunner
-from rewards.sandbox.runner import Job
+from rewards.sandbox.runner import Job, Limits
 from tests.support.sandboxed import LIMITS, ROOT, family, left_running, plainly, run, running
 
 
@@ -328,12 +328,14 @@ def test_nothing_outlives_a_killed_owner() -> None:
     assert not any(running(pid) for pid in processes)
 
 
-def test_a_killed_server_costs_no_verdict(sandbox: LocalRunner) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_costs_no_verdict(sandbox: LocalRunner, signum: int) -> None:
     assert run(sandbox, "x = 1").status == "passed"
     assert sandbox._server is not None
-    os.kill(left_running(sandbox)[1], signal.SIGKILL)
+    os.kill(left_running(sandbox)[1], signum)
     time.sleep(0.2)
-    assert run(sandbox, "def f(): return 1", "assert f() == 1").status == "passed"
+    job = Job("def f(): return 1", ("assert f() == 1",), {"f": "f"})
+    assert sandbox.run(job, Limits(seconds=0.5)).status == "passed"
 
 
 def test_a_machine_without_namespaces_is_refused() -> None:

@@ -32,6 +32,9 @@ class Moody(Task):
         mood = completion.split(":")[0]
         if mood == "sleep":
             time.sleep(float(completion.split(":")[1]))
+        if mood == "hang_once" and not os.path.exists(fields["flag"]):
+            open(fields["flag"], "w").close()
+            time.sleep(600)
         if mood == "child":
             child = subprocess.Popen(["sleep", "600"])
             open(completion.split(":")[1], "w").write(str(child.pid))
@@ -110,7 +113,8 @@ def test_slow_verdict_is_killed_and_the_next_one_is_fine(moody: GraderPool) -> N
     assert gone_within(first, 5.0)
     after = grade(moody, "fine")
     assert after.correct and int(after.components["first"]) != first
-    assert not grade(moody, "sleep:0.3").timed_out, "the control: inside the limit"
+    inside = grade(moody, "sleep:0.3")
+    assert not inside.timed_out and inside.fault is None, "the control: inside the limit"
 
 
 def test_what_a_grader_started_dies_with_it(moody: GraderPool, tmp_path: Path) -> None:
@@ -118,12 +122,20 @@ def test_what_a_grader_started_dies_with_it(moody: GraderPool, tmp_path: Path) -
     assert gone_within(int((tmp_path / "pid").read_text()), 5.0)
 
 
-def test_crash_is_retried_once(moody: GraderPool, tmp_path: Path) -> None:
-    assert grade(moody, "die_once", flag=str(tmp_path / "flag")).correct
-    dead = grade(moody, "die")
-    assert dead.crashed and not dead.correct and dead.reward == 0.0
-    assert dead.error == "the grader ended with code 3"
-    assert grade(moody, "fine").correct
+@pytest.mark.parametrize("cause, once, always", [("died", "die_once", "die"), ("hung", "hang_once", "sleep:600")])
+def test_a_lost_grader_costs_its_verdict_only_when_the_next_is_lost_too(
+    cause: str, once: str, always: str, moody: GraderPool, tmp_path: Path
+) -> None:
+    saved = grade(moody, once, flag=str(tmp_path / "flag"))
+    assert saved.correct and saved.error is None and not saved.failed
+    assert saved.fault is not None and (saved.fault.cause, saved.fault.graded) == (cause, True)
+    begin = time.monotonic()
+    lost = grade(moody, always)
+    assert (lost.crashed, lost.timed_out) == (cause == "died", cause == "hung")
+    assert not lost.correct and lost.reward == 0.0 and time.monotonic() - begin < 10.0
+    assert lost.error == {"died": "the grader ended with code 3", "hung": "no verdict within 1 s"}[cause]
+    assert lost.fault is not None and (lost.fault.cause, lost.fault.graded) == (cause, False)
+    assert grade(moody, "fine").fault is None
 
 
 @pytest.mark.parametrize(

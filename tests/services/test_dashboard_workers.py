@@ -82,6 +82,8 @@ def test_faults_are_counted_by_part_and_cause(place: Place) -> None:
     with writer(place, "faulty") as store, dashboard(place) as service:
         store.event("warning", "fault", "an actor died", {"part": "actor", "cause": "died", "groups": 2})
         store.event("warning", "fault", "another", {"part": "actor", "cause": "died"})
+        store.event("warning", "fault", "graders", {"part": "grader", "cause": "hung", "times": 4})
+        store.event("warning", "fault", "another", {"part": "grader", "cause": "hung", "times": "many"})
         store.event("warning", "fault", "a rank hangs", {"part": "rank", "cause": "hung"})
         store.event("warning", "fault", "of a later version", {"part": "coffee machine", "cause": ["empty"]})
         store.event("warning", "store", "no fault", {"part": "disk", "cause": "full"})
@@ -90,9 +92,10 @@ def test_faults_are_counted_by_part_and_cause(place: Place) -> None:
         def told() -> list[str]:
             return [line for line in service.get("/metrics").text.splitlines() if line.startswith("unmask_run_faults")]
 
-        eventually(lambda: len(told()) == 3)
+        eventually(lambda: len(told()) == 4)
         assert told() == [
             'unmask_run_faults_total{cause="died",part="actor",run="faulty"} 2.0',
+            'unmask_run_faults_total{cause="hung",part="grader",run="faulty"} 5.0',
             'unmask_run_faults_total{cause="other",part="other",run="faulty"} 1.0',
             'unmask_run_faults_total{cause="hung",part="rank",run="faulty"} 1.0',
         ]

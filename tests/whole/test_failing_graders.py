@@ -2,9 +2,8 @@
 
 import pytest
 
-from services.store import schema
-from tests.support import store_rows
-from tests.support.real_runs import Runs, iterations
+from services.store.faults import FAULT
+from tests.support.real_runs import Runs, iterations, store_events
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -34,14 +33,14 @@ class Refuses(Sudoku):  # training problems alone
 
 
 @pytest.mark.parametrize(
-    "task, said, kind",
+    "task, said, cause",
     [
-        ("Exits", "16 of 16 verdicts of the evaluation failed; the last one: the grader ended with code 3", "grader"),
-        ("Raises", "16 of 16 verdicts of the evaluation failed; the last one: task raised KeyError: 'boom'", "grader"),
-        ("Refuses", "iteration 1 has no usable group left; dropped so far: task raised KeyError (", "dropped"),
+        ("Exits", "16 of 16 verdicts of the evaluation failed; the last one: the grader ended with code 3", "died"),
+        ("Raises", "16 of 16 verdicts of the evaluation failed; the last one: task raised KeyError: 'boom'", "failed"),
+        ("Refuses", "iteration 1 has no usable group left; dropped so far: task raised KeyError (", "failed"),
     ],
 )
-def test_a_grader_that_always_fails(task: str, said: str, kind: str, runs: Runs) -> None:
+def test_a_grader_that_always_fails(task: str, said: str, cause: str, runs: Runs) -> None:
     (runs.folder / "failing_tasks.py").write_text(TASKS)
     settings = [f"task.name=failing_tasks:{task}", "evaluation.step_divisors=[1]", "evaluation.problems=16"]
     with runs.started(task, *settings, forked=False) as run:
@@ -49,7 +48,6 @@ def test_a_grader_that_always_fails(task: str, said: str, kind: str, runs: Runs)
     assert run.output().count(said) == 1, run.output()
     assert "Traceback" not in run.output()
     assert iterations(runs[task]) in ([], [0]), "nothing is learned"
-    engine = schema.open_engine(runs[task].store_url, create=False)
-    texts = [event["text"] for event in store_rows.list_events(engine, task) if event["kind"] == kind]
-    engine.dispose()
-    assert texts and ("KeyError: 'boom'" in texts[0] or "ended with code 3" in texts[0])
+    faults = [event for event in store_events(runs[task]) if event["kind"] == FAULT]
+    assert {(event["data"]["part"], event["data"]["cause"]) for event in faults} == {("grader", cause)}
+    assert "KeyError: 'boom'" in faults[0]["text"] or "ended with code 3" in faults[0]["text"]

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from learner.reporting.metrics_file import read_rows
-from services.store import schema
-from tests.support import store_rows
+from services.store.faults import FAULT
 from tests.support.evaluations import call
 from tests.support.judges import body, by_text, chat, judge_server
 from tests.support.published import write_published
-from tests.support.real_runs import Runs, summary
+from tests.support.real_runs import Runs, store_events, summary
 from tests.whole.test_recipes import SMALLER
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -30,13 +29,13 @@ def test_a_judged_run(runs: Runs) -> None:
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}" and server.most_at_once > 1
     rows = [row for row in read_rows(runs["judged"].metrics_path) if "loss" in row]
     assert all(0 < row["reward/judge"] < 1 for row in rows)
-    engine = schema.open_engine(runs["judged"].store_url, create=False)
-    events = [(event["kind"], event["text"]) for event in store_rows.list_events(engine, "judged")]
-    engine.dispose()
-    dropped = [text for kind, text in events if kind == "dropped"]
+    events = store_events(runs["judged"])
+    faults = [event for event in events if event["kind"] == FAULT]
+    assert {(event["data"]["part"], event["data"]["cause"]) for event in faults} == {("judge", "failed")}
+    dropped = [event["text"] for event in faults if event["data"].get("groups") == 1]
     assert dropped and all("JudgeFailed: judge tiny at" in text and "wrote 'x'" in text for text in dropped)
     assert rows[-1]["ledger/dropped/task raised JudgeFailed"] == len(dropped)
-    assert [text for kind, text in events if kind == "judge" and "its scores are numbers as written" in text]
+    assert [each for each in events if each["kind"] == "judge" and "its scores are numbers as written" in each["text"]]
     files = [path for path in (*runs["judged"].path.rglob("*"), *runs.cache.rglob("*"), run._output) if path.is_file()]
     assert len(files) > 20 and not [path for path in files if KEY.encode() in path.read_bytes()]
 
