@@ -61,6 +61,14 @@ class StuckActor(HonestActor):
         raise AssertionError("it is not waited for")
 
 
+class SlowActor(HonestActor):
+    """Takes three seconds for a lease."""
+
+    def run_lease(self, lease: Lease, *asked: Any) -> tuple[Any, ...]:
+        time.sleep(3.0)
+        return super().run_lease(lease, *asked)
+
+
 class HonestPool(RolloutPool):
     actor_class = HonestActor
 
@@ -71,6 +79,10 @@ class GarbagePool(RolloutPool):
 
 class StuckPool(RolloutPool):
     actor_class = StuckActor
+
+
+class SlowPool(RolloutPool):
+    actor_class = SlowActor
 
 
 @pytest.fixture
@@ -178,22 +190,36 @@ def test_pool_begins_with_the_least_and_grows_when_a_node_comes(
                 pool.poll(0.5)
 
 
+def drain(node: str, seconds: float) -> None:
+    """The notice that it goes in so many seconds."""
+    deadline_ms = int(1000 * (time.time() + seconds))
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    gcs = ray._private.worker.global_worker.gcs_client
+    assert gcs.drain_node(node, reason, "a test", deadline_ms)[0]
+
+
 def test_actor_leaves_a_node_that_is_drained(start: Callable[..., RolloutPool], cluster: dict[str, str]) -> None:  # noqa: F811
+    """After its lease, if there is time; if not, the lease is free for another actor. An idle one goes at once."""
     deadline = time.monotonic() + 60.0
     while any(node["Alive"] and "far" in node["Resources"] for node in ray.nodes()):
         assert time.monotonic() < deadline, "the nodes of another test are still there"
         time.sleep(0.5)
     with far_node(cluster):
-        pool = start(1, resources={"far": 1})
+        pool = start(1, SlowPool, resources={"far": 1})
         (old,) = {worker["node_id"] for worker in pool.workers()}
         with far_node(cluster):
-            deadline_ms = int(1000 * (time.time() + 120))
-            reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-            gcs = ray._private.worker.global_worker.gcs_client
-            assert gcs.drain_node(old, reason, "a test", deadline_ms)[0]
-            (event,) = happened(pool)
-            assert isinstance(event, ActorLost) and event.cause == "preempted"
-            pool.wait_ready()
-            assert pool.workers()[0]["node_id"] != old
             pool.submit(lease(), SAMPLER, WEIGHTS)
-            assert isinstance(happened(pool)[0], Delivery)
+            drain(old, 120.0)
+            events = happened(pool)
+            while len(events) < 2:
+                events += happened(pool)
+            delivery, left = events
+            assert isinstance(delivery, Delivery) and delivery.report.lease_id == 0
+            assert isinstance(left, ActorLost) and (left.cause, left.lease_id) == ("preempted", None)
+            pool.wait_ready()
+            (new,) = {worker["node_id"] for worker in pool.workers()}
+            assert new != old
+            pool.submit(lease(1), SAMPLER, WEIGHTS)
+            drain(new, 0.5)
+            (event,) = happened(pool)
+            assert isinstance(event, ActorLost) and (event.cause, event.lease_id) == ("preempted", 1)
