@@ -25,8 +25,7 @@ def checkpoints_of(reader: Reader, run_id: str, folder: Path | None) -> list[Che
     best = max(found, key=lambda row: (_MEASURES[row["name"]] * row["value"], -row["iteration"]), default=None)
     return [
         Checkpoint(
-            **row,
-            **_place(row, folder),
+            **row | _place(row, folder),
             held_out=number(measured[row["iteration"]]["value"]) if row["iteration"] in measured else None,
             measure=measured[row["iteration"]]["name"] if row["iteration"] in measured else None,
             best=best is not None and best["iteration"] == row["iteration"],
@@ -38,7 +37,7 @@ def checkpoints_of(reader: Reader, run_id: str, folder: Path | None) -> list[Che
 
 def _place(row: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """A run's folder may have been moved since; only in it is looked what is there."""
-    path, on_disk = Path(row.pop("path")), None
+    path, on_disk = Path(row["path"]), None
     if folder is not None:
         path = folder.resolve() / "checkpoints" / path.name
         on_disk = path.is_dir()

@@ -153,6 +153,20 @@ class Event(Model):
     data: dict[str, Any]
 
 
+class EventKind(Model):
+    """How many events of a kind there are."""
+
+    kind: str
+    count: int
+
+
+class EventKinds(Model):
+    """Kinds of a run's events."""
+
+    run_id: str
+    items: list[EventKind]
+
+
 class Worker(Model):
     """The newest state of a rollout actor or learner rank."""
 

@@ -2,16 +2,20 @@
 
 from typing import Annotated, Literal
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request
 
 from services.dashboard.access import RunOfPath
 from services.dashboard.checkpoints import checkpoints_of
-from services.dashboard.models import Checkpoints, Event, Page, Sample, Worker, Workers
+from services.dashboard.models import Checkpoints, Event, EventKind, EventKinds, Page, Sample, Worker, Workers
 from services.dashboard.problems import ProblemError, documented
 from services.dashboard.routes.series import Iteration
 from services.dashboard.starts import Starts, starts_of
+from services.store import schema
 
 router = APIRouter(responses=documented(404, 422, 503))
+
+MOST_KINDS = 100
 
 Word = Annotated[str | None, Query(max_length=100)]
 Limit = Annotated[int, Query(ge=1, le=500, description="Items on a page")]
@@ -33,6 +37,17 @@ def list_events(
     rows = run.reader.events(run.id, level=level, kind=kind, limit=limit + 1, newest=newest, **bound)
     items = [Event(**row) for row in (rows[::-1] if newest else rows)[:limit]]
     return Page(items=items, next_cursor=str(items[-1].id) if len(rows) > limit else None)
+
+
+@router.get(
+    "/runs/{run_id}/event-kinds", operation_id="listEventKinds", summary="Kinds of a run's events", tags=["runs"]
+)
+def list_event_kinds(run: RunOfPath) -> EventKinds:
+    """Those that there are, with how many events each has; by name."""
+    events = schema.events.c
+    query = sa.select(events.kind, sa.func.count().label("count")).where(events.run_id == run.id).group_by(events.kind)
+    rows = run.reader.select(query.order_by(events.kind).limit(MOST_KINDS))
+    return EventKinds(run_id=run.id, items=[EventKind(**row) for row in rows])
 
 
 @router.get("/runs/{run_id}/workers", operation_id="listWorkers", summary="Actors and ranks of a run", tags=["workers"])
