@@ -218,7 +218,7 @@ class RolloutSection(Section):
     graders_per_actor: PositiveInt = 1
     """Grading workers beside each actor."""
     grade_timeout_s: PositiveFloat = 2.0
-    """Seconds for grading one completion; it counts as wrong afterwards."""
+    """Seconds for grading one completion; then another grader is asked, and after that it counts as wrong."""
     second_lease_after_s: PositiveFloat | None = None
     """Seconds until a straggler's groups are leased a second time, and whoever delivers first counts; null: never. A
     synchronous run draws the same either way; in others it depends on timing with which weights."""

@@ -6,11 +6,11 @@ FAULT = "fault"
 """The kind of their events. ``data`` holds ``part``, ``cause``, what the fault cost, and ``times`` where it is of
 several."""
 
-Part = Literal["actor", "grader", "judge", "delivery", "node", "rank", "controller", "ray", "objects", "disk"]
+Part = Literal["actor", "grader", "judge", "delivery", "node", "rank", "controller", "ray", "objects"]
 """What failed. delivery: what an actor delivered; objects: drawn groups in the object store."""
-Cause = Literal["died", "hung", "late", "invalid", "lost", "preempted", "full", "failed"]
+Cause = Literal["died", "hung", "late", "invalid", "lost", "preempted", "failed"]
 """How: its process died; it doesn't answer; its work took too long; what it gave breaks its contract; it is gone, or
-can't be reached; its node is drained; no room was left; it raised."""
+can't be reached; its node is drained; it raised."""
 
 
 class OnFault(Protocol):

@@ -63,9 +63,9 @@ TARGETS: dict[str, Callable[[StartedRun], list[int]]] = {
     "gcs": _program("gcs_server"),
     "raylet": _program("raylet/raylet"),
 }
-HANGING = ("actor", "rank")
-"""What is killed and replaced when it hangs, at no cost but time. A grader that hangs costs the verdict that it was
-asked for, which counts as wrong and is told. Nobody watches the controller and Ray's own processes from outside."""
+HANGING = ("actor", "rank", "grader")
+"""What is killed and replaced when it hangs, at no cost but time. Nobody watches the controller and Ray's own processes
+from outside."""
 
 
 @dataclass(frozen=True)

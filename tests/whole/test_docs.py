@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from services.store.faults import CAUSES, PARTS
+
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("learner", "rollout", "rewards", "services", "tests", "deploy", "docs")
 FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(CODE)})/[\w./-]*\.(?:py|md|ya?ml|txt|sh|svg|png)\b")
@@ -89,6 +91,15 @@ def test_a_dead_link_is_found() -> None:
 def test_every_page_is_in_the_index() -> None:
     named = {name for name, _ in LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8"))}
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= named
+
+
+def test_every_kind_of_fault_is_told() -> None:
+    """The table of docs/faults.md has the parts and causes of the code, and no others."""
+    table = re.findall(
+        r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE
+    )
+    assert sorted(part for part, _ in table) == sorted(PARTS)
+    assert {cause for _, causes in table for cause in re.findall(r"\w+", causes)} == set(CAUSES)
 
 
 def test_the_recordings_are_those_that_their_pages_list() -> None:
