@@ -59,6 +59,31 @@ class Action(Model):
         return cls(**vars(action), expires=expires)
 
 
+Tag = Annotated[str, Field(min_length=1, max_length=50, pattern=r"^[^\s,]+$")]
+
+
+class AnnotationRequest(Given):
+    """What is written about a run; what is left out stays."""
+
+    tags: Annotated[list[Tag], Field(max_length=20)] = []
+    """Words without blanks and commas."""
+    note: Annotated[str, Field(max_length=4000)] = ""
+    archived: bool = False
+    """Left out of lists unless asked for."""
+    acknowledged: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Id of the last event whose warnings and errors somebody has taken note of."""
+
+
+class Annotation(Model):
+    """What is written about a run."""
+
+    run_id: str
+    tags: list[str] = []
+    note: str = ""
+    archived: bool = False
+    acknowledged: int = 0
+
+
 class Recipe(Model):
     """A recipe that ships."""
 
@@ -76,6 +101,31 @@ class RecipeList(Model):
     """Whether this dashboard submits runs: it was started with --ray-address."""
     ray_address: str | None
     """Ray's dashboard that jobs are sent to."""
+
+
+class Setting(Model):
+    """A setting of a run."""
+
+    key: str
+    about: str
+    """What it means, and its unit."""
+    type: str
+    """number, whole number, text, yes or no, choice, or list."""
+    choices: list[Any] | None = None
+    """Of a choice."""
+    value: Any = None
+    """In the recipe, or else the default."""
+    default: Any = None
+    """Without a recipe."""
+    belongs_to: list[str] = []
+    """Choices that it is a setting of, each as key=value; empty: of all."""
+
+
+class SettingList(Model):
+    """Every setting of a run, in the order of the learner's help."""
+
+    recipe: str
+    items: list[Setting]
 
 
 class SubmissionRequest(Given):

@@ -9,11 +9,23 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from services.dashboard import guards, pages
+from services.dashboard.annotations import Annotations
 from services.dashboard.connections import Crowd, file_limit
 from services.dashboard.index import RunIndex
 from services.dashboard.jobs import Jobs
 from services.dashboard.problems import InvalidField, Problem, documented, handle_errors
-from services.dashboard.routes import actions, comparisons, details, live, playback, runs, series, service
+from services.dashboard.routes import (
+    actions,
+    comparisons,
+    details,
+    evaluations,
+    live,
+    playback,
+    runs,
+    series,
+    service,
+    submissions,
+)
 from services.dashboard.routes import settings as settings_routes
 from services.dashboard.security import Security
 from services.dashboard.settings import Settings
@@ -23,22 +35,28 @@ from services.store.catalog import Catalog
 API = "/api/v1"
 
 ROUTERS: tuple[APIRouter, ...] = (
+    runs.tables,
     runs.router,
+    series.tables,
     series.router,
     details.router,
+    evaluations.router,
+    settings_routes.tables,
     settings_routes.router,
     live.router,
     playback.router,
     comparisons.router,
     actions.router,
+    submissions.router,
+    service.api,
 )
 """Every router of the API; its paths come below ``/api/v1``."""
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The service. ``app.state`` has ``settings``, ``security``, ``catalog`` (of the stores), ``index`` (the runs at a
-    glance), ``hub`` (event streams), ``crowd`` (connections), ``answers`` (how many, by method, route and status),
-    ``jobs`` (Ray's Job API).
+    """The service. ``app.state`` has ``settings``, ``security``, ``catalog`` (of the stores), ``annotations`` (what
+    people wrote about runs), ``index`` (the runs at a glance), ``hub`` (event streams), ``crowd`` (connections),
+    ``answers`` (how many, by method, route and status), ``jobs`` (Ray's Job API).
 
     Raises:
         ConfigError: when the address needs a better token, or the token file can't be used.
@@ -46,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     security = Security(settings)
     catalog = Catalog(settings.store_url or settings.runs_dir)
+    annotations = Annotations(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             catalog.close()
+            annotations.close()
 
     app = FastAPI(
         title="Unmask dashboard",
@@ -68,7 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.security = security
     app.state.catalog = catalog
-    app.state.index = RunIndex(catalog)
+    app.state.annotations = annotations
+    app.state.index = RunIndex(catalog, annotations)
     app.state.hub = Hub(file_limit())
     app.state.crowd = Crowd(file_limit())
     app.state.answers = Counter()

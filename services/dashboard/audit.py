@@ -1,9 +1,10 @@
-"""One line of the log for everything that was asked for with the token, how often it may be asked, and wrong tokens."""
+"""One line of the log for everything that was asked for with the token, how often it may be asked, and who asks
+without it."""
 
 import logging
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 from fastapi import Request
@@ -49,25 +50,30 @@ def require(rate: Rate, what: str = "requests at once") -> None:
 
 
 class WrongTokens:
-    """Notes tokens that are none: a line of the log a second at most, and 429 for an address that goes on. A right
-    token is never refused, or anybody on this machine could keep its owner from stopping a run: guessing is what the
-    token's length is against, this is for it to be seen. Thread-safe."""
+    """Notes requests without the token: a line of the log a second at most for wrong ones, and one for none at all; and
+    429 for an address that goes on with wrong ones. A right token is never refused, or anybody on this machine could
+    keep its owner from stopping a run: guessing is what the token's length is against, this is for it to be seen.
+    Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lines = Rate(burst=1, every_s=1.0)
-        self._untold = 0
+        self._lines = {what: Rate(burst=1, every_s=1.0) for what in ("wrong token", "no token")}
+        self._untold = Counter[str]()
         self._of_peer: OrderedDict[str, Rate] = OrderedDict()
 
-    def note(self, request: Request) -> None:
-        """Ends the request with 429 when its address has sent too many."""
-        by = who(request)
+    def note(self, request: Request, *, given: bool) -> None:
+        """given: a token came, a wrong one; then the request ends with 429 when its address has sent too many."""
+        by, what = who(request), "wrong token" if given else "no token"
         with self._lock:
-            self._untold += 1
-            if not self._lines.wait_s():
+            self._untold[what] += 1
+            if not self._lines[what].wait_s():
                 path = request.url.path[:_PATH_CHARACTERS]
-                record(by, "wrong token", f"refused, {self._untold} since the last such line", path=path)
-                self._untold = 0
+                route = getattr(request.scope.get("route"), "operation_id", None)
+                told = f"refused, {self._untold[what]} since the last such line"
+                record(by, what, told, path=path, route=route)
+                self._untold[what] = 0
+            if not given:
+                return
             rate = self._of_peer.pop(by, None) or Rate(burst=_WRONG_TOKENS, every_s=_WRONG_EVERY_S)
             self._of_peer[by] = rate
             if len(self._of_peer) > _PEERS:

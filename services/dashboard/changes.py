@@ -15,7 +15,9 @@ from urllib.parse import quote, unquote
 from pydantic import BaseModel
 from sse_starlette.event import ServerSentEvent
 
+from services.dashboard.about import NOTHING, About, about, best_held_out
 from services.dashboard.ahead import Ahead, ahead
+from services.dashboard.annotations import Annotations
 from services.dashboard.index import RunIndex, shown_status, summarise
 from services.dashboard.models import Checkpoint, Event, Worker, number
 from services.store.catalog import Catalog
@@ -93,13 +95,16 @@ class Source(Protocol):
 class OneRun:
     """The changes of a run."""
 
-    def __init__(self, catalog: Catalog, run_id: str) -> None:
-        self._catalog, self._run_id = catalog, run_id
+    def __init__(self, catalog: Catalog, annotations: Annotations, run_id: str) -> None:
+        self._catalog, self._annotations, self._run_id = catalog, annotations, run_id
         self._told: tuple[Any, str] = (None, "")  # the run's row and its summary, as of the last poll
+        self._about: tuple[Any, About] = (None, NOTHING)  # of which start, and what
 
     def position(self) -> Key:
         """The newest change."""
-        return Key.parse(self._reader().marker(self._run_id))
+        place = Key.parse(self._reader().marker(self._run_id))
+        self._poll_run(self._changes(self._reader(), place))  # clients are told how it stands: only changes are news
+        return place
 
     def state(self, at: Key) -> list[Frame]:
         """The run as it is now."""
@@ -114,13 +119,20 @@ class OneRun:
         reader = self._reader()
         changes = self._changes(reader, since)
         batch = _batch(changes, since)
-        assert changes.run is not None
-        unstored = ahead(self._catalog, changes.run)
-        now = (changes.run, unstored, shown_status(changes.run, unstored))
-        if now != self._told[0]:
-            self._told = now, self._summary(reader, changes.run, unstored)
+        if self._poll_run(changes):
             batch.frames.append(Frame("run", self._told[1], batch.end))
         return batch
+
+    def _poll_run(self, changes: Changes) -> bool:
+        """Whether the run itself has changed."""
+        assert changes.run is not None
+        unstored = ahead(self._catalog, changes.run)
+        said = self._annotations.all().get(self._run_id)
+        now = (changes.run, unstored, shown_status(changes.run, unstored), said)
+        if now == self._told[0]:
+            return False
+        self._told = now, self._summary(self._reader(), changes.run, unstored)
+        return True
 
     def catch_up(self, since: Key) -> Batch:
         """Changes after ``since``, all of them or the first ones."""
@@ -141,7 +153,13 @@ class OneRun:
 
     def _summary(self, reader: Reader, row: dict[str, Any], unstored: Ahead | None) -> str:
         latest, workers = reader.latest_metrics(self._run_id), reader.workers(self._run_id)
-        return summarise(row, latest, workers, unstored).model_dump_json()
+        began, found = (row["created"], row["starts"]), self._about[1]
+        if self._about[0] != began:
+            found = about(reader, reader.run(self._run_id))
+            self._about = began, found
+        beside = found.fields() | best_held_out(reader, row)
+        beside |= self._annotations.all().get(self._run_id, {})
+        return summarise(row, latest, workers, unstored, beside).model_dump_json()
 
 
 class AllRuns:

@@ -14,7 +14,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from rewards.errors import StoreError
+from services.dashboard.about import HELD_OUT, NOTHING, About, about, best_held_out
 from services.dashboard.ahead import Ahead, ahead
+from services.dashboard.annotations import Annotations
 from services.dashboard.models import RunSummary, number
 from services.store import schema
 from services.store.actions import LIVE_STATUSES, SILENT_AFTER_S
@@ -47,13 +49,18 @@ class Known:
     """Id of the last event that was counted."""
     again: float
     """One that could not be read is left alone until then (monotonic seconds)."""
+    about: About = NOTHING
+    began: tuple[float, int] | None = None
+    """Creation and number of starts that ``about`` is of."""
+    best: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The best evaluation on the way."""
 
 
 class RunIndex:
     """Thread-safe; while one thread reads, the others wait for what it finds."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, annotations: Annotations) -> None:
+        self._catalog, self._annotations = catalog, annotations
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
         self._read_at = -MAX_AGE_S
@@ -62,7 +69,8 @@ class RunIndex:
         """All runs by id. Raises StoreError when they can't even be listed."""
         with self._lock:
             if time.monotonic() - self._read_at >= MAX_AGE_S:
-                self._known = {row["id"]: self._look(row) for row in self._rows()}
+                told = self._annotations.all()
+                self._known = {row["id"]: _annotated(self._look(row), told) for row in self._rows()}
                 self._read_at = time.monotonic()
             return self._known
 
@@ -96,12 +104,29 @@ class RunIndex:
 
     def _read(self, row: dict[str, Any], known: Known) -> Known:
         if known.summary.created != row["created"]:  # another run of this name than before
-            known = dataclasses.replace(known, errors=0, warnings=0, faults={}, revision=-1, counted=0)
+            known = dataclasses.replace(known, errors=0, warnings=0, faults={}, revision=-1, counted=0, began=None)
         if known.revision != row["revision"]:
             reader = self._catalog.reader(row["id"])
             known = _count_events(reader, dataclasses.replace(known, workers=reader.workers(row["id"])))
-        summary = summarise(row, row["latest"], known.workers, ahead(self._catalog, row))
+            if known.latest.get(HELD_OUT) != row["latest"].get(HELD_OUT):
+                known = dataclasses.replace(known, best=best_held_out(reader, row))
+            if known.began != (row["created"], row["starts"]):
+                found = about(reader, reader.run(row["id"]))
+                known = dataclasses.replace(known, about=found, began=(row["created"], row["starts"]))
+        beside = known.about.fields() | dict(known.best)
+        summary = summarise(row, row["latest"], known.workers, ahead(self._catalog, row), beside)
         return dataclasses.replace(known, summary=summary, latest=row["latest"], revision=row["revision"])
+
+
+def _annotated(known: Known, told: Mapping[str, Mapping[str, Any]]) -> Known:
+    summary = known.summary
+    said = told.get(summary.id) or _UNTOLD
+    if all(getattr(summary, name) == value for name, value in said.items()):
+        return known
+    return dataclasses.replace(known, summary=summary.model_copy(update=said))
+
+
+_UNTOLD: Mapping[str, Any] = {"tags": [], "note": "", "archived": False, "acknowledged": 0}
 
 
 def _count_events(reader: Reader, known: Known) -> Known:
@@ -135,8 +160,10 @@ def summarise(
     latest: Mapping[str, Mapping[str, Any]],
     workers: list[dict[str, Any]],
     unstored: Ahead | None,
+    beside: Mapping[str, Any],
 ) -> RunSummary:
-    """A run's row of the store, with its newest figures, and what is known beyond the store."""
+    """A run's row of the store, with its newest figures, and what is known beyond the store; ``beside``: further
+    fields."""
     iteration = max((entry["iteration"] for entry in latest.values()), default=0)
     figures = {
         field: number(latest[name]["value"])
@@ -144,6 +171,7 @@ def summarise(
             ("reward", "reward/mean"),
             ("solve_rate", "solve_rate"),
             ("tokens_per_s", "machine/tokens_per_s"),
+            ("held_out", HELD_OUT),
         )
         if name in latest
     }
@@ -164,6 +192,7 @@ def summarise(
         unstored_iterations=max(0, unstored.iteration - iteration) if unstored else 0,
         workers=sum(worker["status"] != "retired" for worker in workers),
         **figures,
+        **beside,
     )
 
 

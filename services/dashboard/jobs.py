@@ -94,6 +94,24 @@ def recipes() -> list[Recipe]:
     return found
 
 
+_listed: dict[str, list[dict[str, Any]]] = {}
+_listing = threading.Lock()
+
+
+def settings_of(recipe: str) -> list[dict[str, Any]]:
+    """Every setting that ``learner.main`` knows, with the recipe's values. Asked of the learner once for each recipe.
+
+    Raises:
+        SettingsRefused: no such recipe ships.
+        RayUnavailable: the learner could not be asked.
+    """
+    _require_recipe(recipe)
+    with _listing:
+        if recipe not in _listed:
+            _listed[recipe] = _asked("learner.settings.listing", [f"recipe={recipe}"])
+        return _listed[recipe]
+
+
 def check(recipe: str, overrides: Sequence[str], runs_dir: Path, store_url: str | None) -> Checked:
     """The settings that the recipe and the overrides give. The run gets a name of its own unless they name it, and
     writes to the store ``store_url`` if there is one.
@@ -102,14 +120,13 @@ def check(recipe: str, overrides: Sequence[str], runs_dir: Path, store_url: str 
         SettingsRefused: the learner refuses them, or they would lead out of the folder of runs or the store.
         RayUnavailable: the learner could not be asked.
     """
-    if recipe not in (known := [each.name for each in recipes()]):
-        raise SettingsRefused(f"there is no recipe {recipe!r}; shipped are {', '.join(known)}")
+    _require_recipe(recipe)
     for override in overrides:
         _require_setting(override)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{secrets.token_hex(2)}"
     store = [] if store_url is None else [f"store.url={store_url}"]
     arguments = [f"recipe={recipe}", f"run.name={name}", *overrides, f"run.dir={runs_dir}", *store]
-    config = _resolved(arguments)
+    config: dict[str, Any] = _asked("learner.main", [*arguments, "--print-config"])
     run = config["run"]
     if config["store"]["url"] != store_url or config["resources"]["ray_address"] is not None:  # such as store={url: x}
         raise SettingsRefused("store.url and resources.ray_address are the dashboard's to set; leave them out")
@@ -248,6 +265,11 @@ def _with_log(client: Any, job_id: str, state: JobState) -> JobState:
     return state._replace(log=str(client.get_job_logs(job_id) or "")[-LOG_CHARACTERS:])
 
 
+def _require_recipe(recipe: str) -> None:
+    if recipe not in (known := [each.name for each in recipes()]):
+        raise SettingsRefused(f"there is no recipe {recipe!r}; shipped are {', '.join(known)}")
+
+
 def _require_setting(override: str) -> None:
     key = override.partition("=")[0].strip()
     if override.startswith("-") or "=" not in override or re.search(r"[\x00-\x1f\x7f]", override):
@@ -256,11 +278,12 @@ def _require_setting(override: str) -> None:
         raise SettingsRefused(f"{key} is the dashboard's to set; leave it out")
 
 
-def _resolved(arguments: Sequence[str]) -> dict[str, Any]:
+def _asked(module: str, arguments: Sequence[str]) -> Any:
+    """What a command of the learner prints as JSON."""
     environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
     paths = [str(_learner_folder().parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-m", "learner.main", *arguments, "--print-config"]
+    command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryDirectory(prefix="unmask-check-") as folder:
         try:
             answer = subprocess.run(
@@ -278,8 +301,7 @@ def _resolved(arguments: Sequence[str]) -> dict[str, Any]:
         raise SettingsRefused(errors.removeprefix("error: "))
     if answer.returncode != 0:
         raise RayUnavailable(f"the settings could not be checked: {errors}")
-    config: dict[str, Any] = json.loads(answer.stdout)
-    return config
+    return json.loads(answer.stdout)
 
 
 def _learner_folder() -> Path:

@@ -65,14 +65,37 @@ class RunSummary(Model):
     solve_rate: Number | None = None
     """Share of right completions in the newest iteration."""
     tokens_per_s: Number | None = None
+    held_out: Number | None = None
+    """Share of held-out problems that the newest evaluation on the way solved, greedily in as many steps as in
+    training."""
+    held_out_best: Number | None = None
+    """The highest such share so far."""
+    held_out_best_iteration: int | None = None
     workers: int = 0
     """Actors and ranks of the run, without retired ones."""
+    seed: int | None = None
+    model: str = ""
+    """Folder or name of the base model; empty: the small base that is built."""
+    recipe: str | None = None
+    """The recipe that the run was started from; null where it was not told."""
+    differs: dict[str, Any] = {}
+    """Settings that the run has otherwise than its recipe, by full key."""
+    group: str = ""
+    """The same for runs whose settings differ in name and seed alone."""
+    tags: list[str] = []
+    note: str = ""
+    """What people wrote about the run."""
+    archived: bool = False
+    """Left out of lists unless asked for."""
+    acknowledged: int = 0
+    """Id of the last event whose warnings and errors somebody has taken note of."""
 
 
 class RunList(Page[RunSummary]):
     """Runs that match the filter."""
 
     total: int = Field(description="Matching runs on all pages")
+    archived: int = Field(default=0, description="Archived runs among those that q finds")
     folder: str = Field(description="The folder of runs that the service shows; empty for a store by URL")
 
 
@@ -90,6 +113,8 @@ class RunDetail(RunSummary):
     """The newest value of every metric."""
     summary: dict[str, Any] | None = None
     """Base against trained, when the run has ended."""
+    forward_equivalents: float | None = None
+    """What an iteration cost on average, where a comparison (learner.compare) counted it."""
     marker: str = ""
     """Where the event stream stands: open the stream with ``since=MARKER`` to miss nothing after this answer."""
 

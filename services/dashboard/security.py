@@ -36,6 +36,7 @@ class Security:
         given = os.environ.get(TOKEN_VARIABLE)
         check_binding(settings, given)
         self.wrong_tokens = WrongTokens()
+        self.place = str(settings.token_path) if given is None else f"{TOKEN_VARIABLE} where the dashboard was started"
         self._loopback = settings.loopback
         self._token = (given if given is not None else _token_of(settings.token_path)).encode()
 
@@ -62,10 +63,9 @@ def require_token(
         raise ProblemError(403, "this page is not the dashboard's own; use the dashboard's page, or no browser at all")
     security: Security = request.app.state.security
     if credentials is None or not security.authorised(credentials.credentials):
-        if credentials is not None:
-            security.wrong_tokens.note(request)
+        security.wrong_tokens.note(request, given=credentials is not None)
         said = "no token was given" if credentials is None else "this is not the token"
-        detail = f"{said}; it is in the dashboard's token file, or in {TOKEN_VARIABLE} where it was started"
+        detail = f"{said}; it is in {security.place}"
         raise ProblemError(401, detail, headers={"WWW-Authenticate": "Bearer"})
 
 

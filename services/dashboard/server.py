@@ -50,7 +50,8 @@ def serve(settings: Settings, *, any_port: bool = False, while_stdin: bool = Fal
         )
         if while_stdin:
             threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
-        print(f"dashboard: {url(settings.host, listener)}", flush=True)
+        print(f"dashboard: {url(settings.host, listener)}", flush=True)  # the first line: a run waits for it
+        print(f"control token: in {app.state.security.place}", flush=True)
         server.run(sockets=[listener])
 
 

@@ -82,6 +82,15 @@ def request(
     return Action(id=key[0], **row)
 
 
+def note(engine: sa.Engine, run_id: str, action: str, arguments: Mapping[str, Any], requested_by: str) -> None:
+    """Record what was asked for and is done with that: nobody takes it."""
+    now = time.time()
+    row: dict[str, Any] = {"run_id": run_id, "action": action, "arguments": dict(arguments)}
+    row |= {"requested_by": requested_by, "time": now, "status": "done", "result": None, "decided": now}
+    with engine.begin() as connection:
+        connection.execute(schema.actions.insert().values(row))
+
+
 def accept(engine: sa.Engine, action_id: int, arguments: Mapping[str, Any], result: str) -> None:
     """Whoever asked and does it too has begun; ``arguments`` is what is known by now."""
     table = schema.actions

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from services.dashboard.annotations import Annotations
 from services.dashboard.index import RunIndex
+from services.dashboard.settings import Settings
 from services.store import schema
 from services.store.catalog import Catalog
 from tests.support.dashboards import Dashboard, Place, dashboard, eventually, is_problem, write_run, writer
@@ -185,7 +187,7 @@ def test_events_are_counted_once_each_and_anew_for_another_run(place: Place, mon
         return known and (known.errors, known.warnings)
 
     with contextlib.closing(Catalog(place.store or place.folder)) as catalog:
-        index = RunIndex(catalog)
+        index = RunIndex(catalog, Annotations(Settings(place.folder, store_url=place.store)))
         with writer(place, "one") as store:
             for number in range(1200):
                 store.event("error", "x", f"error {number}")

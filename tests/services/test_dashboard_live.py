@@ -31,7 +31,7 @@ def test_curves_move_without_a_reload(browser: Any, service: Dashboard) -> None:
         page.wait_until("the new run", lambda: "live" in service.get("/api/v1/runs").text)
         page.open("/run/live")
         page.shows("[data-chart=reward] .main-svg")
-        page.shows("#live[data-state=live]", "live")
+        page.shows("#live[data-state=live]", "connected")
         page.page.evaluate("window.same = true")
         for iteration in range(2, 12):
             store.metrics(iteration, realistic_runs.figures(iteration))

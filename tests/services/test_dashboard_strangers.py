@@ -17,9 +17,11 @@ import pytest
 import uvicorn
 
 from services.dashboard import connections
+from services.dashboard.annotations import Annotations
 from services.dashboard.changes import AllRuns
 from services.dashboard.connections import BACKLOG, Connection, Crowd
 from services.dashboard.index import RunIndex
+from services.dashboard.settings import Settings
 from services.dashboard.stream import Hub
 from services.store.catalog import Catalog
 from tests.support.dashboards import Dashboard, dashboard, eventually, write_run
@@ -216,7 +218,8 @@ def test_whoever_waits_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> No
 def test_streams_have_limits(tmp_path: Path) -> None:
     async def open_them() -> None:
         catalog = Catalog(tmp_path)
-        hub, source = Hub(files=40), AllRuns(RunIndex(catalog))  # 20 streams, 15 of one address
+        index = RunIndex(catalog, Annotations(Settings(tmp_path)))
+        hub, source = Hub(files=40), AllRuns(index)  # 20 streams, 15 of one address
         async with contextlib.AsyncExitStack() as streams:
             for _ in range(15):
                 assert not hub.full("a")
@@ -256,7 +259,11 @@ def test_wrong_tokens_are_limited_and_seen(tmp_path: Path) -> None:
         time.sleep(1.1)
         assert post("guess-last", service.client).status_code in (401, 429)
         lines = [line for line in service.log().splitlines() if "wrong token" in line]
-        assert "dashboard at 127.0.0.1: wrong token {'path': '/api/v1/runs/none/actions'}" in lines[0]
+        told = "wrong token {'path': '/api/v1/runs/none/actions', 'route': 'requestAction'}"
+        assert f"dashboard at 127.0.0.1: {told}" in lines[0]
         assert 2 <= len(lines) <= time.monotonic() - began + 2, "a line a second at most"
         assert sum(int(re.findall(r"refused, (\d+) since", line)[0]) for line in lines) == 102, "and all are counted"
+        missed = [line for line in service.log().splitlines() if "no token" in line]
+        assert 1 <= len(missed) <= time.monotonic() - began + 2, "who has none is seen too"
+        assert "'route': 'requestAction'" in missed[0]
         assert "guess-" not in service.log() and service.token not in service.log()

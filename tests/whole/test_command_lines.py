@@ -57,6 +57,7 @@ MISTAKES: dict[str, list[list[str]]] = {
 NO_COMMANDS = {
     "learner.bench.step_memory": "a process that measures for learner.bench.steps",
     "rewards.maths.symbolic_worker": "the grader's helper",
+    "learner.settings.listing": "what the dashboard's form of a new run is made of",
     "rollout.template_worker": "the tokenizer's helper",
 }
 

@@ -9,8 +9,9 @@ from services.dashboard.comparisons import Comparison, comparison_files, read_co
 from services.dashboard.models import Model
 from services.dashboard.problems import ProblemError, documented
 from services.dashboard.settings import Settings
+from services.dashboard.tables import Strict
 
-router = APIRouter(tags=["comparisons"])
+router = APIRouter(tags=["comparisons"], route_class=Strict)
 
 Name = Annotated[str, Path(min_length=1, max_length=255, description="Name of the comparison's folder")]
 

@@ -11,9 +11,10 @@ from services.dashboard.models import Checkpoints, Event, EventKind, EventKinds,
 from services.dashboard.problems import ProblemError, documented
 from services.dashboard.routes.series import Iteration
 from services.dashboard.starts import Starts, starts_of
+from services.dashboard.tables import Table
 from services.store import schema
 
-router = APIRouter(responses=documented(404, 422, 503))
+router = APIRouter(responses=documented(404, 422, 503), route_class=Table)
 
 MOST_KINDS = 100
 

@@ -12,8 +12,9 @@ from services.dashboard.access import access
 from services.dashboard.changes import AllRuns, Key, OneRun, Source
 from services.dashboard.problems import ProblemError, documented
 from services.dashboard.stream import Hub
+from services.dashboard.tables import Strict
 
-router = APIRouter(tags=["live"])
+router = APIRouter(tags=["live"], route_class=Strict)
 
 HEARTBEAT_S = 10
 SEND_TIMEOUT_S = 30
@@ -55,7 +56,7 @@ async def stream(
     place = _place(last_event_id if last_event_id is not None else since)
     if run is not None:
         await run_in_threadpool(access, state.catalog, run)  # an unknown run is a 404, not an empty stream
-    source: Source = AllRuns(state.index) if run is None else OneRun(state.catalog, run)
+    source: Source = AllRuns(state.index) if run is None else OneRun(state.catalog, state.annotations, run)
     hub: Hub = state.hub
     peer = request.client.host if request.client else ""
     if hub.full(peer):

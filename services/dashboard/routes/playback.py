@@ -10,9 +10,10 @@ from services.dashboard.playback import UnreadableSample, order_map, playback, r
 from services.dashboard.playback_models import OrderMap, Playback
 from services.dashboard.problems import ProblemError, documented
 from services.dashboard.routes.series import Iteration
+from services.dashboard.tables import Strict
 from services.store import schema
 
-router = APIRouter(tags=["samples"], responses=documented(404, 409, 422, 503))
+router = APIRouter(tags=["samples"], responses=documented(404, 409, 422, 503), route_class=Strict)
 
 SampleId = Annotated[int, Path(ge=0, le=2**63 - 1, description="Id of the sample")]
 GREEDY = ("base", "trained")

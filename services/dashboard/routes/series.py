@@ -18,8 +18,10 @@ from services.dashboard.models import (
     Series,
 )
 from services.dashboard.problems import ProblemError, documented
+from services.dashboard.tables import Strict, Table
 
-router = APIRouter(tags=["metrics"], responses=documented(404, 422, 503))
+router = APIRouter(tags=["metrics"], responses=documented(404, 422, 503), route_class=Strict)
+tables = APIRouter(tags=["metrics"], responses=documented(404, 422, 503), route_class=Table)
 
 MAX_NAMES = 50
 LARGEST = 2**31 - 1
@@ -34,7 +36,7 @@ def list_metric_names(run: RunOfPath) -> MetricNames:
     return MetricNames(run_id=run.id, names=run.reader.metric_names(run.id))
 
 
-@router.get("/runs/{run_id}/metrics", operation_id="getMetrics", summary="Metrics over iterations")
+@tables.get("/runs/{run_id}/metrics", operation_id="getMetrics", summary="Metrics over iterations")
 def get_metrics(
     run: RunOfPath,
     name: Annotated[list[Name], Query(min_length=1, max_length=MAX_NAMES, description="Metric; repeat it for more")],

@@ -7,8 +7,12 @@ from services.dashboard import prometheus
 from services.dashboard.index import RunIndex
 from services.dashboard.models import Health
 from services.dashboard.problems import ProblemError, documented
+from services.dashboard.security import RequireToken
+from services.dashboard.tables import Strict
 
 router = APIRouter(tags=["service"])
+api = APIRouter(tags=["control"], route_class=Strict)
+"""Below /api/v1."""
 
 
 @router.get("/healthz", operation_id="getHealth", summary="Whether the process answers")
@@ -27,6 +31,18 @@ def readyz(request: Request) -> Health:
     runs = index.runs()
     unreadable = sum(known.summary.unreadable is not None for known in runs.values())
     return Health(status="degraded" if unreadable else "ok", runs=len(runs), unreadable=unreadable)
+
+
+@api.get(
+    "/token",
+    operation_id="checkToken",
+    summary="Whether the token that comes along is the right one",
+    status_code=204,
+    dependencies=[RequireToken],
+    responses=documented(401, 403, 422, 429),
+)
+def check_token() -> None:
+    """204; 401 where it isn't, or none came."""
 
 
 @router.get(

@@ -4,14 +4,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
+from services.dashboard.about import flat
 from services.dashboard.access import RunAccess, RunOfPath, access
 from services.dashboard.models import ConfigDiff, Difference, RunConfiguration
 from services.dashboard.problems import ProblemError, documented
+from services.dashboard.tables import Strict, Table
 
-router = APIRouter(tags=["runs"], responses=documented(404, 422, 503))
+router = APIRouter(tags=["runs"], responses=documented(404, 422, 503), route_class=Strict)
+tables = APIRouter(tags=["runs"], responses=documented(404, 422, 503), route_class=Table)
 
 
-@router.get("/runs/{run_id}/config", operation_id="getConfig", summary="Resolved settings of a run")
+@tables.get("/runs/{run_id}/config", operation_id="getConfig", summary="Resolved settings of a run")
 def get_config(run: RunOfPath) -> RunConfiguration:
     """The settings that the run was started with, defaults filled in."""
     return RunConfiguration(run_id=run.id, config=_config(run))
@@ -25,7 +28,7 @@ def get_config_diff(
 ) -> ConfigDiff:
     """Settings by their full key, where the two runs differ."""
     second = access(request.app.state.catalog, other)
-    left, right = _flat(_config(run)), _flat(_config(second))
+    left, right = flat(_config(run)), flat(_config(second))
     differences = [
         Difference(
             key=key,
@@ -46,10 +49,3 @@ def _config(run: RunAccess) -> dict[str, Any]:
         raise ProblemError(404, f"no run named {run.id!r} here")
     config = found["config"]
     return config if isinstance(config, dict) else {}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return flat

@@ -5,8 +5,9 @@ const TOKEN_KEY = "unmask-token";
 
 /** A problem document (RFC 9457), or the network's failure with status 0. */
 export class ApiError extends Error {
-  constructor(status, title, detail) {
+  constructor(status, title, detail, retryAfter = 0) {
     super(detail || title);
+    this.retryAfter = retryAfter; // seconds
     this.status = status;
     this.title = title;
     this.detail = detail || title;
@@ -49,9 +50,19 @@ export function getWithToken(path) {
 }
 
 /** Writes, with the token. */
-export function post(path, body) {
+export const post = (path, body) => write("POST", path, body);
+
+/** Changes a part, with the token. */
+export const patch = (path, body) => write("PATCH", path, body);
+
+function write(method, path, body) {
   const headers = { "Content-Type": "application/json", ...authorization() };
-  return request(url(path), { method: "POST", headers, body: JSON.stringify(body ?? {}) });
+  return request(url(path), { method, headers, body: JSON.stringify(body ?? {}) });
+}
+
+/** Ends with an ApiError of status 401 unless this is the token. */
+export function checkToken(value) {
+  return request(url("token"), { headers: { Authorization: `Bearer ${value}` } });
 }
 
 const authorization = () => (token.get() ? { Authorization: `Bearer ${token.get()}` } : {});
@@ -71,7 +82,7 @@ async function request(target, options) {
   } catch {
     // not a problem document: the status has to do
   }
-  throw new ApiError(response.status, problem.title || `HTTP ${response.status}`, problem.detail);
+  throw new ApiError(response.status, problem.title || `HTTP ${response.status}`, problem.detail, Number(response.headers.get("Retry-After")) || 0);
 }
 
 const SILENCE_MS = 40_000; // the service sends a heartbeat well within this time

@@ -21,6 +21,10 @@ const ROUTES = [
   [/^\/?(?:runs)?$/, [], () => import("./pages/runs.js")],
   [/^\/compare$/, [], () => import("./pages/compare.js")],
   [/^\/comparisons(?:\/([^/]+))?$/, ["name"], () => import("./pages/comparison.js")],
+  [/^\/api$/, [], () => import("./pages/api.js")],
+  [/^\/submissions$/, [], () => import("./pages/submissions.js")],
+  [/^\/run\/([^/]+)\/actions$/, ["id"], () => import("./pages/actions.js")],
+  [/^\/run\/([^/]+)\/evaluations$/, ["id"], () => import("./pages/evaluations.js")],
   [/^\/run\/([^/]+)\/workers$/, ["id"], () => import("./pages/workers.js")],
   [/^\/run\/([^/]+)\/play(?:\/([^/]+))?$/, ["id", "sample"], () => import("./pages/playback.js")],
   [/^\/run\/([^/]+)(?:\/(samples|events|config))?$/, ["id", "tab"], () => import("./pages/run.js")],
@@ -147,7 +151,7 @@ function showMark() {
   live.hidden = state === "off";
   live.dataset.state = state !== "live" && lost > 20 ? "stale" : state;
   const clock = since ? new Date(since * 1000).toLocaleTimeString("en-GB") : "";
-  const text = { live: "live", reconnecting: "reconnecting…", stale: `stale since ${clock}`, gone: "run is gone" };
+  const text = { live: "connected", reconnecting: "reconnecting…", stale: `stale since ${clock}`, gone: "run is gone" };
   live.lastElementChild.textContent = text[live.dataset.state] ?? "";
   live.title = state === "live" ? "Updates arrive as they are written" : "The service does not answer; what you see may be old";
 }

@@ -1,13 +1,15 @@
-// Control of a run and submission of new ones. Shown only to who has entered the token; an action is shown as under way
-// until the run itself confirms or refuses it.
+// Control of a run. Shown only to who has entered the token; an action is shown as under way until the run itself
+// confirms or refuses it. The newest answer stays in its line; all are on the run's page of actions.
 
-import { at, get, getWithToken, post, token } from "./api.js";
-import { h, put, setText } from "./dom.js";
+import { annotate, openAnnotation } from "./annotate.js";
+import { at, get, post, token } from "./api.js";
+import { ago, h, put, setText } from "./dom.js";
 
 const LIVE = ["running", "paused"];
 const POLL_MS = 1000;
-const NAMES = { stop: "Stop", pause: "Pause", resume: "Resume", checkpoint: "Checkpoint", set_actors: "Actors" };
-const WAITING = {
+const RECENT_S = 3600; // an answer that old is no news
+export const NAMES = { stop: "Stop", pause: "Pause", resume: "Resume", checkpoint: "Checkpoint", set_actors: "Actors" };
+export const WAITING = {
   requested: "asked for, the run has not taken it yet",
   accepted: "the run has it, and does it as soon as it can",
 };
@@ -20,18 +22,25 @@ export function mountControls(host, run, app) {
   const pending = new Map(); // action id -> its line
   const lines = h("ul.control-lines", { role: "status", ariaLabel: "What the run was asked for" });
   const buttons = h("div.row.end");
+  const more = h("div.row.end");
+  const acknowledge = h("button.button", { type: "button", hidden: true, dataset: { action: "acknowledge" }, title: "Health counts only what comes after", onclick: () => takeNote() }, "Take note of warnings");
   const stepper = actorStepper((actors) => ask("set_actors", { actors }));
+  put(more, acknowledge, h("button.button", { type: "button", dataset: { action: "note" }, title: "Tags, note, archive", onclick: () => openAnnotation(app, latest, (told) => (latest = { ...latest, ...told })) }, "Note…"), h("button.button", { type: "button", dataset: { action: "clone" }, title: "A new run with these settings", onclick: () => import("./newrun.js").then((module) => module.openNewRun(app, latest)) }, "Clone…"));
   put(host, buttons, lines);
 
   function render() {
-    const live = Boolean(token.get()) && LIVE.includes(latest.status);
-    const state = live ? latest.status : "none";
+    const allowed = Boolean(token.get());
+    const live = allowed && LIVE.includes(latest.status);
+    const state = live ? latest.status : String(allowed);
     if (state === shown) return;
     shown = state;
-    if (!live) return void put(buttons);
+    if (allowed) lookAtHealth();
+    lines.hidden = !allowed;
+    if (!live) return void put(buttons, allowed && more);
     const paused = latest.status === "paused";
     put(
       buttons,
+      more,
       paused ? button("resume", "Go on with the next iteration") : button("pause", "Rest after this iteration; the run stays alive"),
       button("checkpoint", "Save a checkpoint after this iteration"),
       stepper.element,
@@ -42,6 +51,33 @@ export function mountControls(host, run, app) {
 
   const button = (action, title) =>
     h("button.button", { type: "button", title, dataset: { action }, onclick: () => ask(action) }, action === "checkpoint" ? "Checkpoint now" : NAMES[action]);
+
+  let newest = 0; // id of the newest warning or error
+
+  async function lookAtHealth() {
+    try {
+      const found = await Promise.all(["warning", "error"].map((level) => get(at`runs/${latest.id}/events`, { level, limit: 1 })));
+      newest = Math.max(0, ...found.flatMap(({ items }) => items.map(({ id }) => id)));
+      acknowledge.hidden = newest <= (latest.acknowledged ?? 0);
+    } catch {
+      // the health itself tells what is wrong with the run or the service
+    }
+  }
+
+  async function takeNote() {
+    const told = await annotate(app, latest.id, { acknowledged: newest });
+    if (!told) return;
+    latest = { ...latest, acknowledged: told.acknowledged };
+    acknowledge.hidden = true;
+    app.toast("Noted: health counts what comes from now on. The events stay.");
+  }
+
+  /** The newest answer, also after a reload. */
+  async function showNewest() {
+    const { items } = await get(at`runs/${latest.id}/actions`, { limit: 1 });
+    const [action] = items;
+    if (open && action && !lines.children.length && NAMES[action.action] && Date.now() / 1000 - action.time < RECENT_S) follow(action, line(action));
+  }
 
   async function countActors() {
     try {
@@ -83,15 +119,16 @@ export function mountControls(host, run, app) {
   function line(action) {
     const text = h("span");
     const name = action.action === "set_actors" ? `Actors: ${action.arguments.actors}` : NAMES[action.action];
-    const element = h("li", { dataset: { status: action.status, action: action.action } }, h("strong", null, name), " ", text);
-    lines.prepend(element);
-    while (lines.children.length > 4) lines.lastElementChild.remove();
+    const all = h("a", { href: `#/run/${encodeURIComponent(latest.id)}/actions` }, "all actions");
+    const element = h("li", { dataset: { status: action.status, action: action.action } }, h("strong", null, name), " ", text, " ", all);
+    put(lines, element); // one line, whose room is kept: a new answer pushes nothing
     return { element, text };
   }
 
   function follow(action, where) {
     where.element.dataset.status = action.status;
     setText(where.text, WAITING[action.status] ?? `${action.status}: ${action.result ?? ""}`);
+    where.text.title = `${where.text.textContent} (asked for ${ago(action.time)})`;
     if (!(action.status in WAITING)) {
       pending.delete(action.id);
       if (action.action === "set_actors") action.status === "done" ? stepper.show(action.arguments.actors) : countActors();
@@ -111,12 +148,14 @@ export function mountControls(host, run, app) {
 
   window.addEventListener("unmask-token", render);
   render();
+  showNewest().catch(() => {}); // the page of actions has it
   return {
     update(next) {
       const moved = next.workers !== latest.workers;
       latest = next;
       render();
-      if (moved && shown !== "none") countActors();
+      if (moved && LIVE.includes(shown)) countActors();
+      if (token.get()) acknowledge.hidden = newest <= (next.acknowledged ?? 0);
     },
     close() {
       open = false;
@@ -144,85 +183,6 @@ function actorStepper(set) {
   );
   element.hidden = true; // until it is known that the run has actors: a fine-tuning run has none
   return { element, show: (count) => ((field.value = count), (element.hidden = count === 0)) };
-}
-
-/** The dialog that starts a run from a recipe. */
-export async function openSubmit(app) {
-  let offered;
-  try {
-    offered = await get("recipes");
-  } catch (error) {
-    return void failed(app, error, "");
-  }
-  app.dialog("New run", (close) => {
-    const about = h("p.note");
-    const recipe = h("select", { name: "recipe", onchange: () => describe() }, offered.items.map(({ name }) => h("option", { value: name }, name)));
-    const overrides = h("textarea", { name: "overrides", rows: 5, spellcheck: false, placeholder: "run.name=my-run\nlearner.lr=0.0005" });
-    const answer = h("div.submit-answer", { role: "status" });
-    const describe = () => setText(about, offered.items.find(({ name }) => name === recipe.value)?.summary ?? "");
-    const given = () => overrides.value.split("\n").map((text) => text.trim()).filter((text) => text && !text.startsWith("#"));
-    if (offered.items.some(({ name }) => name === "sudoku")) recipe.value = "sudoku";
-    describe();
-
-    const send = (dry) => async (event) => {
-      event.preventDefault();
-      say(answer, "busy", dry ? "Checking the settings…" : "Submitting…");
-      try {
-        const sent = await post("submissions", { recipe: recipe.value, overrides: given(), dry });
-        if (dry) {
-          say(answer, "done", "The settings are sound.", h("details", null, h("summary", null, "All settings"), h("pre", null, JSON.stringify(sent.config, null, 2))));
-        } else followSubmission(sent, answer, app, close);
-      } catch (error) {
-        say(answer, "refused", error.detail ?? error.message);
-        if (error.status === 401) failed(app, error, "");
-      }
-    };
-    return h(
-      "form.stack",
-      { onsubmit: send(!offered.submission) },
-      h("label.field", null, h("span", null, "Recipe"), recipe),
-      about,
-      h("label.field", null, h("span", null, "Settings that differ, one key.sub=value a line"), overrides),
-      offered.submission
-        ? h("p.note", null, `It runs as a job of the Ray cluster at ${offered.ray_address}.`)
-        : h("p.note", null, "This dashboard was started without --ray-address: settings can be checked, runs can't be submitted."),
-      answer,
-      h(
-        "div.row.end",
-        null,
-        h("button.button", { type: "button", dataset: { action: "check" }, onclick: send(true) }, "Check"),
-        offered.submission && h("button.button.primary", { type: "submit", dataset: { action: "submit" } }, "Submit"),
-      ),
-    );
-  });
-}
-
-function followSubmission(sent, answer, app, close) {
-  const log = sent.log && h("pre", null, sent.log);
-  if (sent.status === "done") {
-    const link = h("a", { href: `#/run/${encodeURIComponent(sent.run_id)}`, onclick: close }, `Open ${sent.run_id}`);
-    return say(answer, "done", `${sent.result}. `, link);
-  }
-  if (sent.status !== "accepted") return say(answer, sent.status, sent.result ?? sent.status, log);
-  say(answer, "busy", `Ray has the job${sent.job_status ? ` (${sent.job_status})` : ""}; waiting for run ${sent.run_id}…`, log);
-  setTimeout(async () => {
-    if (!answer.isConnected) return;
-    try {
-      sent = await getWithToken(at`submissions/${sent.id}`);
-    } catch (error) {
-      if (error.status === 401) {
-        failed(app, error, "");
-        return say(answer, "refused", "Ray has the job. The token is needed to follow it: enter it again; the run appears in the list.");
-      }
-      // anything else: asked again
-    }
-    followSubmission(sent, answer, app, close);
-  }, 2 * POLL_MS);
-}
-
-function say(answer, status, ...parts) {
-  answer.dataset.status = status;
-  put(answer, h("p", null, parts[0]), parts.slice(1));
 }
 
 /** A wrong token is forgotten, and with it the buttons. */

@@ -1,7 +1,7 @@
 // The modal dialogs of the shell: keyboard help and the token.
 
-import { token } from "./api.js";
-import { h, put } from "./dom.js";
+import { checkToken, token } from "./api.js";
+import { h, put, setText } from "./dom.js";
 
 /** Show a modal; `build(close)` returns what it holds. Returns the dialog element. */
 export function dialog(title, build) {
@@ -34,10 +34,11 @@ export function showHelp(pageKeys, globalKeys) {
       null,
       Object.entries(bindings).map(([key, [, text]]) => h("div", null, h("dt", null, h("kbd", null, NAMES[key] ?? key)), h("dd", null, text))),
     );
-  dialog("Keyboard", () => [
+  dialog("Help", () => [
     Object.keys(pageKeys).length > 0 && [h("h3", null, "On this page"), list(pageKeys)],
     h("h3", null, "Everywhere"),
     list(globalKeys),
+    h("p.note", null, "All that is shown here can be read by programs too: ", h("a", { href: "#/api", onclick: () => closeDialog() }, "the API"), "."),
   ]);
 }
 
@@ -45,20 +46,32 @@ export function showHelp(pageKeys, globalKeys) {
 export function showToken(changed) {
   dialog("Token for control", (close) => {
     const field = h("input", { type: "password", autocomplete: "off", name: "token", required: true, spellcheck: false });
+    const wrong = h("p.wrong", { role: "alert" });
     const save = (value) => {
       token.set(value);
       changed();
       close();
     };
-    const submit = (event) => {
+    const submit = async (event) => {
       event.preventDefault();
-      save(field.value.trim());
+      const given = field.value.trim();
+      setText(wrong, "");
+      try {
+        if (!/^[!-~]+$/.test(given)) throw new Error("A token has letters, digits and punctuation of ASCII only, and no blanks.");
+        await checkToken(given);
+      } catch (error) {
+        setText(wrong, error.detail ?? error.message);
+        field.select();
+        return;
+      }
+      save(given);
     };
     return h(
       "form.stack",
       { onsubmit: submit },
-      h("p", null, "Without it this page only reads. The service keeps it in the file .dashboard-token of the runs directory; it stays in this tab until you close it."),
+      h("p", null, "Without it this page only reads. The service printed at its start where it lies: RUNS/.dashboard-token unless said otherwise. It stays in this tab until you close it."),
       h("label.field", null, h("span", null, "Token"), field),
+      wrong,
       h(
         "div.row.end",
         null,

@@ -1,128 +1,398 @@
-// Two or more runs on shared axes, and the settings in which they differ.
+// Runs on shared axes: one table is the legend, everything that is shown is in the address.
 
+import { keepInAddress, oneOf } from "../address.js";
 import { at, get } from "../api.js";
 import { ChartGroup, DASHES } from "../charts.js";
-import { count, empty, figure, h, percent, pill, put } from "../dom.js";
-import { byName, panelsFor } from "../panels.js";
+import { along, AXES, basis, TIME } from "../compare/axes.js";
+import { groupsOf, meanSeries } from "../compare/bands.js";
+import { MetricSearch } from "../compare/search.js";
+import { Against, settingsCard, settingsThatDiffer } from "../compare/settings.js";
+import { standOut } from "../compare/standout.js";
+import { RunTable } from "../compare/table.js";
+import { lowIsGood, metricTitles } from "../compare/titles.js";
+import { saveCsv, saveJson, savePng, seriesRows } from "../downloads.js";
+import { empty, figure, h, number, put, setText } from "../dom.js";
+import { valueText } from "../names.js";
+import { byName } from "../panels.js";
+import { flatten } from "../run/config.js";
 import { append, Backlog, emptySeries, toSeries } from "../series.js";
-import { differenceTable, flatten } from "../run/config.js";
+import { inOrder } from "../statistics.js";
 
-const POINTS = 500;
-const FIRST = ["reward/mean", "solve_rate", /^eval\/.*solve_rate$/, "loss", "entropy", "grad_norm", "ratio/max", "machine/tokens_per_s", "time/iteration_s"];
+const POINTS = 400;
+const FIRST = [/^eval\/m\/solve_rate$/, "reward/mean", "solve_rate", "loss", "entropy", "grad_norm", "ratio/max", "machine/tokens_per_s", "time/iteration_s"];
 const SPANS = [[0, "Raw"], [5, "5"], [20, "20"], [100, "100"]];
+const FOLLOWED = 4; // event streams at a time: a browser has six connections
+const POLL_MS = 20_000;
+const BEST = "eval/m/solve_rate"; // of which the service knows the best
 
 export async function render(root, params, app) {
-  const ids = [...new Set(params.query.getAll("run"))];
+  const { query } = params;
+  const ids = [...new Set(query.getAll("run"))];
   app.title([["Runs", "#/runs"], ["Compare", null]]);
-  if (ids.length < 2) return void put(root, empty("Nothing to compare", "Choose two or more runs in the list of runs."));
-  const answers = await Promise.allSettled(ids.map((id) => Promise.all([get(at`runs/${id}`), get(at`runs/${id}/config`), get(at`runs/${id}/metric-names`)])));
+  if (ids.length < 1) return void put(root, empty("Nothing to compare", "Choose two or more runs in the list of runs."));
+  const answers = await Promise.allSettled(ids.map((id) => get(at`runs/${id}`)));
   if (!app.alive()) return;
   const lost = ids.filter((_, index) => answers[index].status === "rejected");
-  const runs = answers.flatMap((answer, index) => (answer.status === "rejected" ? [] : [{ id: ids[index], style: styleOf(index), run: answer.value[0], config: flatten(answer.value[1].config), names: answer.value[2].names, data: new Map(), backlog: new Backlog() }]));
+  const runs = answers.flatMap((answer) => (answer.status === "rejected" ? [] : [asItem(answer.value)]));
   if (!runs.length) throw answers[0].reason;
 
-  const group = new ChartGroup();
-  app.onTheme(() => group.retheme());
+  const [first, last] = [Number(query.get("from")), Number(query.get("to"))];
+  const state = {
+    metrics: query.getAll("m"),
+    axis: oneOf(query, "x", AXES.map(({ id }) => id), "iteration"),
+    span: Number(oneOf(query, "smooth", SPANS.map(([span]) => String(span)), "0")),
+    hidden: new Set(query.getAll("hide")),
+    only: ids.includes(query.get("only")) ? query.get("only") : null,
+    bands: query.get("bands") === "1",
+    focus: query.get("focus") ?? "",
+    sort: { column: oneOf(query, "sort", ["name", "newest", "best"], ""), down: query.get("up") !== "1" },
+    setting: query.get("setting") ?? "",
+    against: query.get("against") ?? "",
+  };
+  const group = new ChartGroup({ onZoom: (range) => keepInAddress({ from: range?.[0].toPrecision(6), to: range?.[1].toPrecision(6) }) });
+  if (query.has("from") && last > first) group.range = [first, last];
+  app.onTheme(() => (group.retheme(), showScatter()));
   app.onLeave(() => group.close());
-  const names = [...new Set(runs.flatMap((run) => run.names))];
-  const titles = new Map(panelsFor(names).flatMap((panel) => [...panel.names, panel.total].filter(Boolean).map((name) => [name, panel])));
+  const moveCursor = group.setCursor.bind(group);
+  group.setCursor = (x) => (moveCursor(x), showTable());
+
   const charts = h("div.grid");
-  const shownNames = [];
-  const more = h("select", { ariaLabel: "Add a metric", onchange: () => (add(more.value), (more.value = "")) });
+  const shown = []; // {name, chart}
+  let hovered = null;
+  let differing = []; // keys of settings
+  const table = new RunTable({ toggle, isolate, remove, highlight, sort: sortBy, focus: (name) => change({ focus: name }, showTable), running: ({ id }) => followed.has(id) });
+  const title = h("h1");
   const smoothing = h("div.segments", { role: "group", ariaLabel: "Smoothing" });
+  const axes = h("div.segments", { role: "group", ariaLabel: "Along" });
+  const bands = h("button.button", { type: "button", title: "Runs whose settings differ in the seed alone as their mean, with its 95 % interval as a band (b)", onclick: () => change({ bands: !state.bands }, restyle) }, "Seed bands");
+  const all = h("button.button", { type: "button", hidden: true, onclick: () => (state.hidden.clear(), change({ only: null }, feedAll)) }, "Show all");
+  const search = new MetricSearch({ names, titleOf, isShown: (name) => state.metrics.includes(name), pick });
+  const known = h("datalist", { id: "runs-known" });
+  const adder = h("input.adder", { type: "search", list: "runs-known", placeholder: "Add a run…", ariaLabel: "Add a run", onfocus: () => offerRuns(), onchange: () => addRun(adder.value) });
+  adder.setAttribute("list", "runs-known");
+  const against = new Against({ chosen: (values) => change(values, showScatter), isolate });
+  const differences = h("div");
+  table.element.append(h("footer", null, adder, known, all));
   put(
     root,
-    h("div.head", null, h("h1", null, `${runs.length} runs`), h("div.row.chart-tools", null, h("span.note", null, "Smoothing, iterations"), smoothing, more)),
+    h("div.head", null, title, h("div.row", null, h("button.button", { type: "button", title: "All points of all charts", onclick: () => saveCsv("compare", everything()) }, "CSV"), h("button.button", { type: "button", title: "All points of all charts, with the runs' settings", onclick: () => saveJson("compare", asJson()) }, "JSON"))),
     lost.length > 0 && h("div.banner", { dataset: { kind: "bad" } }, `Left out, because they can't be read: ${lost.join(", ")}`),
-    legend(runs),
-    charts,
-    differences(runs),
+    h("div.row.chart-tools", null, search.element, h("span.note", null, "Along"), axes, h("span.note", null, "Smoothing"), smoothing, bands),
+    h("div.compare", null, table.element, h("div.compare-charts", null, charts)),
+    against.element,
+    differences,
   );
-  setSpan(0);
-  for (const pattern of FIRST) for (const name of names.filter((item) => (typeof pattern === "string" ? item === pattern : pattern.test(item))).sort(byName)) add(name);
-  choices();
+  app.search(search.field);
+  app.keys({
+    b: [() => bands.hidden || bands.click(), "seeds as bands"],
+    z: [() => (group.zoom(null), group.charts.forEach((chart) => chart.changed())), "the whole course"],
+    s: [() => setSpan(SPANS[(SPANS.findIndex(([span]) => span === state.span) + 1) % SPANS.length][0]), "more smoothing, or none"],
+    x: [() => setAxis(AXES[(AXES.findIndex(({ id }) => id === state.axis) + 1) % AXES.length].id), "along iterations, seconds, ..."],
+  });
+  app.onLeave(() => search.close());
+
+  // Names
+
+  function names() {
+    return [...new Set(runs.flatMap((item) => item.names))];
+  }
+
+  const { titleOf, panelOf, formatFor } = metricTitles(names);
+
+  // State
+
+  function change(values, then) {
+    Object.assign(state, values);
+    remember();
+    then();
+  }
+
+  function remember() {
+    keepInAddress({ run: runs.map(({ id }) => id), m: isUsual() ? [] : state.metrics, x: state.axis === "iteration" ? null : state.axis, smooth: state.span || null, hide: [...state.hidden], only: state.only, bands: state.bands, focus: state.focus === usualFocus() ? null : state.focus, sort: state.sort.column, up: state.sort.column && !state.sort.down, setting: state.setting, against: state.against });
+  }
+
+  const usual = () => FIRST.flatMap((pattern) => names().filter((item) => (typeof pattern === "string" ? item === pattern : pattern.test(item))).sort(byName));
+  const isUsual = () => state.metrics.join() === usual().join();
+  const usualFocus = () => [BEST, "reward/mean", "loss"].find((name) => names().includes(name)) ?? names()[0] ?? "";
+  const isShown = ({ id }) => (state.only ? id === state.only : !state.hidden.has(id));
 
   function setSpan(span) {
     group.setSmoothing(span);
-    put(smoothing, SPANS.map(([value, text]) => h("button", { type: "button", ariaPressed: String(value === span), onclick: () => setSpan(value) }, text)));
+    change({ span }, () => put(smoothing, SPANS.map(([value, text]) => h("button", { type: "button", ariaPressed: String(value === span), onclick: () => setSpan(value) }, text))));
   }
 
-  function choices() {
-    put(more, h("option", { value: "" }, "Add a metric…"), names.filter((name) => !shownNames.some((item) => item.name === name)).sort().map((name) => h("option", { value: name }, name)));
+  async function setAxis(axis) {
+    if (axis !== state.axis) group.range = null;
+    keepInAddress(axis === state.axis ? {} : { from: null, to: null });
+    change({ axis }, () => {});
+    if (axis === "seconds") await load([TIME]);
+    if (!app.alive()) return;
+    group.extent = [Infinity, -Infinity];
+    for (const { chart } of shown) chart.spec.along = AXES.find(({ id }) => id === axis).along;
+    root.dataset.along = AXES.find(({ id }) => id === axis).along;
+    feedAll();
+    showAxes();
   }
 
-  function add(name) {
-    if (!name || shownNames.some((item) => item.name === name)) return;
-    const panel = titles.get(name);
-    const chart = group.add(charts, { id: name, title: name, format: panel?.format ?? figure, zero: panel?.zero });
-    const item = { name, chart };
-    shownNames.push(item);
-    choices();
-    load(item).catch((error) => app.toast(error.message, "error"));
-  }
-
-  async function load(item) {
-    await Promise.all(runs.map(async (run) => {
-      if (run.data.has(item.name) || !run.names.includes(item.name)) return;
-      await run.backlog.during(() => get(at`runs/${run.id}/metrics`, { name: [item.name], points: POINTS }), ({ series }, late) => {
-        run.data.set(item.name, toSeries(series[item.name]));
-        for (const update of late) take(run, update);
-      });
+  function showAxes() {
+    put(axes, AXES.map(({ id, title: text, hint }) => {
+      const without = runs.filter((item) => !has(id, item));
+      const why = without.length ? `Not known of ${without.map((item) => item.id).slice(0, 3).join(", ")}${without.length > 3 ? ", …" : ""}` : hint;
+      return h("button", { type: "button", dataset: { axis: id }, ariaPressed: String(id === state.axis), disabled: without.length > 0, title: why ?? "", onclick: () => setAxis(id) }, text);
     }));
-    if (app.alive()) feed(item);
   }
+
+  const has = (axis, item) => (axis === "seconds" ? item.names.includes(TIME) : axis === "completions" && !item.config ? false : Boolean(basis(axis, { run: item.run, config: item.config ?? {} }, null)));
+
+  function toggle(id) {
+    if (state.only) {
+      for (const item of runs) if (item.id !== state.only) state.hidden.add(item.id);
+      state.only = null;
+    }
+    if (!state.hidden.delete(id)) state.hidden.add(id);
+    change({}, feedAll);
+  }
+
+  function isolate(id) {
+    change({ only: state.only === id ? null : id }, feedAll);
+  }
+
+  function remove(id) {
+    runs.splice(runs.findIndex((item) => item.id === id), 1);
+    state.hidden.delete(id);
+    if (state.only === id) state.only = null;
+    if (!runs.length) return (location.hash = "#/runs");
+    change({}, restyle);
+    showAxes();
+  }
+
+  async function addRun(id) {
+    adder.value = "";
+    if (!id || runs.some((item) => item.id === id)) return;
+    try {
+      const item = asItem(await get(at`runs/${id}`));
+      runs.push(item);
+      remember();
+      await Promise.all([loadConfig(item), load([...state.metrics, ...(state.axis === "seconds" ? [TIME] : [])])]);
+      follow(item);
+      restyle();
+      showAxes();
+    } catch (error) {
+      app.toast(error.detail ?? error.message, "error");
+    }
+  }
+
+  async function offerRuns() {
+    if (known.children.length) return;
+    const { items } = await get("runs", { limit: 500 }).catch(() => ({ items: [] }));
+    put(known, items.filter(({ id }) => !runs.some((item) => item.id === id)).map((run) => h("option", { value: run.id }, Object.entries(run.differs).map(([key, value]) => `${key.split(".").at(-1)} ${valueText(value)}`).join(", "))));
+  }
+
+  function sortBy(column) {
+    const down = state.sort.column === column ? !state.sort.down : column !== "name";
+    change({ sort: { column, down } }, showTable);
+  }
+
+  // Metrics
+
+  function pick(name) {
+    if (state.metrics.includes(name)) return drop(name);
+    state.metrics.push(name);
+    change({}, () => {
+      draw(name);
+      load([name]).catch((error) => app.toast(error.message, "error"));
+    });
+  }
+
+  function drop(name) {
+    const index = shown.findIndex((item) => item.name === name);
+    if (index >= 0) group.remove(shown.splice(index, 1)[0].chart);
+    change({ metrics: state.metrics.filter((item) => item !== name) }, showTable);
+  }
+
+  function draw(name) {
+    const panel = panelOf(name);
+    const chart = group.add(charts, { id: name, title: titleOf(name), hint: [panel?.hint, name].filter(Boolean).join("\n"), unit: panel?.unit, format: formatFor(name), zero: panel?.zero, along: AXES.find(({ id }) => id === state.axis).along });
+    const item = { name, chart };
+    shown.push(item);
+    const tool = (text, hint, onclick) => h("button.icon-button.tool", { type: "button", title: hint, onclick }, text);
+    chart.element.querySelector("header").append(
+      tool("PNG", "This chart as a picture", () => picture(item).catch((error) => app.toast(error.message, "error"))),
+      tool("CSV", "These points as a table", () => saveCsv(name, seriesRows(name, chart.spec.series, chart.spec.along))),
+      tool("✕", "Take this chart away", () => drop(name)),
+    );
+    chart.element.addEventListener("pointerenter", () => (hovered = name));
+    chart.element.addEventListener("pointerleave", () => ((hovered = null), showTable()));
+    feed(item);
+  }
+
+  async function picture({ name, chart }) {
+    const styles = getComputedStyle(document.body);
+    const entries = chart.spec.series.map((series) => ({ label: series.label, color: chart.color(series), dash: series.dash }));
+    await savePng(name, chart.plot, { title: chart.spec.title, entries, ground: getComputedStyle(chart.element).backgroundColor, text: styles.color });
+  }
+
+  // Data
+
+  async function load(wanted) {
+    await Promise.all(runs.map(async (item) => {
+      const missing = wanted.filter((name) => item.names.includes(name) && !item.data.has(name));
+      if (missing.length) await fetchInto(item, missing);
+    }));
+    if (app.alive()) feedAll();
+  }
+
+  async function fetchInto(item, wanted) {
+    await item.backlog.during(() => get(at`runs/${item.id}/metrics`, { name: wanted, points: POINTS }), ({ series }, late) => {
+      for (const name of wanted) item.data.set(name, toSeries(series[name]));
+      for (const update of late) take(item, update);
+    });
+  }
+
+  async function loadConfig(item) {
+    item.config = flatten((await get(at`runs/${item.id}/config`)).config);
+  }
+
+  const drawn = (item, name) => along(item.data.get(name) ?? emptySeries(), basis(state.axis, { run: item.run, config: item.config ?? {} }, item.data.get(TIME)), state.axis);
 
   function feed({ name, chart }) {
-    chart.set(runs.map((run) => ({ key: run.id, label: run.id, ...run.style, data: run.data.get(name) ?? emptySeries() })));
+    const visible = runs.filter(isShown);
+    const sparse = name.startsWith("eval/"); // which are not smoothed
+    if (!state.bands) return chart.set(visible.map((item) => ({ key: item.id, label: item.id, sparse, ...item.style, data: drawn(item, name) })));
+    chart.set(groupsOf(visible).map(({ runs: items }) => ({ key: items[0].id, label: items.length > 1 ? `${items[0].id} and ${items.length - 1} more` : items[0].id, sparse, ...items[0].style, data: items.length > 1 ? meanSeries(items.map((item) => drawn(item, name))) : drawn(items[0], name) })));
   }
 
-  function take(run, { iteration, values }) {
-    for (const [name, value] of Object.entries(values ?? {})) if (run.data.has(name)) append(run.data.get(name), iteration, value);
+  function feedAll() {
+    shown.forEach(feed);
+    all.hidden = !state.only && !state.hidden.size;
+    bands.ariaPressed = String(state.bands);
+    bands.hidden = groupsOf(runs).every(({ runs: items }) => items.length < 2);
+    setText(title, `${runs.length} runs`);
+    showTable();
+    showScatter();
   }
 
+  /** Colours anew: by run, or by group of seeds. */
+  function restyle() {
+    const keys = state.bands ? groupsOf(runs).flatMap(({ runs: items }, index) => items.map((item) => [item, index])) : runs.map((item, index) => [item, index]);
+    for (const [item, index] of keys) item.style = styleOf(index);
+    group.extent = [Infinity, -Infinity];
+    differing = settingsThatDiffer(runs.map((item) => item.config));
+    feedAll();
+    put(differences, settingsCard(runs, differing));
+  }
+
+  // Table, scatter, settings
+
+  function valueOf(item, name) {
+    if (group.cursor === null || hovered === null) return number(item.run.latest[name]?.value ?? null);
+    const data = drawn(item, name);
+    const index = data.x.findLastIndex((x) => x <= group.cursor);
+    return index < 0 || group.cursor > data.x.at(-1) ? null : data.y[index];
+  }
+
+  function bestOf(item, name) {
+    if (name === BEST && item.run.held_out_best !== null) return { value: number(item.run.held_out_best), iteration: item.run.held_out_best_iteration };
+    const data = item.data.get(name);
+    if (!data?.x.length) return null;
+    const values = lowIsGood(name) ? data.low : data.high;
+    const finite = values.map((value, index) => [value, index]).filter(([value]) => value !== null);
+    if (!finite.length) return null;
+    const [value, index] = finite.reduce((best, one) => ((lowIsGood(name) ? one[0] < best[0] : one[0] > best[0]) ? one : best));
+    return { value, iteration: data.x[index] };
+  }
+
+  function showTable() {
+    const name = hovered && group.cursor !== null ? hovered : state.focus;
+        const items = runs.map((item) => ({ ...item, hidden: !isShown(item), newest: valueOf(item, name), best: bestOf(item, name), differs: differing.map((key) => [key, item.config?.[key]]).filter(([, value]) => value !== undefined) }));
+    const { column, down } = state.sort;
+    if (column) items.sort((one, two) => (column === "name" ? (down ? -1 : 1) * one.id.localeCompare(two.id, "en", { numeric: true }) : inOrder(column === "best" ? one.best?.value : one.newest, column === "best" ? two.best?.value : two.newest, down)));
+    const offered = [...new Set([state.focus, ...state.metrics, BEST])].filter((each) => names().includes(each));
+    table.show(items, { names: offered.map((each) => [each, titleOf(each)]), focused: state.focus, sorted: state.sort, format: formatFor(name), at: hovered && group.cursor !== null ? `${titleOf(name)} at ${figure(group.cursor)}` : null });
+  }
+
+  function showScatter() {
+    const metrics = [...new Set([BEST, ...state.metrics])].filter((name) => names().includes(name)).map((name) => [name, titleOf(name)]);
+    const value = (item, which, name) => (which === "best" ? bestOf(item, name)?.value : number(item.run.latest[name]?.value ?? null));
+    against.show(runs.filter(isShown), { settings: differing, metrics, setting: state.setting, asked: state.against, value, formatFor });
+  }
+
+  // The pointed-at run stands out
+
+  function highlight(id) {
+    const group = id && state.bands ? groupsOf(runs.filter(isShown)).find(({ runs: items }) => items.some((each) => each.id === id)) : null;
+    for (const { chart } of shown) standOut(chart, group ? group.runs[0].id : id);
+  }
+
+  // Export
+
+  const everything = () => shown.flatMap(({ name, chart }) => seriesRows(name, chart.spec.series, chart.spec.along));
+
+  function asJson() {
+    return { along: AXES.find(({ id }) => id === state.axis).along, runs: runs.map((item) => ({ id: item.id, status: item.run.status, seed: item.run.seed, recipe: item.run.recipe, settings: item.config, best: bestOf(item, state.focus) })), series: everything() };
+  }
+
+  // Live
+
+  const followed = new Set();
   let timer = null;
   app.onLeave(() => clearTimeout(timer));
-  const running = runs.filter(({ run }) => run.status === "running");
-  for (const item of running.slice(0, 4)) {
+
+  function take(item, { iteration, values }) {
+    for (const [name, value] of Object.entries(values ?? {})) {
+      item.run.latest[name] = { iteration, value };
+      if (item.data.has(name)) append(item.data.get(name), iteration, value);
+    }
+  }
+
+  function follow(item) {
+    if (item.run.status !== "running" || followed.size >= FOLLOWED) return;
+    followed.add(item.id);
     app.stream(item.id, {
       since: item.run.marker,
       metrics: (update) => {
         item.backlog.push(update);
         take(item, update);
-        timer ??= setTimeout(() => ((timer = null), shownNames.forEach(feed)), 500);
+        timer ??= setTimeout(() => ((timer = null), feedAll()), 500);
       },
+      run: (run) => (item.run = { ...run, latest: item.run.latest, forward_equivalents: item.run.forward_equivalents }),
     });
   }
+
+  const poll = setInterval(async () => {
+    const others = runs.filter((item) => item.run.status === "running" && !followed.has(item.id));
+    for (const item of others) {
+      try {
+        item.run = await get(at`runs/${item.id}`);
+        await fetchInto(item, [...item.data.keys()]);
+      } catch {
+        // asked again the next time
+      }
+    }
+    if (others.length && app.alive()) feedAll();
+  }, POLL_MS);
+  app.onLeave(() => clearInterval(poll));
+
+  // Begin
+
+  if (!state.metrics.length) state.metrics = usual();
+  state.metrics = state.metrics.filter((name) => names().includes(name));
+  if (!names().includes(state.focus)) state.focus = usualFocus();
+  group.span = state.span;
+  setSpan(state.span);
+  root.dataset.along = AXES.find(({ id }) => id === state.axis).along;
+  restyle();
+  for (const name of state.metrics) draw(name);
+  const wanted = [...new Set([...state.metrics, ...(state.axis === "seconds" ? [TIME] : [])])];
+  await load(wanted);
+  await Promise.allSettled(runs.map(loadConfig));
+  if (!app.alive()) return;
+  restyle();
+  showAxes();
+  runs.forEach(follow);
 }
 
+const asItem = (run) => ({ id: run.id, run, names: Object.keys(run.latest), config: null, style: styleOf(0), data: new Map(), backlog: new Backlog() });
+
+/** 32 of them stay apart: eight colours, each in four dashes. */
 const styleOf = (index) => ({ color: (index % 8) + 1, dash: DASHES[Math.floor(index / 8) % DASHES.length] });
-
-function legend(runs) {
-  const held = ({ run }) => run.latest["eval/m/solve_rate"]?.value ?? null;
-  const titles = [["Run"], ["Status"], ["Task and method"], ["Iteration", "num"], ["Reward", "num"], ["Solved", "num"], ["Held out", "num"], ["Tokens/s", "num"]];
-  return h("section.card", null, h("div.table-wrap", null, h(
-    "table.table.legend",
-    null,
-    h("thead", null, h("tr", null, titles.map(([text, kind]) => h(kind ? `th.${kind}` : "th", null, text)))),
-    h("tbody", null, runs.map((item) =>
-      h(
-        "tr",
-        null,
-        h("td", null, h("span.entry", null, h("i", { dataset: { dash: item.style.dash }, style: { "--swatch": `var(--series-${item.style.color})` } }), h("a", { href: `#/run/${encodeURIComponent(item.id)}` }, item.id))),
-        h("td", null, pill(item.run.status)),
-        h("td.muted", null, [item.run.task, item.run.method].filter(Boolean).join(" · ")),
-        h("td.num", null, `${count(item.run.iteration)} / ${count(item.run.total_iterations)}`),
-        h("td.num", null, figure(item.run.reward)),
-        h("td.num", null, percent(item.run.solve_rate)),
-        h("td.num", null, held(item) === null ? "–" : percent(held(item))),
-        h("td.num", null, figure(item.run.tokens_per_s, 3)),
-      ))),
-  )));
-}
-
-function differences(runs) {
-  const keys = [...new Set(runs.flatMap(({ config }) => Object.keys(config)))].sort();
-  const rows = keys.map((key) => [key, runs.map(({ config }) => config[key])]);
-  const differ = rows.filter(([, values]) => new Set(values.map((value) => JSON.stringify(value))).size > 1);
-  return differenceTable(runs.map(({ id }) => id), differ, rows.length - differ.length);
-}

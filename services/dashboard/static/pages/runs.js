@@ -1,133 +1,231 @@
-// All runs: filter, sort, choose two or more to compare.
+// All runs: search, sort, group by settings, write notes, choose two or more to compare.
 
-import { at, get } from "../api.js";
-import { ago, count, duration, empty, failure, figure, h, loading, number, percent, pill, put, setText } from "../dom.js";
+import { keepInAddress, oneOf } from "../address.js";
+import { get, url } from "../api.js";
+import { count, empty, failure, h, loading, number, put, setText } from "../dom.js";
+import { annotate, openAnnotation } from "../annotate.js";
 import { cursorKeys } from "../rows.js";
-import { Sparkline } from "../spark.js";
+import { GroupRow, RunRow } from "../runrows.js";
+import { meanOf } from "../statistics.js";
 
 const PAGES_AT_MOST = 10;
 const STATUSES = ["running", "paused", "finished", "stopped", "failed", "lost", "unreadable"];
+const TYPED_MS = 200;
+const REDRAW_MS = 400;
 
 const COLUMNS = [
   { id: "name", title: "Run", of: (run) => run.id },
   { id: "status", title: "Status", of: (run) => STATUSES.indexOf(run.status) },
   { id: "progress", title: "Iteration", of: (run) => run.iteration },
+  { id: "held", title: "Held out", of: (run) => number(run.held_out), num: true, hint: "Held-out problems solved at the newest evaluation, greedily, in as many steps as in training" },
+  { id: "best", title: "Best", of: (run) => number(run.held_out_best), num: true, hint: "The best of the evaluations on the way, and its iteration" },
   { id: "reward", title: "Reward", of: (run) => number(run.reward), num: true },
-  { id: "solved", title: "Solved", of: (run) => number(run.solve_rate), num: true },
+  { id: "solved", title: "Solved", of: (run) => number(run.solve_rate), num: true, hint: "While training, sampled" },
   { id: "trend", title: "Trend", hint: "Mean reward over the run; loss where there is no reward" },
   { id: "speed", title: "Tokens/s", of: (run) => number(run.tokens_per_s), num: true },
   { id: "age", title: "Started", of: (run) => run.created, num: true },
 ];
+const SORTED = COLUMNS.filter(({ of }) => of).map(({ id }) => id);
 
 export async function render(root, params, app) {
   app.title([["Runs", null]]);
-  const state = { runs: [], folder: "", filter: "", status: "", sort: "age", down: true, chosen: new Set() };
+  const { query } = params;
+  const sort = oneOf(query, "sort", SORTED.flatMap((id) => [id, `-${id}`]), "-age");
+  const state = {
+    runs: new Map(),
+    folder: "",
+    archivedRuns: 0,
+    q: query.get("q") ?? "",
+    status: oneOf(query, "status", STATUSES, ""),
+    sort: sort.replace(/^-/, ""),
+    down: sort.startsWith("-"),
+    grouped: query.get("group") === "1",
+    archived: query.get("archived") === "1",
+    chosen: new Set(query.getAll("pick")),
+    open: new Set(query.getAll("open")),
+  };
   const rows = new Map();
   const filter = h("input.filter", {
     type: "search",
-    placeholder: "Filter by name, task, method, host",
+    placeholder: "Name, task, tag or setting: lr=0.003 seed=2",
+    title: "Every word must be in a run's name, task, method, host, recipe, tags or note, or be a setting of it: lr=0.003, learner.lr=3e-3, seed=2",
     ariaLabel: "Filter runs",
-    oninput: () => ((state.filter = filter.value.trim().toLowerCase()), show()),
+    value: state.q,
+    oninput: () => typed(),
   });
   const statuses = h("div.segments", { role: "group", ariaLabel: "Status" });
-  const compare = h("button.button", { type: "button", disabled: true, title: "Tick two runs or more, and see them on shared axes (c)", onclick: () => openComparison() }, "Compare");
-  const submit = h("button.button", { type: "button", onclick: () => import("../controls.js").then((controls) => controls.openSubmit(app)) }, "New run");
-  const offer = () => (submit.hidden = !app.token.get());
-  offer();
+  const grouping = toggle("Group seeds", "Runs whose settings differ in the seed alone as one row, with mean and 95 % interval (g)", () => change({ grouped: !state.grouped }));
+  const shelf = toggle("Archived", "Show archived runs too", () => (change({ archived: !state.archived }), refresh(0)));
+  const compare = h("button.button", { type: "button", title: "Tick two runs or more, and see them on shared axes (c)", onclick: () => openComparison() }, "Compare");
+  const archive = h("button.button", { type: "button", onclick: () => archiveChosen() }, "Archive");
+  const submit = h("button.button", { type: "button", onclick: () => import("../newrun.js").then((module) => module.openNewRun(app)) }, "New run");
+  const csv = h("a.button", { download: "runs.csv", title: "These runs as a table" }, "CSV");
+  const json = h("a.button", { target: "_blank", title: "These runs from the API" }, "JSON");
+  const offer = () => {
+    submit.hidden = !app.token.get();
+    rows.forEach((row) => row.offer?.());
+    chosen();
+  };
   window.addEventListener("unmask-token", offer);
   app.onLeave(() => window.removeEventListener("unmask-token", offer));
   const summary = h("p.note");
+  const all = h("input", { type: "checkbox", ariaLabel: "Choose all that are listed", onchange: () => chooseAll(all.checked) });
   const headers = COLUMNS.map((column) => header(column));
   const body = h("tbody");
-  const table = h("table.table.runs", null, h("thead", null, h("tr", null, h("th.choose", { ariaLabel: "Compare" }), headers)), body);
+  const table = h("table.table.runs", null, h("thead", null, h("tr", null, h("th.choose", null, all), headers)), body);
   const note = h("div");
-  const card = h("section.card", null, note, h("div.table-wrap", null, table));
+  const card = h("section.card", null, note, h("div.runs-wrap", null, table));
   put(
     root,
-    h("div.head", null, h("div", null, h("h1", null, "Runs"), summary), h("div.row", null, h("a.button", { href: "#/comparisons", title: "Methods under one protocol (learner.compare)" }, "Comparisons"), compare, submit)),
-    h("div.row.filters", null, filter, statuses),
+    h("div.head", null, h("div", null, h("h1", null, "Runs"), summary), h("div.row", null, h("a.button", { href: "#/comparisons", title: "Methods under one protocol (learner.compare)" }, "Comparisons"), csv, json, archive, compare, submit)),
+    h("div.row.filters", null, filter, statuses, grouping, shelf),
     card,
   );
   table.hidden = true;
   put(note, loading("runs"));
   app.search(filter);
   const cursor = cursorKeys(app, body, {
-    open: (row) => (location.hash = row.querySelector("a").getAttribute("href")),
+    open: (row) => (row.querySelector("a") ? (location.hash = row.querySelector("a").getAttribute("href")) : row.querySelector(".name button")?.click()),
     extra: { x: [(row) => row?.querySelector("input")?.click(), "choose the row for comparing"] },
   });
-  app.keys({ c: [() => openComparison(), "compare the chosen runs"] });
+  app.keys({ c: [() => openComparison(), "compare the chosen runs"], g: [() => change({ grouped: !state.grouped }), "group runs by their settings"] });
+  offer();
+
+  function toggle(text, title, onclick) {
+    return h("button.button", { type: "button", title, ariaPressed: "false", onclick }, text);
+  }
+
+  function change(values) {
+    Object.assign(state, values);
+    show();
+  }
+
+  function remember() {
+    const { q, status, grouped, archived } = state;
+    const order = `${state.down ? "-" : ""}${state.sort}`;
+    keepInAddress({ q, status, group: grouped, archived, sort: order === "-age" ? null : order, pick: [...state.chosen], open: grouped ? [...state.open] : [] });
+  }
+
+  let typing = null;
+  function typed() {
+    clearTimeout(typing);
+    typing = setTimeout(() => {
+      others.clear();
+      state.q = filter.value.trim();
+      remember();
+      refresh(0);
+    }, TYPED_MS);
+  }
 
   function openComparison() {
     if (state.chosen.size < 2) return app.toast("Choose two or more runs to compare them.");
     location.hash = `#/compare?${[...state.chosen].map((id) => `run=${encodeURIComponent(id)}`).join("&")}`;
   }
 
+  async function archiveChosen() {
+    const archived = ![...state.chosen].every((id) => state.runs.get(id)?.archived);
+    for (const id of state.chosen) if (!(await annotate(app, id, { archived }))) return;
+    app.toast(`${count(state.chosen.size)} ${archived ? "archived: the list leaves them out" : "back in the list"}`);
+    state.chosen.clear();
+    refresh(0);
+  }
+
   function header(column) {
     const kind = column.num ? "th.num" : "th";
-    if (!column.of) return h(kind, { title: column.hint }, column.title);
-    const sort = () => {
-      state.down = state.sort === column.id ? !state.down : column.id !== "name";
-      state.sort = column.id;
-      show();
-    };
-    return h(kind, { dataset: { column: column.id } }, h("button", { type: "button", onclick: sort }, column.title));
+    if (!column.of) return h(kind, { title: column.hint, dataset: { head: column.id } }, column.title);
+    const order = () => change({ down: state.sort === column.id ? !state.down : column.id !== "name", sort: column.id });
+    return h(kind, { dataset: { column: column.id, head: column.id }, title: column.hint }, h("button", { type: "button", onclick: order }, column.title));
   }
 
   function show() {
-    const { of } = COLUMNS.find((column) => column.id === state.sort);
-    const matches = (run) => [run.id, run.task, run.method, run.host].join(" ").toLowerCase().includes(state.filter);
-    const found = state.runs.filter(matches);
-    const shown = found.filter((run) => !state.status || run.status === state.status);
-    shown.sort((first, second) => compareValues(of(first), of(second), state.down) || (first.id < second.id ? -1 : 1));
-    const present = STATUSES.filter((status) => state.runs.some((run) => run.status === status));
+    const found = [...state.runs.values()].filter((run) => state.archived || !run.archived);
+    const kept = found.filter((run) => !state.status || run.status === state.status);
+    const present = STATUSES.filter((status) => status === state.status || found.some((run) => run.status === status));
     const choices = [["", "All", found.length], ...present.map((status) => [status, status, found.filter((run) => run.status === status).length])];
-    put(statuses, choices.map(([status, text, n]) =>
-      h(
-        "button",
-        { type: "button", ariaPressed: String(state.status === status), onclick: () => ((state.status = status), show()) },
-        text,
-        h("span.n", null, String(n)),
-      )));
+    put(statuses, choices.map(([status, text, n]) => h("button", { type: "button", ariaPressed: String(state.status === status), onclick: () => change({ status }) }, text, h("span.n", null, String(n)))));
+    grouping.ariaPressed = String(state.grouped);
+    shelf.ariaPressed = String(state.archived);
+    setText(shelf, state.archivedRuns ? `Archived ${count(state.archivedRuns)}` : "Archived");
+    shelf.hidden = !state.archivedRuns && !state.archived;
     for (const header of headers) {
       const { column } = header.dataset;
       if (column) header.ariaSort = column === state.sort ? (state.down ? "descending" : "ascending") : "none";
     }
-    const wanted = shown.map((run) => {
-      if (!rows.has(run.id)) rows.set(run.id, new Row(run.id, state, chosen));
-      const row = rows.get(run.id);
-      row.update(run);
-      return row.element;
-    });
+    const wanted = entries(kept).map((entry) => element(entry));
     if (wanted.length !== body.children.length || wanted.some((row, index) => body.children[index] !== row)) body.replaceChildren(...wanted);
-    table.hidden = shown.length === 0;
-    if (shown.length) put(note);
-    else if (state.runs.length) put(note, empty("No run matches", "Clear the filter to see all runs."));
-    else put(note, empty("No runs yet", `Start one with “make run”; runs in ${state.folder || "the folder of runs"} show up here by themselves.`));
-    const running = state.runs.filter((run) => run.status === "running").length;
-    setText(summary, `${count(state.runs.length)} in ${state.folder}${running ? `, ${running} running` : ""}`);
+    table.hidden = kept.length === 0;
+    if (kept.length) put(note);
+    else if (state.q || state.status) put(note, empty("No run matches", "Clear the filter to see all runs."));
+    else put(note, empty(state.archivedRuns ? "All runs are archived" : "No runs yet", state.archivedRuns ? "Show archived ones with the button above." : `Start one with “make run”; runs in ${state.folder || "the folder of runs"} show up here by themselves.`));
+    const running = found.filter((run) => run.status === "running").length;
+    setText(summary, `${count(found.length)} in ${state.folder}${running ? `, ${running} running` : ""}`);
+    const asked = { q: state.q, status: state.status, archived: state.archived ? "true" : null, limit: 500 };
+    csv.href = url("runs", { ...asked, format: "csv" });
+    json.href = url("runs", asked);
+    remember();
+    chosen();
     cursor.refresh();
   }
 
+  /** What has a row, in order: {run, indent} or {group, runs}. */
+  function entries(kept) {
+    const { of } = COLUMNS.find((column) => column.id === state.sort);
+    const ordered = (items, value) => items.sort((first, second) => compareValues(value(first), value(second), state.down) || (first.id < second.id ? -1 : 1));
+    if (!state.grouped) return ordered(kept, of).map((run) => ({ run }));
+    const groups = new Map();
+    for (const run of kept) groups.set(run.group || run.id, [...(groups.get(run.group || run.id) ?? []), run]);
+    const mean = ({ runs }) => (typeof of(runs[0]) === "string" ? of(runs[0]) : runs.length > 1 ? meanOf(runs.map(of)).mean : of(runs[0]));
+    const items = [...groups].map(([group, runs]) => ({ id: runs[0].id, group, runs: ordered(runs, of) }));
+    return ordered(items, mean).flatMap(({ group, runs }) => {
+      if (runs.length === 1) return [{ run: runs[0] }];
+      return [{ group, runs }, ...(state.open.has(group) ? runs.map((run) => ({ run, indent: true })) : [])];
+    });
+  }
+
+  function element({ run, indent = false, group, runs }) {
+    const key = run ? run.id : `group ${group}`;
+    if (!rows.has(key)) rows.set(key, run ? new RunRow(run.id, { state, chosen, edit }) : new GroupRow(group, { state, show, chosen }));
+    const row = rows.get(key);
+    row.update(run ?? runs, indent);
+    return row.element;
+  }
+
+  function edit(run) {
+    openAnnotation(app, run, (told) => take({ ...state.runs.get(run.id), ...told }));
+  }
+
   function chosen() {
-    compare.disabled = state.chosen.size < 2;
-    compare.classList.toggle("primary", state.chosen.size >= 2);
-    setText(compare, state.chosen.size >= 2 ? `Compare ${state.chosen.size}` : "Compare");
+    const n = state.chosen.size;
+    compare.disabled = n < 2;
+    compare.classList.toggle("primary", n >= 2);
+    setText(compare, n >= 2 ? `Compare ${n}` : "Compare");
+    archive.hidden = !app.token.get() || n === 0;
+    setText(archive, n && [...state.chosen].every((id) => state.runs.get(id)?.archived) ? `Take back ${n}` : `Archive ${n}`);
+    rows.forEach((row) => row.tick());
+    const listed = [...body.querySelectorAll("tr[data-run]")].map((row) => row.dataset.run);
+    all.checked = listed.length > 0 && listed.every((id) => state.chosen.has(id));
+    if (state.runs.size) remember();
+  }
+
+  function chooseAll(on) {
+    for (const row of body.querySelectorAll("tr[data-run]")) state.chosen[on ? "add" : "delete"](row.dataset.run);
+    if (state.grouped) for (const row of rows.values()) if (row.runs && row.element.isConnected) row.runs.forEach(({ id }) => state.chosen[on ? "add" : "delete"](id));
+    chosen();
   }
 
   async function load() {
-    const runs = [];
-    let folder = "";
-    let next = null;
+    const runs = new Map();
+    let [folder, archivedRuns, next] = ["", 0, null];
+    const asked = state.q;
     for (let page = 0; page < PAGES_AT_MOST && (page === 0 || next); page += 1) {
-      const answer = await get("runs", { limit: 200, cursor: next });
-      runs.push(...answer.items);
-      [next, folder] = [answer.next_cursor, answer.folder];
+      const answer = await get("runs", { limit: 500, cursor: next, q: asked, archived: state.archived ? "true" : null });
+      for (const run of answer.items) runs.set(run.id, run);
+      [next, folder, archivedRuns] = [answer.next_cursor, answer.folder, answer.archived];
     }
-    if (!app.alive()) return;
-    const ids = new Set(runs.map((run) => run.id));
-    for (const id of [...rows.keys()]) if (!ids.has(id)) rows.delete(id), state.chosen.delete(id);
-    Object.assign(state, { runs, folder });
-    chosen();
+    if (!app.alive() || asked !== state.q) return;
+    for (const [key, row] of rows) if (!row.runs && !runs.has(key)) row.close(), rows.delete(key);
+    if (!state.q) for (const id of [...state.chosen]) if (!runs.has(id)) state.chosen.delete(id);
+    Object.assign(state, { runs, folder, archivedRuns });
     show();
   }
 
@@ -140,83 +238,36 @@ export async function render(root, params, app) {
         await load();
         failed = false;
       } catch (error) {
-        if (app.alive() && !failed && !state.runs.length) put(note, failure(error, () => refresh(0)));
+        if (app.alive() && !failed && !state.runs.size) put(note, failure(error, () => refresh(0)));
         failed = true;
       }
     }, wait);
   };
+
+  /** What the stream tells of a run that is listed is shown at once; whether another one matches, the service says. */
+  let redraw = null;
+  const others = new Set(); // told of, asked for, and not among those that match
+  function take(run) {
+    const known = state.runs.get(run.id);
+    if (known.archived !== run.archived || known.note !== run.note || known.tags.join() !== run.tags.join()) refresh();
+    state.runs.set(run.id, run);
+    redraw ??= setTimeout(() => ((redraw = null), show()), REDRAW_MS);
+  }
+
+  /** A run that isn't listed is asked for, unless nothing would come of it. */
+  function hear(run) {
+    if (state.runs.has(run.id)) take(run);
+    else if (!others.has(run.id)) others.add(run.id), refresh();
+  }
+
   const clock = setInterval(() => rows.forEach((row) => row.tick()), 5000);
   const poll = setInterval(() => refresh(0), 20_000);
-  app.onLeave(() => [clearInterval(clock), clearInterval(poll), clearTimeout(pending), rows.forEach((row) => row.close())]);
+  app.onLeave(() => [clearInterval(clock), clearInterval(poll), clearTimeout(pending), clearTimeout(redraw), clearTimeout(typing), rows.forEach((row) => row.close())]);
   await load().catch((error) => {
     failed = true;
     put(note, failure(error, () => refresh(0)));
   });
-  app.stream(null, { run: () => refresh(), removed: () => refresh(0), reset: () => refresh(0), state: (name) => name === "live" && failed && refresh(0) });
-}
-
-class Row {
-  constructor(id, state, chosen) {
-    const href = `#/run/${encodeURIComponent(id)}`;
-    const box = h("input", {
-      type: "checkbox",
-      ariaLabel: `Compare ${id}`,
-      checked: state.chosen.has(id),
-      onchange: () => (state.chosen[box.checked ? "add" : "delete"](id), chosen()),
-    });
-    const cell = (name, kind = "td") => (this[name] = h(kind, { dataset: { cell: name } }));
-    this.id = id;
-    this.about = h("span.note.clip");
-    this.bar = h("i");
-    this.figures = h("span");
-    this.element = h(
-      "tr.link",
-      { dataset: { run: id }, onclick: (event) => !event.target.closest("a, input, button") && (location.hash = href) },
-      h("td.choose", null, box),
-      h("td.name", { dataset: { cell: "name" } }, h("a.clip", { href, title: id }, id), this.about),
-      cell("status"),
-      h("td", { dataset: { cell: "progress" } }, h("div.iterations", null, this.figures, h("div.progress", null, this.bar))),
-      cell("reward", "td.num"),
-      cell("solved", "td.num"),
-      cell("trend"),
-      cell("speed", "td.num"),
-      cell("age", "td.num"),
-    );
-    this.spark = new Sparkline(this.trend, () => this.values());
-  }
-
-  async values() {
-    if (this.run.status === "unreadable") return [];
-    const { series } = await get(at`runs/${this.id}/metrics`, { name: ["reward/mean", "loss"], points: 60 });
-    const found = series["reward/mean"]?.iteration.length ? series["reward/mean"] : series.loss;
-    return found ? found.iteration.map((iteration, index) => [iteration, number(found.value[index])]) : [];
-  }
-
-  update(run) {
-    const moved = !this.run || this.run.iteration !== run.iteration;
-    this.run = run;
-    if (this.status.firstChild?.dataset?.status !== run.status) put(this.status, pill(run.status));
-    this.status.title = run.unreadable ?? (run.lost_rows ? `${run.lost_rows} rows were lost` : "");
-    this.element.dataset.status = run.status;
-    setText(this.about, run.unreadable ?? [run.task, run.method].filter(Boolean).join(" · "));
-    setText(this.figures, run.total_iterations ? `${count(run.iteration)} / ${count(run.total_iterations)}` : "–");
-    this.bar.style.width = `${run.total_iterations ? Math.min(100, (100 * run.iteration) / run.total_iterations) : 0}%`;
-    setText(this.reward, figure(run.reward));
-    setText(this.solved, percent(run.solve_rate));
-    setText(this.speed, figure(run.tokens_per_s, 3));
-    this.tick();
-    if (moved) this.spark.refresh();
-  }
-
-  tick() {
-    if (!this.run) return;
-    setText(this.age, ago(this.run.created));
-    this.age.title = this.run.ended ? `ran for ${duration(this.run.ended - this.run.created)}` : `last wrote ${ago(this.run.heartbeat)}`;
-  }
-
-  close() {
-    this.spark.close();
-  }
+  app.stream(null, { run: (run) => hear(run), removed: () => refresh(0), reset: () => refresh(0), state: (name) => name === "live" && failed && refresh(0) });
 }
 
 /** Missing values last, whichever way. */

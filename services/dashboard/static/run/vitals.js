@@ -105,7 +105,7 @@ function health(run, seen) {
   if (run.status === "unreadable") return { name, text: "◆ unreadable", note: "the store", tone: "bad" };
   const broken = Object.entries(run.latest ?? {}).find(([, entry]) => typeof entry.value !== "number");
   if (!seen) return { name, text: "…", note: "looking" };
-  const { errors, warnings } = seen;
+  const [errors, warnings] = [seen.errors, seen.warnings].map((items) => items.filter(({ id }) => id > (run.acknowledged ?? 0)));
   const restarts = seen.workers.reduce((sum, worker) => sum + worker.restarts, 0);
   if (errors.length) return { name, text: `◆ ${many(errors, "error")}`, note: `${errors[0].kind}, ${ago(errors[0].time)}`, tone: "bad", href: events("error") };
   if (GONE.includes(run.status)) return { name, text: `◆ ${run.status}`, note: "see the events", tone: "bad", href: events("") };

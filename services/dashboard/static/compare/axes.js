@@ -1,0 +1,37 @@
+// What runs can be drawn along: iterations, seconds of training, completions, or forward-equivalents. A basis maps a
+// run's iterations to such an x, by what the run reported of each iteration.
+
+import { between } from "../statistics.js";
+
+export const AXES = [
+  { id: "iteration", title: "Iterations", along: "iteration" },
+  { id: "seconds", title: "Seconds", along: "second", metric: "time/iteration_s", hint: "Seconds of training: the sum of time/iteration_s" },
+  { id: "completions", title: "Completions", along: "completion", hint: "Completions drawn for training" },
+  { id: "forwards", title: "Forward-equivalents", along: "forward-equivalent", hint: "What training cost, whatever the method, as learner.compare counted it" },
+];
+
+export const TIME = "time/iteration_s";
+
+/** What `run` has of this axis: f(iteration), or null. `steps`: the series of time/iteration_s, where it is wanted. */
+export function basis(axis, { run, config }, steps) {
+  if (axis === "iteration") return (iteration) => iteration;
+  if (axis === "forwards") return run.forward_equivalents ? (iteration) => iteration * run.forward_equivalents : null;
+  if (axis === "completions") {
+    const each = config["rollout.prompts_per_iteration"] * config["rollout.group_size"];
+    return Number.isFinite(each) ? (iteration) => iteration * each : null;
+  }
+  if (!steps?.x.length) return null;
+  const points = [[0, 0]];
+  steps.x.forEach((x, index) => {
+    const [before, sum] = points.at(-1);
+    if (x > before) points.push([x, sum + (x - before) * (steps.y[index] ?? 0)]);
+  });
+  const [end, total] = points.at(-1);
+  return (iteration) => (iteration <= end ? between(points, Math.max(0, iteration)) : total + ((iteration - end) * total) / Math.max(1, end));
+}
+
+/** A series along another axis; the same one along iterations. */
+export function along(data, map, axis) {
+  if (axis === "iteration" || !map) return data;
+  return { ...data, x: data.x.map(map), bad: data.bad.map(([x, kind]) => [map(x), kind]) };
+}
