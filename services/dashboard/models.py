@@ -310,6 +310,8 @@ class Sample(Model):
     time: float
     problem_id: str
     prompt: str
+    question: str
+    """What the prompt asks, without the template around it."""
     completion: str
     correct: bool
     reward: Number | None

@@ -18,18 +18,22 @@ from services.dashboard.models import Number, number
 from services.dashboard.playback_models import (
     Branch,
     Cells,
+    Frame,
     OrderMap,
     Playback,
     SampleReference,
     ScoredToken,
     ScoredView,
 )
+from services.dashboard.shown import Owners, frame_layout, largest, layout_of, mark_of, question, scales, text_of
 from services.store.schema import MAX_BLOB_BYTES
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_POSITIONS = 2**16
 MAX_STEPS = 2**15
 MAX_SCORED = 2**18
+LONGEST_FRAME = 400
+"""Characters of a frame's completion."""
 
 
 class UnreadableSample(Exception):
@@ -59,8 +63,15 @@ def playback(row: Mapping[str, Any]) -> Playback:
     )
     about: dict[str, Any] = {name: row[name] for name in ("id", "run_id", "iteration", "group_id", "row", "correct")}
     about |= {name: _text(row[name]) for name in ("kind", "problem_id", "prompt", "completion")}
+    layout = layout_of(data, about["completion"], Owners(cells, about["completion"]))
+    cells.mark = mark_of(layout, len(cells.step))
     return Playback(
         **about,
+        question=question(row),
+        expected=text_of(data.get("expected")),
+        layout=layout,
+        largest=largest(data),
+        scales=scales(data),
         time=_float(row["time"]),
         reward=None if row["reward"] is None else _float(row["reward"]),
         rewards={_text(str(name)): _float(value) for name, value in rewards.items()},
@@ -105,6 +116,14 @@ def reference(row: Mapping[str, Any]) -> SampleReference:
         problem_id=_text(row["problem_id"]),
         reward=None if row["reward"] is None else _float(row["reward"]),
     )
+
+
+def frame(row: Mapping[str, Any]) -> Frame:
+    """A row of ``samples`` as a frame of the film of its problem."""
+    data = row["data"] if isinstance(row["data"], dict) else {}
+    completion = _text(row["completion"])
+    layout = frame_layout(data, completion)
+    return Frame(**reference(row).model_dump(), completion=completion[:LONGEST_FRAME], layout=layout)
 
 
 def _read(data: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """What the playback routes answer with: a completion as columns of its positions, and the order of a whole batch."""
 
-from typing import Any
+from typing import Any, Literal
 
+from rewards.layout import Mark
 from services.dashboard.models import Model, Number
 
 
@@ -28,6 +29,40 @@ class Cells(Model):
     """exp(logp)."""
     entropy: list[Number | None]
     """Entropy of that law in nats."""
+    mark: list[Mark | None] = []
+    """What the task says of the part of the answer that the position belongs to: a clue kept, right, wrong."""
+
+
+class LayoutCell(Model):
+    """A part of an answer as the task shows it."""
+
+    text: str
+    """Shown until the cell is written, or always."""
+    written: str | None
+    """What the completion has there; null in a cell that shows nothing of it."""
+    mark: Mark | None
+    """What the cell is worth."""
+    positions: list[int] = []
+    """Completion positions that ``written`` comes from; empty where that isn't known, and in a frame."""
+
+
+class Layout(Model):
+    """An answer as the task shows it: a grid of so many columns, a line, or code."""
+
+    kind: Literal["grid", "line", "code"]
+    columns: int
+    cells: list[LayoutCell]
+
+
+class Scales(Model):
+    """The largest values in a whole batch, by which all of its completions are drawn."""
+
+    entropy: Number
+    """Mean of a step, in nats."""
+    weight: Number
+    """Absolute, of a scored view."""
+    log_ratio: Number
+    """Absolute, of a scored view that the rollout went through."""
 
 
 class ScoredToken(Model):
@@ -88,6 +123,15 @@ class SampleReference(Model):
     reward: Number | None
 
 
+class Frame(SampleReference):
+    """The same problem at another time of training."""
+
+    completion: str
+    """Its first 400 characters."""
+    layout: Layout | None
+    """As the task shows the answer."""
+
+
 class Playback(Model):
     """One sampled completion, ready to be played back."""
 
@@ -101,11 +145,22 @@ class Playback(Model):
     problem_id: str
     time: Number
     prompt: str
+    """As the model got it."""
+    question: str
+    """What the prompt asks, without the template around it."""
+    expected: str | None
+    """A right answer; null where the task has none, and in samples of older versions."""
+    layout: Layout | None
+    """The answer as the task shows it; null: as text."""
     completion: str
     correct: bool
     reward: Number | None
     rewards: dict[str, Number]
     """By component."""
+    largest: dict[str, Number]
+    """The largest absolute value of a component, where there is one."""
+    scales: Scales | None
+    """Null in samples of older versions."""
     advantage: Number | None
     """Within its group; null where nothing was learnt from it."""
     steps: int
@@ -126,10 +181,20 @@ class Playback(Model):
     """What this sample lacks, in sentences."""
     siblings: list[SampleReference] = []
     """The kept completions of the same group, this one included, by row."""
-    counterparts: list[SampleReference] = []
-    """Greedy completions of the same problem, this one included: the base's, then trained ones by iteration."""
+    counterparts: list[Frame] = []
+    """The same problem through training, this one included, by iteration: of an evaluation greedy completions, the
+    base's first; of a training sample the completions of the same row whenever the problem came."""
     has_order_map: bool = False
     """Whether an order map of its iteration was kept."""
+
+
+class SampleIterations(Model):
+    """How many samples each iteration kept, by iteration and kind."""
+
+    run_id: str
+    iteration: list[int]
+    kind: list[str]
+    samples: list[int]
 
 
 class OrderMap(Model):

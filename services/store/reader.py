@@ -155,11 +155,12 @@ class Reader:
         kind: str | None = None,
         iteration: int | None = None,
         correct: bool | None = None,
+        text: str | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page:
-        """Sampled completions, the newest iteration first, without their trajectories. Raises ``ValueError`` for a
-        cursor that is none."""
+        """Sampled completions, the newest iteration first, without their trajectories; with ``text`` those that have it
+        in their problem's id, prompt or completion, in any case. Raises ``ValueError`` for a cursor that is none."""
         table = samples.c
         query = sa.select(*_WITHOUT_TRAJECTORY).where(table.run_id == plain(run_id))
         if kind is not None:
@@ -168,6 +169,9 @@ class Reader:
             query = query.where(table.iteration == _int64(iteration))
         if correct is not None:
             query = query.where(table.correct == correct)
+        if text is not None:
+            places = (table.problem_id, table.prompt, table.completion)
+            query = query.where(sa.or_(*(place.icontains(plain(text), autoescape=True) for place in places)))
         if cursor is not None:
             seen, id_ = read_cursor(cursor, int, int)
             query = query.where((table.iteration < seen) | ((table.iteration == seen) & (table.id > id_)))

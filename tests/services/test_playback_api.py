@@ -250,7 +250,21 @@ def test_a_sample_comes_with_its_group(service: Dashboard) -> None:
     assert [sample.id for sample in found.siblings] == [sample["id"] for sample in listed]
     assert found.updates == 2 and {step.update for step in found.scored} == {0, 1}
     assert sum(step.count for step in found.scored if step.update == 0) == 4
-    assert found.counterparts == [], "training problems aren't held out"
+    assert [frame.id for frame in found.counterparts] == [found.id], "this problem came once"
+
+
+@pytest.mark.slow
+def test_samples_are_found_by_what_they_say_and_by_iteration(service: Dashboard) -> None:
+    found = samples(service, q="4321123434122143")
+    assert found and all("4321123434122143" in sample["completion"] for sample in found)
+    assert len(found) < len(samples(service)) == len(samples(service, q="puzzle"))
+    assert [sample["problem_id"] for sample in samples(service, q="MADE-UP-1", kind="base")] == ["made-up-1"]
+    assert samples(service, q="%") == [], "a sign is itself"
+    assert {sample["question"] for sample in samples(service)} == {"Puzzle: 0321003004002100"}
+    kept = service.api("runs/sudoku-a/sample-iterations")
+    assert list(zip(kept["iteration"], kept["kind"], kept["samples"], strict=True)) == [
+        *((0, "base", 2), (1, "train", 8), (2, "train", 8), (3, "train", 8), (3, "trained", 2))
+    ]
 
 
 @pytest.mark.slow
@@ -260,6 +274,10 @@ def test_base_and_trained_are_counterparts(service: Dashboard) -> None:
     found = Playback(**service.api(f"runs/sudoku-a/samples/{base[0]['id']}"))
     assert [(other.kind, other.iteration) for other in found.counterparts] == [("base", 0), ("trained", 3)]
     assert {other.problem_id for other in found.counterparts} == {found.problem_id}
+    assert [frame.completion for frame in found.counterparts] == [
+        sample["completion"] for sample in (base[0], samples(service, kind="trained")[0])
+    ]
+    assert all(frame.layout is not None and len(frame.layout.cells) == 16 for frame in found.counterparts)
     assert found.scored == [] and found.advantage is None
 
 

@@ -10,6 +10,7 @@ from services.dashboard.checkpoints import checkpoints_of
 from services.dashboard.models import Checkpoints, Event, EventKind, EventKinds, Page, Sample, Worker, Workers
 from services.dashboard.problems import ProblemError, documented
 from services.dashboard.routes.series import Iteration
+from services.dashboard.shown import question
 from services.dashboard.starts import Starts, starts_of
 from services.dashboard.tables import Table
 from services.store import schema
@@ -79,12 +80,14 @@ def list_samples(
     iteration: Annotated[Iteration, Query(description="Only of this iteration")] = None,
     kind: Annotated[Word, Query(description="Only this kind: train, base, trained, ...")] = None,
     correct: Annotated[bool | None, Query(description="Only right ones, or only wrong ones")] = None,
+    q: Annotated[Word, Query(description="Only those with this in the problem's id, the prompt or the text")] = None,
     limit: Limit = 100,
     cursor: Annotated[str | None, Query(max_length=200, description="next_cursor of the page before")] = None,
 ) -> Page[Sample]:
     """Newest iteration first, without their trajectories."""
     try:
-        found = run.reader.samples(run.id, iteration=iteration, kind=kind, correct=correct, limit=limit, cursor=cursor)
+        which = {"iteration": iteration, "kind": kind, "correct": correct, "text": q or None}
+        found = run.reader.samples(run.id, **which, limit=limit, cursor=cursor)
     except ValueError as error:
         raise ProblemError(422, str(error)) from None
-    return Page(items=[Sample(**row) for row in found.rows], next_cursor=found.next)
+    return Page(items=[Sample(**row, question=question(row)) for row in found.rows], next_cursor=found.next)

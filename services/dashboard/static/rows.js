@@ -7,7 +7,7 @@
 export function cursorKeys(app, body, { open, extra = {} }) {
   let current = null;
 
-  const rows = () => [...body.children].filter((row) => !row.hidden);
+  const rows = () => [...body.children].filter((row) => !row.hidden && !row.querySelector("th[scope=colgroup]"));
   const go = (step) => {
     const all = rows();
     if (!all.length) return;

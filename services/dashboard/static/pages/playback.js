@@ -1,30 +1,39 @@
 // Playback: scrub through the denoising steps of a sampled completion, alone or beside another one.
 
-import { at, get } from "../api.js";
+import { at, get, url } from "../api.js";
 import { empty, figure, h, loading, put, setText } from "../dom.js";
-import { StepAxis, viewTable } from "../playback/axis.js";
-import { Cells, describe, isRevealed } from "../playback/cells.js";
+import { StepAxis, scalesOf, viewTable, whyNone } from "../playback/axis.js";
+import { Cells, describe } from "../playback/cells.js";
 import { MODES, legend, scale } from "../playback/colours.js";
+import { film } from "../playback/film.js";
+import { Finder } from "../playback/finder.js";
+import { expectedAnswer, layoutOf } from "../playback/layout.js";
 import { OrderMap, fifthBars, mapLegend } from "../playback/ordermap.js";
-import { besideChoice, branches, nameOf, provenance, rewards, sampleChoice, siblings, verdict } from "../playback/panels.js";
+import { besideChoice, branches, provenance, rewards, siblings } from "../playback/panels.js";
+import { isRevealed, nameOf, sentence, verdict } from "../playback/words.js";
 
 const SPEEDS = [0.25, 0.5, 1, 2, 4];
 const WHOLE_MS = 8000; // playing from the first step to the last, at speed 1
-const PAUSE_MS = [40, 700]; // least and most between two steps
+const PAUSE_MS = [40, 900]; // least and most between two steps
 const REST_MS = 2500; // how long a finished text stands before the run's next one is played
+const LONG_QUESTION = 700; // characters from which on a question is folded
 
 export async function render(root, params, app) {
   app.title([["Runs", "#/runs"], [params.id, `#/run/${encodeURIComponent(params.id)}`], ["Playback", null]]);
   put(root, loading("the completion"));
-  const samples = (await get(at`runs/${params.id}/samples`, { limit: 300 })).items;
   if (!params.sample) {
-    const newest = samples.find((sample) => sample.kind === "train") ?? samples[0];
+    const kind = params.query.get("kind") ?? "train";
+    const newest = (await get(at`runs/${params.id}/samples`, { kind, limit: 1 })).items[0] ?? (await get(at`runs/${params.id}/samples`, { limit: 1 })).items[0];
     if (newest) location.replace(link(params.id, newest.id, { follow: params.query.get("follow") }));
     else put(root, empty("No completion yet", "A run keeps some of each iteration (samples_per_iteration) and of each evaluation; the first appear with them."));
     return undefined;
   }
   const beside = params.query.get("beside");
-  const play = await get(at`runs/${params.id}/samples/${params.sample}`);
+  const [play, index, { config }] = await Promise.all([
+    get(at`runs/${params.id}/samples/${params.sample}`),
+    get(at`runs/${params.id}/sample-iterations`),
+    get(at`runs/${params.id}/config`),
+  ]);
   const plays = [play];
   let besideError = null;
   if (beside) {
@@ -36,7 +45,7 @@ export async function render(root, params, app) {
   }
   const map = await orderMap(params.id, play);
   if (!app.alive()) return undefined;
-  const page = new Page(root, params, app, { samples, plays, map, besideError });
+  const page = new Page(root, params, app, { index, config, plays, map, besideError });
   return () => page.close();
 }
 
@@ -50,9 +59,10 @@ function link(runId, sample, query) {
 }
 
 class Page {
-  constructor(root, params, app, { samples, plays, map, besideError }) {
+  constructor(root, params, app, { index, config, plays, map, besideError }) {
     this.runId = params.id;
     this.app = app;
+    this.config = config;
     this.plays = plays;
     this.play = plays[0];
     this.steps = Math.max(...plays.map((play) => play.steps));
@@ -63,18 +73,26 @@ class Page {
     this.timer = null;
     this.newest = null; // the first sample of the newest iteration, once the run has told of one
     const asked = params.query.get("step");
-    this.done = asked === null ? this.steps : Math.min(this.steps, Math.max(0, Number(asked) || 0));
-    this.panels = plays.map((play) => new Cells(play, `${nameOf(play)}, the completion by position`, (position) => this.select(position)));
-    this.axis = new StepAxis(this.play, (done) => this.seek(done));
-    this.map = new OrderMap(map, plays, { onPick: (position, step) => (this.select(position), this.seek(step + 1)) });
-    this.#build(root, samples, map, besideError);
+    this.chosen = asked !== null; // whether somebody chose the step in view, which the address then says
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    this.done = asked !== null ? Math.min(this.steps, Math.max(0, Number(asked) || 0)) : still ? this.steps : 0;
+    const select = (position) => this.select(position);
+    this.panels = plays.map((play) => new Cells(play, `${nameOf(play)}, the completion by position`, select));
+    this.answers = plays.map((play) => layoutOf(play, select));
+    const scales = scalesOf(plays);
+    this.axes = plays.map((play) => new StepAxis(play, this.steps, scales, (done) => this.go(done)));
+    this.map = new OrderMap(map, plays, { onPick: (position, step) => (this.select(position), this.go(step + 1)) });
+    this.finder = new Finder(this.runId, this.play, index, (id) => this.#open(id, null));
+    this.#build(root, map, besideError);
     this.#keys();
+    this.app.search(this.finder.search);
     this.app.onTheme(() => this.map.draw());
     this.colour(this.mode);
     this.chooseUpdate(this.update);
     this.select(null);
     this.seek(this.done);
     this.follow(params.query.get("follow") === "1");
+    if (asked === null && !still && !this.timer) this.toggle();
   }
 
   /** Keep playing the newest completion of the run, for a screen that nobody touches. */
@@ -102,33 +120,50 @@ class Page {
 
   close() {
     clearTimeout(this.resting);
-    this.pause();
-    this.axis.close();
+    this.#stop();
+    for (const axis of this.axes) axis.close();
     this.map.close();
   }
 
   /** The state after this many steps. */
   seek(done) {
     this.done = Math.min(this.steps, Math.max(0, done));
-    for (const panel of this.panels) panel.show(Math.min(this.done, panel.play.steps));
+    this.plays.forEach((play, index) => {
+      const own = Math.min(this.done, play.steps);
+      this.panels[index].show(own);
+      this.answers[index]?.show(own);
+      this.axes[index].show(own);
+    });
     this.slider.value = String(this.done);
     this.slider.setAttribute("aria-valuetext", `after ${this.done} of ${this.steps} steps`);
-    this.axis.show(Math.min(this.done, this.play.steps));
     this.map.show(this.done);
-    const masked = this.play.cells.step.filter((_, position) => !isRevealed(this.play, position, this.done)).length;
     setText(this.counter, `${this.done} / ${this.steps}`);
-    setText(this.left, masked ? `${masked} masked` : "complete");
-    this.#remember();
+    setText(this.caption, this.plays.length > 1 ? this.#both() : sentence(this.play, this.done));
+    if (this.chosen) this.#remember();
+  }
+
+  #both() {
+    const left = this.plays.map((play) => play.cells.step.filter((_, position) => !isRevealed(play, position, Math.min(this.done, play.steps))).length);
+    return `Step ${this.done} of ${this.steps}: still masked are ${this.plays.map((play, index) => `${left[index]} (${nameOf(play)})`).join(" and ")}.`;
+  }
+
+  /** To a step that somebody chose. */
+  go(done) {
+    this.#stop();
+    this.chosen = true;
+    this.seek(done);
   }
 
   toggle() {
-    if (this.timer) return this.pause();
+    if (this.timer) return this.go(this.done);
+    this.chosen = false;
     if (this.done >= this.steps) this.seek(0);
+    this.#remember();
     this.#tick();
     return this.#showPlaying();
   }
 
-  pause() {
+  #stop() {
     clearTimeout(this.timer);
     this.timer = null;
     this.#showPlaying();
@@ -140,7 +175,7 @@ class Page {
     this.timer = setTimeout(() => {
       this.seek(this.done + 1);
       if (this.done < this.steps) return this.#tick();
-      this.pause();
+      this.#stop();
       if (this.following) this.#next();
       return undefined;
     }, wait);
@@ -158,8 +193,10 @@ class Page {
     this.position = position === null ? null : Math.min(last, Math.max(0, position));
     this.panels.forEach((panel, index) => {
       panel.select(this.position);
+      this.answers[index]?.select(this.position);
       describe(this.facts[index], panel.play, this.position);
     });
+    this.factsCard.hidden = this.position === null;
     this.map.select(this.position);
   }
 
@@ -174,13 +211,24 @@ class Page {
 
   chooseUpdate(update) {
     this.update = update;
-    this.axis.choose(update);
-    for (const panel of this.panels) {
-      const scored = panel.play.scored.filter((step) => step.update === update);
-      panel.scored(new Set(scored.flatMap((step) => step.tokens.map((token) => token.position))));
-    }
-    put(this.table, viewTable(this.play, update));
+    for (const axis of this.axes) axis.choose(update);
+    this.#underline();
+    const view = (play) => (index) => this.#underline(play, index);
+    this.tables.forEach((host, index) => {
+      const play = this.plays[index];
+      const scored = play.scored.some((each) => each.update === update);
+      put(host, scored ? viewTable(play, update, view(play)) : h("p.note", null, play.kind === "train" ? whyNone(play) : "Evaluations aren't learnt from."));
+    });
     for (const button of this.updates?.children ?? []) button.setAttribute("aria-pressed", String(Number(button.dataset.update) === update));
+  }
+
+  /** Underline what the update scored: all of it, or of one document one view alone. */
+  #underline(only = null, index = null) {
+    for (const panel of this.panels) {
+      const scored = panel.play.scored.filter((each) => each.update === this.update);
+      const views = panel.play === only && index !== null ? [scored[index]] : scored;
+      panel.scored(new Set(views.flatMap((each) => each.tokens.map((token) => token.position))));
+    }
   }
 
   changeSpeed(by) {
@@ -198,7 +246,7 @@ class Page {
 
   #query() {
     return {
-      step: this.done === this.steps ? null : this.done,
+      step: this.chosen ? this.done : null,
       colour: this.mode === "confidence" ? null : this.mode,
       speed: this.speed === 1 ? null : this.speed,
       follow: this.following ? 1 : null,
@@ -217,7 +265,7 @@ class Page {
   }
 
   #keys() {
-    const step = (by) => () => (this.pause(), this.seek(this.done + by));
+    const step = (by) => () => this.go(this.done + by);
     const far = Math.max(1, Math.round(this.steps / 10));
     this.app.keys({
       " ": [() => this.toggle(), "play or pause"],
@@ -243,8 +291,9 @@ class Page {
     this.colour(names[(names.indexOf(this.mode) + 1) % names.length]);
   }
 
-  #build(root, samples, map, besideError) {
+  #build(root, map, besideError) {
     const { play } = this;
+    const several = this.plays.length > 1;
     this.button = h("button.button.primary.play-button", { type: "button", onclick: () => this.toggle() });
     this.slider = h("input", {
       type: "range",
@@ -252,11 +301,11 @@ class Page {
       max: String(this.steps),
       step: "1",
       ariaLabel: "Denoising step",
-      oninput: () => (this.pause(), this.seek(Number(this.slider.value))),
+      oninput: () => this.go(Number(this.slider.value)),
       onkeydown: (event) => event.key === " " && (event.preventDefault(), this.toggle()),
     });
     this.counter = h("output.play-counter");
-    this.left = h("span.note");
+    this.caption = h("p.play-caption");
     this.speeds = h(
       "select",
       { ariaLabel: "Speed", onchange: () => ((this.speed = Number(this.speeds.value)), this.#remember()) },
@@ -270,55 +319,108 @@ class Page {
     );
     this.legend = h("div");
     this.facts = this.plays.map(() => h("div"));
-    this.table = h("div");
+    this.factsCard = card("Position", [this.#each((_, index) => this.facts[index])]);
+    this.tables = this.plays.map(() => h("div"));
     const bars = h("div");
-    fifthBars(bars, map);
+    fifthBars(bars, map, play);
     const open = (id) => link(this.runId, id, { ...this.#query(), beside: this.plays[1]?.id ?? null });
+    const frames = film(play, (id) => link(this.runId, id, { ...this.#query(), beside: null }));
+    const learnt = this.plays.some((each) => each.kind === "train");
     put(
       root,
       h(
         "div.head.play-head",
         null,
         h("div", null, h("h1", null, play.kind === "train" ? `Iteration ${play.iteration}, ${nameOf(play)}` : nameOf(play)), h("p.note", null, play.problem_id)),
-        h("div.row", null, sampleChoice(samples, play, (id) => this.#open(id, null)), besideChoice(play, this.plays[1]?.id ?? null, (id) => this.#open(play.id, id))),
+        h(
+          "div.row",
+          null,
+          besideChoice(play, this.plays[1]?.id ?? null, (id) => this.#open(play.id, id)),
+          h("button.button", { type: "button", title: "Copy the address of what is seen, at this step", onclick: () => this.#copy() }, "Copy link"),
+          h("a.button", { href: this.#animation(), download: "", title: "An animated SVG for slides and pages, without any script; see the API for its parameters" }, "Save as SVG"),
+        ),
       ),
-      siblings(play, open),
+      h("section.card.play-places", { ariaLabel: "Samples of this run" }, this.finder.element, siblings(play, open), frames && [h("h2.play-film-name", null, "The same problem through training"), frames]),
       besideError && h("div.banner", { role: "alert" }, `The sample to compare with can't be shown: ${besideError.detail}`),
       play.notes.map((note) => h("div.banner", null, note)),
       h(
         "section.card.play-transport",
         { ariaLabel: "Playback" },
-        h("div.play-controls", null, this.button, this.counter, this.left, h("span.play-space"), this.modes, this.legend, this.speeds, this.followButton),
-        h("div.play-track", null, this.slider, this.axis.element),
-        this.#updateChoice(),
+        h("div.play-controls", null, this.button, this.counter, this.slider, this.speeds, this.followButton),
+        this.caption,
       ),
       h(
-        "div.play-columns",
+        "div.play-hero",
         { dataset: { plays: this.plays.length } },
-        h(
-          "div.play-main",
-          null,
-          h("div.play-texts", null, this.panels.map((panel) => this.#panel(panel))),
-          h("p.note.play-key", null, h("i.new", { ariaHidden: "true" }), "revealed by this step", this.plays.some((each) => each.scored.length) && [h("i.scored", { ariaHidden: "true" }), "scored by the update"], h("span.mono", null, "∎"), "special token"),
-          card("Reward", [rewards(this.plays)]),
-        ),
-        h(
-          "div.play-side",
-          null,
-          card("Position", [this.#each((_, index) => this.facts[index])]),
-          card("Order of writing", [this.map.element, this.#ways(map), bars], map ? `${map.completions} completions of the batch` : "no map of a batch"),
-        ),
+        this.#question(),
+        this.plays.map((each, index) => this.#panel(each, index)),
+      ),
+      h(
+        "div.play-key",
+        null,
+        h("span", null, h("i.masked", { ariaHidden: "true" }), "masked"),
+        h("span", null, h("i.new", { ariaHidden: "true" }), "written by this step"),
+        this.plays.some((each) => each.scored.length) && h("span", null, h("i.scored", { ariaHidden: "true" }), "scored by the update"),
+        this.plays.some((each) => each.layout) && ["clue", "right", "wrong"].map((mark) => this.#marked(mark) && h("span", null, h(`i.marked`, { ariaHidden: "true", dataset: { mark } }), mark)),
+        h("span", null, h("b.mono", null, "∎"), "special token"),
+        h("span.play-space"),
+        this.modes,
+        this.legend,
       ),
       h(
         "div.play-more",
         { dataset: { plays: this.plays.length } },
-        card("What the update scored", [this.table]),
+        card("Step by step", [this.#updateChoice(), this.#each((_, index) => this.axes[index].element)], "click a step to go there"),
+        card("Reward", [rewards(this.plays)]),
+        learnt && card("What the update scored", [this.#phase(), this.#each((_, index) => this.tables[index])]),
         this.plays.some((each) => each.branches.length) && card("Branches", [this.#each(branches)], "states before these steps, filled at once"),
-        card("Where it comes from", [this.#each(provenance)]),
-        card("Prompt", [h("pre.play-prompt", { tabIndex: 0, ariaLabel: "Prompt" }, play.prompt)]),
+        this.factsCard,
+        card("Order of writing", [this.map.element, this.#ways(map), bars], map ? `${map.completions} completions of the batch` : several ? "of these two completions" : "of this completion"),
+        card("Where it comes from", [this.#each(provenance), h("details.play-raw", null, h("summary", null, "The prompt as the model got it"), h("pre.play-prompt", { tabIndex: 0, ariaLabel: "Prompt" }, play.prompt))]),
       ),
     );
-    this.pause();
+    this.#showPlaying();
+  }
+
+  #question() {
+    const { question, expected } = this.play;
+    const text = h("div.play-ask", null, question);
+    const long = question.length > LONG_QUESTION;
+    return h(
+      "section.card.play-question",
+      { ariaLabel: "Question" },
+      h("h2", null, "Question"),
+      long ? h("details", { open: true }, h("summary", null, `${question.length} characters`), text) : text,
+      expected !== null && [h("h2", null, "Expected answer"), expectedAnswer(this.play)],
+    );
+  }
+
+  #marked(mark) {
+    return this.plays.some((play) => play.layout?.cells.some((cell) => cell.mark === mark));
+  }
+
+  /** What phases a method learns in: then the policy that wrote is not the one that is trained. */
+  #phase() {
+    const length = this.config?.objective?.phase_iterations;
+    if (!Number.isInteger(length) || length < 1 || this.play.kind !== "train") return null;
+    const begin = Math.floor((this.play.iteration - 1) / length) * length;
+    return h("p.note", null, `Written by the teacher of this phase: the policy as it was ${begin ? `after iteration ${begin}` : "at the start"}. Phases have ${length} iterations.`);
+  }
+
+  #animation() {
+    const dark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
+    return url(at`runs/${this.runId}/samples/${this.play.id}/animation`, { beside: this.plays[1]?.id ?? null, theme: dark ? "dark" : "light" }).href;
+  }
+
+  async #copy() {
+    const address = new URL(link(this.runId, this.play.id, { ...this.#query(), step: this.done, beside: this.plays[1]?.id ?? null }), location.href);
+    try {
+      await navigator.clipboard.writeText(address.href);
+      this.app.toast("Copied: the link opens this step.");
+    } catch {
+      this.go(this.done); // no clipboard here: the address line has it
+      this.app.toast("The address of this page is the link.");
+    }
   }
 
   #updateChoice() {
@@ -329,13 +431,12 @@ class Page {
     return h("div.play-updates", null, this.updates);
   }
 
-  #panel(panel) {
-    const { play } = panel;
+  #panel(play, index) {
     return h(
       "section.card.play-text",
       { ariaLabel: nameOf(play) },
       h("header", null, h("h2", null, nameOf(play)), verdict(play.correct), h("span.note", null, `reward ${figure(play.reward)}`)),
-      h("div.body", null, panel.element),
+      h("div.body", null, this.answers[index]?.element, this.panels[index].element),
     );
   }
 
@@ -350,7 +451,7 @@ class Page {
       "div.play-ways",
       null,
       this.plays.map((play, index) => h("span", { dataset: { way: index + 1 } }, h("i", { ariaHidden: "true" }), nameOf(play))),
-      map && mapLegend(map),
+      map && mapLegend(),
     );
   }
 }

@@ -2,9 +2,11 @@
 
 import { figure, h, put, setText } from "../dom.js";
 import { viewName } from "./axis.js";
+import { isRevealed, place } from "./words.js";
 
 const LONGEST = 60; // characters of a token
 const SHORT = 64; // positions of a completion that is shown larger
+const FOLDED = 3; // special tokens at the end from which on they are one cell
 const hex = (character) => `⟨${character.codePointAt(0).toString(16).toUpperCase().padStart(2, "0")}⟩`;
 
 /** A token's text as it can be seen: control, invisible and direction-changing characters by a sign or their code. */
@@ -20,12 +22,6 @@ export function visible(text) {
   return characters.length > LONGEST ? `${characters.slice(0, LONGEST).join("")}…` : shown;
 }
 
-/** Whether a position is there after this many steps. Fillers come with the last step taken. */
-export function isRevealed(play, position, done) {
-  const step = play.cells.step[position];
-  return play.cells.drawn[position] ? step < done : step <= done;
-}
-
 /** One completion. `onSelect(position)` is called when a cell is clicked. */
 export class Cells {
   constructor(play, label, onSelect) {
@@ -34,8 +30,11 @@ export class Cells {
     this.shown = -1;
     this.cells = [];
     const flow = [];
+    const { special, drawn } = play.cells;
+    this.ends = endsOf(play.cells);
     play.cells.text.forEach((text, position) => {
-      const shares = position > 0 && !play.cells.drawn[position] && !play.cells.drawn[position - 1];
+      const fills = position > 0 && !drawn[position] && !drawn[position - 1];
+      const shares = fills || (position > this.ends.first && position <= this.ends.last);
       this.cells.push(shares ? this.cells[position - 1] : this.#cell(text, position));
       if (!shares) flow.push(this.cells[position]);
       if (!shares && /\n/.test(text)) flow.push(h("br"));
@@ -50,9 +49,15 @@ export class Cells {
   }
 
   #cell(text, position) {
-    const { special, drawn } = this.play.cells;
+    const { special, drawn, mark } = this.play.cells;
     const sign = special[position] ? "∎" : visible(text);
-    if (drawn[position]) return h(`span.play-cell${special[position] ? ".special" : ""}`, { dataset: { position } }, sign);
+    const { first, last } = this.ends;
+    if (position === first) {
+      const wide = `∎ ${last - first + 1} of ${last - first + 1}`.length;
+      return h("span.play-cell.special.ends", { dataset: { position, last }, title: "the end of the text, again and again", style: { "--wide": `${wide}ch` } });
+    }
+    const worth = mark[position] ? { mark: mark[position] } : {};
+    if (drawn[position]) return h(`span.play-cell${special[position] ? ".special" : ""}`, { dataset: { position, ...worth } }, sign);
     const end = drawn.indexOf(true, position); // a run of fillers is one cell
     const run = (end < 0 ? drawn.length : end) - position;
     return h("span.play-cell.filler", { dataset: { position }, title: "filled after the text had ended" }, `${sign} ×${run}`);
@@ -60,8 +65,12 @@ export class Cells {
 
   /** Colour every revealed cell with what `colourOf(play, position)` says. */
   colour(colourOf) {
+    const { first, last } = this.ends;
+    const ends = [...this.cells.keys()].slice(first, last + 1).map((position) => colourOf(this.play, position)).filter(Boolean);
+    const foremost = ends.sort((one, other) => other.amount - one.amount)[0]; // in a cell of several the least sure shows
     this.cells.forEach((cell, position) => {
-      const colour = colourOf(this.play, position);
+      const inside = position >= first && position <= last;
+      const colour = inside ? foremost : colourOf(this.play, position);
       cell.style.setProperty("--cell", colour?.background ?? "transparent");
       cell.style.setProperty("--ink", colour?.ink ?? "var(--muted)");
     });
@@ -72,12 +81,26 @@ export class Cells {
     if (done === this.shown) return;
     this.shown = done;
     const { step, drawn } = this.play.cells;
+    const { first, last } = this.ends;
+    if (last > first) this.#showEnds(done);
     this.cells.forEach((cell, position) => {
+      if (position >= first && position <= last) return;
       const revealed = isRevealed(this.play, position, done);
       cell.classList.toggle("masked", !revealed);
       cell.classList.toggle("new", revealed && drawn[position] && step[position] === done - 1);
     });
     setText(this.reading, `After ${done} of ${this.play.steps} steps: ${this.text(done)}`);
+  }
+
+  #showEnds(done) {
+    const { first, last } = this.ends;
+    const cell = this.cells[first];
+    const all = [...this.play.cells.step.keys()].slice(first, last + 1);
+    const there = all.filter((position) => isRevealed(this.play, position, done)).length;
+    setText(cell, there === all.length ? `∎ ×${all.length}` : `∎ ${there} of ${all.length}`);
+    cell.classList.toggle("masked", !there);
+    cell.classList.toggle("part", there > 0 && there < all.length);
+    cell.classList.toggle("new", all.some((position) => this.play.cells.step[position] === done - 1));
   }
 
   /** The text after this many steps; runs of masks are counted. */
@@ -97,20 +120,29 @@ export class Cells {
 
   /** Underline the positions that an update scored. */
   scored(positions) {
-    this.cells.forEach((cell, position) => cell.classList.toggle("scored", positions.has(position)));
+    for (const cell of new Set(this.cells)) cell.classList.remove("scored");
+    for (const position of positions) this.cells[position]?.classList.add("scored");
   }
+}
+
+/** The special tokens at the end of the text that were drawn, when they are many: first and last position, else none. */
+function endsOf({ special, drawn }) {
+  const last = drawn.lastIndexOf(true);
+  let first = last + 1;
+  while (first > 0 && special[first - 1] && drawn[first - 1]) first -= 1;
+  return last - first + 1 >= FOLDED ? { first, last } : { first: Infinity, last: -1 };
 }
 
 /** What is known of one position. */
 export function describe(host, play, position) {
   if (position === null || position >= play.cells.text.length) {
-    put(host, h("p.note", null, "Choose a cell, or step through them with [ and ]."));
+    put(host);
     return;
   }
   const { cells } = play;
   const drawn = cells.drawn[position];
   const rows = [
-    ["Position", `${position} of ${cells.text.length}`],
+    ["Position", `${place(position)} of ${cells.text.length}${cells.mark[position] ? `, ${SAID[cells.mark[position]]}` : ""}`],
     ["Token", h("span.mono", null, `${JSON.stringify(cells.text[position])}  #${cells.token[position]}`)],
     ["Revealed at", drawn ? `step ${cells.step[position] + 1}, ${ordinal(cells.rank[position] + 1)} there` : "filled after the text had ended"],
   ];
@@ -131,5 +163,7 @@ export function describe(host, play, position) {
   }
   put(host, h("dl.play-facts", null, rows.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value)))));
 }
+
+const SAID = { clue: "a clue that was kept", right: "right", wrong: "wrong" };
 
 const ordinal = (n) => `${n}${n % 100 > 10 && n % 100 < 14 ? "th" : ({ 1: "st", 2: "nd", 3: "rd" }[n % 10] ?? "th")}`;

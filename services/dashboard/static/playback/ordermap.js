@@ -1,9 +1,11 @@
 // Position by step: where in the text a whole batch decides first, and the way that the completions shown took.
 
 import { figure, h, number, put } from "../dom.js";
-import { rgb, scaleBar } from "./colours.js";
+import { place } from "./words.js";
 
 const MARGIN = { left: 34, right: 6, top: 6, bottom: 26 };
+const NOISE = 3; // standard errors up to which a part of the text isn't called early or late; of five, by chance 1 in 75
+const SEEN = [1.5, 5]; // from how many standard deviations a cell has colour, and full colour
 
 /** `map` may be null (none was kept). `plays`: up to two documents, whose ways are drawn. */
 export class OrderMap {
@@ -17,7 +19,7 @@ export class OrderMap {
     this.canvas = h("canvas", { role: "img", ariaLabel: this.#summary() });
     this.probe = h("span", { hidden: true });
     this.element = h("div.play-map", null, this.canvas, this.probe);
-    this.heat = map ? heat(map) : null;
+    this.block = plays[0].sampler.block_length;
     this.canvas.addEventListener("click", (event) => {
       const at = this.#at(event);
       if (at) onPick(at.position, at.step);
@@ -65,7 +67,8 @@ export class OrderMap {
     const inner = { x: MARGIN.left, y: MARGIN.top, w: width - MARGIN.left - MARGIN.right, h: height - MARGIN.top - MARGIN.bottom };
     paint.fillStyle = colour("--map-empty");
     paint.fillRect(inner.x, inner.y, inner.w, inner.h);
-    if (this.heat) {
+    if (this.map) {
+      this.heat = heat(this.map, this.block, [colour("--map-rare"), colour("--map-often")]);
       paint.imageSmoothingEnabled = false;
       const across = Math.min(this.heat.width, this.positions / this.map.positions_per_bin);
       const down = Math.min(this.heat.height, this.steps / this.map.steps_per_bin);
@@ -129,16 +132,16 @@ export class OrderMap {
     paint.restore();
     paint.textBaseline = "bottom";
     paint.textAlign = "left";
-    paint.fillText("0", inner.x, height - 6);
+    paint.fillText("1", inner.x, height - 6);
     paint.textAlign = "center";
     paint.fillText("position in the text", inner.x + inner.w / 2, height - 6);
     paint.textAlign = "right";
-    paint.fillText(String(this.positions - 1), inner.x + inner.w, height - 6);
+    paint.fillText(String(this.positions), inner.x + inner.w, height - 6);
   }
 
   #summary() {
     if (!this.map) return "Position by denoising step for the completions shown; no map of the batch was kept.";
-    return `Position by denoising step, over ${this.map.completions} completions. ${firsts(this.map).text}`;
+    return `Position by denoising step, over ${this.map.completions} completions. ${early(this.map, this.block, this.plays[0].sampler.position_rule).text}`;
   }
 }
 
@@ -150,25 +153,66 @@ function written(map) {
   return { positions: Math.min(map.positions, rows * map.positions_per_bin), steps: Math.min(map.steps, columns * map.steps_per_bin) };
 }
 
-/** Which fifth of the text the batch writes first, and which last, by mean step. */
-function firsts(map) {
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+/** What the counts would be if within each block the order were random: {counts, mean, variance of the step by bin}. */
+function byChance(map, block) {
+  const steps = map.counts[0]?.length ?? 0;
+  const blockOf = (bin) => (block > 0 ? Math.floor((bin * map.positions_per_bin) / block) : 0);
+  const found = map.counts.map(() => null);
+  for (const wanted of new Set(map.counts.map((_, bin) => blockOf(bin)))) {
+    const bins = [...map.counts.keys()].filter((bin) => blockOf(bin) === wanted);
+    const columns = Array.from({ length: steps }, (_, step) => sum(bins.map((bin) => map.counts[bin][step])));
+    const all = sum(columns);
+    const centre = (step) => (step + 0.5) * map.steps_per_bin - 0.5;
+    const mean = all ? sum(columns.map((count, step) => count * centre(step))) / all : 0;
+    const variance = all ? sum(columns.map((count, step) => count * (centre(step) - mean) ** 2)) / all : 0;
+    for (const bin of bins) {
+      const own = sum(map.counts[bin]);
+      found[bin] = { counts: columns.map((count) => (all ? (own * count) / all : 0)), mean, variance };
+    }
+  }
+  return found;
+}
+
+/** By fifths of the text: how much earlier or later than by chance the batch writes them, and what can be said of it. */
+function early(map, block, rule) {
   if (!map) return { text: "", fifths: [] };
+  const chance = byChance(map, block);
   const length = written(map).positions;
   const parts = Math.min(5, length);
   const fifths = Array.from({ length: parts }, (_, part) => {
-    const from = Math.floor((part * length) / parts);
-    const to = Math.floor(((part + 1) * length) / parts);
-    const values = map.mean_step.slice(from, to).map(number).filter((value) => value !== null && Number.isFinite(value));
-    return { from, to: to - 1, mean: values.length ? values.reduce((a, b) => a + b, 0) / values.length : null };
+    const [from, to] = [part, part + 1].map((end) => Math.floor((end * length) / parts));
+    const all = { tokens: 0, mean: 0, expected: 0, variance: 0 };
+    for (let position = from; position < to; position += 1) {
+      const bin = Math.floor(position / map.positions_per_bin);
+      const mean = number(map.mean_step[position]);
+      if (mean === null || !Number.isFinite(mean)) continue;
+      const tokens = sum(map.counts[bin]) / map.positions_per_bin;
+      all.tokens += tokens;
+      all.mean += tokens * mean;
+      all.expected += tokens * chance[bin].mean;
+      all.variance += tokens * chance[bin].variance;
+    }
+    const by = all.tokens ? (all.mean - all.expected) / all.tokens : null;
+    const error = all.tokens ? Math.sqrt(all.variance) / all.tokens : 0;
+    return { from, to: to - 1, mean: all.mean / (all.tokens || 1), expected: all.expected / (all.tokens || 1), by, clear: by !== null && Math.abs(by) > NOISE * error && Math.abs(by) > 1e-9 };
   });
-  const known = fifths.filter((fifth) => fifth.mean !== null).sort((a, b) => a.mean - b.mean);
-  if (known.length < 2) return { text: "", fifths };
-  const name = (fifth) => `positions ${fifth.from}–${fifth.to} (mean step ${figure(fifth.mean + 1, 3)})`;
-  return { text: `Decided first: ${name(known[0])}; last: ${name(known.at(-1))}.`, fifths };
+  return { text: said(fifths, rule), fifths };
 }
 
-/** Counts as a small picture, a pixel a bin, position across and step down. */
-function heat(map) {
+function said(fifths, rule) {
+  const random = rule === "random";
+  const name = (fifth) => `positions ${place(fifth.from)}–${place(fifth.to)} (mean step ${figure(fifth.mean + 1, 3)}, by chance ${figure(fifth.expected + 1, 3)})`;
+  const clear = fifths.filter((fifth) => fifth.clear).sort((one, other) => one.by - other.by);
+  const sides = [["Written earlier than by chance", clear.filter(({ by }) => by < 0)[0]], ["later", clear.filter(({ by }) => by > 0).at(-1)]].filter(([, fifth]) => fifth);
+  if (!sides.length) return random ? "Random order: no pattern is expected, and none is seen." : "No part of the text is written clearly earlier or later than by chance.";
+  const text = `${sides.map(([side, fifth]) => `${side}: ${name(fifth)}`).join("; ")}.`;
+  return random ? `Random order, yet beyond noise. ${text}` : text.replace(/^later/, "Written later than by chance");
+}
+
+/** Counts against those by chance as a small picture, a pixel a bin, position across and step down. */
+function heat(map, block, colours) {
   const across = map.counts.length;
   const down = map.counts[0]?.length ?? 0;
   if (!across || !down) return null;
@@ -176,15 +220,16 @@ function heat(map) {
   canvas.width = across;
   canvas.height = down;
   const paint = canvas.getContext("2d");
-  const pixels = paint.createImageData(across, down);
-  const most = mostOf(map);
+  const chance = byChance(map, block);
   map.counts.forEach((row, position) =>
     row.forEach((count, step) => {
-      const [r, g, b] = rgb(Math.sqrt(count / most));
-      pixels.data.set([r, g, b, count ? 255 : 0], 4 * (step * across + position));
+      const expected = chance[position].counts[step];
+      const off = (count - expected) / Math.sqrt(expected + 1); // about 1 by chance; the 1 keeps single tokens from shouting
+      paint.globalAlpha = Math.min(1, Math.max(0, (Math.abs(off) - SEEN[0]) / (SEEN[1] - SEEN[0])));
+      paint.fillStyle = colours[off > 0 ? 1 : 0];
+      paint.fillRect(position, step, 1, 1);
     }),
   );
-  paint.putImageData(pixels, 0, 0);
   return canvas;
 }
 
@@ -195,30 +240,22 @@ function line(paint, x1, y1, x2, y2) {
   paint.stroke();
 }
 
-const mostOf = (map) => Math.max(1, ...map.counts.map((row) => Math.max(...row)));
+/** What the map's colours stand for. */
+export const mapLegend = () =>
+  h("span.play-legend", { title: "Tokens of the batch drawn there, against random order within each block; differences that chance makes often have no colour" }, h("span", null, "rarer"), h("i.play-diverging", { ariaHidden: "true" }), h("span", null, "more often than by chance"));
 
-/** What the map's colours stand for: tokens in a cell of the map. */
-export const mapLegend = (map) =>
-  h("span.play-legend", { title: "Tokens of the batch that were drawn there; the scale is a square root" }, h("span", null, "1"), scaleBar(), h("span", null, `${mostOf(map)} tokens`));
-
-/** Mean step by fifth of the text, as bars. */
-export function fifthBars(host, map) {
-  const { text, fifths } = firsts(map);
+/** Fifths of the text as bars from what chance gives: left is earlier. */
+export function fifthBars(host, map, play) {
+  const { text, fifths } = early(map, play.sampler.block_length, play.sampler.position_rule);
   if (!text) return put(host);
-  return put(
-    host,
-    h("p.note", null, text),
+  if (play.sampler.position_rule === "random" && !fifths.some(({ clear }) => clear)) return put(host, h("p.note", null, text));
+  const most = Math.max(1, ...fifths.map(({ by }) => Math.abs(by ?? 0)));
+  const bar = ({ from, to, by, clear }) =>
     h(
-      "dl.play-bars",
-      null,
-      fifths.map((fifth) =>
-        h(
-          "div",
-          null,
-          h("dt", null, `${fifth.from}–${fifth.to}`),
-          h("dd", null, h("i", { style: { "--share": String(((fifth.mean ?? 0) + 1) / written(map).steps) } }), h("span", null, fifth.mean === null ? "–" : figure(fifth.mean + 1, 3))),
-        ),
-      ),
-    ),
-  );
+      "div",
+      { dataset: { clear } },
+      h("dt", null, `${place(from)}–${place(to)}`),
+      h("dd", null, h("i", { dataset: { side: by < 0 ? "early" : "late" }, style: { "--share": String(Math.abs(by ?? 0) / most) } }), h("span", null, by === null ? "–" : `${by > 0 ? "+" : ""}${figure(by, 2)}`)),
+    );
+  return put(host, h("p.note", null, text), h("dl.play-bars", { ariaLabel: "Steps earlier or later than by chance, by part of the text" }, fifths.map(bar)));
 }

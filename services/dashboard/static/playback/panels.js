@@ -1,25 +1,29 @@
 // The parts around the cells: what a completion was worth, where it comes from, and its neighbours.
 
 import { clock, figure, h, number } from "../dom.js";
+import { nameOf, verdict } from "./words.js";
 
-export const verdict = (correct) => h("span.play-verdict", { dataset: { correct } }, correct ? "✓ right" : "✗ wrong");
-
-/** "completion 3", "base", "trained, iteration 20". */
-export function nameOf(sample) {
-  if (sample.kind === "train") return `completion ${sample.row + 1}`;
-  return sample.kind === "base" ? "base model" : `${sample.kind}, iteration ${sample.iteration}`;
-}
-
-/** Rewards by component, as bars from zero on one scale for all documents shown. */
+/** Rewards by component, each as a bar out of the largest value that it can have, where that is known. */
 export function rewards(plays) {
   const names = [...new Set(plays.flatMap((play) => Object.keys(play.rewards)))];
-  const most = Math.max(1e-9, ...plays.flatMap((play) => Object.values(play.rewards).map((value) => Math.abs(number(value)))).filter(Number.isFinite));
   const bar = (play, name) => {
     const value = number(play.rewards[name] ?? null);
-    const share = Number.isFinite(value) ? Math.abs(value ?? 0) / most : 0;
-    return h("td", null, h("div.play-reward", { dataset: { sign: value < 0 ? "minus" : "plus" } }, h("i", { style: { "--share": String(share) } }), h("span", null, figure(value, 3))));
+    const most = number(play.largest[name] ?? null);
+    const share = most && Number.isFinite(value) ? Math.min(1, Math.abs(value ?? 0) / most) : null;
+    return h(
+      "td",
+      null,
+      h(
+        "div.play-reward",
+        { dataset: { sign: value < 0 ? "minus" : "plus" } },
+        share !== null && h("i", { ariaHidden: "true", style: { "--share": String(share) } }),
+        h("span", null, figure(value, 3), most ? h("small", null, ` of ${figure(most, 3)}`) : null),
+      ),
+    );
   };
-  const total = (play) => h("td", null, h("strong", null, figure(play.reward)));
+  const most = (play) => names.map((name) => number(play.largest[name] ?? null));
+  const whole = (play) => (most(play).every((value) => value !== null) ? h("small", null, ` of ${figure(most(play).reduce((a, b) => a + b, 0), 3)}`) : null);
+  const total = (play) => h("td", null, h("strong", null, figure(play.reward)), names.every((name) => number(play.rewards[name]) >= 0) && whole(play));
   const advantage = (play) => h("td", null, play.advantage === null ? "–" : figure(play.advantage));
   return h(
     "table.play-rewards",
@@ -30,7 +34,7 @@ export function rewards(plays) {
       null,
       names.map((name) => h("tr", null, h("th", { scope: "row" }, name), plays.map((play) => bar(play, name)))),
       h("tr", null, h("th", { scope: "row" }, "reward"), plays.map(total)),
-      h("tr", null, h("th", { scope: "row" }, "advantage"), plays.map(advantage)),
+      plays.some((play) => play.advantage !== null) && h("tr", null, h("th", { scope: "row", title: "Reward against the group's others" }, "advantage"), plays.map(advantage)),
     ),
   );
 }
@@ -123,32 +127,6 @@ export function besideChoice(play, besideId, onChange) {
       h("option", { value: "", selected: !besideId }, "nothing"),
       besideId && !known && h("option", { value: String(besideId), selected: true }, `sample ${besideId}`),
       groups.map(([label, samples]) => h("optgroup", { label }, samples.map(option))),
-    ),
-  );
-}
-
-/** A choice among the run's samples, by kind and iteration. */
-export function sampleChoice(samples, play, onChange) {
-  const label = (sample) => `${sample.kind === "train" ? `iteration ${sample.iteration}` : nameOf(sample)} · ${sample.problem_id}`;
-  const seen = new Set();
-  const firsts = samples.filter((sample) => {
-    const key = `${sample.kind} ${sample.iteration} ${sample.group_id}`;
-    const own = sample.kind === play.kind && sample.iteration === play.iteration && sample.group_id === play.group_id;
-    return own ? sample.id === play.id : !seen.has(key) && seen.add(key);
-  });
-  if (!firsts.some((sample) => sample.id === play.id)) firsts.unshift(play);
-  const kinds = [
-    ["Training", firsts.filter((sample) => sample.kind === "train")],
-    ["Base and trained", firsts.filter((sample) => sample.kind !== "train")],
-  ].filter(([, found]) => found.length);
-  return h(
-    "label.play-field",
-    null,
-    h("span", null, "Prompt"),
-    h(
-      "select",
-      { onchange: (event) => onChange(event.target.value) },
-      kinds.map(([kind, found]) => h("optgroup", { label: kind }, found.map((sample) => h("option", { value: String(sample.id), selected: sample.id === play.id }, label(sample))))),
     ),
   );
 }
