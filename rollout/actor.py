@@ -21,6 +21,7 @@ from rewards.errors import ConfigError, WeightMismatch
 from rewards.judge.judged import load_task
 from rewards.judge.settings import UNJUDGED, JudgeSettings
 from rewards.task import Problem
+from rollout.adapters import AdapterState
 from rollout.code import code_identity
 from rollout.engines.base import Engine
 from rollout.grading import GradeResult, GraderPool
@@ -29,6 +30,7 @@ from rollout.models.encoding import completion_text, encode_prompt
 from rollout.seeds import derive_seed
 from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup, content_digest
 from rollout.usage import process_usage
+from rollout.vouching import digest_by_node
 from rollout.waits import bounded_get
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ class RolloutActor:
     def __init__(self, actor_id: str, settings: ActorSettings) -> None:
         self._actor_id = actor_id
         self._settings = settings
+        self._kept: AdapterState = {}
+        """what the engine has loaded, where it lies in the node's memory (``rollout.vouching``)"""
 
     def ping(self) -> None:
         """Answers, in a thread of its own (``rollout.pulse``)."""
@@ -187,10 +191,13 @@ class RolloutActor:
         wanted = (weights.version, weights.digest)
         if not weights.refs:
             self._engine.without_adapter()
+            self._kept = {}
         elif self._held() != wanted:
             who = f"adapter of version {weights.version} (put by the controller, fetched by {self._actor_id})"
             adapter = bounded_get(weights.refs[0], who=who, timeout_s=self._settings.pull_timeout_s)
-            self._engine.load_adapter(weights.version, adapter, weights.digest)
+            hashed = digest_by_node(weights.refs[0])
+            self._engine.load_adapter(weights.version, adapter, weights.digest, hashed=hashed)
+            self._kept = adapter
         if self._held() != wanted:
             raise WeightMismatch(f"{self._actor_id} was asked to draw with {wanted} and holds {self._held()}")
 

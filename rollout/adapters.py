@@ -170,6 +170,21 @@ def load_state(model: torch.nn.Module, state: AdapterState) -> None:
             parameter.copy_(_readable(state[name]))
 
 
+def require_loaded(tensors: Mapping[str, torch.Tensor], state: AdapterState) -> None:
+    """Compare what a model computes with, by canonical name, with the state that was copied into it, bit for bit.
+
+    Raises:
+        WeightMismatch: naming a tensor that is another one, or is missing on a side.
+    """
+    if odd := set(tensors) ^ set(state):
+        raise WeightMismatch(f"what the model holds and what was copied into it disagree about {min(odd)}")
+    for name in sorted(state):
+        held = _packed(tensors[name].detach().to("cpu"))
+        theirs = state[name]
+        if (held.dtype, held.shape) != (theirs.dtype, theirs.shape) or not np.array_equal(held.data, theirs.data):
+            raise WeightMismatch(f"{name} in the model is not what was copied into it")
+
+
 def write_peft_folder(folder: Path, state: AdapterState, peft_config: Mapping[str, Any]) -> None:
     """Write the adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it, with its digest. ``folder`` must
     exist. The same adapter is the same bytes."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from rewards.errors import WeightMismatch
-from rollout.adapters import AdapterState, adapter_parameters, digest_of, load_state
+from rollout.adapters import AdapterState, adapter_parameters, load_state, require_loaded
+from rollout.vouching import digest_by_node
 from rollout.waits import bounded_get
 
 
@@ -25,10 +26,11 @@ def adapter_shapes(*, d_model: int, mlp: int, layers: int, r: int) -> dict[str, 
 
 
 class AdapterHolder:
-    """Loads adapters as ``rollout.engines.torch`` does: fetch, copy, hash what was copied, compare."""
+    """Loads adapters as actors do: fetch, copy, compare what was copied, have the digest of one process of the node."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         self._module = torch.nn.Module()
+        self._kept: AdapterState = {}
         for name, shape in shapes.items():
             self._place(name, torch.zeros(shape, dtype=torch.bfloat16))
 
@@ -37,20 +39,14 @@ class AdapterHolder:
         return sum(p.numel() for p in self._module.parameters())
 
     def load(self, refs: list[Any], expected: str, timeout_s: float) -> float:
-        """Seconds from the request to the verified weights; raises as ``take`` does."""
+        """Seconds from the request to the verified weights. Raises WeightMismatch when others were published."""
         begin = time.perf_counter()
-        self.take(bounded_get(refs[0], who="the published adapter", timeout_s=timeout_s), expected)
-        return time.perf_counter() - begin
-
-    def take(self, adapter: AdapterState, expected: str) -> None:
-        """Copy the adapter into the parameters.
-
-        Raises:
-            WeightMismatch: what was loaded has another digest.
-        """
-        load_state(self._module, adapter)
-        if (found := digest_of(adapter_parameters(self._module))) != expected:
+        self._kept = bounded_get(refs[0], who="the published adapter", timeout_s=timeout_s)
+        load_state(self._module, self._kept)
+        require_loaded(adapter_parameters(self._module), self._kept)
+        if (found := digest_by_node(refs[0])(self._kept)) != expected:
             raise WeightMismatch(f"the adapter was published with digest {expected[:12]}, loaded was {found[:12]}")
+        return time.perf_counter() - begin
 
     def _place(self, name: str, value: torch.Tensor) -> None:
         *path, last = name.split(".")

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rollout.adapters import AdapterState
+from rollout.adapters import AdapterState, digest
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
 
@@ -26,7 +26,14 @@ class Engine(Protocol):
         on_completion: Callable[[int, int, np.ndarray], None] | None = None,
     ) -> list[TrajectoryGroup]: ...
 
-    def load_adapter(self, version: int, adapter: AdapterState, expected_digest: str) -> None: ...
+    def load_adapter(
+        self,
+        version: int,
+        adapter: AdapterState,
+        expected_digest: str,
+        *,
+        hashed: Callable[[AdapterState], str] = digest,
+    ) -> None: ...
 
     def without_adapter(self) -> None: ...
 

@@ -8,7 +8,16 @@ import torch
 from peft import PeftModel
 
 from rewards.errors import ConfigError, WeightMismatch
-from rollout.adapters import HEAD, AdapterState, adapter_parameters, digest_of, head_tensors, load_state, unpack
+from rollout.adapters import (
+    HEAD,
+    AdapterState,
+    adapter_parameters,
+    digest,
+    head_tensors,
+    load_state,
+    require_loaded,
+    unpack,
+)
 from rollout.engines.groups import draw_groups
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import load_tokenizer
@@ -90,11 +99,21 @@ class TorchEngine:
                 threshold_law=lambda prompts: self._threshold_law(prompts, sampler),
             )
 
-    def load_adapter(self, version: int, adapter: AdapterState, expected_digest: str) -> None:
+    def load_adapter(
+        self,
+        version: int,
+        adapter: AdapterState,
+        expected_digest: str,
+        *,
+        hashed: Callable[[AdapterState], str] = digest,
+    ) -> None:
         """Take over published adapter weights.
 
-        Until the weights are loaded and their digest, recomputed from the model, is the published one, the engine
-        holds no version: nothing is ever sampled from half-loaded weights.
+        Until the model holds these weights bit for bit, and their digest is the published one, the engine holds no
+        version: nothing is ever sampled from half-loaded weights.
+
+        Args:
+            hashed: the digest of ``adapter``, from whoever has computed it.
 
         Raises:
             WeightMismatch: when names or shapes differ from this engine's adapter, or the digest does.
@@ -104,8 +123,8 @@ class TorchEngine:
         head = {name.removeprefix(HEAD): unpack(tensor) for name, tensor in head_tensors(adapter).items()}
         self._head = net_of(head, self.device) if head else None
         beside = {} if self._head is None else {HEAD + name: p for name, p in self._head.named_parameters()}
-        loaded = digest_of({**adapter_parameters(self.model), **beside})
-        if loaded != expected_digest:
+        require_loaded({**adapter_parameters(self.model), **beside}, adapter)
+        if (loaded := hashed(adapter)) != expected_digest:
             raise WeightMismatch(
                 f"adapter version {version} was published with digest {expected_digest[:12]}, "
                 f"the loaded weights have {loaded[:12]}"

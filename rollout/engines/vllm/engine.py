@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rewards.errors import ConfigError
-from rollout.adapters import AdapterState
+from rollout.adapters import AdapterState, digest
 from rollout.engines.groups import draw_groups
 from rollout.engines.vllm.heads import WorkerHead, encoder, whole_sequences
 from rollout.engines.vllm.launch import launch
@@ -102,7 +102,14 @@ class VllmEngine:
                 on_completion=on_completion,
             )
 
-    def load_adapter(self, version: int, adapter: AdapterState, expected_digest: str) -> None:
+    def load_adapter(
+        self,
+        version: int,
+        adapter: AdapterState,
+        expected_digest: str,
+        *,
+        hashed: Callable[[AdapterState], str] = digest,
+    ) -> None:
         """As ``TorchEngine.load_adapter``: until its digest was found in what vLLM computes with, no version is held.
 
         Raises:
@@ -110,7 +117,7 @@ class VllmEngine:
         """
         self.policy_version, self.adapter_digest = -1, ""
         assert self._weights is not None, "an engine without LoRA is given no adapter"
-        self._weights.load(adapter, expected_digest)
+        self._weights.load(adapter, expected_digest, hashed)
         self.policy_version, self.adapter_digest = version, expected_digest
 
     def without_adapter(self) -> None:

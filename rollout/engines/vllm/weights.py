@@ -6,7 +6,7 @@ Both know afterwards that what vLLM computes with is what was published.
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,9 @@ from rollout.adapters import (
     adapter_parameters,
     canonical_name,
     digest,
-    digest_of,
     load_state,
     pack,
+    require_loaded,
     unpack,
     write_peft_folder,
 )
@@ -37,7 +37,7 @@ from rollout.models.lora import LoraSpec, adapter_shapes, attach_lora
 class Weights(Protocol):
     """What the model in vLLM computes with."""
 
-    def load(self, adapter: AdapterState, expected_digest: str) -> None:
+    def load(self, adapter: AdapterState, expected_digest: str, hashed: Callable[[AdapterState], str]) -> None:
         """Raises WeightMismatch: names, shapes or digest are not what they should be; nothing may be drawn then."""
 
     def bare(self) -> None:
@@ -69,12 +69,12 @@ class Slots:
     def bare(self) -> None:
         self.request = None
 
-    def load(self, adapter: AdapterState, expected_digest: str) -> None:
+    def load(self, adapter: AdapterState, expected_digest: str, hashed: Callable[[AdapterState], str]) -> None:
         from vllm.lora.request import LoRARequest
 
         self.request = None
         _require_shapes(adapter, self._shapes)
-        _require_digest(digest(adapter), expected_digest)
+        _require_digest(hashed(adapter), expected_digest)
         # The scale is in the B matrices: vLLM multiplies them by it anyway, and so their digest says what is in use.
         scale = self._lora.alpha / self._lora.r
         scaled = pack({name: _scaled(name, unpack(packed), scale) for name, packed in adapter.items()})
@@ -114,10 +114,11 @@ class Merged:
             self._reload()
             self._is_bare = True
 
-    def load(self, adapter: AdapterState, expected_digest: str) -> None:
+    def load(self, adapter: AdapterState, expected_digest: str, hashed: Callable[[AdapterState], str]) -> None:
         load_state(self._policy, adapter)
         self._is_bare = False
-        _require_digest(digest_of(adapter_parameters(self._policy)), expected_digest)
+        require_loaded(adapter_parameters(self._policy), adapter)
+        _require_digest(hashed(adapter), expected_digest)
         self._reload()
 
     def _reload(self) -> None:
