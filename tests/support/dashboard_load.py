@@ -72,6 +72,8 @@ def page(run: str) -> list[tuple[str, str]]:
         ("workers", f"runs/{run}/workers"),
         ("warnings", f"runs/{run}/events?level=warning&limit=100"),
         ("errors", f"runs/{run}/events?level=error&limit=100"),
+        ("newest", f"runs/{run}/events?limit=8"),
+        ("starts", f"runs/{run}/starts"),
     ]
 
 

@@ -1,17 +1,18 @@
 // Line and area charts on Plotly with one cursor, one zoom and one smoothing for all charts of a page.
 //
-// A chart's series are {key, label, color (1..8), dash, data}; see series.js for `data`. Raw values are always drawn:
-// smoothing adds a line over them. Points that stand for several iterations carry their minimum and maximum as a band,
-// and values that are no numbers are marked at the bottom.
+// A chart's series are {key, label, color (1..8), dash, data, bounds, sparse}; see series.js for `data`. Raw values are
+// always drawn: smoothing adds a line over them, unless they are `sparse` (evaluations). `bounds` are intervals of the
+// points, [low, high] each. Points that stand for several iterations carry their minimum and maximum as a band, and
+// values that are no numbers are marked at the bottom. A chart's `info` says what its metrics are: [{label, what,
+// healthy, act}].
 
-import { figure, h, percent, put, setText } from "./dom.js";
-import { hasBand, nearest, smooth, valueAt } from "./series.js";
+import { valueAxis } from "./chartaxis.js";
+import { figure, h, put, setText } from "./dom.js";
+import { before, hasBand, nearest, smooth, valueAt } from "./series.js";
 
 const PLOTLY = new URL("./vendor/plotly.min.js", import.meta.url);
-const MARGIN = { l: 48, r: 12, t: 8, b: 24 };
+const MARGIN = { l: 48, r: 12, t: 8, b: 36 };
 const FEW_POINTS = 30;
-const SMALL = 1e-3; // ticks of smaller values are written with an exponent
-const FLAT = 1e-4; // of a curve's size: what moves less is drawn flat
 let plotly = null;
 
 /** Plotly, loaded from this service when the first chart needs it. */
@@ -53,9 +54,13 @@ export function palette() {
 
 export const DASHES = ["solid", "dash", "dot", "dashdot"];
 
-/** What the charts of a page share. `onZoom([first, last] or null)` is told when the reader picks a stretch. */
+/**
+ * What the charts of a page share. `onZoom([first, last] or null)` is told when the reader picks a stretch, `onLog()`
+ * when a chart's scale changes.
+ */
 export class ChartGroup {
-  constructor({ onZoom } = {}) {
+  constructor({ onZoom, onLog } = {}) {
+    this.onLog = onLog;
     this.charts = [];
     this.span = 0;
     this.colors = palette();
@@ -122,9 +127,9 @@ export class ChartGroup {
     for (const chart of this.charts) chart.showCursor();
   }
 
-  zoom(range, from) {
+  zoom(range) {
     this.range = range;
-    for (const chart of this.charts) if (chart !== from) chart.changed();
+    for (const chart of this.charts) chart.changed();
     this.onZoom?.(range);
   }
 
@@ -139,23 +144,22 @@ export class ChartGroup {
 class Chart {
   constructor(group, host, spec) {
     this.group = group;
-    this.spec = { height: 190, kind: "lines", along: "iteration", format: figure, series: [], ...spec };
+    this.spec = { height: 200, kind: "lines", along: "iteration", format: figure, series: [], ...spec };
     this.seen = false;
     this.stale = true;
     this.drawings = 0;
-    this.log = false;
+    this.log = Boolean(spec.log) && spec.kind !== "stacked";
     this.readout = h("div.readout");
-    this.logButton = h(
-      "button.icon-button.log",
-      { type: "button", title: "Logarithmic scale", ariaPressed: "false", onclick: () => this.toggleLog() },
-      "log",
-    );
+    this.logButton = h("button.icon-button.log", { type: "button", title: "Logarithmic scale", ariaPressed: String(this.log), onclick: () => this.toggleLog() }, "log");
     this.plot = h("div.plot", { tabIndex: 0, role: "img", ariaLabel: this.spec.title, style: { height: `${this.spec.height}px` } });
     this.line = h("i.cursor", { hidden: true });
     this.none = h("p.none", { hidden: true }, "No values yet");
     const unit = this.spec.unit && h("span.note", null, this.spec.unit);
-    const title = h("header", null, h("h2", { title: this.spec.hint ?? "" }, this.spec.title), unit, h("span.space"), this.logButton);
-    this.element = h("section.card.chart", { dataset: { chart: this.spec.id } }, title, this.readout, h("div.plot-box", null, this.plot, this.line, this.none));
+    this.hidden = h("span.note.hidden-values");
+    this.about = h("div.about", { hidden: true });
+    const mark = h("button.icon-button.info", { type: "button", title: "What this is", ariaLabel: `What ${this.spec.title} is`, ariaExpanded: "false", onclick: () => this.toggleAbout(mark) }, "i");
+    const title = h("header", null, h("h2", { title: this.spec.hint ?? "" }, this.spec.title), unit, this.spec.info?.length > 0 && mark, h("span.space"), this.hidden, this.logButton);
+    this.element = h("section.card.chart", { dataset: { chart: this.spec.id } }, title, this.about, this.readout, h("div.plot-box", null, this.plot, this.line, this.none));
     if (this.spec.kind === "stacked") this.logButton.hidden = true;
     host.append(this.element);
     const box = this.plot.parentElement;
@@ -184,6 +188,14 @@ class Chart {
     this.log = !this.log;
     this.logButton.ariaPressed = String(this.log);
     this.changed();
+    this.group.onLog?.();
+  }
+
+  toggleAbout(mark) {
+    this.about.hidden = !this.about.hidden;
+    mark.ariaExpanded = String(!this.about.hidden);
+    const sentence = (name, text) => text && h("p", null, h("b", null, name), " ", text);
+    put(this.about, this.spec.info.map(({ label, what, healthy, act }) => h("div", null, sentence(label, what), sentence("Healthy:", healthy), sentence("If not:", act))));
   }
 
   async draw() {
@@ -215,9 +227,9 @@ class Chart {
   listen() {
     this.plot.on("plotly_relayout", (change) => {
       const [first, last] = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
-      if (first !== undefined) this.group.zoom([first, last], this);
+      if (first !== undefined) this.group.zoom([first, last]);
     });
-    this.plot.on("plotly_doubleclick", () => this.group.range && (this.group.zoom(null), this.changed()));
+    this.plot.on("plotly_doubleclick", () => this.group.range && this.group.zoom(null));
   }
 
   color(series) {
@@ -227,11 +239,12 @@ class Chart {
   lines(series) {
     const { data } = series;
     const color = this.color(series);
-    const span = this.group.span;
+    const span = series.sparse ? 0 : this.group.span;
+    const shown = this.log ? (value) => (value > 0 ? value : null) : (value) => value;
     const common = { hoverinfo: "none", showlegend: false, connectgaps: false };
     const traces = [];
     if (hasBand(data)) {
-      const kept = data.x.map((_, index) => index).filter((index) => data.low[index] !== null);
+      const kept = data.x.map((_, index) => index).filter((index) => data.low[index] !== null && shown(data.low[index]) !== null);
       const x = kept.map((index) => data.x[index]);
       const outline = [...kept.map((index) => data.high[index]), ...kept.map((index) => data.low[index]).reverse()];
       traces.push({ ...common, x: [...x, ...x.slice().reverse()], y: outline, fill: "toself", fillcolor: alpha(color, 0.16), line: { width: 0 }, mode: "lines" });
@@ -240,13 +253,14 @@ class Chart {
     traces.push({
       ...common,
       x: data.x,
-      y: data.y,
+      y: this.log ? data.y.map(shown) : data.y,
+      ...(series.bounds && { error_y: errorBars(series, color) }),
       mode: few ? "lines+markers" : "lines",
       line: { color: alpha(color, span ? 0.38 : 1), width: span ? 1 : 1.6, dash: series.dash ?? "solid" },
       marker: { color: alpha(color, span ? 0.5 : 1), size: few ? 5 : 3 },
     });
     if (span) {
-      traces.push({ ...common, x: data.x, y: smooth(data, span), mode: "lines", line: { color, width: 2.2, dash: series.dash ?? "solid" } });
+      traces.push({ ...common, x: data.x, y: smooth(data, span).map(shown), mode: "lines", line: { color, width: 2.2, dash: series.dash ?? "solid" } });
     }
     if (data.bad.length) {
       const marker = { symbol: "x-thin", size: 8, line: { color: this.group.colors.bad, width: 2 } };
@@ -272,6 +286,8 @@ class Chart {
     const { colors } = this.group;
     const axis = { gridcolor: colors.line, linecolor: colors.line, zeroline: false, tickfont: { size: 11, color: colors.muted }, automargin: false, fixedrange: true };
     const touch = matchMedia("(pointer: coarse)").matches;
+    const { axis: values, hidden } = valueAxis(this.spec, { log: this.log, within: this.group.range });
+    setText(this.hidden, hidden ? `${hidden} ${hidden === 1 ? "value" : "values"} ≤ 0 not shown` : "");
     return {
       datarevision: (this.drawings += 1), // series grow in place, which Plotly would not notice
       margin: MARGIN,
@@ -281,33 +297,10 @@ class Chart {
       font: { family: getComputedStyle(document.body).fontFamily, color: colors.muted },
       dragmode: touch ? false : "zoom",
       hovermode: "x",
-      xaxis: { ...axis, fixedrange: touch, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colors.line, nticks: 6, tickformat: ",d", range: this.group.axis(), autorange: false },
-      yaxis: { ...axis, type: this.log ? "log" : "linear", nticks: 5, tickformat: this.tickFormat(), exponentformat: "power", rangemode: this.spec.zero ? "tozero" : "normal", ...this.flatRange() },
+      xaxis: { ...axis, fixedrange: touch, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colors.line, nticks: 6, tickformat: ",d", range: this.group.axis(), autorange: false, title: { text: this.spec.along, standoff: 2, font: { size: 11, color: colors.muted } } },
+      yaxis: { ...axis, ...values },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     };
-  }
-
-  /** The range of curves that never move, or by rounding only, which would otherwise fill the chart with noise. */
-  flatRange() {
-    const [low, high] = this.extremes();
-    const size = Math.max(Math.abs(low), Math.abs(high));
-    if (this.log || this.spec.kind === "stacked" || !(high - low <= FLAT * size)) return { autorange: true };
-    if (size === 0) return { autorange: false, range: this.spec.format === percent ? [-0.005, 0.1] : [-0.05, 1] };
-    return { autorange: false, range: [Math.min(0, 2 * low), Math.max(0, 2 * high)] };
-  }
-
-  extremes() {
-    let [low, high] = [Infinity, -Infinity];
-    for (const { data } of this.spec.series) {
-      for (const value of data.y) if (value !== null) [low, high] = [Math.min(low, value), Math.max(high, value)];
-    }
-    return [low, high];
-  }
-
-  tickFormat() {
-    if (this.spec.format === percent && !this.log) return "~%";
-    const size = Math.max(...this.extremes().map(Math.abs));
-    return size > 0 && size < SMALL ? ".2~e" : "~g"; // else the margin cuts the zeros off
   }
 
   // Cursor and figures
@@ -350,7 +343,7 @@ class Chart {
     this.showReadout();
   }
 
-  /** Legend and figures in one: the values at the cursor, else the newest. */
+  /** Legend and figures in one: the values at the cursor, or the last ones before it, else the newest. */
   showReadout() {
     const shown = this.spec.series.filter((series) => series.data.x.length);
     if (this.readout.childElementCount !== shown.length || shown.some((series, index) => this.readout.children[index].dataset.key !== series.key)) {
@@ -361,14 +354,23 @@ class Chart {
           h("i", { dataset: { dash: series.dash ?? "solid" }, style: { "--swatch": `var(--series-${((series.color - 1) % 8) + 1})` } }),
           h("span.label", null, series.label),
           h("b"),
+          h("span.note"),
         )));
     }
     shown.forEach((series, index) => {
-      const last = series.data.x.length - 1;
-      const at = this.group.cursor === null ? last : nearest(series.data, this.group.cursor);
-      const value = valueAt(series.data, at);
-      setText(this.readout.children[index].lastElementChild, value === null ? "–" : this.spec.format(value));
+      const [value, note] = [...this.readout.children[index].children].slice(-2);
+      const at = this.group.cursor === null ? series.data.x.length - 1 : before(series.data, this.group.cursor, series.sparse);
+      const found = valueAt(series.data, at);
+      setText(value, found === null ? "–" : this.spec.format(found));
+      setText(note, found === null ? "" : this.beside(series, at));
     });
+  }
+
+  /** A point's interval, and its iteration where that is not the cursor's. */
+  beside({ data, bounds }, at) {
+    const interval = bounds?.[at] ? `${bounds[at].map((bound) => this.spec.format(bound)).join("–")}` : "";
+    const x = this.group.cursor === null ? data.x.at(-1) : this.group.cursor;
+    return [interval, data.x[at] !== x && `at ${figure(data.x[at])}`].filter(Boolean).join(" ");
   }
 
   describe() {
@@ -381,6 +383,11 @@ class Chart {
     if (this.drawn) window.Plotly.purge(this.plot);
     this.element.remove();
   }
+}
+
+function errorBars({ data, bounds }, color) {
+  const side = (index) => data.y.map((value, at) => (value === null || !bounds[at] ? 0 : Math.abs(bounds[at][index] - value)));
+  return { type: "data", symmetric: false, array: side(1), arrayminus: side(0), color: alpha(color, 0.55), thickness: 1.2, width: 3 };
 }
 
 function alpha(rgb, share) {

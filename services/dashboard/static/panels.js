@@ -8,29 +8,34 @@ const seconds = (value) => {
   return value >= 0 && value < 0.001 ? "0 s" : `${figure(value, 3)} s`;
 };
 
-/** Names in the order of drawing; a RegExp takes all that match, sorted. `label` names a series. */
+/** Names in the order of drawing; a RegExp takes all that match, sorted. `label` names a series; `sparse` ones come from
+ * evaluations, each of which is a measurement of its own. */
 const PANELS = [
   {
+    id: "eval",
+    section: "learning",
+    title: "Solve rate by step count",
+    hint: "Held-out problems, greedy, with m denoising steps and with fewer",
+    names: [/^eval\/.*solve_rate$/],
+    label: (name) => name.slice(5).replace(/\/solve_rate$/, "") + " steps",
+    sparse: () => true,
+    format: percent,
+    zero: true,
+  },
+  {
     id: "reward",
+    section: "learning",
     title: "Reward",
     hint: "Mean over the iteration's completions, and its components",
     names: ["reward/mean", /^reward\//],
     label: (name) => name.slice(7),
   },
-  { id: "solve", title: "Solved while training", hint: "Sampled completions that are right", names: ["solve_rate"], label: () => "share", format: percent, zero: true },
-  {
-    id: "eval",
-    title: "Solve rate by step count",
-    hint: "Held-out problems, greedy, with m denoising steps and with fewer",
-    names: [/^eval\/.*solve_rate$/],
-    label: (name) => name.slice(5).replace(/\/solve_rate$/, "") + " steps",
-    format: percent,
-    zero: true,
-  },
-  { id: "loss", title: "Loss", names: ["loss", /^(eval|held_out|sft)\/.*loss$/, /^loss\//], label: (name) => name },
-  { id: "entropy", title: "Entropy", unit: "nats a token", hint: "Of the law that tokens were drawn from", names: ["entropy"], label: () => "mean", zero: true },
+  { id: "solve", section: "learning", title: "Solved while training", hint: "Sampled completions that are right", names: ["solve_rate"], label: () => "share", format: percent, zero: true },
+  { id: "loss", section: "learning", title: "Loss", names: ["loss", /^(eval|held_out|sft)\/.*loss$/, /^loss\//], label: (name) => name, sparse: (name) => /^(eval|held_out)\//.test(name) },
+  { id: "entropy", section: "policy health", title: "Entropy", unit: "nats a token", hint: "Of the law that tokens were drawn from", names: ["entropy"], label: () => "mean", zero: true },
   {
     id: "clip",
+    section: "policy health",
     title: "Clip fraction",
     hint: "Share of scored actions whose ratio is clipped",
     names: [/clip_fraction\/(low|high)$/],
@@ -40,6 +45,7 @@ const PANELS = [
   },
   {
     id: "ratio",
+    section: "policy health",
     title: "Importance ratio",
     hint: "New policy against the one that drew the batch",
     names: [/ratio\/(mean|max)$/],
@@ -47,18 +53,20 @@ const PANELS = [
   },
   {
     id: "weights",
+    section: "policy health",
     title: "Timestep weights",
     hint: "Largest importance weight of a sampled denoising step",
     names: [/^importance_weight\//],
     label: (name) => name.slice(18),
     zero: true,
   },
-  { id: "staleness", title: "Staleness", unit: "versions", hint: "Versions between drawing a group and learning from it", names: [/^staleness\//], label: (name) => name.slice(10), zero: true },
-  { id: "kl", title: "KL to the reference", names: [/(^|_)kl$/], label: (name) => name.replaceAll("_", " ") },
-  { id: "grad", title: "Gradient norm", names: ["grad_norm"], label: () => "norm", zero: true },
-  { id: "speed", title: "Tokens per second", names: ["machine/tokens_per_s"], label: () => "tokens/s", zero: true },
+  { id: "staleness", section: "policy health", title: "Staleness", unit: "versions", hint: "Versions between drawing a group and learning from it", names: [/^staleness\//], label: (name) => name.slice(10), zero: true },
+  { id: "kl", section: "policy health", title: "KL to the reference", names: [/(^|_)kl$/], label: (name) => name.replaceAll("_", " ") },
+  { id: "grad", section: "policy health", title: "Gradient norm", names: ["grad_norm"], label: () => "norm", zero: true },
+  { id: "speed", section: "throughput", title: "Tokens per second", names: ["machine/tokens_per_s"], label: () => "tokens/s", zero: true },
   {
     id: "time",
+    section: "throughput",
     title: "Time by stage",
     unit: "seconds",
     hint: "Seconds of an iteration; the rest is what no stage claims",
@@ -70,6 +78,7 @@ const PANELS = [
   },
   {
     id: "lease",
+    section: "throughput",
     title: "Time of a lease",
     unit: "seconds",
     hint: "Mean seconds in which an actor loads weights, generates, and waits for the last verdicts",
@@ -80,12 +89,12 @@ const PANELS = [
   },
 ];
 
-/** Shown by the ledger's own drawing. */
-const ELSEWHERE = [/^ledger\//];
+/** Shown by the ledger's own drawing, as intervals, and among the vitals. */
+const ELSEWHERE = [/^ledger\//, /^eval\/problems$/, /^machine\/to_go_s$/];
 
 const OTHERS = { machine: "Machine", ledger: "Ledger", log_ratio: "Learner against rollout", updates: "Updates", groups: "Groups" };
 
-/** Panels for these metric names: [{id, title, names, total?, label(name), format, kind, zero, other}]. */
+/** Panels for these metric names: [{id, section?, title, names, total?, label(name), sparse?(name), format, kind, zero, other}]. */
 export function panelsFor(names) {
   const left = new Set(names);
   const panels = [];
@@ -108,7 +117,7 @@ export function panelsFor(names) {
     groups.set(key, [...(groups.get(key) ?? []), name]);
   }
   for (const [key, found] of groups) {
-    if (key === "") for (const name of found) panels.push(otherPanel(name, name.replaceAll("_", " "), [name], () => "value"));
+    if (key === "") for (const name of found) panels.push(otherPanel(name, name.replaceAll("_", " "), [name], (each) => each.replaceAll("_", " ")));
     else panels.push(otherPanel(`other-${key}`, OTHERS[key] ?? key, found, (name) => name.slice(key.length + 1).replaceAll("_", " ")));
   }
   return panels;

@@ -92,6 +92,27 @@ export function nearest(series, x) {
   return Math.abs(series.x[low] - x) <= Math.abs(series.x[high] - x) ? low : high;
 }
 
+/**
+ * Index of the last point at or before iteration x, -1 for none: before the first, or when the series has ended, which
+ * shows in a gap longer than its last. Of a `sparse` one with a single point that can't be told.
+ */
+export function before(series, x, sparse = false) {
+  const { length } = series.x;
+  let at = nearest(series, x);
+  if (at >= 0 && series.x[at] > x) at -= 1;
+  if (at < 0 || at < length - 1 || x === series.x[at]) return at;
+  if (length === 1) return sparse ? at : -1;
+  return x - series.x[at] > series.x[at] - series.x[at - 1] ? -1 : at;
+}
+
+/** Wilson's score interval at 95 % of a rate over n independent outcomes (Wilson 1927): [low, high]. */
+export function wilson(rate, n) {
+  const z = 1.96;
+  const centre = (rate + (z * z) / (2 * n)) / (1 + (z * z) / n);
+  const half = (z / (1 + (z * z) / n)) * Math.sqrt((rate * (1 - rate)) / n + (z * z) / (4 * n * n));
+  return [rate === 0 ? 0 : Math.max(0, centre - half), rate === 1 ? 1 : Math.min(1, centre + half)];
+}
+
 /** The value as text for the reader at that point, non-finite ones by name. */
 export function valueAt(series, index) {
   if (index < 0) return null;

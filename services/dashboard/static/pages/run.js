@@ -14,8 +14,8 @@ export async function render(root, params, app) {
   const { id, tab = "" } = params;
   const crumbs = [["Runs", "#/runs"], [id, `#/run/${encodeURIComponent(id)}`]];
   app.title(tab ? [...crumbs, [tab[0].toUpperCase() + tab.slice(1), null]] : crumbs);
-  const run = await get(at`runs/${id}`);
-  if (!app.alive()) return;
+  const run = await findRun(root, id, app);
+  if (!run) return;
   const header = runHeader(run, tab, app);
   const host = h("div.tab", null, loading(tab || "metrics"));
   put(root, header.element, host);
@@ -39,6 +39,31 @@ export async function render(root, params, app) {
   };
   follow(id, app, header, run, { metrics: tell("metrics"), event: tell("event"), sample: tell("sample"), reload: tell("reload") });
   await open();
+}
+
+const LOOK_MS = 2000;
+
+/** The run, as soon as there is one: one that has just been started takes some seconds to appear. Null when the page is
+ * left before. */
+export async function findRun(root, id, app) {
+  while (app.alive()) {
+    try {
+      const run = await get(at`runs/${id}`);
+      if (!app.alive()) return null;
+      return run;
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      put(root, h(
+        "div.state.empty",
+        null,
+        h("strong", null, "There is no run of this name yet"),
+        h("p", null, `${id} is not among the runs here. One that has just been started appears by itself within seconds; this page looks for it.`),
+        h("a.button", { href: "#/runs" }, "All runs"),
+      ));
+      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+    }
+  }
+  return null;
 }
 
 /** Keep the header of a run, and what is below it, up to date. `parts`: {metrics, event, worker, reload}. */

@@ -4,7 +4,7 @@ import { at, get } from "../api.js";
 import { ago, bytes, count, duration, empty, failure, h, loading, pill, put } from "../dom.js";
 import { cursorKeys } from "../rows.js";
 import { runHeader } from "../run/header.js";
-import { follow } from "./run.js";
+import { findRun, follow } from "./run.js";
 
 const SILENT_S = 60; // the run tells of its workers every ten seconds
 const RETIRED = "retired";
@@ -14,8 +14,8 @@ const COLUMNS = [["Worker"], ["Status"], ["Weights", "num"], ["Last heard", "num
 export async function render(root, params, app) {
   const { id } = params;
   app.title([["Runs", "#/runs"], [id, `#/run/${encodeURIComponent(id)}`], ["Workers", null]]);
-  const run = await get(at`runs/${id}`);
-  if (!app.alive()) return;
+  const run = await findRun(root, id, app);
+  if (!run) return;
   const header = runHeader(run, "workers", app);
   const host = h("div.stack", null, loading("workers"));
   put(root, header.element, host);
@@ -23,6 +23,7 @@ export async function render(root, params, app) {
   const cursor = cursorKeys(app, rows, { open: (row) => row.querySelector("summary")?.click() });
   let workers = [];
   let pending = null;
+  let lag = 1; // versions by which actors are behind the ranks in normal work: they get new weights with their next lease
 
   function show() {
     if (!workers.length) return put(host, h("section.card", null, empty("No workers yet", "They are told as soon as they start.")));
@@ -31,7 +32,7 @@ export async function render(root, params, app) {
     const nodes = new Map();
     for (const worker of workers) nodes.set(worker.node, [...(nodes.get(worker.node) ?? []), worker]);
     const opened = new Set([...host.querySelectorAll("details[open]")].map((item) => item.closest("tr").dataset.worker));
-    put(host, [...nodes].map(([node, items]) => nodeCard(node, items, newest, ended)));
+    put(host, [...nodes].map(([node, items]) => nodeCard(node, items, newest - lag, ended)));
     for (const row of host.querySelectorAll("tbody tr")) if (opened.has(row.dataset.worker)) row.querySelector("details")?.setAttribute("open", "");
     rows.children = [...host.querySelectorAll("tbody tr")];
     cursor.refresh();
@@ -52,10 +53,12 @@ export async function render(root, params, app) {
   const clock = setInterval(show, 10_000);
   app.onLeave(() => [clearInterval(clock), clearTimeout(pending)]);
   follow(id, app, header, run, { worker: refresh, metrics: refresh, reload: load });
+  get(at`runs/${id}/config`).then(({ config }) => ((lag = 1 + (config.rollout?.max_staleness ?? 0)), workers.length && show()), () => {});
   await load();
 }
 
-function nodeCard(node, workers, newest, ended) {
+/** `oldest`: the version that a worker may hold in normal work. */
+function nodeCard(node, workers, oldest, ended) {
   const retired = workers.filter((worker) => worker.status === RETIRED).length;
   const actors = workers.filter((worker) => worker.role === "rollout" && worker.status !== RETIRED).length;
   const others = workers.length - actors - retired;
@@ -68,13 +71,13 @@ function nodeCard(node, workers, newest, ended) {
       "table.table.workers",
       null,
       h("thead", null, h("tr", null, COLUMNS.map(([name, kind, title = ""]) => h(kind ? `th.${kind}` : "th", { title }, name)))),
-      h("tbody", null, workers.map((worker) => workerRow(worker, newest, ended))),
+      h("tbody", null, workers.map((worker) => workerRow(worker, oldest, ended))),
     )),
   );
 }
 
-function workerRow(worker, newest, ended) {
-  const behind = worker.policy_version === null ? null : newest - worker.policy_version;
+function workerRow(worker, oldest, ended) {
+  const late = worker.policy_version === null ? 0 : oldest - worker.policy_version;
   const { doing, since, told = worker.heartbeat } = worker.data;
   const now = Date.now() / 1000;
   const active = !ended && worker.status !== RETIRED;
@@ -87,7 +90,7 @@ function workerRow(worker, newest, ended) {
     { dataset: { worker: worker.worker_id } },
     cell("worker", "td", h("b", null, worker.worker_id), h("div.note", null, [worker.role, details].filter(Boolean).join(" · "))),
     cell("status", "td", ended ? h("span.pill", { dataset: { status: "past" } }, worker.status) : pill(worker.status), working && h("div.note", null, `${String(doing).replaceAll("_", " ")} for ${duration(now - since)}`)),
-    cell("weights", "td.num", worker.policy_version === null ? "–" : `v${worker.policy_version}`, active && behind > 0 && h("div.note", null, `${behind} behind`)),
+    cell("weights", "td.num", worker.policy_version === null ? "–" : `v${worker.policy_version}`, active && late > 0 && h("div.note", { dataset: { late: "true" } }, `${late} older than it should be`)),
     cell("heartbeat", "td.num", worker.status === "starting" ? "–" : ago(worker.heartbeat), untold && h("div.note", { dataset: { silent: "true" } }, `as the run told ${ago(told)}`)),
     cell("memory", "td.num", worker.data.memory_bytes === undefined ? "–" : bytes(worker.data.memory_bytes)),
     cell("gpu", "td", gpu(worker.data.gpu, engine)),

@@ -1,7 +1,9 @@
 // What stands above every page of a run: name, status, progress, its vitals, and the tabs.
 
+import { commandLine } from "../copy.js";
 import { ago, clock, count, h, pill, put, setText } from "../dom.js";
 import { drawCurve } from "../spark.js";
+import { eventRow } from "./events.js";
 import { isLive, lookCloser, vitals } from "./vitals.js";
 
 const TABS = [
@@ -10,6 +12,7 @@ const TABS = [
   ["workers", "Workers", "3"],
   ["events", "Events", "4"],
   ["config", "Config", "5"],
+  ["evaluations", "Evaluations", "6"],
 ];
 const LOOK_MS = 5000; // least time between two looks at trends, workers and warnings
 
@@ -37,6 +40,7 @@ export function runHeader(run, tab, app) {
   let seen = null;
   let looked = 0;
   let looking = null;
+  let warned = "[]";
 
   function update(next) {
     latest = next;
@@ -58,8 +62,10 @@ export function runHeader(run, tab, app) {
     looking ??= setTimeout(async () => {
       looked = Date.now();
       try {
-        seen = await lookCloser(run.id);
-        if (app.alive()) show();
+        seen = await lookCloser(run.id, seen);
+        if (!app.alive()) return;
+        show();
+        warn();
       } catch {
         // the next look may do; what is wrong with the service or the store is told by who follows the run
       }
@@ -76,14 +82,15 @@ export function runHeader(run, tab, app) {
   }
 
   function warn() {
-    const texts = [];
-    if (problem) texts.push(["bad", problem]);
-    if (latest.unreadable) texts.push(["bad", `The run's store can't be read now: ${latest.unreadable}. It is tried again all the time.`]);
-    if (latest.status === "lost") texts.push(["bad", `The run says running but wrote last ${ago(latest.heartbeat)}: its process is probably gone (resume it with run.resume=auto), or its store takes nothing: locked, or the disk is full.`]);
-    if (latest.unstored_iterations) texts.push(["warn", `The store has taken nothing since ${clock(latest.heartbeat)} (locked, or its disk is full): ${count(latest.unstored_iterations)} iterations are in metrics.jsonl only. Training goes on.`]);
-    if (latest.lost_rows) texts.push(["warn", `${count(latest.lost_rows)} rows could not be written to the store; training goes on, and metrics.jsonl has the figures.`]);
-    const same = banners.children.length === texts.length && texts.every(([, text], index) => banners.children[index].textContent === text);
-    if (!same) put(banners, texts.map(([kind, text]) => h("div.banner", { dataset: { kind }, role: "status" }, text)));
+    const told = [];
+    if (problem) told.push({ kind: "bad", text: problem });
+    if (latest.unreadable) told.push({ kind: "bad", text: `The run's store can't be read now: ${latest.unreadable}. It is tried again all the time.` });
+    else if (seen && ENDED[latest.status]) told.push({ ...ENDED[latest.status](latest, seen), command: seen.starts.go_on, events: seen.newest });
+    if (latest.unstored_iterations) told.push({ kind: "warn", text: `The store has taken nothing since ${clock(latest.heartbeat)} (locked, or its disk is full): ${count(latest.unstored_iterations)} iterations are in metrics.jsonl only. Training goes on.` });
+    if (latest.lost_rows) told.push({ kind: "warn", text: `${count(latest.lost_rows)} rows could not be written to the store; training goes on, and metrics.jsonl has the figures.` });
+    const now = JSON.stringify(told);
+    if (now !== warned) put(banners, told.map(banner)); // what is marked in one, or open, stays so
+    warned = now;
   }
 
   const tick = setInterval(() => {
@@ -110,6 +117,23 @@ export function runHeader(run, tab, app) {
       warn();
     },
   };
+}
+
+/** Why a run works no more: {kind, text}. */
+const ENDED = {
+  failed: (run, { errors }) => ({ kind: "bad", text: errors[0]?.text ?? "The run failed; it left no word why." }),
+  lost: (run) => ({ kind: "bad", text: `The run says running, but its process is gone, or its store takes nothing (locked, or its disk is full). It wrote last at ${clock(run.heartbeat, { date: true })}.` }),
+  stopped: (run, { newest }) => ({ kind: "warn", text: `The run was stopped after iteration ${count(run.iteration)}${newest.some(({ text }) => text.includes("asked to stop")) ? ", as it was asked to" : ""}.` }),
+};
+
+function banner({ kind, text, command, events }) {
+  return h(
+    "div.banner",
+    { dataset: { kind }, role: "status" },
+    h("p.why", null, text),
+    command && h("div.go-on", null, h("span.note", null, "To go on:"), commandLine(command)),
+    events?.length > 0 && h("details", null, h("summary", null, "its last events"), h("ol.events", null, events.map(eventRow))),
+  );
 }
 
 const vitalCell = (name) =>

@@ -4,24 +4,41 @@
 
 import { at, get } from "../api.js";
 import { ago, count, duration, figure, number, percent } from "../dom.js";
+import { hasFallen, trend } from "./trend.js";
 
 const HELD_OUT = "eval/m/solve_rate";
-const TRENDS = ["reward/mean", "solve_rate", "loss", "time/iteration_s", HELD_OUT];
+const PROBLEMS = "eval/problems";
+const TO_GO = "machine/to_go_s";
+const TRENDS = ["reward/mean", "solve_rate", "loss", HELD_OUT];
 const POINTS = 80;
 const MOST_EVENTS = 100;
-const PACE_POINTS = 10;
 const GONE = ["lost", "failed"];
 
-/** What the vitals need besides the run's own row: trends, workers, the newest warnings and errors. */
-export async function lookCloser(runId) {
-  const [{ series }, workers, warnings, errors] = await Promise.all([
+/** What to do about warnings, by their kind. */
+const ADVICE = {
+  fell: "lower learner.lr",
+  nonfinite: "lower learner.lr",
+  log_ratio: "try learner.verify",
+  store: "free its disk",
+  fault: "it was mended",
+  settings: "as you asked",
+  biased: "see its text",
+  dropped: "see its text",
+};
+
+/** What the vitals need besides the run's own row: trends, workers, warnings and errors, starts, its settings. */
+export async function lookCloser(runId, before) {
+  const [{ series }, workers, warnings, errors, newest, starts, settings] = await Promise.all([
     get(at`runs/${runId}/metrics`, { name: TRENDS, points: POINTS }),
     get(at`runs/${runId}/workers`),
     get(at`runs/${runId}/events`, { level: "warning", limit: MOST_EVENTS }),
     get(at`runs/${runId}/events`, { level: "error", limit: MOST_EVENTS }),
+    get(at`runs/${runId}/events`, { limit: 8 }),
+    get(at`runs/${runId}/starts`),
+    before?.settings ?? get(at`runs/${runId}/config`).then(({ config }) => config),
   ]);
   const trends = Object.fromEntries(TRENDS.map((name) => [name, pairs(series[name])]));
-  return { trends, workers: workers.items, warnings: warnings.items, errors: errors.items };
+  return { trends, workers: workers.items, warnings: warnings.items, errors: errors.items, newest: newest.items, starts, settings };
 }
 
 const pairs = (rows) => (rows?.iteration ?? []).map((iteration, index) => [iteration, number(rows.value[index])]);
@@ -34,10 +51,10 @@ export function vitals(run, seen) {
   return [
     alive(run),
     time(run, seen),
-    rewarded && learning("Reward", figure(value("reward/mean"), 3), seen?.trends["reward/mean"]),
-    value("solve_rate") !== undefined && learning("Solved", percent(value("solve_rate")), seen?.trends.solve_rate, { share: true }),
-    held !== undefined && { name: "Held out", text: percent(held), ...gain(seen?.trends[HELD_OUT], number(held)) },
-    !rewarded && value("loss") !== undefined && learning("Loss", figure(value("loss"), 3), seen?.trends.loss, { down: true }),
+    rewarded && learning("Reward", value("reward/mean"), seen?.trends["reward/mean"], { write: (each) => figure(each, 3) }),
+    value("solve_rate") !== undefined && learning("Solved", value("solve_rate"), seen?.trends.solve_rate, { write: percent, share: true }),
+    held !== undefined && { name: "Held out", text: percent(held), ...standing(number(held), run, seen) },
+    !rewarded && value("loss") !== undefined && learning("Loss", value("loss"), seen?.trends.loss, { write: (each) => figure(each, 3), down: true }),
     ...heldOutLosses(run),
     health(run, seen),
     { name: "Speed", text: run.tokens_per_s === null ? "–" : figure(run.tokens_per_s, 3), note: pace(run) },
@@ -50,46 +67,59 @@ function alive(run) {
   return { name: "Last wrote", text: ago(run.heartbeat), note: run.status, tone: GONE.includes(run.status) ? "bad" : null };
 }
 
+/** Without the time between two starts; what is left is the run's own estimate, which its terminal shows too. */
 function time(run, seen) {
   const done = run.total_iterations ? `iteration ${count(run.iteration)} / ${count(run.total_iterations)}` : `iteration ${count(run.iteration)}`;
-  const took = duration((run.ended ?? run.heartbeat) - run.created);
-  if (!isLive(run)) return { name: "Took", text: took, note: done };
-  const recent = (seen?.trends["time/iteration_s"] ?? []).slice(-PACE_POINTS).map(([, seconds]) => seconds).filter(Number.isFinite);
-  const left = run.total_iterations - run.iteration;
-  if (!recent.length || !run.total_iterations) return { name: "Runs for", text: took, note: done };
-  return { name: "To go", text: left > 0 ? duration(left * mean(recent)) : "the rest", note: done };
+  const took = seen ? duration(seen.starts.ran_s) : "…";
+  if (!isLive(run)) {
+    const training = run.summary?.train_seconds;
+    return { name: "Took", text: took, note: [done, Number.isFinite(training) && `training ${duration(training)}`].filter(Boolean).join(", ") };
+  }
+  const left = run.latest?.[TO_GO]?.value;
+  if (typeof left !== "number") return { name: "Runs for", text: took, note: done };
+  return { name: "To go", text: run.iteration < run.total_iterations ? duration(left) : "the rest", note: done };
 }
 
-function learning(name, text, points = [], { share = false, down = false } = {}) {
-  const change = trend(points);
-  if (change === null) return { name, text, note: "last iteration", points };
-  if (change === 0) return { name, text, note: "no clear trend yet", points };
-  const by = share ? `${(100 * Math.abs(change)).toFixed(1)} points` : figure(Math.abs(change), 2);
-  return { name, text, note: `${change > 0 ? "▲" : "▼"} ${by} since start`, tone: change > 0 === !down ? "ok" : "warn", points };
+/** A noisy figure: the mean of the newest iterations, the last one, and where it goes. */
+function learning(name, last, points = [], { write, share = false, down = false }) {
+  const found = trend(points.map(([, value]) => value).filter(Number.isFinite));
+  if (found === null) return { name, text: write(last), note: "last iteration", points };
+  const by = (change) => `${change > 0 ? "▲" : "▼"} ${share ? `${(100 * Math.abs(change)).toFixed(1)} points` : figure(Math.abs(change), 2)}`;
+  const said = [
+    found.lately !== 0 && `${by(found.lately)} lately`,
+    found.start !== 0 && `${by(found.start)} since start`,
+  ].filter(Boolean);
+  const course = found.lately || found.start;
+  return {
+    name,
+    text: write(found.mean),
+    note: `mean of the newest ${found.n}, last ${write(last)}; ${said.join(", ") || "no clear trend"}`,
+    tone: course === 0 ? null : course > 0 === !down ? "ok" : "warn",
+    points,
+  };
 }
 
-/**
- * By how much the last values lie above the first ones; 0 where that is less than twice its standard error, null where
- * there are too few to tell.
- */
-export function trend(points) {
-  const values = points.map(([, value]) => value).filter(Number.isFinite);
-  const n = Math.min(10, Math.floor(values.length / 3));
-  if (n < 2) return null;
-  const [first, last] = [values.slice(0, n), values.slice(-n)];
-  const change = mean(last) - mean(first);
-  return Math.abs(change) > 2 * Math.sqrt((variance(first) + variance(last)) / n) ? change : 0;
-}
-
-const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-const variance = (values) => values.reduce((sum, value) => sum + (value - mean(values)) ** 2, 0) / (values.length - 1);
-
-function gain([first] = [], held) {
-  if (first?.[0] !== 0 || !Number.isFinite(first[1])) return { note: "greedy, m steps" }; // the base was not evaluated
-  const points = 100 * (held - first[1]);
-  if (points === 0) return { note: "as the base" };
-  const sign = points > 0 ? "▲" : "▼";
-  return { note: `${sign} ${Math.abs(points).toFixed(1)} points ${points > 0 ? "over" : "below"} base`, tone: points > 0 ? "ok" : "warn" };
+/** Where held-out stands against its best and against the base. */
+function standing(held, run, seen) {
+  const points = (seen?.trends[HELD_OUT] ?? []).filter(([, rate]) => Number.isFinite(rate));
+  if (!points.length) return { note: "greedy, m steps" };
+  const base = points[0][0] === 0 ? points[0][1] : null;
+  if (base !== null && points.length === 1) {
+    const every = seen.settings?.evaluation?.every;
+    return { note: every ? `base; first evaluation at ${count(every)}` : "base; evaluated at the end" };
+  }
+  const top = points.reduce((found, each) => (each[1] > found[1] ? each : found));
+  const [iteration, best] = run.held_out_best >= top[1] ? [run.held_out_best_iteration, run.held_out_best] : top; // points may be means
+  const problems = run.latest[PROBLEMS]?.value ?? seen.settings?.evaluation?.problems;
+  const apart = (other) => `${Math.abs(100 * (held - other)).toFixed(1)} points`;
+  if (problems && hasFallen(held, best, problems)) {
+    return { note: `▼ ${apart(best)} below its best (${percent(best)} at ${count(iteration)})`, tone: "bad" };
+  }
+  const beside = held < best ? `; best ${percent(best)} at ${count(iteration)}` : "";
+  if (base === null) return { note: held < best ? `best ${percent(best)} at ${count(iteration)}` : "its best" };
+  if (held === base) return { note: `as the base${beside}` };
+  if (held > base) return { note: `▲ ${apart(base)} over base${beside || ", its best"}`, tone: "ok" };
+  return { note: `▼ ${apart(base)} below base${beside}`, tone: "warn" };
 }
 
 function heldOutLosses(run) {
@@ -107,11 +137,11 @@ function health(run, seen) {
   if (!seen) return { name, text: "…", note: "looking" };
   const [errors, warnings] = [seen.errors, seen.warnings].map((items) => items.filter(({ id }) => id > (run.acknowledged ?? 0)));
   const restarts = seen.workers.reduce((sum, worker) => sum + worker.restarts, 0);
-  if (errors.length) return { name, text: `◆ ${many(errors, "error")}`, note: `${errors[0].kind}, ${ago(errors[0].time)}`, tone: "bad", href: events("error") };
-  if (GONE.includes(run.status)) return { name, text: `◆ ${run.status}`, note: "see the events", tone: "bad", href: events("") };
-  if (broken) return { name, text: "◆ no number", note: `${broken[0]} is ${figure(broken[1].value)}`, tone: "bad" };
-  if (warnings.length) return { name, text: `▲ ${many(warnings, "warning")}`, note: `${warnings[0].kind}, ${ago(warnings[0].time)}`, tone: "warn", href: events("warning") };
-  if (run.lost_rows) return { name, text: `▲ ${count(run.lost_rows)} lost`, note: "rows of the store", tone: "warn" };
+  if (errors.length) return { name, text: `◆ ${many(errors, "error")}`, note: `${errors[0].kind}, ${ago(errors[0].time)}: read it`, tone: "bad", href: events("error") };
+  if (GONE.includes(run.status)) return { name, text: `◆ ${run.status}`, note: "see above how to go on", tone: "bad", href: events("") };
+  if (broken) return { name, text: "◆ no number", note: `${broken[0]} is ${figure(broken[1].value)}: lower learner.lr`, tone: "bad" };
+  if (warnings.length) return { name, text: `▲ ${many(warnings, "warning")}`, note: `${warnings[0].kind}, ${ago(warnings[0].time)}${ADVICE[warnings[0].kind] ? `: ${ADVICE[warnings[0].kind]}` : ""}`, tone: "warn", href: events("warning") };
+  if (run.lost_rows) return { name, text: `▲ ${count(run.lost_rows)} lost`, note: "rows of the store: free its disk", tone: "warn" };
   if (restarts) return { name, text: `▲ ${restarts} restarted`, note: "actors", tone: "warn", href: workers };
   return { name, text: "✓ good", note: "no warning, no restart", tone: "ok" };
 }
@@ -120,7 +150,7 @@ const many = (items, what) => `${items.length}${items.length === MOST_EVENTS ? "
 
 function pace(run) {
   const seconds = run.latest?.["time/iteration_s"]?.value;
-  return seconds === undefined ? "tokens/s" : `tokens/s, ${figure(seconds, 2)} s a round`;
+  return seconds === undefined ? "tokens/s" : `tokens/s, ${figure(seconds, 2)} s an iteration`;
 }
 
 export const isLive = (run) => run.status === "running" || run.status === "paused";
