@@ -1,22 +1,23 @@
 // Playback: scrub through the denoising steps of a sampled completion, alone or beside another one.
 
-import { at, get, url } from "../api.js";
-import { empty, figure, h, loading, put, setText } from "../dom.js";
+import { at, get } from "../api.js";
+import { empty, h, loading, put, setText } from "../dom.js";
 import { StepAxis, scalesOf, viewTable, whyNone } from "../playback/axis.js";
 import { Cells, describe } from "../playback/cells.js";
 import { MODES, legend, scale } from "../playback/colours.js";
 import { film } from "../playback/film.js";
 import { Finder } from "../playback/finder.js";
-import { expectedAnswer, layoutOf } from "../playback/layout.js";
+import { answerCard, card, keyOf, phaseNote, questionCard } from "../playback/hero.js";
+import { layoutOf } from "../playback/layout.js";
 import { OrderMap, fifthBars, mapLegend } from "../playback/ordermap.js";
 import { besideChoice, branches, provenance, rewards, siblings } from "../playback/panels.js";
-import { isRevealed, nameOf, sentence, verdict } from "../playback/words.js";
+import { animationAddress, copied } from "../playback/share.js";
+import { nameOf, sentence } from "../playback/words.js";
 
 const SPEEDS = [0.25, 0.5, 1, 2, 4];
 const WHOLE_MS = 8000; // playing from the first step to the last, at speed 1
 const PAUSE_MS = [40, 900]; // least and most between two steps
 const REST_MS = 2500; // how long a finished text stands before the run's next one is played
-const LONG_QUESTION = 700; // characters from which on a question is folded
 
 export async function render(root, params, app) {
   app.title([["Runs", "#/runs"], [params.id, `#/run/${encodeURIComponent(params.id)}`], ["Playback", null]]);
@@ -138,13 +139,8 @@ class Page {
     this.slider.setAttribute("aria-valuetext", `after ${this.done} of ${this.steps} steps`);
     this.map.show(this.done);
     setText(this.counter, `${this.done} / ${this.steps}`);
-    setText(this.caption, this.plays.length > 1 ? this.#both() : sentence(this.play, this.done));
+    setText(this.caption, sentence(this.plays, this.done, this.steps));
     if (this.chosen) this.#remember();
-  }
-
-  #both() {
-    const left = this.plays.map((play) => play.cells.step.filter((_, position) => !isRevealed(play, position, Math.min(this.done, play.steps))).length);
-    return `Step ${this.done} of ${this.steps}: still masked are ${this.plays.map((play, index) => `${left[index]} (${nameOf(play)})`).join(" and ")}.`;
   }
 
   /** To a step that somebody chose. */
@@ -337,7 +333,7 @@ class Page {
           null,
           besideChoice(play, this.plays[1]?.id ?? null, (id) => this.#open(play.id, id)),
           h("button.button", { type: "button", title: "Copy the address of what is seen, at this step", onclick: () => this.#copy() }, "Copy link"),
-          h("a.button", { href: this.#animation(), download: "", title: "An animated SVG for slides and pages, without any script; see the API for its parameters" }, "Save as SVG"),
+          h("a.button", { href: animationAddress(this.runId, this.plays), download: "", title: "An animated SVG for slides and pages, without any script; see the API for its parameters" }, "Save as SVG"),
         ),
       ),
       h("section.card.play-places", { ariaLabel: "Samples of this run" }, this.finder.element, siblings(play, open), frames && [h("h2.play-film-name", null, "The same problem through training"), frames]),
@@ -352,27 +348,16 @@ class Page {
       h(
         "div.play-hero",
         { dataset: { plays: this.plays.length } },
-        this.#question(),
-        this.plays.map((each, index) => this.#panel(each, index)),
+        questionCard(play),
+        this.plays.map((each, index) => answerCard(each, this.answers[index], this.panels[index])),
       ),
-      h(
-        "div.play-key",
-        null,
-        h("span", null, h("i.masked", { ariaHidden: "true" }), "masked"),
-        h("span", null, h("i.new", { ariaHidden: "true" }), "written by this step"),
-        this.plays.some((each) => each.scored.length) && h("span", null, h("i.scored", { ariaHidden: "true" }), "scored by the update"),
-        this.plays.some((each) => each.layout) && ["clue", "right", "wrong"].map((mark) => this.#marked(mark) && h("span", null, h(`i.marked`, { ariaHidden: "true", dataset: { mark } }), mark)),
-        h("span", null, h("b.mono", null, "∎"), "special token"),
-        h("span.play-space"),
-        this.modes,
-        this.legend,
-      ),
+      keyOf(this.plays, this.modes, this.legend),
       h(
         "div.play-more",
         { dataset: { plays: this.plays.length } },
         card("Step by step", [this.#updateChoice(), this.#each((_, index) => this.axes[index].element)], "click a step to go there"),
         card("Reward", [rewards(this.plays)]),
-        learnt && card("What the update scored", [this.#phase(), this.#each((_, index) => this.tables[index])]),
+        learnt && card("What the update scored", [phaseNote(this.config, play), this.#each((_, index) => this.tables[index])]),
         this.plays.some((each) => each.branches.length) && card("Branches", [this.#each(branches)], "states before these steps, filled at once"),
         this.factsCard,
         card("Order of writing", [this.map.element, this.#ways(map), bars], map ? `${map.completions} completions of the batch` : several ? "of these two completions" : "of this completion"),
@@ -382,45 +367,10 @@ class Page {
     this.#showPlaying();
   }
 
-  #question() {
-    const { question, expected } = this.play;
-    const text = h("div.play-ask", null, question);
-    const long = question.length > LONG_QUESTION;
-    return h(
-      "section.card.play-question",
-      { ariaLabel: "Question" },
-      h("h2", null, "Question"),
-      long ? h("details", { open: true }, h("summary", null, `${question.length} characters`), text) : text,
-      expected !== null && [h("h2", null, "Expected answer"), expectedAnswer(this.play)],
-    );
-  }
-
-  #marked(mark) {
-    return this.plays.some((play) => play.layout?.cells.some((cell) => cell.mark === mark));
-  }
-
-  /** What phases a method learns in: then the policy that wrote is not the one that is trained. */
-  #phase() {
-    const length = this.config?.objective?.phase_iterations;
-    if (!Number.isInteger(length) || length < 1 || this.play.kind !== "train") return null;
-    const begin = Math.floor((this.play.iteration - 1) / length) * length;
-    return h("p.note", null, `Written by the teacher of this phase: the policy as it was ${begin ? `after iteration ${begin}` : "at the start"}. Phases have ${length} iterations.`);
-  }
-
-  #animation() {
-    const dark = getComputedStyle(document.documentElement).colorScheme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-    return url(at`runs/${this.runId}/samples/${this.play.id}/animation`, { beside: this.plays[1]?.id ?? null, theme: dark ? "dark" : "light" }).href;
-  }
-
   async #copy() {
     const address = new URL(link(this.runId, this.play.id, { ...this.#query(), step: this.done, beside: this.plays[1]?.id ?? null }), location.href);
-    try {
-      await navigator.clipboard.writeText(address.href);
-      this.app.toast("Copied: the link opens this step.");
-    } catch {
-      this.go(this.done); // no clipboard here: the address line has it
-      this.app.toast("The address of this page is the link.");
-    }
+    if (!(await copied(address.href))) this.go(this.done); // then the address line has it
+    this.app.toast("The link opens this step: copied, or in the address line.");
   }
 
   #updateChoice() {
@@ -429,15 +379,6 @@ class Page {
     const button = (update) => h("button", { type: "button", dataset: { update }, onclick: () => this.chooseUpdate(update) }, `Update ${update + 1}`);
     this.updates = h("div.segments", { role: "group", ariaLabel: "Update on this batch" }, numbers.map(button));
     return h("div.play-updates", null, this.updates);
-  }
-
-  #panel(play, index) {
-    return h(
-      "section.card.play-text",
-      { ariaLabel: nameOf(play) },
-      h("header", null, h("h2", null, nameOf(play)), verdict(play.correct), h("span.note", null, `reward ${figure(play.reward)}`)),
-      h("div.body", null, this.answers[index]?.element, this.panels[index].element),
-    );
   }
 
   /** What `build` makes of each completion, side by side. */
@@ -454,8 +395,4 @@ class Page {
       map && mapLegend(),
     );
   }
-}
-
-function card(title, body, note) {
-  return h("section.card", null, h("header", null, h("h2", null, title), note && h("span.note.clip", null, note)), h("div.body", null, body));
 }

@@ -29,10 +29,17 @@ const WHERE = {
 
 const tokens = (n) => `${n} ${n === 1 ? "token" : "tokens"}`;
 
-/** What the last of `done` steps did. */
-export function sentence(play, done) {
+const maskedAt = (play, done) => play.cells.step.filter((_, position) => !isRevealed(play, position, Math.min(done, play.steps))).length;
+
+/** What the last of `done` steps did; of two documents, how far each is. `steps`: of the longer one. */
+export function sentence(plays, done, steps) {
+  if (plays.length === 1) return ofOne(plays[0], done);
+  return `Step ${done} of ${steps}; still masked: ${plays.map((play) => `${maskedAt(play, done)} of ${nameOf(play)}`).join(", ")}.`;
+}
+
+function ofOne(play, done) {
   const { drawn, step } = play.cells;
-  const masked = step.filter((_, position) => !isRevealed(play, position, done)).length;
+  const masked = maskedAt(play, done);
   if (done === 0) return `Step 0 of ${play.steps}: nothing is written yet, all ${step.length} positions are masked.`;
   const at = Math.min(done, play.steps);
   const wrote = step.filter((own, position) => drawn[position] && own === at - 1).length;
