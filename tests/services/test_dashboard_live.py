@@ -154,7 +154,7 @@ def test_deleted_and_unknown_runs_are_explained(browser: Any, tmp_path: Path) ->
     realistic_runs.finished(runs, "doomed", 5)
     with dashboard(runs) as service, watched(browser, service.url) as page:
         page.open("/run/nobody")
-        page.shows(".state.failed", "nobody")
+        page.shows(".state.empty", "nobody")
         page.open("/run/doomed")
         page.shows("[data-chart=reward] .main-svg")
         shutil.rmtree(runs / "doomed")

@@ -198,8 +198,8 @@ def test_two_runs_on_shared_axes(browser: Any, service: Dashboard) -> None:
         chart = "[data-chart='reward/mean']"
         page.shows(f"{chart} .main-svg")
         assert sorted(page.page.locator(f"{chart} .entry .label").all_text_contents()) == ["alpha", "beta"]
-        row = page.shows(".differences tr", "learner.lr")
-        assert "0.001" in row.text_content() and "0.0005" in row.text_content()
+        assert page.text(".differences thead") == "Runlearner.lr"
+        assert page.page.locator(".differences tbody tr").all_text_contents() == ["alpha1e-3", "beta5e-4"]
 
 
 # ---- a run
@@ -213,6 +213,7 @@ def test_run_shows_curves_ledger_and_marks_what_is_no_number(browser: Any, servi
         assert len(series["value"]) == 60
         assert page.text("[data-state=consumed] .number") == "318"
         assert "= 8 + 4 + 4 + 318 + 2" in page.text(".ledger-card .body > .note")
+        page.shows("[data-section=internals] > summary").click()
         page.shows(".reasons li", "too stale")
         loss = "[data-chart=loss] .plot"
         page.page.locator(loss).scroll_into_view_if_needed()

@@ -1,7 +1,7 @@
 // What stands above every page of a run: name, status, progress, its vitals, and the tabs.
 
 import { commandLine } from "../copy.js";
-import { ago, clock, count, h, pill, put, setText } from "../dom.js";
+import { clock, count, h, pill, put, setText } from "../dom.js";
 import { drawCurve } from "../spark.js";
 import { eventRow } from "./events.js";
 import { isLive, lookCloser, vitals } from "./vitals.js";
@@ -127,12 +127,14 @@ const ENDED = {
 };
 
 function banner({ kind, text, command, events }) {
+  const list = h("ol.events");
+  const more = h("details", { ontoggle: () => more.open && put(list, events.map(eventRow)) }, h("summary", null, "its last events"), list);
   return h(
     "div.banner",
     { dataset: { kind }, role: "status" },
     h("p.why", null, text),
     command && h("div.go-on", null, h("span.note", null, "To go on:"), commandLine(command)),
-    events?.length > 0 && h("details", null, h("summary", null, "its last events"), h("ol.events", null, events.map(eventRow))),
+    events?.length > 0 && more,
   );
 }
 

@@ -136,6 +136,7 @@ export async function overviewTab(host, runId, app, query) {
   function showLedger(state) {
     ledger.element.hidden = state.iteration === null && names.size > 0; // a fine-tuning run has none
     ledger.update(state);
+    sections.place(panels, reference);
   }
 
   async function loadRest() {

@@ -49,7 +49,7 @@ function section(id, title, about) {
       constants.hidden = !constant.length;
       const text = `${constant.length} constant: ${constant.map(said).join(", ")}`;
       if (summary.textContent !== text) put(summary, text);
-      if (!folded) element.hidden = !moving.length && !constant.length;
+      element.hidden = !moving.length && !constant.length && [...more.children].every((each) => each.hidden);
     },
   };
 }
