@@ -227,7 +227,7 @@ class Controller(Training):
     def _record(self, iteration: int, refs: Sequence[GroupRef], reports: Sequence[UpdateReport]) -> None:
         """Keep completions for playback, which isn't worth a run: none of groups that are gone."""
         try:
-            groups = self._groups([ref.outline for ref in refs])
+            groups = self._meanwhile(partial(self._groups, [ref.outline for ref in refs]))
         except (ray.exceptions.ObjectLostError, WaitTimeout) as error:
             text = f"no completions of iteration {iteration} are kept for playback: {first_line(error)}"
             self.reporter.fault("objects", "lost", text)
@@ -252,7 +252,7 @@ class Controller(Training):
         return self._meanwhile(partial(self.learner.update, refs, index, lr, on_tick=self._enforce_stop))
 
     def _meanwhile(self, work: Callable[[], Answer]) -> Answer:
-        """What the ranks answer; until then the actors are kept busy with what may be drawn ahead."""
+        """What the ranks, or a node, answer; until then the actors are kept busy with what may be drawn ahead."""
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
             return pump_until(thread.submit(work), partial(self.feed.pump, self.weights, timeout_s=0.0))
 
