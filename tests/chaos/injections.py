@@ -77,7 +77,7 @@ class Injected:
     iteration: int
     """The newest finished one then."""
     noticed_s: float | None
-    """Until an event told of it; None where none did: an idle grader is replaced without a word."""
+    """Until an event told of it; None where none did."""
     went_on_s: float
     """Until another iteration than those before it was finished."""
     repeated: int
