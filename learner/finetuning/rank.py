@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -15,6 +16,7 @@ from learner.likelihood.scorer import restricted_logp
 from learner.objectives.statistics import Statistics
 from learner.ranks.group import LearnerGroup
 from learner.ranks.rank import LossPart, Rank
+from rollout.copies import in_one_copy
 from rollout.waits import bounded_get
 
 
@@ -58,7 +60,7 @@ class SftRank(Rank):
 
     def _losses(self, forward: PackedForward, data: list[NoisedExample]) -> Iterator[LossPart]:
         loss, statistics = self._loss(forward, data)
-        yield LossPart(loss, float(loss.detach()), statistics)
+        yield LossPart(loss, loss.detach(), statistics)
 
     def _loss(self, forward: PackedForward, data: list[NoisedExample]) -> tuple[torch.Tensor, Statistics]:
         batch = build_tokens(
@@ -69,12 +71,20 @@ class SftRank(Rank):
             pad_id=self.family.pad_token_id,
         )
         device = next(self.engine.module.parameters()).device
+        mask_ZL = np.zeros(0, np.int64) if batch.attention_mask is None else batch.attention_mask
+        packed = mask_ZL.max(initial=1) > 1
+        input_ids, mask, logit_rows, targets_N = in_one_copy(
+            device,
+            batch.input_ids,
+            mask_ZL,
+            batch.score_rows - self.family.logit_shift,
+            batch.targets,
+        )
         logits_NV = self.engine(
-            input_ids=torch.from_numpy(batch.input_ids).to(device),
-            attention_mask=None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device),
-            logit_rows=torch.from_numpy(batch.score_rows - self.family.logit_shift).to(device),
+            input_ids=input_ids,
+            attention_mask=None if batch.attention_mask is None else mask if packed else mask.bool(),
+            logit_rows=logit_rows,
         ).logits
-        targets_N = torch.from_numpy(batch.targets).to(device)
         # The policy's own law, which never draws the mask token.
         law = restricted_logp(logits_NV, targets_N, None, temperature=1.0, mask_token_id=self.family.mask_token_id)
         loss = -(torch.from_numpy(batch.weight).to(device, law.logp_N.dtype) * law.logp_N).sum()

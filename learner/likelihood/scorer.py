@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from learner.likelihood.views import PositionChoices, ViewBatch
+from rollout.copies import in_one_copy
 from rollout.models.family import PolicyAdapter
 from rollout.sampling.positions import choice_logp, log_confidence
 from rollout.sampling.truncation import without_mask
@@ -44,10 +45,9 @@ class Scores:
     """[N] float32, what the method's head says of each scored token; carries the head's gradient, none of the policy's.
     None without a head of tokens."""
 
-    def at(self, index_n: np.ndarray) -> "Scores":
+    def at(self, at_n: torch.Tensor) -> "Scores":
         """Of these scores alone, [n] int64, without choices of positions."""
         assert self.choice_logp_Z is None
-        at_n = torch.from_numpy(index_n).to(self.logp_N.device)
         law_NV, value_N = (None if found is None else found[at_n] for found in (self.law_NV, self.value_N))
         return Scores(self.logp_N[at_n], self.mass_N[at_n], law_NV=law_NV, value_N=value_N)
 
@@ -73,8 +73,9 @@ class PolicyScores(NamedTuple):
 
     def at(self, index_n: np.ndarray) -> "PolicyScores":
         """Of these scores alone, [n] int64; of the raw law."""
-        old, reference, teacher = (None if scores is None else scores.at(index_n) for scores in self[1:])
-        return PolicyScores(self.policy.at(index_n), old, reference, teacher)
+        at_n = torch.from_numpy(index_n).to(self.policy.logp_N.device)
+        old, reference, teacher = (None if scores is None else scores.at(at_n) for scores in self[1:])
+        return PolicyScores(self.policy.at(at_n), old, reference, teacher)
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
@@ -96,35 +97,35 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, vo
     Args:
         vocabulary: the log-probs of all tokens at the scored positions are wanted too.
     """
-    device = next(model.parameters()).device
-    mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(device)
-    choices = batch.choices
+    choices, none = batch.choices, np.zeros(0, np.int64)
     rows = batch.score_rows if choices is None else choices.candidate_rows
     # With shifted logits a sequence's first token would be read off the row before it.
     assert (rows % batch.input_ids.shape[1] >= family.logit_shift).all(), "a completion without a prompt"
+    input_ids, mask, logit_rows, targets_N, support_NK, of_score_N = in_one_copy(
+        next(model.parameters()).device,
+        batch.input_ids,
+        none if batch.attention_mask is None else batch.attention_mask,
+        rows - family.logit_shift,
+        batch.targets,
+        none if batch.support is None else padded_support(*batch.support),
+        none if choices is None else choices.candidate_of_score,
+    )
     logits_MV = model(
-        input_ids=torch.from_numpy(batch.input_ids).to(device),
-        attention_mask=mask,
-        logit_rows=torch.from_numpy(rows - family.logit_shift).to(device),
+        input_ids=input_ids,
+        attention_mask=None if batch.attention_mask is None else mask.bool(),
+        logit_rows=logit_rows,
     ).logits
-    targets_N = torch.from_numpy(batch.targets).to(device)
-    if choices is None:
-        return restricted_logp(
-            logits_MV,
-            targets_N,
-            batch.support,
-            temperature=batch.temperature,
-            mask_token_id=family.mask_token_id,
-            vocabulary=vocabulary,
-        )
-    assert not vocabulary, "whole laws and choices of positions are not scored together"
+    assert choices is None or not vocabulary, "whole laws and choices of positions are not scored together"
     scores = restricted_logp(
-        logits_MV[torch.from_numpy(choices.candidate_of_score).to(device)],
+        logits_MV if choices is None else logits_MV[of_score_N],
         targets_N,
-        batch.support,
+        None if batch.support is None else support_NK,
         temperature=batch.temperature,
         mask_token_id=family.mask_token_id,
+        vocabulary=vocabulary,
     )
+    if choices is None:
+        return scores
     choice_logp_Z = position_choice_logp(logits_MV, choices, batch.view_of_score, mask_token_id=family.mask_token_id)
     return dataclasses.replace(scores, choice_logp_Z=choice_logp_Z)
 
@@ -158,7 +159,7 @@ def position_choice_logp(
 def restricted_logp(
     logits_NV: torch.Tensor,
     targets_N: torch.Tensor,
-    support: tuple[np.ndarray, np.ndarray] | None,
+    support_NK: torch.Tensor | None,
     *,
     temperature: float,
     mask_token_id: int | None,
@@ -167,32 +168,32 @@ def restricted_logp(
     """Log-probs under softmax(logits / temperature) without the mask token, restricted to the recorded support.
 
     Args:
-        support: CSR (indptr [N+1], ids [nnz]) of the tokens kept when the target was drawn; never recomputed, since a
-            token could fall outside the support of slightly different logits. None when nothing was truncated.
+        support_NK: int64, the tokens kept when the target was drawn, -1 where a row has no more (``padded_support``);
+            never recomputed, since a token could fall outside the support of slightly different logits. None when
+            nothing was truncated.
         mask_token_id: excluded from the law; None for a law that could draw it (recorded cases of other code).
         vocabulary: the whole law is wanted too; it must not be truncated.
     """
     scaled_NV = logits_NV.float() / temperature
     if mask_token_id is not None:
-        excluded = torch.tensor([mask_token_id], device=scaled_NV.device)
-        scaled_NV = scaled_NV.index_fill(1, excluded, -torch.inf)
+        excluded_V = torch.arange(scaled_NV.shape[1], device=scaled_NV.device) == mask_token_id
+        scaled_NV = scaled_NV.masked_fill(excluded_V, -torch.inf)
     target_N = scaled_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
-    if support is None:
+    if support_NK is None:
         total_N = scaled_NV.logsumexp(1)
         law_NV = scaled_NV - total_N.unsqueeze(1) if vocabulary else None
         return Scores(target_N - total_N, torch.ones_like(target_N), law_NV=law_NV)
     assert not vocabulary, "whole laws are of the untruncated law"
-    ids_NK, kept_NK = (t.to(scaled_NV.device) for t in _padded(*support))
-    inside_N = scaled_NV.gather(1, ids_NK).masked_fill(~kept_NK, -torch.inf).logsumexp(1)
+    inside_N = scaled_NV.gather(1, support_NK.clamp(min=0)).masked_fill(support_NK < 0, -torch.inf).logsumexp(1)
     with torch.no_grad():
         mass_N = (inside_N - scaled_NV.logsumexp(1)).exp()
     return Scores(target_N - inside_N, mass_N)
 
 
-def _padded(indptr: np.ndarray, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """CSR rows as a rectangle: ids [N, K] int64 (0 in the padding) and which cells are real [N, K] bool."""
+def padded_support(indptr: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """CSR rows (indptr [N+1], ids [nnz]) as a rectangle: [N, K] int64, -1 where a row has no more."""
     counts_N = np.diff(indptr)
     kept_NK = np.arange(counts_N.max(initial=1)) < counts_N[:, None]
-    ids_NK = np.zeros(kept_NK.shape, np.int64)
+    ids_NK = np.full(kept_NK.shape, -1, np.int64)
     ids_NK[kept_NK] = ids
-    return torch.from_numpy(ids_NK), torch.from_numpy(kept_NK)
+    return ids_NK

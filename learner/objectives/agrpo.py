@@ -55,6 +55,7 @@ from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.states import AgrpoConfig
+from rollout.copies import in_one_copy
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -158,9 +159,7 @@ class Agrpo:
         names: tuple[str, str],
     ) -> tuple[torch.Tensor, Statistics]:
         """The sum of w * l_j over actions of one kind, and its figures; ``names``: their prefix, and the count's."""
-        rollout_logp_N, advantage_N, weight_N = (
-            torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in actions
-        )
+        rollout_logp_N, advantage_N, weight_N = in_one_copy(logp_N.device, *actions, dtype=logp_N.dtype)
         terms = clipped_terms(logp_N - rollout_logp_N, advantage_N, clip=clip)
         if self.needs.reference:
             assert reference_logp_N is not None, "beta > 0 needs the reference's log-probs"

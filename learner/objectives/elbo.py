@@ -26,6 +26,7 @@ from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import ViewBatch
 from learner.objectives.ratio import ClippedTerms, clipped_terms, ratio_statistics
 from learner.objectives.statistics import Statistics
+from rollout.copies import in_one_copy
 
 
 class BoundTerms(NamedTuple):
@@ -61,9 +62,9 @@ def bound_terms(scores: PolicyScores, batch: ViewBatch, *, clip: tuple[float, fl
 
 def unit_sums(value_N: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
     """[U] float64, the sum of weight * value over each unit's scores: of log-probs, the units' bounds."""
-    unit_N, weight_N = (torch.from_numpy(array).to(value_N.device) for array in (batch.unit_of_score, batch.weight))
-    units = int(batch.unit_of_view[-1]) + 1
-    return torch.zeros(units, dtype=torch.float64, device=value_N.device).index_add(0, unit_N, weight_N * value_N)
+    unit_N, weight_N = in_one_copy(value_N.device, batch.unit_of_score, batch.weight, dtype=torch.float64)
+    sums_U = torch.zeros(int(batch.unit_of_view[-1]) + 1, dtype=torch.float64, device=value_N.device)
+    return sums_U.index_add(0, unit_N.long(), weight_N * value_N)
 
 
 def completion_length(batch: ViewBatch) -> int:

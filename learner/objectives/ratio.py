@@ -12,6 +12,7 @@ import torch
 from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import ViewBatch
 from learner.objectives.statistics import Statistics
+from rollout.copies import in_one_copy
 
 
 class ClippedTerms(NamedTuple):
@@ -69,9 +70,7 @@ def clipped_token_loss(
         beta: above 0 only with the reference's scores.
     """
     logp_N = scores.policy.logp_N
-    advantage_N, weight_N = (
-        torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in (batch.credit, batch.weight)
-    )
+    advantage_N, weight_N = in_one_copy(logp_N.device, batch.credit, batch.weight, dtype=logp_N.dtype)
     terms = clipped_terms(logp_N - old_logp_N, advantage_N, clip=clip)
     if beta > 0:
         assert scores.reference is not None, "beta > 0 needs the reference's log-probs"

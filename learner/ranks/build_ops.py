@@ -23,8 +23,10 @@ from rollout.process import prepare_process
 OP_NAME = "deepspeed_shm_comm"
 
 
-def prepare_environment() -> Path:
+def prepare_environment(device: str) -> Path:
     """Makes DeepSpeed's build of the op safe in this process, and returns the folder that holds built ops.
+
+    device: "cpu", whose ranks need the op, or "cuda", whose ranks build nothing.
 
     Sets TORCH_EXTENSIONS_DIR to a folder of this environment or of the cache unless it is set, puts the interpreter's
     folder on PATH (the wheel's ``ninja`` sits there), and removes build locks whose builder is dead, as torch would
@@ -39,7 +41,7 @@ def prepare_environment() -> Path:
         os.environ["PATH"] = os.pathsep.join([scripts, *search_path])
     remove_dead_locks(folder)
     compiler = os.environ.get("CXX", "c++")
-    if not (folder / OP_NAME / f"{OP_NAME}.so").exists() and shutil.which(compiler) is None:
+    if device == "cpu" and not (folder / OP_NAME / f"{OP_NAME}.so").exists() and shutil.which(compiler) is None:
         raise ConfigError(
             f"DeepSpeed has to compile a small op, and there is no C++ compiler '{compiler}'; "
             "install one (apt-get install g++) or name it in the environment variable CXX"
@@ -80,7 +82,9 @@ def remove_dead_locks(folder: Path) -> list[Path]:
 
 def build() -> None:
     """Builds the op, or checks in well under a second that it is up to date; a GPU build of torch needs none."""
-    folder = prepare_environment()
+    import torch
+
+    folder = prepare_environment("cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.accelerator import get_accelerator  # slow to import, and only after the environment is prepared
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")

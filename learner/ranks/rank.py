@@ -150,8 +150,8 @@ class LossPart(NamedTuple):
 
     loss: torch.Tensor
     """Its gradient is this part of the forward's loss, summed and not yet divided by the plan's normaliser."""
-    value: float
-    """What it adds to the reported loss."""
+    value: torch.Tensor
+    """[], no gradient: what it adds to the reported loss. Read after the backward, so that a GPU has work meanwhile."""
     statistics: Statistics
 
 
@@ -187,8 +187,8 @@ class Rank(ABC):
             adapter: weights to start from; None for a fresh adapter.
             shard: this rank's optimizer state from a checkpoint, or None.
         """
-        prepare_environment()
         device = self._device()
+        prepare_environment(device.type)
         os.environ["DS_ACCELERATOR"] = device.type
         import deepspeed  # picks its accelerator from the environment when it is imported
 
@@ -340,7 +340,7 @@ class Rank(ABC):
             # DeepSpeed averages over ranks; ours is a sum over ranks with one divisor for the whole update.
             self.engine.set_gradient_accumulation_boundary(left == 0)
             self.engine.backward(part.loss * (self.world / plan.normaliser), scale_wrt_gas=False)
-            total += part.value / plan.normaliser
+            total += float(part.value) / plan.normaliser
             parts.append(part.statistics)
         assert left == 0, f"rank {self.rank} was {left} backwards short of its plan"
         return Statistics.merged(parts), total

@@ -255,7 +255,7 @@ class LearnerRank(Rank):
         if forward.passes == 1:
             policy = replace(self._score(passes), value_Z=self._values(forward))
             loss, statistics = self._loss(forward, policy, reference, teacher, passes[0])
-            yield LossPart(loss, float(loss.detach()), statistics)
+            yield LossPart(loss, loss.detach(), statistics)
             return
         # A unit of more views than a pass may hold. The loss' slope by each log-prob comes from a pass that keeps no
         # graph; then each pass is made again and takes its part back (Gao et al., arXiv 2101.06983, section 3.2).
@@ -269,7 +269,7 @@ class LearnerRank(Rank):
         loss, statistics = self._loss(forward, policy, reference, teacher, whole)
         inputs = [leaf_N] if values_Z is None else [leaf_N, values_Z]
         slope_N, *slopes_Z = torch.autograd.grad(loss, inputs, allow_unused=True)
-        value, start = float(loss.detach()), 0
+        value, start = loss.detach(), 0
         for number, batch in enumerate(passes):
             logp_n = self._score([batch]).logp_N
             end = start + logp_n.numel()
@@ -277,7 +277,7 @@ class LearnerRank(Rank):
             if number == 0 and values_Z is not None and slopes_Z[0] is not None:
                 part = part + (slopes_Z[0] * values_Z).sum()
             yield LossPart(part, value, statistics)
-            start, value, statistics = end, 0.0, Statistics()
+            start, value, statistics = end, torch.zeros_like(value), Statistics()
 
     def _values(self, forward: Forward) -> torch.Tensor | None:
         return self._head.values(forward.views) if isinstance(self._head, PromptHead) else None
@@ -300,7 +300,8 @@ class LearnerRank(Rank):
         self._seen += scored_views(batch, policy, self._kept)
         if needs.law is Law.RAW:
             return loss, statistics
-        mass = {"support_mass": (float(policy.mass_N.sum()), float(policy.mass_N.numel()))}
+        N = float(policy.mass_N.numel())
+        mass = {"support_mass": (N if batch.support is None else float(policy.mass_N.sum()), N)}
         return loss, Statistics.merged([statistics, Statistics(means=mass)])
 
     def _passes(self, forward: Forward, groups: list[TrajectoryGroup]) -> list[ViewBatch]:

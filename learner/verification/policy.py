@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from learner.likelihood.scorer import restricted_logp
+from learner.likelihood.scorer import padded_support, restricted_logp
 from learner.likelihood.views import ViewBatch, build_batch, step_view
 from learner.verification.cases import HEAD_WIDTH, Arrays, Case, RecordedRollout, SamplerSettings, read_arrays
 from learner.verification.measurement import Measurement, Meter
@@ -105,8 +105,10 @@ def check_laws(case: Case, model: torch.nn.Module, family: PolicyAdapter, meter:
         positions_N = batch.position
         logits_NV = batch_logits(model, batch, torch.from_numpy(batch.score_rows))
         targets_N = torch.from_numpy(batch.targets).to(logits_NV.device)
+        support = None if batch.support is None else padded_support(*batch.support)
+        support_NK = None if support is None else torch.from_numpy(support).to(logits_NV.device)
         scores = restricted_logp(
-            logits_NV, targets_N, batch.support, temperature=temperature, mask_token_id=family.mask_token_id
+            logits_NV, targets_N, support_NK, temperature=temperature, mask_token_id=family.mask_token_id
         )
         recorded_NV = torch.from_numpy(rollout.kept[rows_N, positions_N]).to(logits_NV.device)
         tempered_NV = logits_NV / temperature

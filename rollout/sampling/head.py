@@ -9,19 +9,20 @@ positions of a fill, Z fills of the same positions, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from rollout.copies import in_one_copy
 from rollout.sampling import noise
 from rollout.sampling.positions import log_confidence
 from rollout.sampling.truncation import Law, truncate, without_mask
 from rollout.trajectory import SamplerSpec
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
-"""(input_ids [R, L] int64, attention_mask [R, L] int64 or None, logit_rows [N] int64 flat indices) -> [N, V] logits."""
+"""(input_ids [R, L] int64, attention_mask [R, L] bool or None, logit_rows [N] int64 flat indices) -> [N, V] logits."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,10 @@ def padded(forward: Forward, device: torch.device) -> Callable[[Rows, Asked], to
 
     def logits(rows: Rows, asked: Asked) -> torch.Tensor:
         L = rows.ids_RL.shape[1]
-        mask_RL = None
-        if rows.pads_R.any():
-            real = np.arange(L)[None, :] >= rows.pads_R[:, None]
-            mask_RL = torch.from_numpy(real.astype(np.int64)).to(device)
-        logit_rows = torch.from_numpy(asked.row_N * L + rows.prompt + asked.position_N)
-        return forward(torch.from_numpy(rows.ids_RL).to(device), mask_RL, logit_rows.to(device))
+        row_N = asked.row_N * L + rows.prompt + asked.position_N
+        ids_RL, pads_R, logit_rows = in_one_copy(device, rows.ids_RL, rows.pads_R, row_N)
+        mask_RL = torch.arange(L, device=device) >= pads_R.unsqueeze(1) if rows.pads_R.any() else None
+        return forward(ids_RL, mask_RL, logit_rows)
 
     return logits
 
@@ -165,16 +164,21 @@ def draw(
         column_N = law.logp_NK.argmax(-1)
     else:
         law = truncate(raw_NV / sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p)
-        streams_N = noise.streams(*(torch.from_numpy(names_N).to(device) for names_N in (keys_N, steps_N, position_N)))
+        streams_N = noise.streams(*in_one_copy(device, keys_N, steps_N, position_N))
         column_N = _noisiest(law, streams_N)
     at_N1 = column_N.unsqueeze(1)
     token_N = _token(law, at_N1)
+    logp_N = law.logp_NK.gather(1, at_N1).squeeze(1)
+    logp_raw_N = raw_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) - raw_total_N
+    # One copy back, for the same reason; float64 holds ids and float32 alike.
+    columns = (token_N, logp_N, logp_raw_N, law.entropy())
+    told = torch.stack([column.double() for column in columns]).cpu().numpy()
     drawn = Drawn(
-        token=token_N.cpu().numpy(),
-        logp=law.logp_NK.gather(1, at_N1).squeeze(1).cpu().numpy(),
-        logp_raw=(raw_NV.gather(1, token_N.unsqueeze(1)).squeeze(1) - raw_total_N).cpu().numpy(),
-        entropy=law.entropy().cpu().numpy(),
-        kept=partial(_kept, law),
+        token=told[0].astype(np.int64),
+        logp=told[1].astype(np.float32),
+        logp_raw=told[2].astype(np.float32),
+        entropy=told[3].astype(np.float32),
+        kept=_kept_of(law),
     )
     return drawn, law
 
@@ -232,7 +236,17 @@ def _token(law: Law, column_N1: torch.Tensor) -> torch.Tensor:
     return (column_N1 if law.ids_NK is None else law.ids_NK.gather(1, column_N1)).squeeze(1)
 
 
-def _kept(law: Law, i: int) -> np.ndarray:
-    columns = (law.logp_NK[i] > -torch.inf).nonzero().squeeze(1)
-    ids = columns if law.ids_NK is None else law.ids_NK[i][columns]
-    return np.sort(ids.cpu().numpy().astype(np.int32))
+def _kept_of(law: Law) -> Callable[[int], np.ndarray]:
+    """``Drawn.kept``; all positions' ids are copied at once, when the first are asked for."""
+
+    @cache
+    def ids_NK() -> np.ndarray:
+        K = law.logp_NK.shape[1]
+        ids = torch.arange(K, device=law.logp_NK.device) if law.ids_NK is None else law.ids_NK
+        return torch.where(law.logp_NK > -torch.inf, ids, -1).to(torch.int32).cpu().numpy()
+
+    def kept(i: int) -> np.ndarray:
+        ids_K = ids_NK()[i]
+        return np.sort(ids_K[ids_K >= 0])
+
+    return kept

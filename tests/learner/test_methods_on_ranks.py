@@ -1,22 +1,18 @@
 """Every method of the settings on real ranks: an update's gradient, on the policy and off it, doesn't depend on ranks,
 forwards, passes and ZeRO stage; and a batch after a checkpoint is learnt from as without one, bit for bit."""
 
-import dataclasses
 from collections.abc import Iterator
-from typing import get_args
 
 import pytest
 import ray
 
 from learner.objectives import make_objective
 from learner.ranks.plan import UpdatePlan, plan_update
-from learner.settings.objective import ObjectiveSection
-from learner.settings.objectives import ObjectiveConfig
 from rollout.adapters import AdapterState, digest
 from rollout.models.family import policy_adapter
 from rollout.trajectory import BranchSpec, SamplerSpec, TrajectoryGroup
+from tests.support.every_method import METHODS, at, drawing_of, variant
 from tests.support.learner_ranks import (
-    SAMPLER,
     ProbedGroup,
     draw_batch,
     importing_ray,
@@ -30,46 +26,9 @@ from tests.support.learner_ranks import (
 
 pytestmark = pytest.mark.slow
 
-VARIANTS: dict[str, type[ObjectiveSection]] = {
-    v.model_fields["type"].default: v for v in get_args(get_args(ObjectiveConfig)[0])
-}
-FORMS = {
-    "diffpo_thresholds": ("diffpo", {"threshold_lr": 0.02}),
-    "diffpo_weights": ("diffpo", {"importance": "completion", "importance_cap": 1e4, "beta": 0}),
-    "trace_rl_values": ("trace_rl", {"value_lr": 0.02, "value_lambda": 0.5}),
-}
-"""Methods with optional parts that the ranks have work with: the type, and what is set."""
-THRESHOLDS = (0.013, 0.0145, 0.5)
-METHODS = sorted([*VARIANTS, *FORMS])
 LR = 1e-3
 LAYOUTS = [(1, 0, 3), (1, 0, 1), (2, 0, 16), (2, 0, 1), (2, 2, 3), (2, 3, 16)]
 """(ranks, ZeRO stage, views in one pass at most); compared with (1, 0, 16)"""
-
-
-def at(method: str, ranks: int = 1, stage: int = 0, views: int = 16):
-    """With a strong KL term where the method has one, so that it matters in the first update too."""
-    kl = {"objective__beta": 1.0} if "beta" in variant(method).model_fields else {}
-    layout = {"learner__ranks": ranks, "learner__zero_stage": stage, "learner__views_per_forward": views}
-    spec = sampler_of(method)
-    sampler = {f"rollout__sampler__{key}": getattr(spec, key) for key in ("block_length", "position_rule", "steps")}
-    if isinstance(spec.threshold, tuple):
-        sampler["rollout__sampler__threshold"] = list(spec.threshold)
-    kind, changes = FORMS.get(method, (method, {}))
-    form = {**kl, "objective__type": kind, **{f"objective__{key}": value for key, value in changes.items()}}
-    return settings(**form, learner__updates_per_batch=2, **sampler, **layout)
-
-
-def variant(method: str) -> type[ObjectiveSection]:
-    return VARIANTS[FORMS.get(method, (method, {}))[0]]
-
-
-def sampler_of(method: str) -> SamplerSpec:
-    """The one of all tests, or one token a step from left to right where the method asks for that."""
-    if "threshold_lr" in FORMS.get(method, (method, {}))[1]:
-        return dataclasses.replace(SAMPLER, threshold=THRESHOLDS)
-    if not variant(method)().refuses(SAMPLER):
-        return SAMPLER
-    return dataclasses.replace(SAMPLER, position_rule="left_to_right", steps=SAMPLER.completion_length)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,10 +47,6 @@ def groups(cluster, tiny_model) -> Iterator[dict[int, ProbedGroup]]:
 @pytest.fixture(scope="module")
 def adapter(tiny_model) -> AdapterState:
     return random_adapter(tiny_model, settings())
-
-
-def drawing_of(method: str) -> tuple[SamplerSpec, BranchSpec | None]:
-    return sampler_of(method), variant(method)().branches(sampler_of(method))
 
 
 @pytest.fixture(scope="module")

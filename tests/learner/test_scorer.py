@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.likelihood.scorer import restricted_logp, score
+from learner.likelihood.scorer import padded_support, restricted_logp, score
 from learner.likelihood.views import View, ViewBatch, build_batch, step_view
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
@@ -58,6 +58,10 @@ def dense_logp(logits_NV, targets_N, kept_NV, temperature):
     return law_NV[torch.arange(len(targets_N)), targets_N]
 
 
+def padded(support) -> torch.Tensor:
+    return torch.from_numpy(padded_support(*support))
+
+
 def kept_mask(support) -> torch.Tensor:
     indptr, ids = support
     kept_NV = torch.zeros(N, V, dtype=torch.bool)
@@ -70,7 +74,7 @@ def test_restricted_law_and_gradient_match_the_dense_ones(logits, support, tempe
     targets = targets_of(support)
     factors = torch.linspace(-1, 2, N)
     ours, dense = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    scores = restricted_logp(ours, targets, support, temperature=temperature, mask_token_id=MASK)
+    scores = restricted_logp(ours, targets, padded(support), temperature=temperature, mask_token_id=MASK)
     expected = dense_logp(dense, targets, kept_mask(support), temperature)
     torch.testing.assert_close(scores.logp_N, expected.float(), atol=2e-6, rtol=1e-6)
     (scores.logp_N * factors).sum().backward()
@@ -100,7 +104,7 @@ def test_a_mask_token_that_the_model_is_sure_of_changes_nothing(logits, support)
     targets = targets_of(support)
     sure = logits.clone()
     sure[:, MASK] = 80.0
-    for kept in (None, support):
+    for kept in (None, padded(support)):
         plain = restricted_logp(logits, targets, kept, temperature=1.0, mask_token_id=MASK)
         ours = restricted_logp(sure, targets, kept, temperature=1.0, mask_token_id=MASK)
         torch.testing.assert_close(ours.logp_N, plain.logp_N, atol=0, rtol=0)
@@ -109,7 +113,7 @@ def test_a_mask_token_that_the_model_is_sure_of_changes_nothing(logits, support)
 
 def test_mass_is_what_the_untruncated_law_gives_the_support(logits, support):
     logits.requires_grad_()
-    scores = restricted_logp(logits, targets_of(support), support, temperature=0.7, mask_token_id=MASK)
+    scores = restricted_logp(logits, targets_of(support), padded(support), temperature=0.7, mask_token_id=MASK)
     law = without_mask(logits.detach(), MASK).div(0.7).softmax(1)
     torch.testing.assert_close(scores.mass_N, (law * kept_mask(support)).sum(1), atol=1e-6, rtol=0)
     assert not scores.mass_N.requires_grad and scores.logp_N.requires_grad
@@ -117,9 +121,9 @@ def test_mass_is_what_the_untruncated_law_gives_the_support(logits, support):
 
 def test_half_precision_logits_are_scored_in_float32(logits, support):
     half = logits.bfloat16()
-    scores = restricted_logp(half, targets_of(support), support, temperature=0.7, mask_token_id=MASK)
+    scores = restricted_logp(half, targets_of(support), padded(support), temperature=0.7, mask_token_id=MASK)
     assert scores.logp_N.dtype == scores.mass_N.dtype == torch.float32
-    exact = restricted_logp(half.float(), targets_of(support), support, temperature=0.7, mask_token_id=MASK)
+    exact = restricted_logp(half.float(), targets_of(support), padded(support), temperature=0.7, mask_token_id=MASK)
     torch.testing.assert_close(scores.logp_N, exact.logp_N, atol=0, rtol=0)
 
 
@@ -127,7 +131,7 @@ def test_logits_of_any_size_stay_finite(support):
     logits = torch.full((N, V), -1e4)
     logits[:, 3] = 1e4
     logits.requires_grad_()
-    scores = restricted_logp(logits, targets_of(support), support, temperature=0.5, mask_token_id=MASK)
+    scores = restricted_logp(logits, targets_of(support), padded(support), temperature=0.5, mask_token_id=MASK)
     scores.logp_N.sum().backward()
     assert scores.logp_N.isfinite().all() and logits.grad.isfinite().all()
 

@@ -151,11 +151,13 @@ def test_a_lock_is_removed_when_its_builder_is_dead_and_kept_while_it_lives(tmp_
     assert not lock.exists()
 
 
-def prepare(folder: Path, prefix: str = sys.prefix, **environment: str) -> subprocess.CompletedProcess[str]:
+def prepare(
+    folder: Path, prefix: str = sys.prefix, device: str = "cpu", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """``prepare_environment`` in a process of the environment ``prefix`` whose PATH holds nothing."""
     code = (
         "import os, sys; from learner.ranks.build_ops import prepare_environment as p; "
-        f"sys.prefix = {prefix!r}; print(p()); print(os.environ['PATH'])"
+        f"sys.prefix = {prefix!r}; print(p({device!r})); print(os.environ['PATH'])"
     )
     environment = {"PATH": str(folder), "HOME": str(folder)} | environment
     return subprocess.run(
@@ -176,6 +178,7 @@ def test_missing_compiler_is_said_in_one_sentence_unless_the_op_is_built(tmp_pat
     answer = prepare(tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert answer.returncode != 0
     assert "ConfigError: DeepSpeed has to compile a small op, and there is no C++ compiler 'c++'" in answer.stderr
+    assert prepare(tmp_path, device="cuda", TORCH_EXTENSIONS_DIR=str(tmp_path)).returncode == 0, "it builds nothing"
     built = tmp_path / build_ops.OP_NAME / f"{build_ops.OP_NAME}.so"
     built.parent.mkdir(exist_ok=True)
     built.touch()
