@@ -47,7 +47,9 @@ def deepspeed_config(*, zero_stage: int, dtype: str, max_grad_norm: float, train
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
+        # Gradients add up in fp32 over forwards, and over ranks.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return config
 
 

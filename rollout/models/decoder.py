@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from rewards.errors import ConfigError
+from rollout.models.head import Head
 from rollout.models.layers import RMSNorm, Visibility, attend, rotary_tables, rotate, visibility
 
 
@@ -45,7 +46,7 @@ class DecoderLM(PreTrainedModel):
         super().__init__(config)
         mlps = [self.build_mlp(config, layer) for layer in range(config.num_hidden_layers)]
         self.model = Decoder(config, mlps, qkv_bias=self.qkv_bias, qk_norm=self.qk_norm)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @staticmethod
@@ -63,7 +64,7 @@ class DecoderLM(PreTrainedModel):
         relative, so left padding and packing change logits by rounding only. logit_rows: [N] int64, flat indices
         ``b * L + l``.
 
-        Returns an output whose ``logits`` are [B, L, V], or [N, V] when logit_rows is given. Logits at pads are finite
+        Returns an output whose ``logits``, float32, are [B, L, V], or [N, V] with logit_rows. Logits at pads are finite
         and mean nothing.
         """
         x = self.model(input_ids, attention_mask)

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from rewards.errors import ConfigError
+from rollout.models.head import Head, exact_logits
 from rollout.models.layers import RMSNorm, Visibility, attend, rotary_tables, rotate, visibility
 
 # Switches of the published config.json that have one value in every LLaDA checkpoint. They are written out again, so
@@ -134,7 +135,7 @@ class LLaDAModelLM(PreTrainedModel):
         Positions count from 0, pads included: rotary positions are relative, so left padding and packing change logits
         by rounding only. logit_rows: [N] int64, flat indices ``b * L + l``.
 
-        Returns an output whose ``logits`` are [B, L, V], or [N, V] when logit_rows is given. Logits at pads are finite
+        Returns an output whose ``logits``, float32, are [B, L, V], or [N, V] with logit_rows. Logits at pads are finite
         and mean nothing.
         """
         return MaskedLMOutput(logits=self.model.transformer(input_ids, attention_mask, logit_rows))
@@ -167,7 +168,7 @@ class LLaDATransformer(nn.Module):
         self.blocks = nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:
-            self.ff_out = nn.Linear(config.d_model, config.embedding_rows, bias=False)
+            self.ff_out = Head(config.d_model, config.embedding_rows, bias=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
         x_BLD = self.wte(input_ids)
@@ -179,7 +180,7 @@ class LLaDATransformer(nn.Module):
         if logit_rows is not None:
             x_BLD = x_BLD.flatten(0, 1).index_select(0, logit_rows)
         x_BLD = self.ln_f(x_BLD)
-        return F.linear(x_BLD, self.wte.weight) if self.config.weight_tying else self.ff_out(x_BLD)
+        return exact_logits(x_BLD, self.wte.weight) if self.config.weight_tying else self.ff_out(x_BLD)
 
 
 class LLaDABlock(GradientCheckpointingLayer):

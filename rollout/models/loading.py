@@ -31,6 +31,8 @@ def load_model(
     Raises ConfigError when the checkpoint's weights are not exactly the model's, by name and by shape, when they can't
     be read, or not be quantized here. A masked LM's checkpoint may hold more: heads of its pretraining.
     """
+    # Partial sums of a bfloat16 product on a GPU are kept in fp32, which costs next to nothing.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     family = policy_adapter(model_path)
     model_class: Any = family.model_class
     options: dict[str, Any] = {"dtype": dtype}

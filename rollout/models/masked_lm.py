@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from rewards.errors import ConfigError
+from rollout.models.head import Head
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ def special_tokens(model_path: str, tokenizer: Any, vocabulary: int | None) -> t
 class _Policy(PreTrainedModel):
     """A masked LM as a diffusion policy. Mixed in before transformers' own class, whose weights and names it has."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Its weights stay where transformers ties them, so the map itself is kept and computes otherwise.
+        self.get_submodule(ARCHITECTURES[self.config.model_type].head_name).__class__ = Head
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         return super().from_pretrained(*args, **{"attn_implementation": "sdpa", **kwargs})
@@ -150,7 +156,7 @@ class _Policy(PreTrainedModel):
         else (1 everywhere: one sequence a row); a segment's tokens stand together. None when nothing is padded or
         packed. logit_rows: [N] int64, flat indices ``b * L + l``.
 
-        Returns an output whose ``logits`` are [B, L, V], or [N, V] when logit_rows is given. Logits at pads are finite
+        Returns an output whose ``logits``, float32, are [B, L, V], or [N, V] with logit_rows. Logits at pads are finite
         and mean nothing.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": None}

@@ -97,8 +97,9 @@ def test_bfloat16_logits_are_transformers(checkpoint):
     ids = random_ids(2, 20)
     logits = load_model(folder, "bfloat16")(ids).logits
     theirs = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")(ids).logits
-    assert logits.dtype == torch.bfloat16
-    torch.testing.assert_close(logits, theirs, atol=0, rtol=0)
+    assert logits.dtype == torch.float32, "theirs are rounded after the last product too"
+    torch.testing.assert_close(logits.bfloat16(), theirs, atol=0, rtol=2**-7)  # one step, where a sum lies at an edge
+    assert (logits.bfloat16() == theirs).float().mean() > 0.98
 
 
 @torch.no_grad()
