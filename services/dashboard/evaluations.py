@@ -95,7 +95,10 @@ def _evaluation(place: Path) -> Evaluation | None:
 
 @functools.lru_cache(maxsize=64)
 def _read(place: Path, inode: int, changed: int) -> Evaluation | None:
-    with opened(place / RESULTS) as descriptor, open(descriptor, encoding="utf-8", errors="replace") as file:
+    with (
+        opened(place / RESULTS) as descriptor,
+        open(descriptor, encoding="utf-8", errors="replace", closefd=False) as file,
+    ):
         text = file.read(MOST_BYTES)
     try:
         told = json.loads(text)

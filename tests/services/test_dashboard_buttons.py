@@ -46,10 +46,9 @@ def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
             assert page.page.locator(BUTTONS).count() == 0, "buttons without a token"
 
             use_token(page, "not-the-token")
-            press(page, "pause")
-            page.shows(".toast[data-kind=error]", "this is not the token")
-            page.wait_until("no buttons for a wrong token", lambda: page.page.locator(BUTTONS).count() == 0)
-            assert service.api("runs/buttons/actions")["items"] == []
+            page.shows("dialog .wrong", "this is not the token")
+            assert page.page.locator(BUTTONS).count() == 0, "buttons for a wrong token"
+            page.page.keyboard.press("Escape")
             page.expect_errors("401")
 
             use_token(page, service.token)
@@ -72,6 +71,10 @@ def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
             field.fill("9")
             press(page, "set_actors")
             assert "max_actors=9" in told(page, "set_actors", "refused")
+            page.page.reload()
+            assert "max_actors=9" in told(page, "set_actors", "refused"), "an answer is there after a reload too"
+            assert service.api("runs/buttons/events", level="warning", kind="command")["items"] == []
+            field = page.page.locator(".stepper input")
             page.page.screenshot(path=str(tmp_path / "paused.png"))
 
             press(page, "resume")
@@ -87,7 +90,8 @@ def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
             assert run.wait() == 128 + signal.SIGTERM, run.output()
             assert "asked to stop by dashboard at 127.0.0.1" in run.output()
             page.shows(".pill", "stopped")
-            page.wait_until("no buttons for a run that is over", lambda: page.page.locator(BUTTONS).count() == 0)
+            stop = page.page.locator(".run-controls [data-action=stop]")
+            page.wait_until("no buttons that a run that is over can't follow", lambda: stop.count() == 0)
         trail = [(each["action"], each["status"]) for each in service.api("runs/buttons/actions")["items"]]
         assert ("set_actors", "refused") in trail and ("stop", "done") in trail
 
@@ -104,10 +108,10 @@ def test_new_run_is_checked_and_the_token_forgotten(tmp_path: Path) -> None:
         page.shows("dialog", "without --ray-address")
         assert page.page.locator("dialog option").count() == len(jobs.recipes())
         page.page.select_option("dialog select", "smoke")
-        page.page.fill("dialog textarea", "learner.lr=0.5\n# a remark\nlearner.lrr=1")
+        page.page.fill("dialog [name=overrides]", "learner.lr=0.5\n# a remark\nlearner.lrr=1")
         page.page.click("dialog [data-action=check]")
         page.shows(".submit-answer[data-status=refused]", "did you mean 'learner.lr'")
-        page.page.fill("dialog textarea", "learner.lr=0.5")
+        page.page.fill("dialog [name=overrides]", "learner.lr=0.5")
         page.page.click("dialog [data-action=check]")
         page.shows(".submit-answer[data-status=done]", "The settings are sound")
         assert page.page.locator("dialog [data-action=submit]").count() == 0, "a button that can't work"

@@ -1,6 +1,7 @@
 """Comparisons of methods in the dashboard: the API's answers and the page."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 
 from learner.comparison.cells import Findings, tuning_cells
-from services.dashboard.comparisons import comparison_files, read_comparison
+from services.dashboard.comparisons import comparison_files, cost_of_iteration, read_comparison
+from services.dashboard.evaluations import evaluations
 from tests.support.browsers import watched
 from tests.support.compared import all_done, plan, written
 from tests.support.dashboards import Dashboard, dashboard
@@ -38,11 +40,38 @@ def leave_comparisons(runs: Path) -> dict[str, Any]:
 
 
 def test_what_is_no_comparison_is_none(tmp_path: Path) -> None:
-    leave_comparisons(tmp_path)
+    report = leave_comparisons(tmp_path)
     read = {name: read_comparison(path) for name, path in comparison_files(tmp_path).items()}
     assert {name for name, comparison in read.items() if comparison} == {tmp_path.name, "part"}
+    (run, *_) = report["methods"]["agrpo"]["runs"]
+    assert cost_of_iteration(tmp_path, run) == report["cells"][run]["spent"]["an iteration"] > 0
+    assert cost_of_iteration(tmp_path, "another") is None
     assert "link" not in read and set(read) >= {"list", "text", "evaluation", "deep", "nan"}
     assert read_comparison(tmp_path / "nowhere" / "results.json") is None
+
+
+def test_what_is_no_evaluation_is_none(tmp_path: Path) -> None:
+    rate = {"value": 0.5, "interval": [0.4, 0.6], "method": "wilson"}
+    cell = {
+        "label": "greedy",
+        "decoding": "greedy",
+        "samples": 1,
+        "steps": 8,
+        "base": {"solve_rate": rate, "solved": 4},
+    }
+    whole = {"statistics": {"confidence": 0.95}, "problems": 8, "complete": True, "unfinished": [], "cells": [cell]}
+    texts = {"good": json.dumps(whole), "list": "[]", "text": "no JSON", "deep": "[" * 10**5, "part": '{"cells": []}'}
+    texts["nan"] = json.dumps({**whole, "problems": float("nan")})
+    for name, text in texts.items():
+        (tmp_path / "evaluations" / name).mkdir(parents=True)
+        (tmp_path / "evaluations" / name / "results.json").write_text(text)
+    (tmp_path / "evaluations" / "link").symlink_to(tmp_path / "evaluations" / "good")
+    (tmp_path / "evaluations" / "pipe").mkdir()
+    os.mkfifo(tmp_path / "evaluations" / "pipe" / "results.json")
+    (found,) = evaluations(tmp_path)
+    assert (found.name, found.problems, found.confidence) == ("good", 8, 0.95)
+    assert found.cells[0].base is not None and found.cells[0].base.rates["solve_rate"].interval == (0.4, 0.6)
+    assert evaluations(tmp_path / "nowhere") == []
 
 
 def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The dashboard under load.
 
     python -m tests.support.dashboard_load FOLDER [--runs 100] [--rows 100000] [--streams 200]
+    python -m tests.support.dashboard_load FOLDER --compare 12 [--rows 250000]
 
 Fills FOLDER with long runs (unless it is there), starts a service, lets ``--streams`` clients follow a run that writes
 an iteration every half second, and loads run pages meanwhile. Prints the times of a page's data and the service's
-memory. Run it on a quiet machine.
+memory. With ``--compare`` it opens a comparison of so many runs in Chromium instead (25 metrics: 250,000 rows are
+10,000 iterations), and prints when its table and its first curves are there. Run it on a quiet machine.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import httpx
 
 from services.store.schema import sqlite_url
 from services.store.writer import StoreWriter
+from tests.support.browsers import chromium, watched
 from tests.support.dashboards import Dashboard, dashboard
 from tests.support.store_load import NAMES, fill_folder
 
@@ -55,6 +58,30 @@ async def measure(service: Dashboard, runs: int, streams: int, seconds: float) -
         print(f"  {name:<14} median {ms(statistics.median(times))}, 95 % within {ms(quantile(times))}")
     print(f"events received by a stream: {min(received)} to {max(received)}")
     print(f"memory: {memory[0]:.0f} MiB at first, {max(memory):.0f} at most, {memory[-1]:.0f} at the end")
+
+
+def compare(service: Dashboard, runs: int) -> None:
+    """A comparison of so many runs, three times: from the address to what can be used, and the service's CPU."""
+    route = "/compare?" + "&".join(f"run=load-{number:03d}" for number in range(runs))
+    with chromium() as browser:
+        for _ in range(3):
+            with watched(browser, service.url) as page:
+                page.open("/runs")
+                page.shows("tr[data-run]")
+                begin, used = time.perf_counter(), cpu_s(service.process.pid)
+                page.open(route)
+                page.shows(f".legend tbody tr:nth-child({runs})")
+                table = time.perf_counter() - begin
+                page.shows("[data-chart='reward/mean'] .main-svg")
+                curves = time.perf_counter() - begin
+                took = cpu_s(service.process.pid) - used
+                print(f"comparison of {runs}: table {ms(table)}, curves {ms(curves)}, CPU of the service {ms(took)}")
+
+
+def cpu_s(pid: int) -> float:
+    """Of the process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def page(run: str) -> list[tuple[str, str]]:
@@ -117,9 +144,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--compare", type=int, default=0, metavar="RUNS")
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
     folder = options.folder.absolute()
+    options.runs = options.compare or options.runs
     if not (folder / "load-000").exists():
         begin = time.monotonic()
         fill_folder(folder, options.runs, options.rows)
@@ -127,6 +156,9 @@ def main() -> None:
     with dashboard(folder) as service:
         while len(service.api("runs", limit=500)["items"]) < options.runs:
             time.sleep(0.5)
+        if options.compare:
+            compare(service, options.compare)
+            return
         asyncio.run(measure(service, options.runs, options.streams, options.seconds))
 
 

@@ -35,7 +35,7 @@ class Form {
     this.overrides = h("textarea", { name: "overrides", rows: 6, spellcheck: false, placeholder: "run.name=my-run\nlearner.lr=0.0005", oninput: () => this.changed() });
     this.sweep = h("textarea", { name: "sweep", rows: 2, spellcheck: false, placeholder: "learner.lr=1e-4,3e-4\nrun.seed=0,1,2", oninput: () => this.changed() });
     this.search = h("input", { type: "search", placeholder: "Find a setting: learning rate, steps, seconds…", ariaLabel: "Find a setting", oninput: () => this.list() });
-    this.found = h("div.settings-found", { tabIndex: 0, role: "list", ariaLabel: "Settings" });
+    this.found = h("div.settings-found", { ariaLabel: "Settings" });
     this.command = h("pre.command");
     this.number = h("span.note");
     this.answer = h("div.submit-answer", { role: "status" });
@@ -122,7 +122,7 @@ class Form {
     const { key, about, type, choices, value } = setting;
     return h(
       "button.setting",
-      { type: "button", role: "listitem", dataset: { key }, onclick: () => this.take(setting) },
+      { type: "button", dataset: { key }, onclick: () => this.take(setting) },
       h("b", null, key),
       h("span.mono", null, `${valueText(value)}`),
       h("span.note", null, about, choices ? ` (${choices.map(valueText).join(", ")})` : type === "text" || !type ? "" : ` (${type})`),

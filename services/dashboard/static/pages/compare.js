@@ -234,10 +234,12 @@ export async function render(root, params, app) {
 
   // Data
 
+  let feeding = null;
   async function load(wanted) {
     await Promise.all(runs.map(async (item) => {
       const missing = wanted.filter((name) => item.names.includes(name) && !item.data.has(name));
       if (missing.length) await fetchInto(item, missing);
+      feeding ??= setTimeout(() => ((feeding = null), app.alive() && feedAll()), 100); // curves come as they arrive
     }));
     if (app.alive()) feedAll();
   }
@@ -320,8 +322,8 @@ export async function render(root, params, app) {
   // The pointed-at run stands out
 
   function highlight(id) {
-    const group = id && state.bands ? groupsOf(runs.filter(isShown)).find(({ runs: items }) => items.some((each) => each.id === id)) : null;
-    for (const { chart } of shown) standOut(chart, group ? group.runs[0].id : id);
+    const seeds = id && state.bands ? groupsOf(runs.filter(isShown)).find(({ runs: items }) => items.some((each) => each.id === id)) : null;
+    for (const { chart } of shown) standOut(chart, seeds ? seeds.runs[0].id : id);
   }
 
   // Export

@@ -3,6 +3,7 @@
 import { at, get } from "../api.js";
 import { ChartGroup, DASHES } from "../charts.js";
 import { bytes, count, duration, empty, h, percent, pill, put } from "../dom.js";
+import { saveCsv, saveJson } from "../downloads.js";
 import { emptySeries } from "../series.js";
 
 const AGAIN_MS = 15000;
@@ -38,7 +39,7 @@ async function one(root, name, app) {
   async function load() {
     const comparison = await get(at`comparisons/${name}`);
     if (!app.alive()) return;
-    put(top, head(name, comparison), rates(comparison));
+    put(top, head(name, comparison), h("div.row.end.exports", null, h("button.button", { type: "button", onclick: () => saveCsv(name, asRows(comparison)) }, "CSV"), h("button.button", { type: "button", onclick: () => saveJson(name, comparison) }, "JSON")), rates(comparison));
     put(bottom, costs(comparison), failures(comparison));
     const methods = Object.entries(comparison.methods);
     const [most] = counts(comparison);
@@ -60,6 +61,14 @@ function points(x, y) {
 function head(name, { settings, complete }) {
   const seeds = `seeds ${settings.seeds.join(", ")}; settings chosen on ${settings.tuning_seeds.join(", ")}`;
   return h("div.head", null, h("div", null, h("h1", null, name), h("p.note", null, `${count(settings.budget)} forward-equivalents a run; ${count(settings.problems)} held-out problems a seed; ${seeds}`)), pill(complete ? "finished" : "running"));
+}
+
+/** A row for each method and number of steps. */
+function asRows(comparison) {
+  return ranked(comparison).flatMap(([method, found]) => counts(comparison).filter((steps) => found.solve_rate[steps]).map((steps) => {
+    const [rate, gain] = [found.solve_rate[steps], found.difference[steps]];
+    return { method, steps, solve_rate: rate.value, low: rate.interval[0], high: rate.interval[1], difference: gain?.value, difference_low: gain?.interval[0], difference_high: gain?.interval[1], forward_equivalents: found.spent, ...found.point };
+  }));
 }
 
 function counts({ methods }) {
