@@ -1,8 +1,8 @@
 """The playback document: one sampled completion, how it was written, and what learning made of it.
 
 Reads the safetensors bytes of a sample row with numpy alone (their layout is described in
-``learner.reporting.playback``, which writes them, and in docs/dashboard.md). A sample may come from anybody's store, so
-everything is checked before use.
+``learner.reporting.playback``, which writes them, and in docs/dashboard-api.md). A sample may come from anybody's
+store, so everything is checked before use.
 """
 
 import json
@@ -171,7 +171,9 @@ def _cells(arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[C
         rank=rank.tolist(),
         drawn=drawn.tolist(),
         confidence=_where(drawn, confidence),
-        **{name: _where(drawn, values) for name, values in laws.items()},
+        logp=_where(drawn, laws["logp"]),
+        logp_raw=_where(drawn, laws["logp_raw"]),
+        entropy=_where(drawn, laws["entropy"]),
     )
     return cells, int(step[drawn].max() if drawn.any() else step.max()) + 1, notes
 

@@ -79,10 +79,12 @@ def mark_of(layout: Layout | None, positions: int) -> list[Mark | None]:
 
 def scales(data: Mapping[str, Any]) -> Scales | None:
     given = data.get("scales")
-    values = [_amount(given.get(name)) for name in Scales.model_fields] if isinstance(given, dict) else [None]
-    if None in values:
+    if not isinstance(given, dict):
         return None
-    return Scales(**dict(zip(Scales.model_fields, values, strict=True)))
+    entropy, weight, log_ratio = (_amount(given.get(name)) for name in ("entropy", "weight", "log_ratio"))
+    if entropy is None or weight is None or log_ratio is None:
+        return None
+    return Scales(entropy=entropy, weight=weight, log_ratio=log_ratio)
 
 
 def largest(data: Mapping[str, Any]) -> dict[str, Number]:

@@ -86,8 +86,9 @@ def list_samples(
 ) -> Page[Sample]:
     """Newest iteration first, without their trajectories."""
     try:
-        which = {"iteration": iteration, "kind": kind, "correct": correct, "text": q or None}
-        found = run.reader.samples(run.id, **which, limit=limit, cursor=cursor)
+        found = run.reader.samples(
+            run.id, iteration=iteration, kind=kind, correct=correct, text=q or None, limit=limit, cursor=cursor
+        )
     except ValueError as error:
         raise ProblemError(422, str(error)) from None
     return Page(items=[Sample(**row, question=question(row)) for row in found.rows], next_cursor=found.next)
