@@ -138,7 +138,8 @@ def _engine_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, cei
 def _learner_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, ceiling: float) -> dict[str, Any]:
     device = next(model.parameters()).device
     group = prebuilt_group(**shape.group)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
     model.train()
     our_update(model, family, group, shape, 1)
     model.zero_grad(set_to_none=True)

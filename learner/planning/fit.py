@@ -97,11 +97,8 @@ def plan_run(
     rank_budget, actor_budget = plans.budgets()
     work = work_of(config, model, prompt=prompt)
     peak, speed = _peak(config, hardware, tflops)
-    resources = config.resources
-    shares = [min(1.0, gpus) or 1.0 for gpus in (resources.gpus_per_actor, resources.gpus_per_rank)]
-    time = duration(
-        config, work, flops_per_actor=peak * shares[0], flops_per_rank=peak * shares[1], utilisation=utilisation
-    )
+    speeds = dict(zip(("flops_per_actor", "flops_per_rank"), (peak * share for share in _shares(config)), strict=True))
+    time = duration(config, work, **speeds, utilisation=utilisation)
     problems = tuple(plans.problems())
     checkpointing = config.learner.activation_checkpointing
     other = rank_memory(config, model, device=plans.rank_device, prompt=prompt, checkpointing=not checkpointing)
@@ -123,14 +120,18 @@ def plan_run(
         time=time,
         speed=f"{speed} at {utilisation:.0%} utilisation",
         problems=problems,
-        too_slow=tuple(
-            too_slow(
-                config, work, flops_per_actor=peak * shares[0], flops_per_rank=peak * shares[1], speed=f"all of {speed}"
-            )
-        ),
+        too_slow=tuple(too_slow(config, work, **speeds, speed=f"all of {speed}")),
         changes=tuple(_changes(plans)) if problems else (),
         assumptions=_assumptions(plans, prompt, prompt_source),
     )
+
+
+def _shares(config: RunConfig) -> tuple[float, float]:
+    """Of a device's speed that an actor and a rank have. In a synchronous run those of one GPU take turns."""
+    actor, rank = config.resources.gpus_per_actor, config.resources.gpus_per_rank
+    if actor and rank and config.rollout.max_staleness == 0:
+        actor = rank = actor + rank
+    return min(1.0, actor) or 1.0, min(1.0, rank) or 1.0
 
 
 class _Needs:

@@ -206,7 +206,9 @@ class Rank(ABC):
         base = load_model(self.model_path, learner.dtype, quantization=quantization, device=device)
         model = attach_lora(base, self.family, lora_spec(self.config))
         if learner.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Nothing in the models is random, so that no generator's state has to be kept.
+            how = {"use_reentrant": False, "preserve_rng_state": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         if adapter is not None:
             load_state(model, adapter)
         self.peft_config = model.peft_config["default"].to_dict()

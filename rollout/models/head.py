@@ -37,25 +37,25 @@ class _InSlices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight_VD)
+        of_weights = ctx.needs_input_grad[1]  # of a head that is trained itself
+        ctx.save_for_backward(weight_VD, x if of_weights else None)
+        ctx.dtype = x.dtype
         parts = [F.linear(x.float(), weight_WD.float()) for weight_WD in _slices(weight_VD)]
         return torch.cat(parts, dim=-1) if bias_V is None else torch.cat(parts, dim=-1) + bias_V.float()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, weight_VD = ctx.saved_tensors
+        weight_VD, x = ctx.saved_tensors
         weights = _slices(weight_VD)
         parts = slopes[0].split([len(weight_WD) for weight_WD in weights], dim=-1)
         slope = parts[0] @ weights[0].float()
         for part, weight_WD in zip(parts[1:], weights[1:], strict=True):
             slope += part @ weight_WD.float()
-        _, of_weights, of_bias = ctx.needs_input_grad  # of a head that is trained itself
-        flat_NV, flat_ND = slopes[0].flatten(0, -2), x.float().flatten(0, -2)
-        return (
-            slope.to(x.dtype),
-            (flat_NV.T @ flat_ND).to(weight_VD.dtype) if of_weights else None,
-            flat_NV.sum(0).to(weight_VD.dtype) if of_bias else None,
-        )
+        flat_NV, of_weights = slopes[0].flatten(0, -2), None
+        if x is not None:
+            of_weights = (flat_NV.T @ x.float().flatten(0, -2)).to(weight_VD.dtype)
+        of_bias = flat_NV.sum(0).to(weight_VD.dtype) if ctx.needs_input_grad[2] else None
+        return slope.to(ctx.dtype), of_weights, of_bias
 
 
 def _slices(weight_VD: Tensor) -> tuple[Tensor, ...]:

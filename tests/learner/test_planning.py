@@ -300,7 +300,8 @@ def test_work_of_the_published_recipe() -> None:
 
 
 def test_asynchronous_iterations_take_as_long_as_their_slower_half() -> None:
-    together, apart = planned_run("rollout.max_staleness=1").time, planned_run().time
+    whole = ("resources.gpus_per_rank=1", "resources.gpus_per_actor=1")
+    together, apart = planned_run("rollout.max_staleness=1", *whole).time, planned_run(*whole).time
     assert together.iteration == max(apart.rollout, apart.learn) < apart.iteration == apart.rollout + apart.learn
 
 

@@ -23,8 +23,8 @@ def test_logits_of_a_bfloat16_model_are_fp32(tmp_path, family):
         model = load_model(tmp_path, "bfloat16")
         top = model.get_submodule(adapter.head_name)
         assert isinstance(top, Head) and top.weight.dtype is torch.bfloat16
-        seen = []
-        top.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        seen: list[torch.Tensor] = []
+        top.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         policy = model if lora is None else attach_lora(model, adapter, lora)
         logits = policy(input_ids=torch.arange(10, 26).view(2, 8), logit_rows=torch.tensor([3, 9])).logits
         expected = F.linear(seen[0].float(), top.weight.float(), None if top.bias is None else top.bias.float())

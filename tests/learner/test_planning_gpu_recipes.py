@@ -1,0 +1,40 @@
+"""The recipes for GPUs, on the GPUs that they name: they fit, and pay for no memory that they don't need."""
+
+from typing import Any
+
+import pytest
+
+from learner.planning import shapes
+from learner.planning.fit import plan_run
+from learner.planning.hardware import Hardware
+from learner.planning.memory import GIB
+from learner.settings.arguments import recipe_names
+from learner.settings.run import load_config
+
+NODES = {"llada_gsm8k_24gb": Hardware("cuda", 1, 24 * GIB, "4090", "a test")}
+EIGHT = Hardware("cuda", 8, 80 * GIB, "H100", "a test")
+RECIPES = [name for name in recipe_names() if name.startswith(("llada_", "dream_"))]
+
+
+def planned(recipe: str, *settings: str) -> Any:
+    config = load_config([f"recipe={recipe}", *settings])
+    on = NODES.get(recipe, EIGHT)
+    return plan_run(config, shapes.model_shape(config), on, prompt=256, prompt_source="a test")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_computes_activations_twice_only_where_it_must(recipe):
+    as_shipped = planned(recipe)
+    learner = as_shipped.config.learner
+    assert as_shipped.config.resources.gpus_per_rank > 0 and as_shipped.fits, as_shipped.problems
+    assert learner.zero_stage <= 1, "from stage 2 on the gradient crosses the ranks after every backward"
+    fits_without = planned(recipe, "learner.activation_checkpointing=false").fits
+    assert learner.activation_checkpointing != fits_without
+
+
+def test_rank_and_actor_of_one_gpu_take_turns_in_a_synchronous_run():
+    turns, together = planned("llada_gsm8k"), planned("llada_gsm8k", "rollout.max_staleness=1")
+    whole = planned("llada_gsm8k", "resources.gpus_per_rank=1", "resources.gpus_per_actor=1")
+    assert (turns.time.rollout, turns.time.learn) == pytest.approx((whole.time.rollout, whole.time.learn))
+    assert together.time.rollout == pytest.approx(turns.time.rollout / 0.4)
+    assert together.time.learn == pytest.approx(turns.time.learn / 0.6)
