@@ -56,6 +56,7 @@ export async function render(root, params, app) {
   const moveCursor = group.setCursor.bind(group);
   group.setCursor = (x) => (moveCursor(x), showTable());
 
+  const { titleOf, panelOf, formatFor } = metricTitles(names);
   const charts = h("div.grid");
   const shown = []; // {name, chart}
   let hovered = null;
@@ -96,8 +97,6 @@ export async function render(root, params, app) {
   function names() {
     return [...new Set(runs.flatMap((item) => item.names))];
   }
-
-  const { titleOf, panelOf, formatFor } = metricTitles(names);
 
   // State
 
