@@ -274,7 +274,10 @@ class Controller(Training):
             "machine/grader_failures": float(self.feed.grader_failures),
         }
         if max(staleness) == 0:
-            metrics["log_ratio/unupdated_abs_max"] = reports[0].statistics.maxima.get("log_ratio/abs_max", 0.0)
+            first = reports[0].statistics
+            metrics["log_ratio/unupdated_abs_max"] = first.maxima.get("log_ratio/abs_max", 0.0)
+            if beyond := first.means.get("ratio/beyond_clip"):
+                metrics["ratio/unupdated_beyond_clip"] = beyond[0] / beyond[1]
         return metrics
 
     def _check_agreement(self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]) -> None:

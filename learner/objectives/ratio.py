@@ -49,6 +49,7 @@ def clipped_terms(
         "ratio/mean": ratio_N,
         "clip_fraction/low": (ratio_N < low) & (advantage_N < 0),
         "clip_fraction/high": (ratio_N > high) & (advantage_N > 0),
+        "ratio/beyond_clip": (ratio_N < low) | (ratio_N > high),
     }
     return ClippedTerms(log_ratio_N, ratio_N, loss_N, averages)
 

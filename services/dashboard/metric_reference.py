@@ -138,6 +138,20 @@ _HEALTH = (
     ),
     Metric("ratio/max", "policy health", "The largest such ratio.", "Single digits.", "As for clip_fraction/low."),
     Metric(
+        "ratio/beyond_clip",
+        "policy health",
+        "Share of scored actions whose ratio lies beyond the clip range, whatever their advantage.",
+        "About twice clip_fraction/low and clip_fraction/high together.",
+        "As for clip_fraction/low.",
+    ),
+    Metric(
+        "ratio/unupdated_beyond_clip",
+        "policy health",
+        "The same about weights that weren't updated in between: what rounding alone would clip.",
+        "0 in float32; below a percent in bfloat16.",
+        "Percents: part of the gradient is lost to rounding. Wider clip, or learner.dtype=float32.",
+    ),
+    Metric(
         "log_ratio/rms",
         "policy health",
         "Root mean square of the log of that ratio.",
@@ -272,7 +286,16 @@ _THROUGHPUT = (
 )
 
 _RATIOS = (
-    *("ratio/mean", "ratio/max", "clip_fraction/low", "clip_fraction/high", "log_ratio/rms", "kl", "bound/elbo"),
+    *(
+        "ratio/mean",
+        "ratio/max",
+        "ratio/beyond_clip",
+        "clip_fraction/low",
+        "clip_fraction/high",
+        "log_ratio/rms",
+        "kl",
+        "bound/elbo",
+    ),
 )
 _KINDS = {"position_": "choices of positions", "fill_": "fills of states", "threshold/": "thresholds"}
 
