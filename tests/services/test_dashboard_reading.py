@@ -217,7 +217,7 @@ def test_everything_is_reached_by_tab_and_seen_when_it_is(page: Watched, route: 
     assert focused(page)["id"] == "main" and page.page.url.endswith(f"#{route}"), "the skip link is no route"
     page.page.evaluate("document.activeElement.blur()")
     reached = []
-    for _ in range(30):
+    for _ in range(60):
         page.page.keyboard.press("Tab")
         reached.append(focused(page))
     assert [item for item in reached if item["tag"] != "BODY" and not (item["ring"] and item["name"])] == []
