@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -245,7 +246,7 @@ def test_a_sample_comes_with_its_group(service: Dashboard) -> None:
     listed = samples(service, kind="train", iteration=1)
     assert len(listed) == 8
     found = Playback(**service.api(f"runs/sudoku-a/samples/{listed[2]['id']}"))
-    assert found.cells.text[: len(GRID)] in (GRID, [*GRID[:9], *"3412", *GRID[13:]])
+    assert found.cells.text[: len(GRID)] in (GRID, [*GRID[:9], *"3421", *GRID[13:]])
     assert [sample.row for sample in found.siblings] == list(range(8))
     assert [sample.id for sample in found.siblings] == [sample["id"] for sample in listed]
     assert found.updates == 2 and {step.update for step in found.scored} == {0, 1}
@@ -265,6 +266,27 @@ def test_samples_are_found_by_what_they_say_and_by_iteration(service: Dashboard)
     assert list(zip(kept["iteration"], kept["kind"], kept["samples"], strict=True)) == [
         *((0, "base", 2), (1, "train", 8), (2, "train", 8), (3, "train", 8), (3, "trained", 2))
     ]
+
+
+@pytest.mark.slow
+def test_a_playback_is_an_animated_picture_without_scripts(service: Dashboard) -> None:
+    odd = samples(service, kind="train", iteration=3)[7]["id"]
+    base, trained = (samples(service, kind=kind)[0]["id"] for kind in ("base", "trained"))
+    for sample, query in ((odd, {}), (base, {"beside": trained, "theme": "dark"})):
+        answer = service.get(f"/api/v1/runs/sudoku-a/samples/{sample}/animation", **query)
+        assert answer.headers["content-type"] == "image/svg+xml" and len(answer.content) < 150_000
+        picture = ElementTree.fromstring(answer.text)
+        names = {element.tag.rpartition("}")[2] for element in picture.iter()}
+        assert names == {"svg", "title", "rect", "line", "text", "animate"}
+        texts = [element.text or "" for element in picture.iter() if element.tag.endswith("text")]
+        assert "Step 8 of 8: none masked" in texts and "Puzzle: 0321003004002100" in texts
+        for element in picture.iter():
+            if element.tag.endswith("animate"):
+                times = [float(time) for time in element.attrib["keyTimes"].split(";")]
+                assert times[0] == 0 and times == sorted(times) and times[-1] <= 1
+                assert len(times) == len(element.attrib["values"].split(";"))
+    assert "base model" in texts and "trained, iteration 3" in texts
+    assert service.get(f"/api/v1/runs/sudoku-a/samples/{odd}/animation", beside=999999).status_code == 404
 
 
 @pytest.mark.slow

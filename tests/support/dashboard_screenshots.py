@@ -1,4 +1,4 @@
-"""Takes the screenshots of docs/.
+"""Takes the screenshots of docs/, and the moving picture of the README.
 
     python -m tests.support.dashboard_screenshots RUNS RUN OTHER [--out docs/screenshots]
 
@@ -30,13 +30,13 @@ def playback_route(service: Dashboard, run: str) -> str:
     raise SystemExit(f"run {run} kept no group with right and wrong completions")
 
 
-def base_route(service: Dashboard, run: str) -> str:
-    """A held-out problem that the trained model solves and the base doesn't, side by side, near the end."""
+def base_and_trained(service: Dashboard, run: str) -> tuple[int, int]:
+    """Samples of a held-out problem that the trained model solves and the base doesn't."""
     kept = {kind: service.api(f"runs/{run}/samples", kind=kind, limit=200)["items"] for kind in ("base", "trained")}
     for trained in kept["trained"]:
         for base in kept["base"]:
             if base["problem_id"] == trained["problem_id"] and trained["correct"] and not base["correct"]:
-                return f"/run/{run}/play/{base['id']}?step=7&beside={trained['id']}"
+                return base["id"], trained["id"]
     raise SystemExit(f"run {run} kept no problem that only its trained model solves")
 
 
@@ -59,12 +59,15 @@ def main() -> None:
     run = f"/run/{asked.run}"
     with chromium() as browser, dashboard(asked.runs) as service:
         play = playback_route(service, asked.run)
+        base, trained = base_and_trained(service, asked.run)
+        picture = service.get(f"/api/v1/runs/{asked.run}/samples/{base}/animation", beside=trained)
+        (asked.out / "playback.svg").write_text(picture.text)
         shots = [
             ("runs", "/runs", f"tr[data-run='{asked.run}'] svg.spark"),
             ("run", run, "[data-chart=reward] .main-svg"),
             ("compare", f"/compare?run={asked.run}&run={asked.other}", "[data-chart='reward/mean'] .main-svg"),
             ("playback", play, ".play-cell"),
-            ("base-against-trained", base_route(service, asked.run), ".play-cell"),
+            ("base-against-trained", f"{run}/play/{base}?step=8&beside={trained}", ".play-cell"),
         ]
         with watched(browser, service.url, dark=True) as page:
             for name, route, content in shots:

@@ -227,7 +227,7 @@ def playable(
     """
     story = [*pieces(STORY)]
     wrong = [*pieces(STORY.replace("14", "16").replace("Check: ", "So "))]
-    text, other = (story, wrong) if long else (GRID, [*GRID[:9], *"3412", *GRID[13:]])
+    text, other = (story, wrong) if long else (GRID, [*GRID[:9], *"3421", *GRID[13:]])
     tokenizer = tokenizer_of([*story, *wrong, *GRID, *PUZZLE, *ODD])
     shape = {"length": 384, "block": 12, "steps": 128} if long else {"length": 24, "block": 24, "steps": 8}
     prompt = pieces(WORDS["question"]) if long else PUZZLE
