@@ -36,9 +36,9 @@ class Figures:
     """Share in which the learner waits for rollouts."""
     controller_busy: float
     link_busy: float
-    """Of the controller's node, whose link brings all groups."""
+    """Of the ranks' node, whose link brings all groups."""
     network_mb_s: float
-    """Over all links: groups to the controller's node, adapters to each node."""
+    """Over all links: groups to the ranks' node, adapters to each node."""
     staleness_mean: float
     staleness: dict[int, float]
     """Share of the consumed groups by the versions that they are behind."""

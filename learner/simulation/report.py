@@ -18,7 +18,7 @@ MEANING = {
     "actors": "the actors: more of them, or faster ones, make it faster",
     "learner": "the learner: more actors change nothing; more ranks do",
     "controller": "the controller's rate: larger leases (rollout.groups_per_lease) cost it less",
-    "network": "the link of the controller's node",
+    "network": "the link of the ranks' node",
     "staleness": "neither side is busy, they wait for each other: rollout.max_staleness, or smaller leases",
 }
 

@@ -220,7 +220,7 @@ class SimulatedPool:
 
 
 class SimulatedReplay(ReplayBuffer):
-    """The replay buffer, whose groups come to the controller's node over a link; none is ever lost."""
+    """The replay buffer, whose groups go to the ranks' node over a link when they are complete; none is ever lost."""
 
     def __init__(self, ledger: Ledger, clock: Clock, *, group_mb: float, link_mb_s: float) -> None:
         super().__init__(ledger)
