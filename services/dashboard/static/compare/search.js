@@ -23,7 +23,7 @@ export class MetricSearch {
     const fits = names().filter((name) => words.every((word) => `${name} ${titleOf(name)}`.toLowerCase().includes(word))).sort(byName);
     put(
       this.found,
-      fits.slice(0, MOST).map((name) => h("button", { type: "button", dataset: { metric: name }, ariaPressed: String(isShown(name)), onclick: () => (pick(name), this.show()) }, h("b", null, titleOf(name)), h("span.mono.muted", null, name))),
+      fits.slice(0, MOST).map((name) => h("button", { type: "button", dataset: { metric: name }, ariaPressed: String(isShown(name)), onclick: () => (pick(name), this.field.focus(), this.show()) }, h("b", null, titleOf(name)), h("span.mono.muted", null, name))),
       fits.length > MOST && h("p.note", null, `and ${fits.length - MOST} more`),
       !fits.length && h("p.note", null, "No metric has these words."),
     );
