@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.experimental import get_local_object_locations
 
 from rewards.errors import UnmaskError, WaitTimeout
 from rollout.given_up import ray_given_up, require_ray
@@ -56,32 +55,6 @@ def bounded_wait(
     if len(done) < count:
         logger.debug("%d of %d answers of %s are not in after %g s", count - len(done), count, who, timeout_s)
     return done, pending
-
-
-def lost_objects(refs: Sequence[ray.ObjectRef[Any]], *, who: str, timeout_s: float) -> set[ray.ObjectRef[Any]]:
-    """Those that can't be had any more, of objects that are finished and this process's own. None is fetched.
-
-    A node that is gone counts once Ray has noticed: until then its objects are taken to be there.
-
-    Raises:
-        RayLost: Ray itself is gone.
-        WaitTimeout: Ray was still looking for another copy of one after ``timeout_s`` seconds.
-    """
-    places = get_local_object_locations(list(refs))
-    nowhere = [ref for ref in refs if not places.get(ref, {}).get("node_ids")]
-    # In this process's own memory, spilled to a disk, or lost, which Ray notes in the place of the value.
-    done, pending = bounded_wait(nowhere, who=who, timeout_s=timeout_s, num_returns=len(nowhere))
-    if pending:
-        raise WaitTimeout(f"{len(pending)} of {who} were neither there nor lost after {timeout_s:g} s")
-    lost = set()
-    for ref in done:
-        try:
-            bounded_get(ref, who=who, timeout_s=0.0)
-        except ray.exceptions.ObjectLostError:
-            lost.add(ref)
-        except WaitTimeout:
-            continue  # on a disk
-    return lost
 
 
 def end_actor(handle: Any) -> None:

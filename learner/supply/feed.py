@@ -76,7 +76,7 @@ class Feed:
         ]
 
     def gather(self, iteration: int, weights: Weights) -> list[ReplayItem]:
-        """Wait for all groups of an iteration, by ascending group id. As far as Ray knows, none of them is lost.
+        """Wait for all groups of an iteration, by ascending group id; their objects are on this node.
 
         Raises:
             StopRequested: the run was asked to stop.
