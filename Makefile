@@ -30,7 +30,7 @@ PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/cons
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow test-vllm lint format reproduce bench bench-vllm constraints audit clean
+.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench bench-vllm constraints audit clean
 
 setup: $(STAMP)
 
@@ -57,7 +57,11 @@ test-fast: setup
 	$(PYTEST) -m "not slow and not e2e"
 
 test-slow: setup
-	$(PYTEST) -m "slow or e2e"
+	$(PYTEST) -m "(slow or e2e) and not heavy"
+
+# Lost machines, cut networks and random faults under whole runs, and every method on several ranks.
+test-heavy: setup
+	$(PYTEST) -m heavy
 
 # The engine over vLLM, on the CPU. What PyPI has of torchvision, torchaudio and torchcodec, which nothing here needs,
 # can't be imported beside the CPU's torch, and vLLM is glad to do without.

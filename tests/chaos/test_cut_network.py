@@ -15,7 +15,7 @@ from tests.support.cut_networks import CutNetwork
 from tests.support.local_clusters import short_folder
 from tests.support.real_runs import Runs, StartedRun, adapter_digest, assert_ledger_balances, rows, store_events
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(1200)]
 
 SETTINGS = ("rollout.actors={min: 1, max: 2}", "timeouts.heartbeat=5")
 CUT_S = 9.0

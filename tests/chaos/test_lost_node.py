@@ -19,7 +19,7 @@ from tests.support.real_runs import (
     training_rows,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(1200)]
 
 CPUS = 3
 """Of a node: enough for the rank and both actors."""

@@ -8,7 +8,7 @@ from learner.runs.directory import RunDirectory
 from tests.chaos.soak import losses, soak
 from tests.support.real_runs import Runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(1500)]
 
 
 def test_faults_at_random_cost_nothing_but_time(tmp_path: Path, bases: Path) -> None:

@@ -24,7 +24,7 @@ from tests.support.learner_ranks import (
     settings,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
 LR = 1e-3
 LAYOUTS = [(1, 0, 3), (1, 0, 1), (2, 0, 16), (2, 0, 1), (2, 2, 3), (2, 3, 16)]

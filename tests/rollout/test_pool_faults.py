@@ -22,7 +22,7 @@ from rollout.pool import MOST_REFUSED, RolloutPool
 from rollout.trajectory import GroupSpec, Lease, SamplerSpec, content_digest
 from tests.rollout.test_pool import cluster, far_node  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
 SIZES = {"size": 2, "prompt": 4, "completion": 16, "block": 8, "steps": 8, "kept": 4, "vocabulary": 100}
 SAMPLER = SamplerSpec(16, 8, 8, "random", 0.6, 4, 1.0)

@@ -5,7 +5,7 @@ import pytest
 from services.store.faults import FAULT
 from tests.support.real_runs import Runs, iterations, store_events
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 TASKS = """
 import os

@@ -21,7 +21,7 @@ from tests.support.real_runs import (
     store_status,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(600)]
 
 AT_ONCE_S, SILENT_S = 15.0, 45.0
 """Ray itself takes a minute, or says nothing."""

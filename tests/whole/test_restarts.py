@@ -21,7 +21,7 @@ from tests.support.real_runs import (
     workers_of,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(600)]
 
 
 def kill_worker(run: StartedRun) -> int:
