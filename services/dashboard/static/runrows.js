@@ -40,12 +40,13 @@ export class RunRow {
     this.about = h("span.note");
     this.differs = h("span.differs");
     this.labels = h("span.labels");
+    this.said = h("span.said");
     this.pen = h("button.icon-button.pen", { type: "button", ariaLabel: `Tags and note of ${id}`, title: "Tags, note, archive", onclick: () => page.edit(this.run) }, "✎");
     this.element = h(
       "tr.link",
       { dataset: { run: id }, onclick: (event) => !event.target.closest("a, input, button") && !String(getSelection()) && (location.hash = href) },
       h("td.choose", null, this.box),
-      h("td.name", { dataset: { cell: "name" } }, h("div.first", null, middleClipped("a", { href }, id), this.labels, this.pen), h("div.second", null, this.about, this.differs)),
+      h("td.name", { dataset: { cell: "name" } }, h("div.first", null, middleClipped("a", { href }, id), this.labels, this.pen), h("div.second", null, this.about, this.differs, this.said)),
       cellsOf(this),
     );
     this.spark = new Sparkline(this.trend, () => this.values());
@@ -70,8 +71,10 @@ export class RunRow {
     setText(this.about, run.unreadable ?? [run.recipe ?? run.task, run.method].filter(Boolean).join(" · "));
     setText(this.differs, differing(run).join(", "));
     this.differs.title = Object.entries(run.differs ?? {}).map(([key, value]) => `${key}=${JSON.stringify(value)}`).join("\n");
-    const labels = JSON.stringify([run.tags, run.note, run.archived]);
-    if (this.labels.dataset.of !== labels) put(this.labels, run.archived && h("span.tag.off", null, "archived"), run.tags.map((tag) => h("span.tag", null, tag)), run.note && h("span.said", { title: run.note }, run.note));
+    setText(this.said, run.note);
+    this.said.title = run.note;
+    const labels = JSON.stringify([run.tags, run.archived]);
+    if (this.labels.dataset.of !== labels) put(this.labels, run.archived && h("span.tag.off", null, "archived"), run.tags.map((tag) => h("span.tag", null, tag)));
     this.labels.dataset.of = labels;
     setText(this.figures, run.total_iterations ? `${count(run.iteration)} / ${count(run.total_iterations)}` : "–");
     this.bar.style.width = `${run.total_iterations ? Math.min(100, (100 * run.iteration) / run.total_iterations) : 0}%`;
