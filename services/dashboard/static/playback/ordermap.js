@@ -68,7 +68,11 @@ export class OrderMap {
     paint.fillStyle = colour("--map-empty");
     paint.fillRect(inner.x, inner.y, inner.w, inner.h);
     if (this.map) {
-      this.heat = heat(this.map, this.block, [colour("--map-rare"), colour("--map-often")]);
+      const colours = [colour("--map-rare"), colour("--map-often")];
+      if (this.painted !== colours.join()) {
+        this.heat = heat(this.map, this.block, colours);
+        this.painted = colours.join(); // a theme's colours stay, while steps and sizes change all the time
+      }
       paint.imageSmoothingEnabled = false;
       const across = Math.min(this.heat.width, this.positions / this.map.positions_per_bin);
       const down = Math.min(this.heat.height, this.steps / this.map.steps_per_bin);
@@ -225,7 +229,8 @@ function heat(map, block, colours) {
     row.forEach((count, step) => {
       const expected = chance[position].counts[step];
       const off = (count - expected) / Math.sqrt(expected + 1); // about 1 by chance; the 1 keeps single tokens from shouting
-      paint.globalAlpha = Math.min(1, Math.max(0, (Math.abs(off) - SEEN[0]) / (SEEN[1] - SEEN[0])));
+      if (Math.abs(off) <= SEEN[0]) return;
+      paint.globalAlpha = Math.min(1, (Math.abs(off) - SEEN[0]) / (SEEN[1] - SEEN[0]));
       paint.fillStyle = colours[off > 0 ? 1 : 0];
       paint.fillRect(position, step, 1, 1);
     }),
