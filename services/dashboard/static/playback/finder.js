@@ -31,7 +31,7 @@ export class Finder {
       oninput: () => this.#name(),
       onchange: () => this.#go(),
     });
-    this.choice = h("select", { disabled: true, onchange: () => this.open(this.choice.value, "choice") }, h("option", null, play.problem_id));
+    this.choice = h("select", { ariaLabel: "Sample", disabled: true, onchange: () => this.open(this.choice.value, "choice") }, h("option", null, play.problem_id));
     this.search = h("input", { type: "search", placeholder: "Search question, text, problem", ariaLabel: "Search samples", oninput: () => this.#later() });
     this.found = h("div.play-found", { hidden: true });
     const other = index.kind.some((kind) => !same(kind));
