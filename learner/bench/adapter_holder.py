@@ -1,7 +1,7 @@
 """An actor that holds an adapter of a given size and no base, to time how fast a published one arrives."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,12 +41,17 @@ class AdapterHolder:
     def load(self, refs: list[Any], expected: str, timeout_s: float) -> float:
         """Seconds from the request to the verified weights. Raises WeightMismatch when others were published."""
         begin = time.perf_counter()
-        self._kept = bounded_get(refs[0], who="the published adapter", timeout_s=timeout_s)
-        load_state(self._module, self._kept)
-        require_loaded(adapter_parameters(self._module), self._kept)
-        if (found := digest_by_node(refs[0])(self._kept)) != expected:
-            raise WeightMismatch(f"the adapter was published with digest {expected[:12]}, loaded was {found[:12]}")
+        published = bounded_get(refs[0], who="the published adapter", timeout_s=timeout_s)
+        self.take(published, expected, digest_by_node(refs[0]))
         return time.perf_counter() - begin
+
+    def take(self, state: AdapterState, expected: str, digest_of: Callable[[AdapterState], str]) -> None:
+        """Hold this state. Raises WeightMismatch when its digest isn't the expected one."""
+        self._kept = state
+        load_state(self._module, state)
+        require_loaded(adapter_parameters(self._module), state)
+        if (found := digest_of(state)) != expected:
+            raise WeightMismatch(f"the adapter was published with digest {expected[:12]}, loaded was {found[:12]}")
 
     def _place(self, name: str, value: torch.Tensor) -> None:
         *path, last = name.split(".")

@@ -244,9 +244,9 @@ def test_an_adapter_holder_checks_what_it_loads(policy):
     assert shapes == {name: tuple(p.shape) for name, p in real.items()}
     state = pack({name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()})
     holder = AdapterHolder(shapes)
-    holder.take(state, digest(state))
+    holder.take(state, digest(state), digest)
     with pytest.raises(WeightMismatch):
-        holder.take(state, "0" * 64)
+        holder.take(state, "0" * 64, digest)
 
 
 def test_overlap_leaves_the_first_iteration_out():

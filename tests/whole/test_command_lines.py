@@ -33,6 +33,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.reproduce": [["--wrong"], ["seeds=one"], ["recipes=nothing"], ["run.nonsense=1"]],
     "learner.verify": [["--wrong"], ["--device", "abacus"], ["--golden", "/nowhere"]],
     "learner.export": [["--wrong"], [], ["--adapter", "x", "--out", str(ROOT)]],
+    "learner.reporting.curves": [["--wrong"], []],
     "learner.reporting.plots": [["--wrong"], []],
     "learner.small_base.base_model": [["--wrong"], ["run.nonsense=1"]],
     "learner.ranks.build_ops": [["--wrong"], ["word"]],
