@@ -33,6 +33,7 @@ from learner.bench.policy import BenchEngine, Shape, build_policy, generate, war
 from learner.planning.flops import forward_flops, training_flops
 from rewards.errors import ConfigError
 from rollout.models.family import PolicyAdapter
+from rollout.models.loading import recompute_activations
 
 FULL = Shape(
     126_464, d_model=4096, layers=32, heads=32, mlp=12_288, prompt=256, completion=384, block=12, steps=128, rows=16,
@@ -138,8 +139,7 @@ def _engine_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, cei
 def _learner_row(model: torch.nn.Module, family: PolicyAdapter, shape: Shape, ceiling: float) -> dict[str, Any]:
     device = next(model.parameters()).device
     group = prebuilt_group(**shape.group)
-    how = {"use_reentrant": False, "preserve_rng_state": False}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
+    recompute_activations(model)
     model.train()
     our_update(model, family, group, shape, 1)
     model.zero_grad(set_to_none=True)

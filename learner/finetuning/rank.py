@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -71,20 +70,12 @@ class SftRank(Rank):
             pad_id=self.family.pad_token_id,
         )
         device = next(self.engine.module.parameters()).device
-        mask_ZL = np.zeros(0, np.int64) if batch.attention_mask is None else batch.attention_mask
-        packed = mask_ZL.max(initial=1) > 1
         input_ids, mask, logit_rows, targets_N = in_one_copy(
-            device,
-            batch.input_ids,
-            mask_ZL,
-            batch.score_rows - self.family.logit_shift,
-            batch.targets,
+            device, batch.input_ids, batch.attention_mask, batch.score_rows - self.family.logit_shift, batch.targets
         )
-        logits_NV = self.engine(
-            input_ids=input_ids,
-            attention_mask=None if batch.attention_mask is None else mask if packed else mask.bool(),
-            logit_rows=logit_rows,
-        ).logits
+        if batch.attention_mask is not None and batch.attention_mask.max() <= 1:
+            mask = mask.bool()  # nothing is packed, and the model need not look
+        logits_NV = self.engine(input_ids=input_ids, attention_mask=mask, logit_rows=logit_rows).logits
         # The policy's own law, which never draws the mask token.
         law = restricted_logp(logits_NV, targets_N, None, temperature=1.0, mask_token_id=self.family.mask_token_id)
         loss = -(torch.from_numpy(batch.weight).to(device, law.logp_N.dtype) * law.logp_N).sum()

@@ -97,29 +97,29 @@ def score(model: torch.nn.Module, batch: ViewBatch, *, family: PolicyAdapter, vo
     Args:
         vocabulary: the log-probs of all tokens at the scored positions are wanted too.
     """
-    choices, none = batch.choices, np.zeros(0, np.int64)
+    choices = batch.choices
     rows = batch.score_rows if choices is None else choices.candidate_rows
     # With shifted logits a sequence's first token would be read off the row before it.
     assert (rows % batch.input_ids.shape[1] >= family.logit_shift).all(), "a completion without a prompt"
     input_ids, mask, logit_rows, targets_N, support_NK, of_score_N = in_one_copy(
         next(model.parameters()).device,
         batch.input_ids,
-        none if batch.attention_mask is None else batch.attention_mask,
+        batch.attention_mask,
         rows - family.logit_shift,
         batch.targets,
-        none if batch.support is None else padded_support(*batch.support),
-        none if choices is None else choices.candidate_of_score,
+        None if batch.support is None else padded_support(*batch.support),
+        None if choices is None else choices.candidate_of_score,
     )
     logits_MV = model(
         input_ids=input_ids,
-        attention_mask=None if batch.attention_mask is None else mask.bool(),
+        attention_mask=None if mask is None else mask.bool(),
         logit_rows=logit_rows,
     ).logits
     assert choices is None or not vocabulary, "whole laws and choices of positions are not scored together"
     scores = restricted_logp(
         logits_MV if choices is None else logits_MV[of_score_N],
         targets_N,
-        None if batch.support is None else support_NK,
+        support_NK,
         temperature=batch.temperature,
         mask_token_id=family.mask_token_id,
         vocabulary=vocabulary,

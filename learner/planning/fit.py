@@ -97,7 +97,7 @@ def plan_run(
     rank_budget, actor_budget = plans.budgets()
     work = work_of(config, model, prompt=prompt)
     peak, speed = _peak(config, hardware, tflops)
-    speeds = dict(zip(("flops_per_actor", "flops_per_rank"), (peak * share for share in _shares(config)), strict=True))
+    speeds = _speeds(config, peak)
     time = duration(config, work, **speeds, utilisation=utilisation)
     problems = tuple(plans.problems())
     checkpointing = config.learner.activation_checkpointing
@@ -126,12 +126,12 @@ def plan_run(
     )
 
 
-def _shares(config: RunConfig) -> tuple[float, float]:
-    """Of a device's speed that an actor and a rank have. In a synchronous run those of one GPU take turns."""
+def _speeds(config: RunConfig, peak: float) -> dict[str, float]:
+    """Of a device's speed what an actor and a rank have, FLOP/s. In a synchronous run those of one GPU take turns."""
     actor, rank = config.resources.gpus_per_actor, config.resources.gpus_per_rank
     if actor and rank and config.rollout.max_staleness == 0:
         actor = rank = actor + rank
-    return min(1.0, actor) or 1.0, min(1.0, rank) or 1.0
+    return {"flops_per_actor": peak * (min(1.0, actor) or 1.0), "flops_per_rank": peak * (min(1.0, rank) or 1.0)}
 
 
 class _Needs:

@@ -43,7 +43,7 @@ from learner.settings.sections import (
 from rollout.adapters import AdapterState, PackedTensor, adapter_parameters, digest, load_state, pack
 from rollout.malloc import keep_freed_memory
 from rollout.models.family import policy_adapter
-from rollout.models.loading import load_model
+from rollout.models.loading import load_model, recompute_activations
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.seeds import derive_seed
 from rollout.usage import process_usage
@@ -206,9 +206,7 @@ class Rank(ABC):
         base = load_model(self.model_path, learner.dtype, quantization=quantization, device=device)
         model = attach_lora(base, self.family, lora_spec(self.config))
         if learner.activation_checkpointing:
-            # Nothing in the models is random, so that no generator's state has to be kept.
-            how = {"use_reentrant": False, "preserve_rng_state": False}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            recompute_activations(model)
         if adapter is not None:
             load_state(model, adapter)
         self.peft_config = model.peft_config["default"].to_dict()

@@ -59,6 +59,12 @@ def load_model(
     return model.eval()
 
 
+def recompute_activations(model: Any) -> None:
+    """In the backward, instead of keeping them. Nothing in the models is random, so no generator's state is kept."""
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
 def _check_complete(family: PolicyAdapter, model_path: str | Path, loading: dict[str, Any]) -> None:
     problems = {
         "lacks": loading["missing_keys"],
