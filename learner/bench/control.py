@@ -33,7 +33,7 @@ from learner.bench import report
 from learner.bench.adapter_holder import AdapterHolder, adapter_shapes
 from learner.bench.measure import machine
 from learner.bench.model_free import ModelFreeSettings, prebuilt_group
-from learner.bench.model_free_pool import ModelFreePool, start_model_free
+from learner.bench.model_free_pool import ModelFreePool, start_model_free, tell_fault
 from learner.likelihood.views import build_batch
 from learner.objectives.agrpo import Agrpo
 from learner.ranks.plan import plan_update
@@ -47,7 +47,6 @@ from rollout.adapters import digest, pack
 from rollout.messages import BASE_WEIGHTS, Weights
 from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.waits import bounded_get
-from services.store.faults import Cause, Part
 
 LIMIT_S = 240.0
 """For any one wait."""
@@ -124,7 +123,7 @@ def pass_groups(pool: ModelFreePool, groups_per_lease: int, size: Size) -> dict[
             f"rollout.max_staleness={ahead}",
         ]
     )
-    cycle = make_cycle(config, pool, ReplayBuffer, time.monotonic, _tell)
+    cycle = make_cycle(config, pool, ReplayBuffer, time.monotonic, tell_fault)
     begin, worked = time.perf_counter(), time.process_time()
     cycle.run(_Ranks(), BASE_WEIGHTS._replace(version=0), time.monotonic, iterations=size.iterations)
     seconds, worked = time.perf_counter() - begin, time.process_time() - worked
@@ -205,10 +204,6 @@ class _Ranks:
 
     def report(self) -> None:
         return
-
-
-def _tell(part: Part, cause: Cause, text: str, **cost: Any) -> None:
-    print(f"{part} {cause}: {text}", file=sys.stderr)
 
 
 def _available() -> int:

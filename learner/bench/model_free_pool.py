@@ -1,9 +1,11 @@
 """The product's pool over actors without a model."""
 
+import sys
 from typing import Any
 
 from learner.bench.model_free import ModelFreeActor, ModelFreeSettings
 from rollout.pool import RolloutPool
+from services.store.faults import Cause, Part
 
 
 class ModelFreePool(RolloutPool):
@@ -21,3 +23,8 @@ def start_model_free(settings: ModelFreeSettings, size: int, *, start_timeout_s:
     )
     pool.wait_ready()
     return pool
+
+
+def tell_fault(part: Part, cause: Cause, text: str, **cost: Any) -> None:
+    """What a run's reporter does with a fault, where there is no run."""
+    print(f"{part} {cause}: {text}", file=sys.stderr)

@@ -29,7 +29,7 @@ import torch
 from learner.bench import report
 from learner.bench.measure import machine
 from learner.bench.model_free import ModelFreeSettings
-from learner.bench.model_free_pool import start_model_free
+from learner.bench.model_free_pool import start_model_free, tell_fault
 from learner.ranks.rank import PublishedAdapter
 from learner.runs.local_ray import local_ray
 from learner.simulation.cycle import Cycle, make_cycle
@@ -43,7 +43,6 @@ from rollout.adapters import digest, pack
 from rollout.ledger import Ledger
 from rollout.messages import LeaseReport, Weights
 from rollout.replay import ReplayBuffer, ReplayItem
-from services.store.faults import Cause, Part
 
 LIMIT_S = 240.0
 LARGEST_ERROR = 0.15
@@ -155,7 +154,7 @@ def real_run(config: SimulationConfig, actors: int, size: Size) -> tuple["TimedR
             replays.append(TimedReplay(ledger))
             return replays[0]
 
-        cycle = make_cycle(config, pool, make_replay, time.monotonic, _tell)
+        cycle = make_cycle(config, pool, make_replay, time.monotonic, tell_fault)
         learner = WaitingLearner(Spread(size.update_s, SPREAD / 3, "waiting learner"))
         begin = time.monotonic()
         cycle.run(learner, learner.publish(0, lambda: None), time.monotonic, iterations=WARM_UP + size.iterations)
@@ -203,10 +202,6 @@ class WaitingLearner:
 
     def report(self) -> None:
         return
-
-
-def _tell(part: Part, cause: Cause, text: str, **cost: Any) -> None:
-    print(f"{part} {cause}: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

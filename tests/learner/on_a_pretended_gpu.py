@@ -21,9 +21,9 @@ from rollout.engines.torch import TorchEngine
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
-from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
-from tests.support.every_method import METHODS, at, drawing_of
-from tests.support.learner_ranks import SAMPLER, draw_batch, random_adapter, settings
+from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from tests.support.every_method import METHODS, Drawing, at, draw_batches, drawing_of
+from tests.support.learner_ranks import SAMPLER, random_adapter, settings
 from tests.support.pretended_gpu import Counts, MixedDevices, counted, pretended_gpu
 from tests.support.small_policies import FAMILIES, write_policy
 
@@ -63,8 +63,8 @@ def adapter(tiny_model) -> AdapterState:
 
 
 @pytest.fixture(scope="module")
-def batches(tiny_model, adapter) -> dict[tuple[SamplerSpec, BranchSpec | None], list[TrajectoryGroup]]:
-    return {how: draw_batch(tiny_model, settings(), adapter, *how) for how in set(map(drawing_of, METHODS))}
+def batches(tiny_model, adapter) -> dict[Drawing, list[TrajectoryGroup]]:
+    return draw_batches(tiny_model, adapter)
 
 
 # ---- the pretended GPU itself

@@ -10,11 +10,10 @@ from learner.objectives import make_objective
 from learner.ranks.plan import UpdatePlan, plan_update
 from rollout.adapters import AdapterState, digest
 from rollout.models.family import policy_adapter
-from rollout.trajectory import BranchSpec, SamplerSpec, TrajectoryGroup
-from tests.support.every_method import METHODS, at, drawing_of, variant
+from rollout.trajectory import TrajectoryGroup
+from tests.support.every_method import METHODS, Drawing, at, draw_batches, drawing_of, variant
 from tests.support.learner_ranks import (
     ProbedGroup,
-    draw_batch,
     importing_ray,
     plain_gradient,
     probed_groups,
@@ -50,8 +49,8 @@ def adapter(tiny_model) -> AdapterState:
 
 
 @pytest.fixture(scope="module")
-def batches(tiny_model, adapter) -> dict[tuple[SamplerSpec, BranchSpec | None], list[TrajectoryGroup]]:
-    return {how: draw_batch(tiny_model, settings(), adapter, *how) for how in set(map(drawing_of, METHODS))}
+def batches(tiny_model, adapter) -> dict[Drawing, list[TrajectoryGroup]]:
+    return draw_batches(tiny_model, adapter)
 
 
 @pytest.fixture

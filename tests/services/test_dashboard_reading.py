@@ -51,12 +51,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
             yield found
 
 
-@pytest.fixture
-def page(browser: Any, service: Dashboard) -> Iterator[Watched]:
-    with watched(browser, service.url) as page:
-        yield page
-
-
 # ---- a glance
 
 

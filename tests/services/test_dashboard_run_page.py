@@ -5,13 +5,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from services.store.starts import BEGUN
 from tests.support import realistic_runs
-from tests.support.browsers import Watched, watched
+from tests.support.browsers import Watched
 from tests.support.dashboards import Dashboard, dashboard, writer
 
 pytestmark = pytest.mark.slow
@@ -60,12 +59,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
         assert young.flush(30)
         with dashboard(runs) as found:
             yield found
-
-
-@pytest.fixture
-def page(browser: Any, service: Dashboard) -> Iterator[Watched]:
-    with watched(browser, service.url) as page:
-        yield page
 
 
 def note(page: Watched, vital: str) -> str:

@@ -31,12 +31,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
         yield service
 
 
-@pytest.fixture
-def page(browser: Any, service: Dashboard) -> Iterator[Watched]:
-    with watched(browser, service.url) as page:
-        yield page
-
-
 def sample(service: Dashboard, run: str, row: int = 0, **filters: Any) -> dict[str, Any]:
     """The playback document of one sample."""
     listed = service.api(f"runs/{run}/samples", limit=200, **filters)["items"]

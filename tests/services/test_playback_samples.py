@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.browsers import Watched, watched
+from tests.support.browsers import Watched
 from tests.support.dashboards import Dashboard, dashboard
 from tests.support.page_contrast import faint_texts
 from tests.support.playable_runs import write_playable
@@ -18,12 +18,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     write_playable(runs, "sudoku-a")
     with dashboard(runs) as service:
         yield service
-
-
-@pytest.fixture
-def page(browser: object, service: Dashboard) -> Iterator[Watched]:
-    with watched(browser, service.url) as page:
-        yield page
 
 
 def test_the_task_shows_the_answer_and_every_sample_is_reached(page: Watched, service: Dashboard) -> None:

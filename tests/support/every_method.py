@@ -6,8 +6,9 @@ from typing import get_args
 from learner.settings.objective import ObjectiveSection
 from learner.settings.objectives import ObjectiveConfig
 from learner.settings.run import RunConfig
-from rollout.trajectory import BranchSpec, SamplerSpec
-from tests.support.learner_ranks import SAMPLER, settings
+from rollout.adapters import AdapterState
+from rollout.trajectory import BranchSpec, SamplerSpec, TrajectoryGroup
+from tests.support.learner_ranks import SAMPLER, draw_batch, settings
 
 VARIANTS: dict[str, type[ObjectiveSection]] = {
     v.model_fields["type"].default: v for v in get_args(get_args(ObjectiveConfig)[0])
@@ -48,5 +49,13 @@ def sampler_of(method: str) -> SamplerSpec:
     return dataclasses.replace(SAMPLER, position_rule="left_to_right", steps=SAMPLER.completion_length)
 
 
-def drawing_of(method: str) -> tuple[SamplerSpec, BranchSpec | None]:
+Drawing = tuple[SamplerSpec, BranchSpec | None]
+
+
+def drawing_of(method: str) -> Drawing:
     return sampler_of(method), variant(method)().branches(sampler_of(method))
+
+
+def draw_batches(model_path: str, adapter: AdapterState) -> dict[Drawing, list[TrajectoryGroup]]:
+    """A batch for each way in which any of the methods draws."""
+    return {how: draw_batch(model_path, settings(), adapter, *how) for how in set(map(drawing_of, METHODS))}

@@ -1,5 +1,6 @@
 // In what the runs differ: as a table, and drawn against a metric.
 
+import { differencesCard } from "../differences.js";
 import { h, put } from "../dom.js";
 import { valueText } from "../names.js";
 import { scatter } from "./scatter.js";
@@ -16,20 +17,9 @@ export function settingsThatDiffer(configs) {
 /** A row for each run, a column for each of these settings. */
 export function settingsCard(runs, keys) {
   const equal = new Set(runs.flatMap((item) => Object.keys(item.config ?? {}))).size - keys.length;
-  const title = h("header", null, h("h2", null, "Settings that differ"), h("span.note", null, `${equal} are alike, or say names and places`));
-  if (!keys.length) return h("section.card", null, title, h("p.body.note", null, "None."));
-  const cell = (item, key) => h("td.mono", { dataset: { missing: String(item.config?.[key] === undefined) } }, valueText(item.config?.[key]));
-  return h(
-    "section.card",
-    null,
-    title,
-    h("div.table-wrap", null, h(
-      "table.table.differences",
-      null,
-      h("thead", null, h("tr", null, h("th", null, "Run"), keys.map((key) => h("th", null, key)))),
-      h("tbody", null, runs.map((item) => h("tr", { dataset: { run: item.id } }, h("td", null, item.id), keys.map((key) => cell(item, key))))),
-    )),
-  );
+  const values = (item) => keys.map((key) => [item.config?.[key], valueText(item.config?.[key])]);
+  const rows = runs.map((item) => ({ label: item.id, values: values(item), dataset: { run: item.id } }));
+  return differencesCard(`${equal} are alike, or say names and places`, "Run", keys, rows);
 }
 
 /** A metric, best or newest, against a setting. */

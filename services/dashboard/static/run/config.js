@@ -3,6 +3,7 @@
 import { keepInAddress } from "../address.js";
 import { at, get } from "../api.js";
 import { commandLine, copyButton } from "../copy.js";
+import { differencesCard } from "../differences.js";
 import { bytes, clock, count, empty, failure, h, loading, put } from "../dom.js";
 
 /** Settings by full key: {"rollout.sampler.steps": 8}. */
@@ -62,7 +63,9 @@ export async function configTab(host, runId, app, query) {
     put(diff, loading("the difference"));
     try {
       const answer = await get(at`runs/${runId}/config-diff`, { other: other.value });
-      put(diff, differenceTable([runId, answer.other_id], answer.differences.map((row) => [row.key, [side(row, "value", runId), side(row, "other", answer.other_id)]]), answer.equal));
+      const both = (row) => [side(row, "value", runId), side(row, "other", answer.other_id)].map((value) => [value, shown(value)]);
+      const rows = answer.differences.map((row) => ({ label: row.key, values: both(row) }));
+      put(diff, differencesCard(`${count(answer.equal)} are alike`, "Setting", [runId, answer.other_id], rows));
     } catch (error) {
       put(diff, failure(error, difference));
     }
@@ -116,20 +119,3 @@ function asCommand(run, settings) {
 const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
 
 const side = (row, name, runId) => (row.only_in && row.only_in !== runId ? undefined : row[name]);
-
-/** Rows are [key, [value of each run]]. */
-export function differenceTable(ids, rows, equal) {
-  const title = h("header", null, h("h2", null, "Settings that differ"), h("span.note", null, `${count(equal)} are alike`));
-  if (!rows.length) return h("section.card", null, title, h("p.body.note", null, "None."));
-  return h(
-    "section.card",
-    null,
-    title,
-    h("div.table-wrap", null, h(
-      "table.table.differences",
-      null,
-      h("thead", null, h("tr", null, h("th", null, "Setting"), ids.map((id) => h("th", null, id)))),
-      h("tbody", null, rows.map(([key, values]) => h("tr", null, h("td", null, key), values.map((value) => h("td.mono", { dataset: { missing: String(value === undefined) } }, shown(value)))))),
-    )),
-  );
-}
