@@ -49,6 +49,7 @@ def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
             page.shows("dialog .wrong", "this is not the token")
             assert page.page.locator(BUTTONS).count() == 0, "buttons for a wrong token"
             page.page.keyboard.press("Escape")
+            assert service.api("runs/buttons/actions")["items"] == []
             page.expect_errors("401")
 
             use_token(page, service.token)
@@ -90,8 +91,11 @@ def test_buttons_do_what_they_say(runs: Runs, tmp_path: Path) -> None:
             assert run.wait() == 128 + signal.SIGTERM, run.output()
             assert "asked to stop by dashboard at 127.0.0.1" in run.output()
             page.shows(".pill", "stopped")
-            stop = page.page.locator(".run-controls [data-action=stop]")
-            page.wait_until("no buttons that a run that is over can't follow", lambda: stop.count() == 0)
+            asked = ", ".join(
+                f".run-controls button[data-action={each}]" for each in ("stop", "pause", "resume", "checkpoint")
+            )
+            followed = page.page.locator(f"{asked}, .run-controls .stepper")
+            page.wait_until("no buttons that a run that is over can't follow", lambda: followed.count() == 0)
         trail = [(each["action"], each["status"]) for each in service.api("runs/buttons/actions")["items"]]
         assert ("set_actors", "refused") in trail and ("stop", "done") in trail
 
