@@ -63,15 +63,21 @@ class RunIndex:
         self._catalog, self._annotations = catalog, annotations
         self._lock = threading.Lock()
         self._known: dict[str, Known] = {}
+        self._told: Mapping[str, Mapping[str, Any]] | None = None
         self._read_at = -MAX_AGE_S
 
     def runs(self) -> dict[str, Known]:
-        """All runs by id. Raises StoreError when they can't even be listed."""
+        """All runs by id, with what this dashboard has written about them even when that was a moment ago. Raises
+        StoreError when they can't even be listed."""
         with self._lock:
             if time.monotonic() - self._read_at >= MAX_AGE_S:
-                told = self._annotations.all()
-                self._known = {row["id"]: _annotated(self._look(row), told) for row in self._rows()}
+                self._known = {row["id"]: self._look(row) for row in self._rows()}
+                self._told = None
                 self._read_at = time.monotonic()
+            told = self._annotations.all()
+            if told is not self._told:
+                self._known = {run_id: _annotated(known, told) for run_id, known in self._known.items()}
+                self._told = told
             return self._known
 
     def _rows(self) -> list[dict[str, Any]]:
