@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rewards.errors import ConfigError, DataError
+from rewards.infill import Infill
 from rewards.layout import Layout
 
 Split = Literal["train", "test"]
@@ -105,6 +106,11 @@ class Task(ABC):
     def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
         """Chat messages (role and content) that put the problem to the model."""
 
+    def prompt(self, fields: dict[str, Any]) -> Sequence[dict[str, str]] | Infill:
+        """What the model gets: the messages, and the completion follows; or a text with gaps, which are the completion
+        (``InfillTask``)."""
+        return self.messages(fields)
+
     @abstractmethod
     def grade(self, fields: dict[str, Any], completion: str) -> Grade:
         """Grades one completion: returns for any string, within ``time_limit_s``. Raises DataError when ``fields`` make
@@ -159,6 +165,20 @@ class Task(ABC):
         """The train problems, in order, that share no leak key with a test problem."""
         test_keys = {self.leak_key(problem.fields) for problem in test}
         return [problem for problem in train if self.leak_key(problem.fields) not in test_keys]
+
+
+class InfillTask(Task):
+    """A task whose prompts have gaps. Its graders see the contents of the gaps, joined by
+    ``rewards.infill.SEPARATOR``: with a single gap, its text."""
+
+    @abstractmethod
+    def prompt(self, fields: dict[str, Any]) -> Infill:
+        """The text with its gaps that puts the problem to the model."""
+
+    def messages(self, fields: dict[str, Any]) -> list[dict[str, str]]:
+        """What people, and a judge, read of the prompt."""
+        found = self.prompt(fields)
+        return [*found.messages, {"role": "user", "content": found.shown()}]
 
 
 def grade_timeout_problem(task: Task, timeout_s: float) -> str | None:

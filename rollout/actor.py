@@ -25,10 +25,18 @@ from rollout.adapters import AdapterState
 from rollout.code import code_identity
 from rollout.engines.base import Engine
 from rollout.grading import GradeResult, GraderPool
-from rollout.messages import EvalReport, EvalResult, GradingFault, GroupReport, LeaseReport, Weights
-from rollout.models.encoding import completion_text, encode_prompt
+from rollout.messages import (
+    EvalReport,
+    EvalResult,
+    GradingFault,
+    GroupReport,
+    LeaseReport,
+    Weights,
+    content_digest,
+)
+from rollout.models.encoding import completion_text, completion_texts, encode
 from rollout.seeds import derive_seed
-from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup, content_digest
+from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 from rollout.usage import process_usage
 from rollout.vouching import digest_by_node
 from rollout.waits import bounded_get
@@ -173,7 +181,7 @@ class RolloutActor:
         grades = [row.completion for row in graded]
         return EvalResult(
             problem_id=group.problem_id,
-            completions=tuple(self._text(ids_C) for ids_C in group.completion_ids),
+            completions=completion_texts(self._engine.tokenizer, group),
             correct=tuple(grade.correct for grade in grades),
             components={name: tuple(grade.components[name] for grade in grades) for name in self._task.components},
             tokens=tuple(group.drawn.sum(axis=1).tolist()),
@@ -209,25 +217,29 @@ class RolloutActor:
     ) -> tuple[list[TrajectoryGroup], list[list["_Asked"]]]:
         """Groups without grades, and what each of their rows asked the graders, who work while the engine does."""
         tokenizer = self._engine.tokenizer
-        prompts = [encode_prompt(tokenizer, self._task.messages(spec.problem.fields)) for spec in specs]
+        prompts = [encode(tokenizer, self._task.prompt(spec.problem.fields)) for spec in specs]
         asked: dict[tuple[int, int], _Asked] = {}
 
-        def grade(group: int, completion: int, ids_FC: np.ndarray) -> None:
+        def grade(group: int, completion: int, ids_FC: np.ndarray, place_C: np.ndarray | None) -> None:
             fields = specs[group].problem.fields
-            texts = [self._text(ids_C) for ids_C in ids_FC]
+            texts = [completion_text(tokenizer, ids_C.tolist(), place_C) for ids_C in ids_FC]
             futures = {text: self._graders.submit(fields, text) for text in dict.fromkeys(texts)}
             number = {text: i for i, text in enumerate(futures)}
             asked[group, completion] = _Asked(list(futures.values()), [number[text] for text in texts])
 
-        groups = self._engine.generate(specs, prompts, sampler, branches=branches, on_completion=grade)
+        groups = self._engine.generate(
+            specs,
+            [prompt.ids for prompt in prompts],
+            sampler,
+            gaps=[prompt.gaps for prompt in prompts],
+            branches=branches,
+            on_completion=grade,
+        )
         return groups, [[asked[g, c] for c in range(spec.size)] for g, spec in enumerate(specs)]
 
     def _collect(self, asked: Sequence["_Asked"]) -> list["_Grades"]:
         found = iter(self._graders.collect([future for row in asked for future in row.futures]))
         return [_Grades([next(found) for _ in row.futures], row.of_text) for row in asked]
-
-    def _text(self, ids_C: np.ndarray) -> str:
-        return completion_text(self._engine.tokenizer, ids_C.tolist())
 
     def _with_grades(self, group: TrajectoryGroup, grades: Sequence["_Grades"]) -> TrajectoryGroup:
         names = tuple(self._task.components)

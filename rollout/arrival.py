@@ -15,8 +15,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rewards.errors import RayLost, TrajectoryError, UnmaskError, first_line
-from rollout.messages import GroupRef, LeaseReport, Weights
-from rollout.trajectory import Lease, SamplerSpec, TrajectoryGroup, content_digest, outline
+from rollout.messages import GroupRef, LeaseReport, Weights, content_digest
+from rollout.trajectory import Lease, SamplerSpec, TrajectoryGroup, outline
 from rollout.waits import bounded_get, bounded_wait
 
 LIMIT_S = 120.0

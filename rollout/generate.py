@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from rewards.command import Parser, piped, reported
 from rewards.errors import ConfigError
+from rewards.infill import Infill, PromptForm, infill
 from rollout.process import prepare_process
 from rollout.trajectory import PositionRule
 
@@ -23,6 +24,7 @@ DESCRIPTION = """Write a completion of a prompt with a trained policy, and show 
   python -m rollout.generate --run runs/ID --adapter none PROMPT   # what its base writes
   python -m rollout.generate --adapter FOLDER --temperature 1 --samples 4 PROMPT
   python -m rollout.generate --model GSAI-ML/LLaDA-8B-Instruct PROMPT
+  python -m rollout.generate --model models/antiberty --form single --infill '["E V Q L V E S G G", 12, "W G Q G"]'
 
 Of a run come the base, the adapter (of its newest checkpoint while it has not finished), the dtype and the sampler;
 tokens are the most probable ones unless --temperature is given."""
@@ -53,12 +55,12 @@ def _command(argv: Sequence[str] | None) -> int:
         raise ConfigError("--problem is a held-out problem of a run; give --run RUN")
     if not options.temperature and (options.top_k is not None or options.top_p is not None):
         raise ConfigError("--top-k and --top-p say what is drawn from; give --temperature above 0, or leave them out")
-    messages = _messages(options)
+    asked = _infill(options) if options.infill is not None else _messages(options)
     if options.raw is not None and not options.raw:
         raise ConfigError("--raw is empty; give the text that the completion goes on from")
     from rollout.generation import generate
 
-    return generate(options, messages)
+    return generate(options, asked)
 
 
 def _parser() -> Parser:
@@ -69,7 +71,14 @@ def _parser() -> Parser:
     asked.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the user says; - reads it from standard input")
     asked.add_argument("--messages", metavar="JSON", help='a conversation: [{"role": "user", "content": "..."}, ...]')
     asked.add_argument("--problem", type=_count, metavar="N", help="the run's held-out problem N, from 0, and grade it")
+    asked.add_argument("--infill", metavar="JSON", help='a text with gaps, in tokens: ["EVQLV", 12, "WGQG"]')
     asked.add_argument("--raw", metavar="TEXT", help="text that the completion goes on from, without a chat template")
+    parser.add_argument(
+        "--form",
+        choices=get_args(PromptForm),
+        default="chat",
+        help="of --infill: a turn of a chat, or a text",
+    )
     who = parser.add_argument_group("who writes")
     who.add_argument("--run", help="folder of a run")
     who.add_argument("--adapter", metavar="FOLDER", help="a checkpoint, or an adapter in PEFT format; none: no adapter")
@@ -112,6 +121,22 @@ def _messages(options: argparse.Namespace) -> list[dict[str, str]] | None:
     ):
         raise ConfigError('--messages is no conversation; write [{"role": "user", "content": "..."}, ...]')
     return messages
+
+
+def _infill(options: argparse.Namespace) -> Infill:
+    try:
+        parts = json.loads(options.infill)
+    except ValueError as error:
+        raise ConfigError(f"--infill is not JSON ({error})") from None
+    fits = isinstance(parts, list) and all(
+        isinstance(part, str)
+        or type(part) is int
+        or (isinstance(part, list) and all(type(length) is int for length in part))
+        for part in parts
+    )
+    if not fits:
+        raise ConfigError('--infill is no text with gaps; write ["text", 12, "text"], or [8, 12] for several lengths')
+    return infill(*parts, form=options.form)
 
 
 def _positive(text: str) -> int:

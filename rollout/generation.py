@@ -11,12 +11,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rewards.errors import ConfigError
+from rewards.infill import Infill
 from rewards.task import Grade, Problem
 from rollout.adapters import digest
 from rollout.engines.torch import TorchEngine
-from rollout.models.encoding import completion_text, encode_prompt
+from rollout.models.encoding import EncodedPrompt, completion_texts, encode
 from rollout.models.family import policy_adapter
 from rollout.models.lora import spec_of_adapter
+from rollout.spans import positions_needed
 from rollout.subject import Subject, changed, held_out_problem, read_subject
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 from rollout.unmasking import Unmasking, printable
@@ -26,34 +28,39 @@ _SAMPLER_OPTIONS = (
 )
 
 
-def generate(options: argparse.Namespace, messages: list[dict[str, str]] | None) -> int:
-    """Write, show and, where it is a problem, grade. ``options``: ``rollout.generate``'s.
+def generate(options: argparse.Namespace, asked: Sequence[dict[str, str]] | Infill | None) -> int:
+    """Write, show and, where it is a problem, grade.
+
+    Args:
+        options: ``rollout.generate``'s.
+        asked: None where the run's problem or a raw text is the prompt.
 
     Raises:
         UnmaskError: whatever ends it.
     """
     subject = read_subject(options.run, options.adapter, options.model)
-    sampler = changed(subject.sampler, {name: getattr(options, name) for name in _SAMPLER_OPTIONS})
     task, problem = None, Problem("prompt", {})
     if options.problem is not None:
         assert subject.config is not None, "the command refuses it without a run"
         task, problem = held_out_problem(subject.config, options.problem)
-        messages = task.messages(problem.fields)
+        asked = task.prompt(problem.fields)
     engine = _engine(subject, options.device, max_rows=options.samples)
     tokenizer: PreTrainedTokenizerBase = engine.tokenizer
-    prompt = tokenizer.encode(options.raw) if messages is None else encode_prompt(tokenizer, messages)
-    _check_length(len(prompt), sampler, engine.family.max_length)
+    prompt = EncodedPrompt(tokenizer.encode(options.raw)) if asked is None else encode(tokenizer, asked)
+    changes = {name: getattr(options, name) for name in _SAMPLER_OPTIONS}
+    sampler = changed(subject.sampler, {**_for_gaps(prompt, options), **changes} if options.infill else changes)
+    _check_length(prompt, sampler, engine.family.max_length)
     if not options.json:
         _tell(subject, sampler, engine)
     view = None if options.json else Unmasking(tokenizer, options.samples, sampler)
     spec = GroupSpec(0, problem, options.samples, options.seed)
     if view is None:
-        (group,) = engine.generate([spec], [prompt], sampler)
+        (group,) = engine.generate([spec], [prompt.ids], sampler, gaps=[prompt.gaps])
     else:
         with view:
-            (group,) = engine.generate([spec], [prompt], sampler, on_step=view.step)
+            (group,) = engine.generate([spec], [prompt.ids], sampler, gaps=[prompt.gaps], on_step=view.step)
             view.finished(group.completion_ids)
-    texts = [completion_text(tokenizer, ids.tolist()) for ids in group.completion_ids]
+    texts = completion_texts(tokenizer, group)
     if view is not None:
         view.print_texts(texts)  # before they are graded, at which a judge may fail
     grades = [] if task is None else [task.grade(problem.fields, text) for text in texts]
@@ -91,13 +98,23 @@ def _engine(subject: Subject, device: str, *, max_rows: int) -> TorchEngine:
     return engine
 
 
-def _check_length(prompt: int, sampler: SamplerSpec, longest: int | None) -> None:
-    if not prompt:
+def _for_gaps(prompt: EncodedPrompt, options: argparse.Namespace) -> dict[str, int]:
+    """As many positions, in one block, as the gaps have tokens, one a step: where the command doesn't say otherwise."""
+    needed = sum(max(gap.lengths) for gap in prompt.gaps)
+    C = options.completion_length or needed
+    return {"completion_length": C, "block_length": options.block_length or C, "steps": options.steps or C}
+
+
+def _check_length(prompt: EncodedPrompt, sampler: SamplerSpec, longest: int | None) -> None:
+    tokens, C = len(prompt.ids), sampler.completion_length
+    if not tokens:
         raise ConfigError("the prompt has no token; say something")
-    if longest is not None and prompt + sampler.completion_length > longest:
+    if prompt.gaps and (needed := positions_needed(prompt.gaps, sampler.block_length, C)) > C:
+        raise ConfigError(f"the gaps take {needed} positions; raise --completion-length {C}")
+    if longest is not None and tokens + C > longest:
         raise ConfigError(
-            f"the prompt has {prompt} tokens, which with --completion-length {sampler.completion_length} is more than "
-            f"the {longest} positions of the model; shorten one of them"
+            f"the prompt has {tokens} tokens, which with --completion-length {C} is more than the {longest} positions "
+            "of the model; shorten one of them"
         )
 
 

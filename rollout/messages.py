@@ -4,13 +4,15 @@ Small values: what is large in them travels as a reference.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import ray
 
-from rollout.trajectory import TrajectoryGroup, outline
+from rollout.trajectory import TrajectoryGroup, arrays_of, outline
 
 
 class GroupRef(NamedTuple):
@@ -113,3 +115,17 @@ class EvalReport:
 
     results: list[EvalResult]
     generate_s: float
+
+
+def content_digest(group: TrajectoryGroup) -> str:
+    """SHA-256 of all that was drawn and graded, by field: who did it and what it took aside."""
+    told = {
+        f.name: getattr(group, f.name)
+        for f in dataclasses.fields(group)
+        if f.name not in ("actor_id", "counters") and not isinstance(getattr(group, f.name), np.ndarray)
+    }
+    found = hashlib.sha256(repr(told).encode())
+    for name, array in arrays_of(group).items():
+        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()

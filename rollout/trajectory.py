@@ -10,7 +10,6 @@ Everything is numpy, so a group comes out of Ray's object store without a copy.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 
 from rewards.errors import DataError, TrajectoryError
 from rewards.task import Problem
+from rollout.spans import ascending
 
 SCHEMA_VERSION = 2
 
@@ -90,8 +90,7 @@ class GreedyBranches:
     until_last_token: bool = False
     """Whether only steps up to the one that revealed the last token other than EOS count."""
     evenly: bool = False
-    """Whether the steps are S evenly spaced ones of the sampler's, the first included. They are known beforehand, where
-    those of the largest entropy are a function of all that was drawn."""
+    """Whether the steps are S evenly spaced ones of the sampler's, the first included, which are known beforehand."""
 
     fills: ClassVar[int] = 1
 
@@ -137,11 +136,11 @@ class TrajectoryGroup:
     group_id: int
     problem_id: str
     prompt_ids: np.ndarray
-    """[P] int32, no padding."""
+    """[P] int32, no padding; of a text with gaps, the tokens outside of them."""
     completion_ids: np.ndarray
-    """[G, C] int32, final tokens."""
+    """[G, C] int32, final tokens; the pad where ``places`` has none."""
     unmask_step: np.ndarray
-    """[G, C] int16, the step at which the position was revealed."""
+    """[G, C] int16, the step at which the position was revealed; -1 where ``places`` has none."""
     unmask_rank: np.ndarray
     """[G, C] int16, its order within the step."""
     drawn: np.ndarray
@@ -192,21 +191,40 @@ class TrajectoryGroup:
     """[G] float32, the threshold that each completion drew; None where the sampler leaves none to draw."""
     threshold_logp: np.ndarray | None = None
     """[G] float32, its log-prob under the law that it was drawn from."""
+    places: np.ndarray | None = None
+    """[G, C] int32, where in the text (prompt and completion together) each position stands, ascending; -1 for
+    positions that a completion doesn't have (``rollout.spans``). None: all follow the prompt."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def size(self) -> int:
         return int(self.completion_ids.shape[0])
 
+    def place(self, row: int) -> np.ndarray | None:
+        """[C], the completion's row of ``places``; None where it follows the prompt."""
+        return None if self.places is None else self.places[row]
+
+    @property
+    def there(self) -> np.ndarray:
+        """[G, C] bool, the positions that the completions have."""
+        return np.ones(self.completion_ids.shape, dtype=bool) if self.places is None else self.places >= 0
+
+    def text_length(self, row: int) -> int:
+        """Tokens of prompt and completion together."""
+        return int(self.prompt_ids.size + self.there[row].sum())
+
+    def text_tokens(self, eos_ids: Collection[int]) -> np.ndarray:
+        """[G, C] bool, the tokens of the completions' texts: all but ``eos_ids``."""
+        return ~np.isin(self.completion_ids, list(eos_ids)) & self.there
+
     def tokens_per_forward(self, eos_ids: Collection[int]) -> np.ndarray:
-        """[G] float64: tokens of the text (all but ``eos_ids``) per forward pass that their completion took part in."""
-        texts_G: np.ndarray = (~np.isin(self.completion_ids, list(eos_ids))).sum(axis=1)
-        return texts_G / self.nfe
+        """[G] float64: tokens of the text per forward pass that their completion took part in."""
+        return np.asarray(self.text_tokens(eos_ids).sum(axis=1) / self.nfe)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(array.nbytes for array in _arrays(self).values())
+        return sum(array.nbytes for array in arrays_of(self).values())
 
     @property
     def is_outline(self) -> bool:
@@ -264,6 +282,8 @@ class TrajectoryGroup:
             found = self.threshold is not None and self.threshold_logp is not None
             self._require(found, "no threshold or no threshold_logp, and thresholds were drawn")
             expected |= {"threshold": ((G,), np.float32), "threshold_logp": ((G,), np.float32)}
+        if self.places is not None:
+            expected["places"] = ((G, C), np.int32)
         for name, (shape, dtype) in expected.items():
             array = getattr(self, name)
             self._require(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
@@ -273,9 +293,13 @@ class TrajectoryGroup:
             self.sampler.completion_length == C, f"{C} positions, sampler says {self.sampler.completion_length}"
         )
         last = self.sampler.most_steps - 1
+        there, fits = self.there, self.places is None or ascending(self.places, self.prompt_ids.size)
+        self._require(fits, "places don't ascend within the text")
+        inside = np.where(there, (self.unmask_step >= 0) & (self.unmask_step <= last), self.unmask_step == -1)
         self._require(
-            bool(((self.unmask_step >= 0) & (self.unmask_step <= last)).all()), f"unmask_step outside 0..{last}"
+            bool(inside.all()), f"unmask_step outside 0..{last}, or not -1 where a completion has no position"
         )
+        self._require(bool((there | ~self.drawn).all()), "a token was drawn where a completion has no position")
         for name in ("logp", "logp_raw", "entropy"):
             array = getattr(self, name)
             self._require(bool(np.isfinite(array).all()), f"{name} is not finite")
@@ -298,7 +322,7 @@ class TrajectoryGroup:
             if not isinstance(getattr(self, f.name), np.ndarray) and getattr(self, f.name) is not None
         }
         meta["sampler"] = dataclasses.asdict(self.sampler)
-        arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(self).items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays_of(self).items()}
         save_file(arrays, path, metadata={"group": json.dumps(meta, default=dict)})
 
     @classmethod
@@ -358,24 +382,11 @@ class TrajectoryGroup:
 
 def outline(group: TrajectoryGroup) -> TrajectoryGroup:
     """The group without its supports, which only the scoring of its tokens reads: enough for a plan, and a twentieth of
-    the bytes at top-k 150. Where nothing was truncated, the group itself."""
+    the bytes at top-k 150."""
     return replace(group, support_indptr=None, support_ids=None)
 
 
-def content_digest(group: TrajectoryGroup) -> str:
-    """SHA-256 of all that was drawn and graded, by field: who did it and what it took aside."""
-    told = {
-        f.name: getattr(group, f.name)
-        for f in dataclasses.fields(group)
-        if f.name not in ("actor_id", "counters") and not isinstance(getattr(group, f.name), np.ndarray)
-    }
-    found = hashlib.sha256(repr(told).encode())
-    for name, array in _arrays(group).items():
-        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
-
-
-def _arrays(group: TrajectoryGroup) -> dict[str, np.ndarray]:
+def arrays_of(group: TrajectoryGroup) -> dict[str, np.ndarray]:
+    """By the names of their fields."""
     values = {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
     return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}

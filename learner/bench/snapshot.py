@@ -26,7 +26,7 @@ from rewards.errors import ConfigError
 from rewards.task import Task
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
-from rollout.models.encoding import encode_prompt
+from rollout.models.encoding import completion_text, encode
 from rollout.seeds import derive_seed, numpy_generator
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
@@ -145,12 +145,16 @@ def draw_graded(
 ) -> list[TrajectoryGroup]:
     """Groups with rewards and verdicts, their branches too; graded in this process, as the tasks' contract (50 ms, no
     error) allows."""
-    prompts = [encode_prompt(engine.tokenizer, task.messages(spec.problem.fields)) for spec in specs]
+    prompts = [encode(engine.tokenizer, task.prompt(spec.problem.fields)) for spec in specs]
+    ids, gaps = [prompt.ids for prompt in prompts], [prompt.gaps for prompt in prompts]
     graded = []
-    for spec, group in zip(specs, engine.generate(specs, prompts, sampler, branches=branches), strict=True):
+    for spec, group in zip(specs, engine.generate(specs, ids, sampler, gaps=gaps, branches=branches), strict=True):
 
-        def grades(ids: np.ndarray, spec: GroupSpec = spec) -> tuple[np.ndarray, np.ndarray]:
-            texts = engine.tokenizer.batch_decode(ids.reshape(-1, ids.shape[-1]).tolist(), skip_special_tokens=True)
+        def grades(
+            ids: np.ndarray, spec: GroupSpec = spec, group: TrajectoryGroup = group
+        ) -> tuple[np.ndarray, np.ndarray]:
+            rows = ids.reshape(group.size, -1, ids.shape[-1]).tolist()
+            texts = [completion_text(engine.tokenizer, c, group.place(row)) for row, cs in enumerate(rows) for c in cs]
             found = [task.grade(spec.problem.fields, text) for text in texts]
             rewards = np.array([[grade.components[name] for name in task.components] for grade in found], np.float32)
             return rewards.reshape(*ids.shape[:-1], -1), np.array([grade.correct for grade in found]).reshape(

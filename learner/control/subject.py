@@ -129,6 +129,7 @@ def _that_fits(
                 subject.task,
                 tokenizer,
                 completion_length=config.rollout.sampler.completion_length,
+                block_length=config.rollout.sampler.block_length,
                 longest=family.max_length,
                 too_long=config.task.too_long,
             )

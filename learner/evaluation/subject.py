@@ -110,6 +110,7 @@ def problems_that_fit(
         get_task(config.task.name),
         load_tokenizer(model_path),
         completion_length=config.lengths[0],
+        block_length=config.lengths[1],
         longest=policy_adapter(model_path).max_length,
         too_long=config.task.too_long,
         setting="decode.completion_length",

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rollout.spans import prompt_places
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -211,7 +212,9 @@ def build_batch(
     law: Law = Law.DRAWN,
     unit_sizes: Sequence[int] | None = None,
 ) -> ViewBatch:
-    """Materialise views: prompt and completion, with what is hidden masked.
+    """Materialise views: prompt and completion, with what is hidden masked. Positions that a completion doesn't have
+    are neither hidden nor scored, whatever its views say: of a random set of positions what is left is a random set of
+    those that it has, so that what a method averages over its masks keeps its expectation.
 
     Args:
         groups: the update's; all of one sampler.
@@ -219,7 +222,8 @@ def build_batch(
     """
     sampler = groups[views[0].group].sampler
     assert all(groups[view.group].sampler == sampler for view in views), "views of different samplers in one forward"
-    lengths_Z = np.array([groups[v.group].prompt_ids.size + groups[v.group].completion_ids.shape[1] for v in views])
+    views = [_of_positions(view, groups[view.group]) for view in views]
+    lengths_Z = np.array([groups[view.group].text_length(view.row) for view in views])
     Z, L = len(views), int(lengths_Z.max())
     input_ids_ZL = np.full((Z, L), pad_id, dtype=np.int64)
     score_rows: list[np.ndarray] = []
@@ -232,8 +236,10 @@ def build_batch(
         C = group.completion_ids.shape[1]
         assert view.hidden_C[view.scored_n].all(), f"a view of group {group.group_id} scores what it shows"
         prompt = group.prompt_ids if view.hidden_P is None else np.where(view.hidden_P, mask_id, group.prompt_ids)
-        input_ids_ZL[z, L - lengths_Z[z] : L - C] = prompt
-        input_ids_ZL[z, L - C :] = np.where(view.hidden_C, mask_id, group.completion_ids[view.row])
+        prompt_P, column_C, there_C = _columns(group, view.row, L)
+        input_ids_ZL[z, prompt_P] = prompt
+        shown_C = np.where(view.hidden_C, mask_id, group.completion_ids[view.row])
+        input_ids_ZL[z, column_C[there_C]] = shown_C[there_C]
         if view.fills is None:
             position.append(view.scored_n)
             targets.append(group.completion_ids[view.row, view.scored_n])
@@ -242,7 +248,7 @@ def build_batch(
             position.append(np.tile(view.scored_n, len(view.fills.ids_Fn)))
             targets.append(view.fills.ids_Fn.ravel())
             credit.append(view.fills.credit_F.repeat(view.scored_n.size))
-        score_rows.append(z * L + L - C + position[-1])
+        score_rows.append(z * L + column_C[position[-1]])
         cells.append(view.row * C + position[-1])
     counts_Z = np.array([cell.size for cell in cells])
     recorded = all(not view.scored_n.size or (view.step is not None and view.fills is None) for view in views)
@@ -273,6 +279,27 @@ def build_batch(
     )
 
 
+def _of_positions(view: View, group: TrajectoryGroup) -> View:
+    """The view without the positions that the completion doesn't have."""
+    if group.places is None:
+        return view
+    kept_n = group.there[view.row, view.scored_n]
+    if kept_n.all():
+        return view
+    fills = view.fills and view.fills._replace(ids_Fn=view.fills.ids_Fn[:, kept_n])
+    return view._replace(scored_n=view.scored_n[kept_n], fills=fills)
+
+
+def _columns(group: TrajectoryGroup, row: int, L: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where, in a row of L that ends with the text, the prompt's tokens stand [P], and the completion's positions [C];
+    and which of these there are [C]."""
+    P, C = group.prompt_ids.size, group.completion_ids.shape[1]
+    place_C = group.place(row)
+    start = L - group.text_length(row)
+    at_C = P + np.arange(C) if place_C is None else place_C.astype(np.int64)
+    return start + prompt_places(place_C, P), start + at_C, at_C >= 0
+
+
 def _threshold_logp(views: Sequence[View], groups: Sequence[TrajectoryGroup]) -> np.ndarray | None:
     recorded = [groups[view.group].threshold_logp for view in views]
     found = [logp_G[view.row] for view, logp_G in zip(views, recorded, strict=True) if logp_G is not None]
@@ -295,12 +322,13 @@ def _position_choices(views: Sequence[View], groups: Sequence[TrajectoryGroup], 
             of_score.append(scored_n)
             ranks.append(scored_n)
             continue
-        C, block = group.completion_ids.shape[1], group.sampler.block_length
+        block = group.sampler.block_length
         start = int(scored_n[0]) // block * block
         candidates = start + np.flatnonzero(group.unmask_step[view.row, start : start + block] >= view.step)
+        _, column_C, _ = _columns(group, view.row, L)
         assert group.position_logp is not None
         logp_Z[z] = group.position_logp[view.row, view.step]
-        rows.append(z * L + L - C + candidates)
+        rows.append(z * L + column_C[candidates])
         of_score.append(offset + np.searchsorted(candidates, scored_n))
         ranks.append(group.unmask_rank[view.row, scored_n].astype(np.int64))
         offset += candidates.size

@@ -68,5 +68,5 @@ def unit_sums(value_N: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
 
 
 def completion_length(batch: ViewBatch) -> int:
-    """C, the same for all views of a batch."""
+    """C, the same for all views of a batch, however many of them a completion of a text with gaps has."""
     return int(batch.views[0].hidden_C.size)

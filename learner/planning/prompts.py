@@ -37,8 +37,8 @@ def _problems(config: RunConfig, task: Task) -> list[Problem]:
 
 
 def _lengths(path: str | None, task: Task, problems: list[Problem]) -> list[int]:
-    from rollout.models.encoding import encode_prompt, load_tokenizer
+    from rollout.models.encoding import encode, load_tokenizer
     from rollout.models.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer() if path is None else load_tokenizer(path)
-    return [len(encode_prompt(tokenizer, task.messages(problem.fields))) for problem in problems]
+    return [len(encode(tokenizer, task.prompt(problem.fields)).ids) for problem in problems]

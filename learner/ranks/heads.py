@@ -24,6 +24,7 @@ from learner.objectives.base import HeadSpec
 from rewards.errors import CheckpointError
 from rollout.models.family import PolicyAdapter
 from rollout.models.prompt_head import head_net, last_block, outputs_of, prompt_features
+from rollout.spans import prompt_places
 from rollout.trajectory import TrajectoryGroup
 
 _STATE = "head."
@@ -134,8 +135,9 @@ class PromptHead(Head):
                 found.clear()  # all of an update's prompts may be more than its largest forward
                 for view, hidden_LD in zip(batch.views, hidden_ZLD, strict=True):
                     if view.hidden_C.any():  # no pad
-                        C, P = view.hidden_C.size, groups[view.group].prompt_ids.size
-                        features[view.group] = prompt_features(hidden_LD, P, C)
+                        group = groups[view.group]
+                        place_P = prompt_places(group.place(view.row), group.prompt_ids.size)
+                        features[view.group] = prompt_features(hidden_LD, place_P, group.text_length(view.row))
         sums_QD = torch.zeros(len(groups), hidden_ZLD.shape[2], device=self.device)
         for index, feature_D in features.items():
             sums_QD[index] = feature_D

@@ -41,7 +41,7 @@ from learner.settings.command import SettingsParser
 from learner.settings.run import RunConfig, help_text, load_config
 from learner.settings.sections import BaseSpec
 from rewards.errors import ConfigError, DataError, WaitTimeout
-from rewards.task import AnswerPair, Problem, Task, get_task
+from rewards.task import AnswerPair, InfillTask, Problem, Task, get_task
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import encode_prompt
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
@@ -213,6 +213,8 @@ def _key(
 def _encode(
     task: Task, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, completion_length: int
 ) -> _EncodedAnswers:
+    if isinstance(task, InfillTask):
+        raise ConfigError(f"no base can be built for task {task.name}, whose prompts have gaps; set model.path")
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     prompts = [encode_prompt(tokenizer, task.messages(problem.fields)) for problem in problems]
     width = max(map(len, prompts))

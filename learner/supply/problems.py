@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from learner.settings.run import RunConfig
 from rewards.errors import ConfigError, DataError
-from rewards.task import Problem, Split, Task
-from rollout.models.encoding import encode_prompt
+from rewards.task import InfillTask, Problem, Split, Task
+from rollout.models.encoding import encode
+from rollout.spans import positions_needed
 
 _NAMES: dict[Split, str] = {"train": "training", "test": "held-out"}
 
@@ -42,13 +43,15 @@ def fitting(
     tokenizer: PreTrainedTokenizerBase,
     *,
     completion_length: int,
+    block_length: int | None = None,
     longest: int | None,
     too_long: Literal["refuse", "drop"] = "refuse",
     setting: str = "rollout.sampler.completion_length",
 ) -> list[Problem]:
-    """The problems whose prompt leaves room for a completion.
+    """The problems whose prompt leaves room for a completion, and whose gaps have room in one.
 
     Args:
+        block_length: None for one block.
         longest: tokens that a sequence of the model may have; None when it doesn't say.
         too_long: what is done when there are others (``task.too_long``).
         setting: the key that ``completion_length`` comes from.
@@ -56,24 +59,36 @@ def fitting(
     Raises:
         ConfigError: there are others, and they are refused or nothing else is left; before an actor or rank finds out.
     """
-    if longest is None:
+    if longest is None and not isinstance(task, InfillTask):
         return list(problems)
     kept = []
     for problem in problems:
-        prompt = len(encode_prompt(tokenizer, task.messages(problem.fields)))
-        if prompt + completion_length <= longest:
-            kept.append(problem)
-        elif too_long == "refuse":
-            raise ConfigError(
-                f"the prompt of problem {problem.id} has {prompt} tokens, which with "
+        prompt = encode(tokenizer, task.prompt(problem.fields))
+        tokens, written = len(prompt.ids), completion_length
+        if prompt.gaps:
+            written = positions_needed(prompt.gaps, block_length or completion_length, completion_length)
+        fault = None
+        if written > completion_length:
+            fault = (
+                f"the gaps of problem {problem.id} take {written} positions, and {setting} is {completion_length}; "
+                "raise it (each gap begins a block of its own)"
+            )
+        elif longest is not None and tokens + written > longest:
+            fault = (
+                f"the prompt of problem {problem.id} has {tokens} tokens, which with "
                 f"{setting}={completion_length} is more than the {longest} positions of the model; lower "
                 "completion_length, set task.too_long=drop to leave such problems out, or take a model with a longer "
                 "context"
             )
+        if fault is None:
+            kept.append(problem)
+        elif too_long == "refuse":
+            raise ConfigError(fault)
     if problems and not kept:
+        room = "" if longest is None else f" in the {longest} positions of the model"
         raise ConfigError(
-            f"none of {len(problems)} prompts leaves room for {setting}={completion_length} in "
-            f"the {longest} positions of the model; lower completion_length, or take a model with a longer context"
+            f"none of {len(problems)} prompts leaves room for {setting}={completion_length}{room}; change "
+            "completion_length, or take a model with a longer context"
         )
     return kept
 

@@ -23,12 +23,15 @@ from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.tokenizer import build_tokenizer
 from rollout.sampling.denoise import POSITION_RULES
+from rollout.spans import Gap
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 
 LORA = LoraSpec(r=4, alpha=8.0)
 TEMPERATURE = 0.7
 TRUNCATIONS = {"whole law": (None, 1.0), "top-k and top-p": (20, 0.95)}
 PROMPT_LENGTHS = (10, 13, 19)
+GAPS: tuple[tuple[Gap, ...], ...] = ((), (Gap(2, (3, 9)), Gap(7, (6,))), ())
+"""Of each prompt; none: its completions follow it."""
 ROWS, VIEWS_AT_ONCE = 3, 7
 EOS_BIAS = 4.0
 
@@ -48,7 +51,7 @@ def check_replay(meter: Meter) -> Iterator[tuple[str, list[Measurement]]]:
                 sampler = SamplerSpec(24, 4, 12, rule, TEMPERATURE, top_k, top_p)  # type: ignore[arg-type]
                 specs = [GroupSpec(i, Problem(str(i), {}), ROWS, 50 + i) for i in range(len(PROMPT_LENGTHS))]
                 prompts = [list(range(10, 10 + length)) for length in PROMPT_LENGTHS]
-                groups = engine.generate(specs, prompts, sampler)
+                groups = engine.generate(specs, prompts, sampler, gaps=GAPS)
                 yield f"{rule}, {name}", _compare(meter, learner, engine, groups)
 
 
@@ -115,7 +118,7 @@ def _compare(
             choices.append((scores.choice_logp_Z.cpu().numpy()[free_Z], batch.choices.logp[free_Z]))
     drawn = sum(int(group.drawn.sum()) for group in groups)
     assert sum(theirs.size for _, theirs in tokens) == drawn, "not every drawn token was scored"
-    early = sum(int((~group.drawn).any(axis=1).sum()) for group in groups)
+    early = sum(int((~group.drawn & group.there).any(axis=1).sum()) for group in groups)
     found = [_worst(meter, "replayed log-probs", tokens, f"{drawn} tokens, {early} rows ended early")]
     if choices:
         chosen = sum(theirs.size for _, theirs in choices)

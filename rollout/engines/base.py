@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from rollout.adapters import AdapterState, digest
+from rollout.engines.groups import OnCompletion
+from rollout.spans import Gap
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
 
@@ -22,8 +22,9 @@ class Engine(Protocol):
         prompts: Sequence[list[int]],
         sampler: SamplerSpec,
         *,
+        gaps: Sequence[Sequence[Gap]] | None = None,
         branches: BranchSpec | None = None,
-        on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+        on_completion: OnCompletion | None = None,
     ) -> list[TrajectoryGroup]: ...
 
     def load_adapter(

@@ -16,7 +16,11 @@ from rollout.models.prompt_head import draw_thresholds
 from rollout.sampling.denoise import Completion, Request, Tokens, denoise
 from rollout.sampling.head import Head
 from rollout.seeds import derive_seed
+from rollout.spans import Gap, places
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
+
+OnCompletion = Callable[[int, int, np.ndarray, np.ndarray | None], None]
+"""See ``draw_groups``."""
 
 
 def draw_groups(
@@ -28,8 +32,9 @@ def draw_groups(
     *,
     held: tuple[int, str],
     max_rows: int,
+    gaps: Sequence[Sequence[Gap]] | None = None,
     branches: BranchSpec | None = None,
-    on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+    on_completion: OnCompletion | None = None,
     on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
     threshold_law: Callable[[Sequence[Sequence[int]]], torch.Tensor] | None = None,
 ) -> list[TrajectoryGroup]:
@@ -37,35 +42,49 @@ def draw_groups(
 
     Args:
         prompts: token ids of each group's prompt.
+        gaps: where each group's prompt has gaps for its completions; None, or an empty one: they follow it.
         held: version and digest of the adapter that the head draws with.
         max_rows: completions denoised together.
         branches: which states of the completions are branched.
-        on_completion: called with (group index, completion index, ids [1 + F, C] int32) as soon as one is finished:
-            its own, and those of its branches' F fills in their order, states that it never reached left out.
+        on_completion: called with (group index, completion index, ids [1 + F, C] int32, places [C] or None) as soon as
+            one is finished: its own, and those of its branches' F fills in their order, states that it never reached
+            left out; places as in ``TrajectoryGroup``.
         on_step: as ``denoise`` calls it, completions counted through all groups.
         threshold_law: log-probs [Q, K] of the sampler's thresholds for each prompt; None for an engine without a law.
 
     Returns:
         Groups in request order, without rewards (R = 0) and with verdicts false: grading is the caller's.
     """
+    gaps = gaps or [()] * len(groups)
     # With shifted logits a sequence's first token would be read off the row before it.
-    assert all(len(prompt) >= family.logit_shift for prompt in prompts), "a completion without a prompt"
+    starts = [its[0].before if its else len(prompt) for prompt, its in zip(prompts, gaps, strict=True)]
+    assert all(start >= family.logit_shift for start in starts), "a completion with nothing before it"
     place = [(g, row) for g, group in enumerate(groups) for row in range(group.size)]
     keys = [derive_seed(groups[g].seed, row) for g, row in place]
     drawn_with, thresholds = sampler, None
     if isinstance(sampler.threshold, tuple):
+        if any(gaps):
+            raise ConfigError("several thresholds (rollout.sampler.threshold) are for prompts without gaps; give one")
         if threshold_law is None:
             raise ConfigError("this engine draws with one threshold; several (rollout.sampler.threshold) take torch's")
         law_NK = threshold_law(prompts)[[g for g, _ in place]]
         thresholds = draw_thresholds(sampler.threshold, law_NK, keys, greedy=sampler.temperature == 0)
         drawn_with = replace(sampler, threshold=max(sampler.threshold))  # each request has its own
     own: list[float | None] = [None] * len(keys) if thresholds is None else thresholds.value_N.tolist()
-    requests = [Request(prompts[g], key, its) for (g, _), key, its in zip(place, keys, own, strict=True)]
+    requests = [
+        Request(
+            prompts[g],
+            key,
+            its,
+            places(gaps[g], sampler.block_length, sampler.completion_length, key) if gaps[g] else None,
+        )
+        for (g, _), key, its in zip(place, keys, own, strict=True)
+    ]
 
     def finished(index: int, completion: Completion) -> None:
         if on_completion:
             fills = [] if completion.branches is None else [completion.branches.found_ids]
-            on_completion(*place[index], np.concatenate([completion.ids[None], *fills]))
+            on_completion(*place[index], np.concatenate([completion.ids[None], *fills]), requests[index].place_C)
 
     completions = denoise(
         head,
@@ -77,10 +96,10 @@ def draw_groups(
         on_completion=finished,
         on_step=on_step,
     )
-    drawn = iter(completions)
+    drawn, asked = iter(completions), iter(requests)
     found = [
-        _group(group, prompt, [next(drawn) for _ in range(group.size)], sampler, held)
-        for group, prompt in zip(groups, prompts, strict=True)
+        _group(group, [next(asked) for _ in range(group.size)], [next(drawn) for _ in range(group.size)], sampler, held)
+        for group in groups
     ]
     if thresholds is None:
         return found
@@ -90,7 +109,11 @@ def draw_groups(
 
 
 def _group(
-    spec: GroupSpec, prompt: Sequence[int], completions: list[Completion], sampler: SamplerSpec, held: tuple[int, str]
+    spec: GroupSpec,
+    requests: list[Request],
+    completions: list[Completion],
+    sampler: SamplerSpec,
+    held: tuple[int, str],
 ) -> TrajectoryGroup:
     indptr = ids = None
     if sampler.truncates:
@@ -106,10 +129,11 @@ def _group(
         arrays |= {f"branch_{name}": np.stack([getattr(b, name) for b in branches]) for name in kept}
         shape = arrays["branch_ids"].shape[:3]
         arrays |= {"branch_rewards": np.zeros((*shape, 0), np.float32), "branch_correct": np.zeros(shape, bool)}
+    places_GC = [request.place_C for request in requests if request.place_C is not None]
     return TrajectoryGroup(
         group_id=spec.group_id,
         problem_id=spec.problem.id,
-        prompt_ids=np.asarray(prompt, dtype=np.int32),
+        prompt_ids=np.asarray(requests[0].prompt_ids, dtype=np.int32),
         completion_ids=np.stack([c.ids for c in completions]),
         **arrays,
         support_indptr=indptr,
@@ -122,4 +146,5 @@ def _group(
         sampler=sampler,
         seed=spec.seed,
         nfe=np.array([c.nfe for c in completions], np.int32),
+        places=np.stack(places_GC) if places_GC else None,
     )

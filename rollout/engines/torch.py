@@ -18,7 +18,7 @@ from rollout.adapters import (
     require_loaded,
     unpack,
 )
-from rollout.engines.groups import draw_groups
+from rollout.engines.groups import OnCompletion, draw_groups
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
@@ -27,6 +27,7 @@ from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.prompt_head import last_block, net_of, outputs_of, prompt_features
 from rollout.sampling.head import LogitsHead, padded
+from rollout.spans import Gap, prompt_places
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
 
@@ -79,8 +80,9 @@ class TorchEngine:
         prompts: Sequence[Sequence[int]],
         sampler: SamplerSpec,
         *,
+        gaps: Sequence[Sequence[Gap]] | None = None,
         branches: BranchSpec | None = None,
-        on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+        on_completion: OnCompletion | None = None,
         on_step: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
     ) -> list[TrajectoryGroup]:
         """As ``draw_groups``."""
@@ -93,6 +95,7 @@ class TorchEngine:
                 sampler,
                 held=(self.policy_version, self.adapter_digest),
                 max_rows=self.max_rows,
+                gaps=gaps,
                 branches=branches,
                 on_completion=on_completion,
                 on_step=on_step,
@@ -169,7 +172,10 @@ class TorchEngine:
             ids_ZL, mask_ZL, none = (torch.tensor(rows, dtype=torch.int64).to(self.device) for rows in (ids, mask, []))
             with outputs_of(last_block(self.model, self.family)) as found:
                 self.model(input_ids=ids_ZL, attention_mask=None if mask_ZL.all() else mask_ZL, logit_rows=none)
-            features += [prompt_features(hidden, len(p), C) for hidden, p in zip(found[0], part, strict=True)]
+            features += [
+                prompt_features(hidden, prompt_places(None, len(p)), len(p) + C)
+                for hidden, p in zip(found[0], part, strict=True)
+            ]
         law_QK: torch.Tensor = self._head(torch.stack(features)).log_softmax(-1)
         if law_QK.shape[1] != K:
             raise ConfigError(

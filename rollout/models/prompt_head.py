@@ -65,9 +65,13 @@ def outputs_of(block: nn.Module) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-def prompt_features(hidden_LD: torch.Tensor, prompt: int, completion: int) -> torch.Tensor:
-    """[D] float32, of a row that ends in this many tokens of prompt and of completion."""
-    return hidden_LD[-completion - prompt :][:prompt].float().mean(0)
+def prompt_features(hidden_LD: torch.Tensor, place_P: np.ndarray, text: int) -> torch.Tensor:
+    """[D] float32, of a row that ends in a text of so many tokens.
+
+    Args:
+        place_P: where in the text the prompt's tokens stand (``rollout.spans.prompt_places``).
+    """
+    return hidden_LD[-text:][torch.from_numpy(place_P).to(hidden_LD.device)].float().mean(0)
 
 
 class DrawnThresholds(NamedTuple):

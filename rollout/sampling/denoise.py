@@ -1,7 +1,7 @@
 """The denoising loop: semi-autoregressive blocks, rows that enter and leave, one look of the head at all live rows.
 
-Shapes: R live rows, L = P_max + C sequence positions (prompts padded on the left), N candidate positions of a step,
-C completion positions.
+Shapes: R live rows, L columns of the longest text (prompt and completion; texts are padded on the left), N candidate
+positions of a step, C completion positions, P prompt tokens.
 
 What is computed together is a function of the requests alone: rows enter in request order, a finished row's place goes
 to the next request, and nothing looks at a clock.
@@ -20,6 +20,7 @@ from rollout.sampling.branches import Branches, Branching, branching
 from rollout.sampling.head import Asked, Drawn, Fill, Head, Look, Rows, chooses_before_drawing
 from rollout.sampling.positions import choice_entropy, choice_logp
 from rollout.sampling.schedule import tokens_per_step
+from rollout.spans import prompt_places
 from rollout.trajectory import BranchSpec, PositionRule, SamplerSpec
 
 POSITION_RULES: tuple[str, ...] = get_args(PositionRule)
@@ -34,6 +35,13 @@ class Request:
     key: int
     threshold: float | None = None
     """Its own, in the place of the sampler's."""
+    place_C: np.ndarray | None = None
+    """Where in its text each position stands (``rollout.spans.places``); None: behind the prompt."""
+
+    def length(self, completion_length: int) -> int:
+        """Tokens of its text, prompt and completion."""
+        written = completion_length if self.place_C is None else int((self.place_C >= 0).sum())
+        return len(self.prompt_ids) + written
 
 
 @dataclass
@@ -104,7 +112,7 @@ def denoise(
     live: list[_Row] = []
     while True:
         while len(live) < max_rows and (index := next(waiting, None)) is not None:
-            live.append(_Row(index, requests[index], sampler, loop.P))
+            live.append(_Row(index, requests[index], sampler, tokens, loop.L))
             if branches is not None:
                 key = requests[index].key
                 live[-1].branching = branching(branches, sampler, key, eos=tokens.eos)
@@ -126,19 +134,24 @@ def denoise(
 class _Row:
     """A completion in the making."""
 
-    def __init__(self, index: int, request: Request, sampler: SamplerSpec, P: int) -> None:
-        C = sampler.completion_length
+    def __init__(self, index: int, request: Request, sampler: SamplerSpec, tokens: Tokens, L: int) -> None:
+        C, P = sampler.completion_length, len(request.prompt_ids)
         self.index = index
         self.key = request.key
-        self.pads = P - len(request.prompt_ids)
-        self.prompt_ids = request.prompt_ids
+        self.pads = L - request.length(C)
+        self.ends_early = request.place_C is None
+        place_C = P + np.arange(C) if request.place_C is None else request.place_C
+        self.column_C = self.pads + place_C
+        self.masked = place_C >= 0
+        self.ids_L = np.full(L, tokens.pad, dtype=np.int64)
+        self.ids_L[self.pads + prompt_places(request.place_C, P)] = request.prompt_ids
+        self.ids_L[self.column_C[self.masked]] = tokens.mask
         self.threshold = sampler.threshold if request.threshold is None else request.threshold
         self.step = 0
-        self.masked = np.ones(C, dtype=bool)
         self.branching: Branching | None = None
         self.out = Completion(
-            ids=np.zeros(C, np.int32),
-            unmask_step=np.zeros(C, np.int16),
+            ids=np.where(self.masked, 0, tokens.pad).astype(np.int32),
+            unmask_step=np.where(self.masked, 0, -1).astype(np.int16),
             unmask_rank=np.zeros(C, np.int16),
             drawn=np.zeros(C, bool),
             logp=np.zeros(C, np.float32),
@@ -149,16 +162,14 @@ class _Row:
             position_entropy=np.zeros(sampler.steps, np.float32) if sampler.scores_positions else None,
         )
 
-    @property
-    def revealed(self) -> int:
-        return int(self.masked.size - self.masked.sum())
-
     def finished(self, loop: "_Loop", tokens: Tokens) -> bool:
         """True when nothing is left to reveal; fills the rest with EOS once the last block was EOS only."""
         C, block_length = loop.sampler.completion_length, loop.sampler.block_length
         if not self.masked.any():
             return True
-        start = self.revealed  # first position of the next block, where one was just finished
+        if not self.ends_early:  # an EOS in a gap ends neither the gap nor what follows it
+            return False
+        start = C - int(self.masked.sum())  # first position of the next block, where one was just finished
         if start % block_length or not start:
             return False
         if not np.isin(self.out.ids[start - block_length : start], tokens.eos).all():
@@ -177,7 +188,7 @@ class _Loop:
         before_drawing = chooses_before_drawing(sampler)
         after_drawing = not before_drawing and sampler.position_rule in ("low_confidence", "entropy")
         self.choosing = "before drawing" if before_drawing else "after drawing" if after_drawing else "before forward"
-        self.P = max((len(request.prompt_ids) for request in requests), default=0)
+        self.L = max((request.length(sampler.completion_length) for request in requests), default=0)
         self.done: list[Completion | None] = [None] * len(requests)
 
     def step(self, live: list[_Row]) -> None:
@@ -214,7 +225,7 @@ class _Loop:
         """Positions per row that the LM head must see: those to be revealed, or all masked ones of the block when the
         rule needs their laws to choose."""
         block_length, rule = self.sampler.block_length, self.sampler.position_rule
-        blocks = [row.revealed // block_length * block_length for row in live]
+        blocks = [int(row.masked.argmax()) // block_length * block_length for row in live]
         masked = [b + np.flatnonzero(row.masked[b : b + block_length]) for row, b in zip(live, blocks, strict=True)]
         if self.choosing != "before forward":
             return masked
@@ -248,12 +259,16 @@ class _Loop:
             noisy_RK = scores_RK + noise.gumbel(streams_R, position_RK)
             order_RK = noisy_RK.sort(dim=1, descending=True, stable=True).indices
             self._record_choice(live, counts, scores_RK, order_RK)
-        return [order_K[: self.schedule[row.step]] for order_K, row in zip(order_RK.numpy(), live, strict=True)]
+        return [order_K[:n] for order_K, n in zip(order_RK.numpy(), self._revealed(live, counts), strict=True)]
+
+    def _revealed(self, live: list[_Row], counts: list[int]) -> list[int]:
+        """Positions that the step reveals of each row; a block in a gap may have fewer left than its share."""
+        return [min(self.schedule[row.step], count) for row, count in zip(live, counts, strict=True)]
 
     def _record_choice(
         self, live: list[_Row], counts: list[int], scores_RK: torch.Tensor, order_RK: torch.Tensor
     ) -> None:
-        revealed = [self.schedule[row.step] for row in live]
+        revealed = self._revealed(live, counts)
         free = [r for r, (count, n) in enumerate(zip(counts, revealed, strict=True)) if n < count]
         for n in sorted({revealed[r] for r in free}):  # a step that reveals all that is left chooses nothing
             at = [r for r in free if revealed[r] == n]
@@ -266,12 +281,9 @@ class _Loop:
                 out.position_entropy[live[r].step] = max(entropy, 0.0)
 
     def _rows(self, live: list[_Row]) -> Rows:
-        ids_RL = np.full((len(live), self.P + self.sampler.completion_length), self.tokens.pad, dtype=np.int64)
-        for i, row in enumerate(live):
-            ids_RL[i, row.pads : self.P] = row.prompt_ids
-            ids_RL[i, self.P :] = np.where(row.masked, self.tokens.mask, row.out.ids)
+        ids_RL = np.stack([row.ids_L for row in live])
         pads_R, keys_R, steps_R = np.array([(row.pads, row.key, row.step) for row in live], dtype=np.int64).T
-        return Rows(ids_RL, pads_R, self.P, keys_R, steps_R)
+        return Rows(ids_RL, pads_R, np.stack([row.column_C for row in live]), keys_R, steps_R)
 
     def _reveal(self, row: _Row, positions: np.ndarray, drawn: Drawn, part: slice) -> None:
         chosen = np.arange(len(positions))
@@ -290,6 +302,7 @@ class _Loop:
         out.logp_raw[at] = np.minimum(drawn.logp_raw[source], 0.0)
         out.entropy[at] = drawn.entropy[source]
         row.masked[at] = False
+        row.ids_L[row.column_C[at]] = out.ids[at]
         if out.support is not None:
             for position, i in zip(at, source, strict=True):
                 out.support[position] = drawn.kept(int(i))

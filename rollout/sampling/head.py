@@ -3,7 +3,7 @@
 The loop (``rollout.sampling.denoise``) knows neither model nor logits. Every head draws by the functions here, so the
 same tokens come from the same noise, wherever the logits are.
 
-Shapes: R rows, L = P + C columns (P of prompt, padded on the left, and C completion positions), N asked positions, B
+Shapes: R rows, L columns (prompt and completion, padded on the left), C completion positions, N asked positions, B
 positions of a fill, Z fills of the same positions, V vocabulary.
 """
 
@@ -33,8 +33,8 @@ class Rows:
     """int64; pads, prompt, and mask tokens where nothing is revealed"""
     pads_R: np.ndarray
     """int64, pads at the begin of each row"""
-    prompt: int
-    """P"""
+    column_RC: np.ndarray
+    """int64, where each completion position stands in its row"""
     keys_R: np.ndarray
     """int64, what names each row's noise"""
     steps_R: np.ndarray
@@ -127,7 +127,7 @@ def padded(forward: Forward, device: torch.device) -> Callable[[Rows, Asked], to
 
     def logits(rows: Rows, asked: Asked) -> torch.Tensor:
         L = rows.ids_RL.shape[1]
-        row_N = asked.row_N * L + rows.prompt + asked.position_N
+        row_N = asked.row_N * L + rows.column_RC[asked.row_N, asked.position_N]
         ids_RL, pads_R, logit_rows = in_one_copy(device, rows.ids_RL, rows.pads_R, row_N)
         mask_RL = torch.arange(L, device=device) >= pads_R.unsqueeze(1) if rows.pads_R.any() else None
         return forward(ids_RL, mask_RL, logit_rows)

@@ -133,7 +133,8 @@ def test_completions_are_reported_as_soon_as_they_are_finished(tiny_model):
     forwards_before: list[int] = []
     with head_rows(engine) as seen:
 
-        def note(group: int, row: int, ids_FC: np.ndarray) -> None:
+        def note(group: int, row: int, ids_FC: np.ndarray, place_C: np.ndarray | None) -> None:
+            assert place_C is None
             assert (group, row) not in reported
             (reported[group, row],) = ids_FC.copy()
             forwards_before.append(len(seen))

@@ -12,8 +12,9 @@ from learner.runs.local_ray import local_ray
 from rewards.task import Problem
 from rollout.events import Delivery
 from rollout.ledger import Ledger
+from rollout.messages import content_digest
 from rollout.replay import ReplayBuffer
-from rollout.trajectory import GroupSpec, SamplerSpec, content_digest
+from rollout.trajectory import GroupSpec, SamplerSpec
 from rollout.waits import bounded_get
 from tests.rollout.test_pool_faults import WEIGHTS, HonestPool, happened
 

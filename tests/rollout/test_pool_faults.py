@@ -17,9 +17,9 @@ from rewards.errors import WaitTimeout, WorkerLost
 from rewards.task import Problem
 from rollout.arrival import report_problem
 from rollout.events import ActorLost, Delivery, Event, Refused
-from rollout.messages import BASE_WEIGHTS
+from rollout.messages import BASE_WEIGHTS, content_digest
 from rollout.pool import MOST_REFUSED, RolloutPool
-from rollout.trajectory import GroupSpec, Lease, SamplerSpec, content_digest
+from rollout.trajectory import GroupSpec, Lease, SamplerSpec
 from tests.rollout.test_pool import cluster, far_node  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]

@@ -100,7 +100,9 @@ def test_what_is_packed_is_what_is_unpacked(law: dict[str, Any], keys: tuple[int
         keys = ()
     spec = SamplerSpec(**{"completion_length": 8, "block_length": 8, "steps": 4, "position_rule": "random",
                           "temperature": 0.8, **law})  # fmt: skip
-    asked = RowAsked(spec, 2**63 - 5, 3, 7, np.array([1, 4, 5]), (Fill(0, np.array([0, 1, 4, 5]), keys),))
+    asked = RowAsked(
+        spec, 2**63 - 5, 3, np.array([1, 4, 5]), np.arange(7, 14), (Fill(0, np.array([0, 1, 4, 5]), keys),)
+    )
     again = RowAsked.of(asked.plain())
     assert again.plain() == asked.plain() and again.sampler == spec
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(1))

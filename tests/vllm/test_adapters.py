@@ -107,7 +107,8 @@ def test_a_version_is_loaded_while_rows_of_the_one_before_are_on_their_way(pair:
     answers: dict[str, RowAnswer] = {}
 
     def question(key: int) -> RowAsked:
-        return RowAsked(spec, key, 0, len(prompt) - pair.vllm.family.logit_shift, positions)
+        first = len(prompt) - pair.vllm.family.logit_shift
+        return RowAsked(spec, key, 0, positions, first + positions)
 
     def ask(name: str, key: int) -> None:
         ids = prompt + [pair.vllm.family.mask_token_id] * 16

@@ -7,12 +7,11 @@ denoising step at a time, so the loop and its noise are those of every engine.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from rewards.errors import ConfigError
 from rollout.adapters import AdapterState, digest
-from rollout.engines.groups import draw_groups
+from rollout.engines.groups import OnCompletion, draw_groups
 from rollout.engines.vllm.heads import WorkerHead, encoder, whole_sequences
 from rollout.engines.vllm.launch import launch
 from rollout.engines.vllm.settings import MERGED, VllmSettings, require_support, require_vllm
@@ -22,6 +21,7 @@ from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
 from rollout.models.lora import LoraSpec
 from rollout.sampling.head import Head, LogitsHead
+from rollout.spans import Gap
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 
 
@@ -79,8 +79,9 @@ class VllmEngine:
         prompts: Sequence[Sequence[int]],
         sampler: SamplerSpec,
         *,
+        gaps: Sequence[Sequence[Gap]] | None = None,
         branches: BranchSpec | None = None,
-        on_completion: Callable[[int, int, np.ndarray], None] | None = None,
+        on_completion: OnCompletion | None = None,
     ) -> list[TrajectoryGroup]:
         """As ``draw_groups``. Raises ConfigError when a sequence is longer than vLLM was started for."""
         longest = max((len(prompt) for prompt in prompts), default=0) + sampler.completion_length
@@ -98,6 +99,7 @@ class VllmEngine:
                 sampler,
                 held=(self.policy_version, self.adapter_digest),
                 max_rows=self.max_rows,
+                gaps=gaps,
                 branches=branches,
                 on_completion=on_completion,
             )

@@ -40,8 +40,8 @@ def whole_sequences(encode: Encode, device: torch.device) -> Callable[[Rows, Ask
     def logits(rows: Rows, asked: Asked) -> torch.Tensor:
         sequences = _sequences(rows)
         of_rows = encode(sequences, [{}] * len(sequences))
-        offsets_R = np.cumsum([0, *map(len, sequences)])[:-1] + rows.prompt - rows.pads_R
-        index = torch.from_numpy(offsets_R[asked.row_N] + asked.position_N)
+        offsets_R = np.cumsum([0, *map(len, sequences)])[:-1] - rows.pads_R
+        index = torch.from_numpy(offsets_R[asked.row_N] + rows.column_RC[asked.row_N, asked.position_N])
         return torch.cat(of_rows)[index].to(device)
 
     return logits
@@ -60,17 +60,21 @@ class WorkerHead:
 
     def look(self, rows: Rows, asked: Asked, fills: Sequence[Fill], sampler: SamplerSpec) -> Look:
         sequences = _sequences(rows)
-        questions = [
-            RowAsked(
-                sampler=sampler,
-                key=int(rows.keys_R[r]),
-                step=int(rows.steps_R[r]),
-                first=int(rows.prompt - rows.pads_R[r]) - self._shift,
-                position_N=asked.position_N[asked.row_N == r],
-                fills=tuple(fill for fill in fills if fill.row == r),
+        questions = []
+        for r in range(len(sequences)):
+            own = tuple(fill for fill in fills if fill.row == r)
+            position_N = asked.position_N[asked.row_N == r]
+            position_M = np.concatenate([position_N, *(fill.position_B for fill in own)])
+            questions.append(
+                RowAsked(
+                    sampler=sampler,
+                    key=int(rows.keys_R[r]),
+                    step=int(rows.steps_R[r]),
+                    position_N=position_N,
+                    token_M=rows.column_RC[r, position_M] - rows.pads_R[r] - self._shift,
+                    fills=own,
+                )
             )
-            for r in range(len(sequences))
-        ]
         packed = self._encode(sequences, [{KEY: question.plain()} for question in questions])
         answers = [RowAnswer.unpack(answer, asked) for answer, asked in zip(packed, questions, strict=True)]
         used, wanted = {answer.adapter for answer in answers}, self._adapter()

@@ -50,10 +50,7 @@ class DenoisingPooler(Pooler):  # type: ignore[misc]
         if not all(KEY in own for own in known):  # vLLM's own passes when it starts
             return [hidden_states[:1, :1].float() for _ in known]
         rows = [RowAsked.of(own[KEY]) for own in known]
-        at = [
-            start + row.first + np.concatenate([row.position_N, *(f.position_B for f in row.fills)])
-            for start, row in zip(starts, rows, strict=True)
-        ]
+        at = [start + row.token_M for start, row in zip(starts, rows, strict=True)]
         index = torch.from_numpy(np.concatenate(at)).to(hidden_states.device)
         logits = self._model.compute_logits(hidden_states[index])
         if logits is None:  # of the tensor parallel ranks the first gets them

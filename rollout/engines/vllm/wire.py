@@ -3,7 +3,7 @@
 A request's side goes through msgpack (``PoolingParams.extra_kwargs``). An answer is one float64 tensor, which holds
 token ids and float32 numbers exactly; vLLM passes nothing but tensors back.
 
-Shapes: N asked positions of a row, B positions of a fill, Z fills.
+Shapes: N asked positions of a row, M of them and of its fills, B positions of a fill, Z fills.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ class RowAsked:
     key: int
     """names the row's noise"""
     step: int
-    first: int
-    """the token of the sequence whose logits predict completion position 0"""
     position_N: np.ndarray
     """int64"""
+    token_M: np.ndarray
+    """int64, the tokens of the sequence whose logits predict the asked positions, then those of each fill"""
     fills: tuple[Fill, ...] = ()
 
     def plain(self) -> dict[str, Any]:
@@ -40,8 +40,8 @@ class RowAsked:
             "sampler": list(astuple(self.sampler)),
             "key": self.key,
             "step": self.step,
-            "first": self.first,
             "positions": _bytes(self.position_N),
+            "tokens": _bytes(self.token_M),
             "fills": [[_bytes(fill.position_B), list(fill.keys)] for fill in self.fills],
         }
 
@@ -52,8 +52,8 @@ class RowAsked:
             sampler=SamplerSpec(*plain["sampler"]),
             key=plain["key"],
             step=plain["step"],
-            first=plain["first"],
             position_N=_ints(plain["positions"]),
+            token_M=_ints(plain["tokens"]),
             fills=fills,
         )
 

@@ -1,0 +1,190 @@
+"""Texts with gaps in the learner: the gradient by enumeration, with text on the right of the gaps, and every method.
+
+Shapes: n trajectories, G completions, C completion positions, L tokens of a text, V vocabulary, Z views, N scores.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from learner.likelihood.scorer import PolicyScores, score
+from learner.likelihood.timesteps import step_table
+from learner.likelihood.views import View, build_batch, step_view
+from learner.objectives.advantages import group_advantages
+from learner.objectives.agrpo import Agrpo
+from learner.settings.methods.states import AgrpoConfig
+from learner.verification.enumeration import expected_weights, relative_error
+from rollout.models.family import PolicyAdapter
+from rollout.trajectory import SamplerSpec, TrajectoryGroup
+
+G, K = 2, 2
+TOKENS, MASK, LEFT, BETWEEN, RIGHT, PAD = (0, 1), 2, 3, 4, 5, 6
+EOS = 7
+FAMILY: PolicyAdapter = SimpleNamespace(logit_shift=0, mask_token_id=MASK)  # type: ignore[assignment]
+PROMPT = (LEFT, BETWEEN, RIGHT)
+PLACES = {2: (1, 2, 4), 1: (1, 3, -1)}
+"""By the length of the first gap, between LEFT and BETWEEN; the second, of one token, is between BETWEEN and RIGHT."""
+SAMPLER = SamplerSpec(3, 3, 3, "random", 1.0)
+
+
+class Toy(torch.nn.Module):
+    """Logits of a position from all tokens of the text by their distance, what stands on the right included."""
+
+    def __init__(self, *, sees_right: bool = True) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.weight_WVV = torch.nn.Parameter(torch.randn(11, 8, 2, generator=generator, dtype=torch.float64) * 0.5)
+        self.sees_right = sees_right
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, logit_rows: torch.Tensor
+    ) -> SimpleNamespace:
+        Z, L = input_ids.shape
+        distance_LL = torch.arange(L)[None, :] - torch.arange(L)[:, None]
+        real_ZLL = torch.ones(Z, L, L, dtype=torch.bool) if attention_mask is None else attention_mask[:, None, :]
+        seen_ZLL = real_ZLL & ((distance_LL <= 0) | self.sees_right)
+        of_token_ZLLV = self.weight_WVV[distance_LL[None] + 5, input_ids[:, None, :].expand(Z, L, L)]
+        logits_ZLV = (of_token_ZLLV * seen_ZLL[..., None]).sum(2)
+        blank = torch.full((Z, L, 6), -torch.inf, dtype=torch.float64)  # mask, context and pad are never drawn
+        return SimpleNamespace(logits=torch.cat([logits_ZLV, blank], -1).reshape(Z * L, 8)[logit_rows])
+
+
+@dataclass(frozen=True)
+class Path:
+    """One completion, the steps at which its positions were revealed, and how likely length and order are."""
+
+    length: int
+    ids: tuple[int, ...]
+    steps: tuple[int, ...]
+    chance: float
+
+
+def paths() -> list[Path]:
+    found = []
+    for length, places in PLACES.items():
+        there = len([place for place in places if place >= 0])
+        orders = list(itertools.permutations(range(there)))
+        for ids, steps in itertools.product(itertools.product(TOKENS, repeat=there), orders):
+            rest = 3 - there
+            found.append(Path(length, ids + (PAD,) * rest, steps + (-1,) * rest, 1 / len(PLACES) / len(orders)))
+    return found
+
+
+def reward(path: Path) -> float:
+    """In eighths, of the text and how long it is."""
+    numbers = np.random.default_rng(5).integers(0, 9, (3, 2, 2, 8))
+    return float(numbers[path.length, path.ids[0], path.ids[1], path.ids[2]]) / 8
+
+
+def text(path: Path, step: int) -> list[int]:
+    """The text before a step, written out by hand."""
+    a, b, c = (token if at < step else MASK for token, at in zip(path.ids, path.steps, strict=True))
+    return [LEFT, a, b, BETWEEN, c, RIGHT] if path.length == 2 else [LEFT, a, BETWEEN, b, RIGHT]
+
+
+def log_probs(model: Toy, every: list[Path]) -> torch.Tensor:
+    """[n], log-prob of all tokens of each path, one state at a time."""
+    total = []
+    for path in every:
+        logp = torch.zeros((), dtype=torch.float64)
+        for position, at in enumerate(path.steps):
+            if at >= 0:
+                ids = torch.tensor([text(path, at)])
+                row = torch.tensor([PLACES[path.length][position]])
+                logp = logp + model(ids, None, row).logits[0, :2].log_softmax(-1)[path.ids[position]]
+        total.append(logp)
+    return torch.stack(total)
+
+
+def group_of(rows: list[Path], model: Toy) -> TrajectoryGroup:
+    """As a rollout would have recorded them; the log-probs are filled in where a test needs them."""
+    steps = np.array([path.steps for path in rows], np.int16)
+    drawn, zeros = steps >= 0, np.zeros(steps.shape, np.float32)
+    group = TrajectoryGroup(
+        group_id=0,
+        problem_id="enumerated",
+        prompt_ids=np.array(PROMPT, np.int32),
+        completion_ids=np.array([path.ids for path in rows], np.int32),
+        unmask_step=steps,
+        unmask_rank=np.zeros(steps.shape, np.int16),
+        drawn=drawn,
+        logp=zeros,
+        logp_raw=zeros,
+        entropy=np.where(drawn, np.float32(0.5), 0).astype(np.float32),
+        support_indptr=None,
+        support_ids=None,
+        rewards=np.array([[reward(path)] for path in rows], np.float32),
+        reward_names=("reward",),
+        correct=np.zeros(len(rows), bool),
+        policy_version=0,
+        adapter_digest="",
+        sampler=SAMPLER,
+        seed=0,
+        nfe=drawn.sum(axis=1).astype(np.int32),
+        places=np.array([PLACES[path.length] for path in rows], np.int32),
+    )
+    group.validate()
+    states = [(row, at) for row, path in enumerate(rows) for at in path.steps if at >= 0]
+    views = [step_view(group, 0, row, at, 0.0, 1.0) for row, at in states]
+    batch = build_batch(views, [group], mask_id=MASK, pad_id=PAD)
+    logp = np.zeros(steps.shape, np.float32)
+    with torch.no_grad():
+        told_N = score(model, batch, family=FAMILY).logp_N.numpy()
+    for at, position, value in zip(batch.view_of_score, batch.position, told_N, strict=True):
+        logp[views[at].row, position] = min(value, 0)
+    return replace(group, logp=logp, logp_raw=logp)
+
+
+@pytest.fixture(scope="module")
+def exact() -> np.ndarray:
+    """(G-1)/G * 1/m times the gradient of expected reward, by one sum over all that can be written."""
+    model, every = Toy(), paths()
+    chance = torch.tensor([path.chance for path in every]).double()
+    rewards = torch.tensor([reward(path) for path in every]).double()
+    expected = (chance * log_probs(model, every).exp() * rewards).sum()
+    assert (chance * log_probs(model, every).exp()).sum().item() == pytest.approx(1.0)
+    (gradient,) = torch.autograd.grad(expected, model.weight_WVV)
+    return gradient.numpy() * (G - 1) / G / SAMPLER.steps
+
+
+def estimate(scorer: Toy, *, config: AgrpoConfig | None = None) -> np.ndarray:
+    """Minus the gradient of the loss, averaged over all groups that the toy draws and over all draws of steps."""
+    config = config or AgrpoConfig(k=K)
+    model, every = Toy(), paths()
+    with torch.no_grad():
+        law = log_probs(model, every).exp().numpy() * np.array([path.chance for path in every])
+    everything = group_of(every, model)
+    table = step_table(everything, config.step_range, (EOS,))
+    weights = [expected_weights(table, slot, config, G) for slot in range(G)]
+    rewards = everything.rewards[:, 0]
+    views: list[View] = []
+    for pair in itertools.product(range(len(every)), repeat=G):
+        advantages = group_advantages(rewards[list(pair), None])
+        for slot, n in enumerate(pair):
+            if not advantages[slot]:
+                continue
+            views += [
+                step_view(everything, 0, n, int(step), float(advantages[slot]), float(law[list(pair)].prod() * weight))
+                for step, weight in enumerate(weights[slot][n])
+                if weight
+            ]
+    loss = torch.zeros(())
+    for start in range(0, len(views), 4000):
+        batch = build_batch(views[start : start + 4000], [everything], mask_id=MASK, pad_id=PAD)
+        scores = PolicyScores(score(scorer, batch, family=FAMILY))
+        loss = loss + Agrpo(config).loss(scores, batch)[0]
+    (loss / (G * config.k)).backward()
+    assert scorer.weight_WVV.grad is not None
+    return -scorer.weight_WVV.grad.numpy()
+
+
+def test_the_expected_gradient_is_that_of_the_reward_with_text_on_both_sides(exact: np.ndarray) -> None:
+    assert relative_error(estimate(Toy()), exact) < 1e-6
+
+
+def test_a_scorer_that_does_not_see_the_right_side_is_found_out(exact: np.ndarray) -> None:
+    assert relative_error(estimate(Toy(sees_right=False)), exact) > 0.05
