@@ -4,6 +4,7 @@ Shapes: n trajectories, G completions, C completion positions, L tokens of a tex
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -13,13 +14,23 @@ import torch
 
 from learner.likelihood.scorer import PolicyScores, score
 from learner.likelihood.timesteps import step_table
-from learner.likelihood.views import View, build_batch, step_view
+from learner.likelihood.views import View, ViewBatch, build_batch, step_view
+from learner.objectives import make_objective
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
+from learner.ranks.plan import plan_update
+from learner.ranks.rank import lora_spec
 from learner.settings.methods.states import AgrpoConfig
 from learner.verification.enumeration import expected_weights, relative_error
-from rollout.models.family import PolicyAdapter
+from rollout.adapters import AdapterState, adapter_parameters, load_state
+from rollout.models.family import PolicyAdapter, policy_adapter
+from rollout.models.loading import load_model
+from rollout.models.lora import attach_lora
+from rollout.spans import Gap
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
+from tests.support.every_method import METHODS, Drawing, at, batch_of, drawing_of, loss_of
+from tests.support.learner_ranks import SAMPLER as SHAPE
+from tests.support.learner_ranks import draw_batch, random_adapter, settings
 
 G, K = 2, 2
 TOKENS, MASK, LEFT, BETWEEN, RIGHT, PAD = (0, 1), 2, 3, 4, 5, 6
@@ -91,9 +102,9 @@ def log_probs(model: Toy, every: list[Path]) -> torch.Tensor:
     total = []
     for path in every:
         logp = torch.zeros((), dtype=torch.float64)
-        for position, at in enumerate(path.steps):
-            if at >= 0:
-                ids = torch.tensor([text(path, at)])
+        for position, step in enumerate(path.steps):
+            if step >= 0:
+                ids = torch.tensor([text(path, step)])
                 row = torch.tensor([PLACES[path.length][position]])
                 logp = logp + model(ids, None, row).logits[0, :2].log_softmax(-1)[path.ids[position]]
         total.append(logp)
@@ -128,14 +139,14 @@ def group_of(rows: list[Path], model: Toy) -> TrajectoryGroup:
         places=np.array([PLACES[path.length] for path in rows], np.int32),
     )
     group.validate()
-    states = [(row, at) for row, path in enumerate(rows) for at in path.steps if at >= 0]
-    views = [step_view(group, 0, row, at, 0.0, 1.0) for row, at in states]
+    states = [(row, step) for row, path in enumerate(rows) for step in path.steps if step >= 0]
+    views = [step_view(group, 0, row, step, 0.0, 1.0) for row, step in states]
     batch = build_batch(views, [group], mask_id=MASK, pad_id=PAD)
     logp = np.zeros(steps.shape, np.float32)
     with torch.no_grad():
         told_N = score(model, batch, family=FAMILY).logp_N.numpy()
-    for at, position, value in zip(batch.view_of_score, batch.position, told_N, strict=True):
-        logp[views[at].row, position] = min(value, 0)
+    for view, position, value in zip(batch.view_of_score, batch.position, told_N, strict=True):
+        logp[views[view].row, position] = min(value, 0)
     return replace(group, logp=logp, logp_raw=logp)
 
 
@@ -188,3 +199,70 @@ def test_the_expected_gradient_is_that_of_the_reward_with_text_on_both_sides(exa
 
 def test_a_scorer_that_does_not_see_the_right_side_is_found_out(exact: np.ndarray) -> None:
     assert relative_error(estimate(Toy(sees_right=False)), exact) > 0.05
+
+
+# ---- every method
+
+GAPS = ((), (Gap(2, (3, 9)), Gap(7, (6,))), (Gap(5, (11,)),), (Gap(1, (2, 4)), Gap(9, (5, 12))))
+"""Of the four groups: none, several, one, and some whose completions have lengths of their own."""
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: str) -> AdapterState:
+    return random_adapter(tiny_model, settings())
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_model: str, adapter: AdapterState) -> dict[Drawing, list[TrajectoryGroup]]:
+    """A batch for each way in which methods draw; prompts without gaps have a law of thresholds."""
+    ways = {drawing_of(method) for method in METHODS if method != "diffpo_thresholds"}
+    return {way: draw_batch(tiny_model, settings(), adapter, *way, gaps=GAPS) for way in ways}
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "diffpo_thresholds"])
+def test_every_method_learns_from_gaps_and_scores_nothing_else(
+    tiny_model: str, adapter: AdapterState, drawn: dict[Drawing, list[TrajectoryGroup]], method: str
+) -> None:
+    groups = drawn[drawing_of(method)]
+    assert not all(group.there.all() for group in groups), "some completions have fewer positions than others"
+    found, batches = gradient(tiny_model, adapter, method, groups)
+    assert found.isfinite().all() and found.abs().sum() > 0
+    for batch, views in batches:
+        for row, position, view in zip(batch.score_rows, batch.position, batch.view_of_score, strict=True):
+            group, completion = groups[views[view].group], views[view].row
+            assert group.there[completion, position]
+            start = batch.input_ids.shape[1] - group.text_length(completion)
+            place_C = group.place(completion)
+            place = group.prompt_ids.size + position if place_C is None else place_C[position]
+            assert row == view * batch.input_ids.shape[1] + start + place
+    # Control: one group's tokens behind its prompt, where they were not drawn, make another update.
+    behind = groups[2].prompt_ids.size + np.arange(SHAPE.completion_length, dtype=np.int32)
+    moved = [*groups[:2], replace(groups[2], places=np.where(groups[2].there, behind, np.int32(-1))), groups[3]]
+    assert not torch.equal(gradient(tiny_model, adapter, method, moved)[0], found)
+
+
+def gradient(
+    path: str, adapter: AdapterState, method: str, groups: list[TrajectoryGroup]
+) -> tuple[torch.Tensor, list[tuple[ViewBatch, Sequence[View]]]]:
+    """Of an update, and its batches."""
+    config = at(method)
+    family, objective = policy_adapter(path), make_objective(config.objective)
+    model = attach_lora(load_model(path), family, lora_spec(config))
+    load_state(model, adapter)
+    plan = plan_update(
+        groups,
+        objective=objective,
+        run_seed=1,
+        update_index=0,
+        eos_ids=(family.eos_token_id,),
+        ranks=1,
+        views_per_forward=16,
+    )
+    batches = []
+    for forward in plan.forwards[0]:
+        batch = batch_of(forward, objective, family, groups)
+        loss = loss_of(model, batch, objective, family)
+        (loss / plan.normaliser).backward()
+        batches.append((batch, batch.views))
+    grads = [p.grad.flatten() for p in adapter_parameters(model).values() if p.grad is not None]
+    return torch.cat(grads), batches

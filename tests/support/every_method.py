@@ -1,12 +1,20 @@
 """All methods of the settings, each with settings under which all its parts have work."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import get_args
 
+import torch
+
+from learner.likelihood.scorer import PolicyScores, Scores, score
+from learner.likelihood.views import ViewBatch, build_batch
+from learner.objectives.base import Objective
+from learner.ranks.plan import Forward
 from learner.settings.objective import ObjectiveSection
 from learner.settings.objectives import ObjectiveConfig
 from learner.settings.run import RunConfig
 from rollout.adapters import AdapterState
+from rollout.models.family import PolicyAdapter
 from rollout.trajectory import BranchSpec, SamplerSpec, TrajectoryGroup
 from tests.support.learner_ranks import SAMPLER, draw_batch, settings
 
@@ -59,3 +67,31 @@ def drawing_of(method: str) -> Drawing:
 def draw_batches(model_path: str, adapter: AdapterState) -> dict[Drawing, list[TrajectoryGroup]]:
     """A batch for each way in which any of the methods draws."""
     return {how: draw_batch(model_path, settings(), adapter, *how) for how in set(map(drawing_of, METHODS))}
+
+
+def batch_of(
+    forward: Forward, objective: Objective, family: PolicyAdapter, groups: Sequence[TrajectoryGroup]
+) -> ViewBatch:
+    """As a rank builds it."""
+    return build_batch(
+        forward.views,
+        groups,
+        mask_id=family.mask_token_id,
+        pad_id=family.pad_token_id,
+        law=objective.needs.law,
+        unit_sizes=[len(unit) for unit in forward.units],
+    )
+
+
+def loss_of(model: torch.nn.Module, batch: ViewBatch, objective: Objective, family: PolicyAdapter) -> torch.Tensor:
+    """Of one forward in an update that is its batch's first; a head's values are 0, as at first."""
+    needs = objective.needs
+    policy = score(model, batch, family=family, vocabulary=needs.vocabulary)
+    if needs.head is not None:
+        zeros = {"value_Z": policy.logp_N.new_zeros(len(batch.views)), "value_N": torch.zeros_like(policy.logp_N)}
+        policy = dataclasses.replace(policy, **zeros)
+    reference: Scores | None = None
+    if needs.reference:
+        with torch.no_grad(), model.disable_adapter():
+            reference = score(model, batch, family=family)
+    return objective.loss(PolicyScores(policy, policy.detached(), reference, policy.detached()), batch)[0]

@@ -32,6 +32,7 @@ from rollout.messages import GroupRef, put_group
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
+from rollout.spans import Gap
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.hand_made import acting_adapter
 
@@ -69,6 +70,7 @@ def draw_batch(
     adapter: AdapterState,
     sampler: SamplerSpec = SAMPLER,
     branches: BranchSpec | None = None,
+    gaps: Sequence[Sequence[Gap]] | None = None,
 ) -> list[TrajectoryGroup]:
     """4 groups of 4, drawn by an engine that holds ``adapter`` as version 0, with prompts of two lengths and random
     rewards, of branches too; the second group is without signal."""
@@ -78,7 +80,7 @@ def draw_batch(
     engine.load_adapter(0, adapter, digest(adapter))
     specs = [GroupSpec(i, Problem(f"p{i}", {}), 4, 277 + i) for i in range(4)]
     prompts = [list(range(10, 28 + i % 2)) for i in range(4)]
-    drawn = engine.generate(specs, prompts, sampler, branches=branches)
+    drawn = engine.generate(specs, prompts, sampler, gaps=gaps, branches=branches)
     rewards = np.random.default_rng(2).random((4, 4, 2)).astype(np.float32)
     rewards[1] = 0.25
     graded = [
