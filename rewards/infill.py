@@ -21,7 +21,8 @@ any text.
 
 SEPARATOR = "\N{SYMBOL FOR RECORD SEPARATOR}"
 """Between the contents of several gaps in a completion's text. A content never holds it."""
-_SHOWN = "\N{HORIZONTAL ELLIPSIS}"
+GAP = "\N{HORIZONTAL ELLIPSIS}"
+"""What people see in the place of a gap."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Infill:
 
     def shown(self) -> str:
         """The text for people, an ellipsis in the place of each gap."""
-        return "".join(f" {_SHOWN} " if isinstance(part, Span) else part for part in self.parts).strip()
+        return "".join(f" {GAP} " if isinstance(part, Span) else part for part in self.parts).strip()
 
 
 def infill(

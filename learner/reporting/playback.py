@@ -14,9 +14,11 @@ A sample is one completion as safetensors. Beside the arrays of ``learner.report
     order_mean_step  [C] float32, the mean step at which a position was drawn; NaN where none was
 
 and in the header's metadata, under ``playback``, a JSON object: version, tokens (the text of each token by itself),
-with the order, its completions and bin widths, and, where states were branched, branches (see ``branches_of``). Beside
+with the order, its completions and bin widths, where states were branched, branches (see ``branches_of``), and where
+the prompt has gaps, context (see ``context_of``). Beside
 the trajectory, in the row's ``data``, is what people look at first: question, expected and layout as the task gives
-them, largest (its rewards' largest values), and scales (``scales_of``). Shapes: C positions, v views, q scored tokens.
+them, largest (its rewards' largest values), and scales (``scales_of``). Shapes: C positions (in a sample, those that
+the completion has), v views, q scored tokens.
 """
 
 import json
@@ -30,8 +32,10 @@ from transformers import PreTrainedTokenizerBase
 
 from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.reporter import Reporter
+from rewards.infill import GAP
 from rewards.task import Problem, Task
 from rollout.models.encoding import completion_text
+from rollout.spans import prompt_places
 from rollout.trajectory import TrajectoryGroup
 
 VERSION = 1
@@ -105,7 +109,10 @@ class PlaybackRecorder:
                     "scales": scales,
                 }
                 fields = self._train[group.problem_id]
-                self._sample(iteration, group, row, "train", fields, about, view_arrays(views) | order_arrays, order)
+                arrays = view_arrays(views) | order_arrays
+                number_C = (np.cumsum(group.there[row]) - 1).astype(np.int32)  # a sample has no other positions
+                arrays["new_position"] = number_C[arrays["new_position"]]
+                self._sample(iteration, group, row, "train", fields, about, arrays, order)
                 order, order_arrays = {}, {}
 
     def evaluation(self, iteration: int, kind: str, groups: Sequence[TrajectoryGroup]) -> None:
@@ -117,10 +124,17 @@ class PlaybackRecorder:
                 self._sample(iteration, group, row, kind, fields, about, {}, {})
 
     def prompt(self, group: TrajectoryGroup) -> str:
-        return str(self._tokenizer.decode(group.prompt_ids.tolist()))
+        """As the model got it, an ellipsis in the place of a gap."""
+        if group.places is None:
+            return str(self._tokenizer.decode(group.prompt_ids.tolist()))
+        context = context_of(group, 0, self._tokenizer)
+        last = int(group.there[0].sum())
+        gaps = [bool(context[0]["before"]), *([True] * (len(context) - 1)), context[-1]["before"] < last]
+        shown = [f" {GAP} " if gap else "" for gap in gaps]
+        return "".join(f"{before}{piece['text']}" for before, piece in zip(shown, context, strict=False)) + shown[-1]
 
     def text(self, group: TrajectoryGroup, row: int) -> str:
-        return completion_text(self._tokenizer, group.completion_ids[row].tolist())
+        return completion_text(self._tokenizer, group.completion_ids[row].tolist(), group.place(row))
 
     def _sample(
         self,
@@ -133,7 +147,7 @@ class PlaybackRecorder:
         arrays: Mapping[str, np.ndarray],
         order: Mapping[str, Any],
     ) -> None:
-        ids, completion = group.completion_ids[row].tolist(), self.text(group, row)
+        ids, completion = group.completion_ids[row, group.there[row]].tolist(), self.text(group, row)
         shown: dict[str, Any] = {}
         self._reporter.attempt("playback", self._show, shown, fields, completion, bool(group.correct[row]))
         special = np.array([token in self._special for token in ids], dtype=np.bool_)
@@ -141,6 +155,8 @@ class PlaybackRecorder:
         playback = {"version": VERSION, "tokens": [self._token(token) for token in ids], **order}
         if branches:
             playback["branches"] = branches
+        if group.places is not None:
+            playback["context"] = context_of(group, row, self._tokenizer)
         self._reporter.sample(
             iteration,
             group,
@@ -184,7 +200,7 @@ def branches_of(group: TrajectoryGroup, row: int, tokenizer: PreTrainedTokenizer
         rewards = zip(group.reward_names, group.branch_rewards[row, s, z].tolist(), strict=True)
         branch = {
             "step": step,
-            "completion": completion_text(tokenizer, group.branch_ids[row, s, z].tolist()),
+            "completion": completion_text(tokenizer, group.branch_ids[row, s, z].tolist(), group.place(row)),
             "correct": bool(group.branch_correct[row, s, z]),
             "rewards": dict(rewards),
         }
@@ -192,6 +208,16 @@ def branches_of(group: TrajectoryGroup, row: int, tokenizer: PreTrainedTokenizer
             branch["logp"] = float(group.branch_logp[row, s, z].sum(dtype=np.float64))
         found.append(branch)
     return found
+
+
+def context_of(group: TrajectoryGroup, row: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The prompt's text between the gaps that a completion fills, in reading order: ``text``, and ``before``, how many
+    of the completion's tokens stand before it."""
+    place_C, ids_P = group.place(row), group.prompt_ids
+    assert place_C is not None, "a prompt without gaps"
+    before_P = np.searchsorted(place_C[place_C >= 0], prompt_places(place_C, ids_P.size))
+    pieces = np.split(np.arange(ids_P.size), np.flatnonzero(np.diff(before_P)) + 1)
+    return [{"before": int(before_P[at[0]]), "text": str(tokenizer.decode(ids_P[at].tolist()))} for at in pieces]
 
 
 def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray]:
@@ -206,7 +232,9 @@ def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray
         "view_weight": np.array([view.weight for _, view in views], dtype=np.float64),
         "view_choice_logp": np.array([view.choice_logp for _, view in views], dtype=np.float32),
         "new_view": np.repeat(np.arange(len(views), dtype=np.int32), sizes),
-        "new_position": np.concatenate([np.zeros(0, np.int32), *(view.positions for _, view in views)]),
+        "new_position": np.concatenate([np.zeros(0), *(number_C[view.positions] for _, view in views)]).astype(
+            np.int32
+        ),
         "new_logp": np.concatenate([np.zeros(0, np.float32), *(view.logp for _, view in views)]),
     }
 

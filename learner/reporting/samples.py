@@ -18,13 +18,15 @@ def pack_trajectory(
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """One completion as safetensors: the group's arrays of that row ([C], ``position_logp`` [m]) and ``prompt_ids``
-    [P], under the names of ``TrajectoryGroup``, and ``arrays`` beside them; ``metadata`` goes into the header. The
-    support is left out: playback doesn't need it, and at top-k 150 it is most of the bytes.
+    [P], under the names of ``TrajectoryGroup``, and ``arrays`` beside them; ``metadata`` goes into the header. Left out
+    are positions that the completion doesn't have, and the support: playback doesn't need it, and at top-k 150 it is
+    most of the bytes.
     """
     names = ["completion_ids", "unmask_step", "unmask_rank", "drawn", "logp", "logp_raw", "entropy"]
+    there_C = group.there[row]
+    tensors = {name: np.ascontiguousarray(getattr(group, name)[row, there_C]) for name in names}
     if group.position_logp is not None:
-        names.append("position_logp")
-    tensors = {name: np.ascontiguousarray(getattr(group, name)[row]) for name in names}
+        tensors["position_logp"] = np.ascontiguousarray(group.position_logp[row])
     tensors["prompt_ids"] = np.ascontiguousarray(group.prompt_ids)
     tensors |= {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
     return save(tensors, None if metadata is None else dict(metadata))

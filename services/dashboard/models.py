@@ -40,8 +40,8 @@ class RunSummary(Model):
     method: str = ""
     """The objective, agrpo for example."""
     status: str
-    """running, paused, finished, stopped, failed; lost: says running and has been silent for a minute, or its process on
-    this machine is gone; unreadable: its store can't be read now."""
+    """running, paused, finished, stopped, failed; lost: says running and has been silent for a minute, or its process
+    on this machine is gone; unreadable: its store can't be read now."""
     unreadable: str | None = None
     """Why the store can't be read; it is tried again all the time."""
     iteration: int = 0

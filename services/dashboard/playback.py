@@ -18,6 +18,7 @@ from services.dashboard.models import Number, number
 from services.dashboard.playback_models import (
     Branch,
     Cells,
+    Context,
     Frame,
     OrderMap,
     Playback,
@@ -78,6 +79,7 @@ def playback(row: Mapping[str, Any]) -> Playback:
         advantage=_float(advantage) if isinstance(advantage, int | float | str) else None,
         steps=steps,
         cells=cells,
+        context=_context(kept, len(cells.step)),
         position_logp=None if position_logp is None else position_logp[:MAX_STEPS].tolist(),
         updates=updates if isinstance(updates, int) else int(max((s.update for s in scored), default=-1)) + 1,
         scored=scored,
@@ -176,6 +178,19 @@ def _cells(arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[C
         entropy=_where(drawn, laws["entropy"]),
     )
     return cells, int(step[drawn].max() if drawn.any() else step.max()) + 1, notes
+
+
+def _context(kept: Mapping[str, Any], positions: int) -> list[Context]:
+    given = kept.get("context", [])
+    _require(isinstance(given, list) and len(given) <= positions + 1, "the text around its gaps is no list")
+    found, last = [], 0
+    for piece in given:
+        before, text = (piece.get("before"), piece.get("text")) if isinstance(piece, dict) else (None, None)
+        fits = isinstance(before, int) and last <= before <= positions and isinstance(text, str)
+        _require(fits, "the text around its gaps stands nowhere")
+        found.append(Context(before=before, text=_text(text)))
+        last = before
+    return found
 
 
 def _scored(arrays: Mapping[str, np.ndarray], cells: Cells, choices: np.ndarray | None) -> list[ScoredView]:

@@ -33,6 +33,14 @@ class Cells(Model):
     """What the task says of the part of the answer that the position belongs to: a clue kept, right, wrong."""
 
 
+class Context(Model):
+    """Text of the prompt between the gaps that a completion fills."""
+
+    before: int
+    """How many of the completion's positions stand before it."""
+    text: str
+
+
 class LayoutCell(Model):
     """A part of an answer as the task shows it."""
 
@@ -166,6 +174,8 @@ class Playback(Model):
     steps: int
     """Denoising steps that it took: fewer than the sampler's where the text ended before the last block."""
     cells: Cells
+    context: list[Context] = []
+    """What stands between and around the positions, in reading order; empty where the completion follows its prompt."""
     position_logp: list[Number] | None
     """Log-prob of each step's choice of positions, where it is an action of the policy."""
     updates: int

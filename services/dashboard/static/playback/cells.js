@@ -32,13 +32,16 @@ export class Cells {
     const flow = [];
     const { special, drawn } = play.cells;
     this.ends = endsOf(play.cells);
+    const context = (before) => play.context.filter((piece) => piece.before === before).map((piece) => h("span.play-context", null, piece.text));
     play.cells.text.forEach((text, position) => {
+      flow.push(...context(position));
       const fills = position > 0 && !drawn[position] && !drawn[position - 1];
       const shares = fills || (position > this.ends.first && position <= this.ends.last);
       this.cells.push(shares ? this.cells[position - 1] : this.#cell(text, position));
       if (!shares) flow.push(this.cells[position]);
       if (!shares && /\n/.test(text)) flow.push(h("br"));
     });
+    flow.push(...context(play.cells.text.length));
     this.reading = h("p.sr");
     this.flow = h(`div.play-flow${this.cells.length <= SHORT ? ".short" : ""}`, { dir: "ltr", onclick: (event) => pick(event) }, flow);
     const pick = (event) => {
@@ -106,8 +109,9 @@ export class Cells {
   /** The text after this many steps; runs of masks are counted. */
   text(done) {
     const { text, special } = this.play.cells;
+    const around = (before) => this.play.context.filter((piece) => piece.before === before).map((piece) => piece.text);
     const parts = text.map((token, position) => (!isRevealed(this.play, position, done) ? "\uE000" : special[position] ? "" : token));
-    return parts.join("").replace(/\uE000+/g, (run) => (run.length === 1 ? "[MASK]" : `[MASK ×${run.length}]`));
+    return [...parts.flatMap((part, position) => [...around(position), part]), ...around(parts.length)].join("").replace(/\uE000+/g, (run) => (run.length === 1 ? "[MASK]" : `[MASK ×${run.length}]`));
   }
 
   /** Mark one position, or none (null). */
