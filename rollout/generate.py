@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, get_args
 
 from rewards.command import Parser, piped, reported
-from rewards.errors import ConfigError
+from rewards.errors import ConfigError, DataError
 from rewards.infill import Infill, PromptForm, infill
 from rollout.process import prepare_process
 from rollout.trajectory import PositionRule
@@ -136,7 +136,10 @@ def _infill(options: argparse.Namespace) -> Infill:
     )
     if not fits:
         raise ConfigError('--infill is no text with gaps; write ["text", 12, "text"], or [8, 12] for several lengths')
-    return infill(*parts, form=options.form)
+    try:
+        return infill(*parts, form=options.form)
+    except DataError as error:
+        raise ConfigError(f"--infill: {error}") from None
 
 
 def _positive(text: str) -> int:

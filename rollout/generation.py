@@ -48,7 +48,7 @@ def generate(options: argparse.Namespace, asked: Sequence[dict[str, str]] | Infi
     tokenizer: PreTrainedTokenizerBase = engine.tokenizer
     prompt = EncodedPrompt(tokenizer.encode(options.raw)) if asked is None else encode(tokenizer, asked)
     changes = {name: getattr(options, name) for name in _SAMPLER_OPTIONS}
-    sampler = changed(subject.sampler, {**_for_gaps(prompt, options), **changes} if options.infill else changes)
+    sampler = changed(subject.sampler, {**changes, **_for_gaps(prompt, options)} if options.infill else changes)
     _check_length(prompt, sampler, engine.family.max_length)
     if not options.json:
         _tell(subject, sampler, engine)

@@ -232,9 +232,7 @@ def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray
         "view_weight": np.array([view.weight for _, view in views], dtype=np.float64),
         "view_choice_logp": np.array([view.choice_logp for _, view in views], dtype=np.float32),
         "new_view": np.repeat(np.arange(len(views), dtype=np.int32), sizes),
-        "new_position": np.concatenate([np.zeros(0), *(number_C[view.positions] for _, view in views)]).astype(
-            np.int32
-        ),
+        "new_position": np.concatenate([np.zeros(0, np.int32), *(view.positions for _, view in views)]),
         "new_logp": np.concatenate([np.zeros(0, np.float32), *(view.logp for _, view in views)]),
     }
 

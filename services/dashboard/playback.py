@@ -183,13 +183,13 @@ def _cells(arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[C
 def _context(kept: Mapping[str, Any], positions: int) -> list[Context]:
     given = kept.get("context", [])
     _require(isinstance(given, list) and len(given) <= positions + 1, "the text around its gaps is no list")
-    found, last = [], 0
+    found: list[Context] = []
     for piece in given:
         before, text = (piece.get("before"), piece.get("text")) if isinstance(piece, dict) else (None, None)
-        fits = isinstance(before, int) and last <= before <= positions and isinstance(text, str)
-        _require(fits, "the text around its gaps stands nowhere")
+        last = found[-1].before if found else 0
+        if not (isinstance(before, int) and last <= before <= positions and isinstance(text, str)):
+            raise UnreadableSample("the text around its gaps stands nowhere")
         found.append(Context(before=before, text=_text(text)))
-        last = before
     return found
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rewards.infill import SEPARATOR
+from services.dashboard.playback import playback
+from services.store import schema
+from services.store.reader import Reader
 from tests.support.real_runs import Runs, clean_environment, iterations
 
 TASK = """
@@ -50,3 +54,26 @@ def test_a_run_finds_it_in_the_working_directory(folder: Path, tiny_model: str) 
     runs = Runs(folder, folder / "cache")
     runs.train("own", "task.name=words_of_mine:Words", f"model.path={tiny_model}", "run.iterations=2")
     assert iterations(runs["own"]) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_fills_gaps(tmp_path: Path, tiny_model: str) -> None:
+    """With its playback, evaluation and plan."""
+    runs = Runs(tmp_path, tmp_path / "cache")
+    gapped = [
+        "rollout.sampler.block_length=12",
+        "rollout.sampler.steps=4",
+        "task.name=tests.support.gapped:Gapped",
+        f"model.path={tiny_model}",
+    ]
+    runs.train("gaps", *gapped, "run.iterations=2", "rollout.sampler.completion_length=12")
+    assert iterations(runs["gaps"]) == [1, 2]
+    store = runs["gaps"].store_url
+    reader = Reader(schema.open_engine(store, create=False))
+    (kept,) = [reader.sample("gaps", sample["id"]) for sample in reader.samples("gaps", kind="train", limit=1).rows]
+    assert kept is not None and " … " in kept["prompt"] and SEPARATOR in kept["completion"]
+    shown = playback(kept)
+    first = len(shown.cells.text) - 3
+    assert first in (4, 6) and [piece.before for piece in shown.context] == [0, first, first + 3]
+    assert all(token.position < first + 3 for view in shown.scored for token in view.tokens)
