@@ -40,8 +40,8 @@ class RunSummary(Model):
     method: str = ""
     """The objective, agrpo for example."""
     status: str
-    """running, paused, finished, stopped, failed; lost: says running and has been silent for a minute, or its process on
-    this machine is gone; unreadable: its store can't be read now."""
+    """running, paused, finished, stopped, failed; lost: says running and has been silent for a minute, or its process
+    on this machine is gone; unreadable: its store can't be read now."""
     unreadable: str | None = None
     """Why the store can't be read; it is tried again all the time."""
     iteration: int = 0
@@ -113,8 +113,6 @@ class RunDetail(RunSummary):
     """The newest value of every metric."""
     summary: dict[str, Any] | None = None
     """Base against trained, when the run has ended."""
-    forward_equivalents: float | None = None
-    """What an iteration cost on average, where a comparison (learner.compare) counted it."""
     marker: str = ""
     """Where the event stream stands: open the stream with ``since=MARKER`` to miss nothing after this answer."""
 
