@@ -4,29 +4,27 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from learner.settings import arguments as overrides
-from learner.settings.run import DEFAULT_RECIPE, RunConfig, load_config
+from learner.settings.run import load_config
 from rewards.command import reported
+from rewards.section import Section
 
 _KINDS = ((bool, "yes or no"), (int, "whole number"), (float, "number"), (str, "text"))
 
 
-def listing(argv: Sequence[str] = ()) -> list[dict[str, Any]]:
+def listing(config: Section) -> list[dict[str, Any]]:
     """Each setting once, in the order of ``--help``: its ``key``, what it is ``about`` (which names the unit), its
-    ``type``, ``choices`` where it is one of some, ``default``, ``value`` (the recipe's, or else the default), and
-    ``belongs_to``: the variants that have it, each as key=value; none: all.
-
-    argv: may name a recipe and settings that the values are of. Raises ConfigError.
-    """
-    values = overrides.flat(load_config(argv).model_dump(mode="json"))
+    ``type``, ``choices`` where it is one of some, ``default``, ``value`` (that of ``config``, or else the default), and
+    ``belongs_to``: the variants that have it, each as key=value; none: all."""
+    values = overrides.flat(config.model_dump(mode="json"))
     found: dict[str, dict[str, Any]] = {}
-    for key, field, about, variant in _settings(RunConfig, ""):
+    for key, field, about, variant in _settings(type(config), ""):
         if key in found:
             found[key]["belongs_to"] += [variant] if variant else []
             continue
@@ -78,16 +76,16 @@ def _kind(annotation: Any) -> dict[str, Any]:
     return {"type": "list", "choices": None}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status as of every command: 0, or 2 for wrong settings."""
+def main(load: Callable[[Sequence[str]], Section]) -> int:
+    """``load``: makes the settings of a command's arguments, as that command does. Exit status as of every command: 0,
+    or 2 for wrong settings."""
 
     def say() -> int:
-        given = list(sys.argv[1:] if argv is None else argv)
-        print(json.dumps(listing(given or [f"recipe={DEFAULT_RECIPE}"])))
+        print(json.dumps(listing(load(sys.argv[1:]))))
         return 0
 
     return reported(say)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(load_config))

@@ -36,6 +36,9 @@ LOGS = 8
 LOG_CHARACTERS = 20_000
 """Of the end of a job's log that are shown."""
 
+FOR_SFT = "sft_"
+"""How the names of recipes for ``learner.sft`` begin."""
+
 _AGENT_UNREACHED = "aiohttp.client_exceptions"
 """In the traceback that Ray's head answers with when the agent that is to start the job can't be reached just now."""
 _AGAIN_S = (1.0, 3.0, 6.0)
@@ -86,12 +89,7 @@ _FORGOTTEN = JobState("unknown", "Ray no longer knows this job", "", over=True)
 
 def recipes() -> list[Recipe]:
     """What ships for ``learner.main``, by name."""
-    found = []
-    for path in sorted((_learner_folder() / "recipes").glob("*.yaml")):
-        if not path.name.startswith("sft_"):  # those are for learner.sft
-            text = path.read_text(encoding="utf-8")
-            found.append(Recipe(path.stem, text.partition("\n")[0].removeprefix("#").strip(), text))
-    return found
+    return [each for each in _shipped() if not each.name.startswith(FOR_SFT)]
 
 
 _listed: dict[str, list[dict[str, Any]]] = {}
@@ -99,16 +97,18 @@ _listing = threading.Lock()
 
 
 def settings_of(recipe: str) -> list[dict[str, Any]]:
-    """Every setting that ``learner.main`` knows, with the recipe's values. Asked of the learner once for each recipe.
+    """Every setting that ``learner.main`` knows, or ``learner.sft`` of a recipe of its own, with the recipe's values.
+    Asked of the learner once for each recipe.
 
     Raises:
         SettingsRefused: no such recipe ships.
         RayUnavailable: the learner could not be asked.
     """
-    _require_recipe(recipe)
+    _require(recipe, _shipped())
+    module = "learner.finetuning.listing" if recipe.startswith(FOR_SFT) else "learner.settings.listing"
     with _listing:
         if recipe not in _listed:
-            _listed[recipe] = _asked("learner.settings.listing", [f"recipe={recipe}"])
+            _listed[recipe] = _asked(module, [f"recipe={recipe}"])
         return _listed[recipe]
 
 
@@ -120,7 +120,7 @@ def check(recipe: str, overrides: Sequence[str], runs_dir: Path, store_url: str 
         SettingsRefused: the learner refuses them, or they would lead out of the folder of runs or the store.
         RayUnavailable: the learner could not be asked.
     """
-    _require_recipe(recipe)
+    _require(recipe, recipes())
     for override in overrides:
         _require_setting(override)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{secrets.token_hex(2)}"
@@ -265,8 +265,16 @@ def _with_log(client: Any, job_id: str, state: JobState) -> JobState:
     return state._replace(log=str(client.get_job_logs(job_id) or "")[-LOG_CHARACTERS:])
 
 
-def _require_recipe(recipe: str) -> None:
-    if recipe not in (known := [each.name for each in recipes()]):
+def _shipped() -> list[Recipe]:
+    found = []
+    for path in sorted((_learner_folder() / "recipes").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        found.append(Recipe(path.stem, text.partition("\n")[0].removeprefix("#").strip(), text))
+    return found
+
+
+def _require(recipe: str, among: Sequence[Recipe]) -> None:
+    if recipe not in (known := [each.name for each in among]):
         raise SettingsRefused(f"there is no recipe {recipe!r}; shipped are {', '.join(known)}")
 
 

@@ -113,8 +113,6 @@ class RunDetail(RunSummary):
     """The newest value of every metric."""
     summary: dict[str, Any] | None = None
     """Base against trained, when the run has ended."""
-    forward_equivalents: float | None = None
-    """What an iteration cost on average, where a comparison (learner.compare) counted it."""
     marker: str = ""
     """Where the event stream stands: open the stream with ``since=MARKER`` to miss nothing after this answer."""
 

@@ -136,4 +136,6 @@ def test_token_icon_page_of_the_api_and_settings(service: Dashboard) -> None:
     settings = {each["key"]: each for each in service.api("settings", recipe="smoke")["items"]}
     assert settings["learner.lr"]["about"] and settings["learner.lr"]["type"] == "number"
     assert "wd1" in settings["objective.type"]["choices"]
+    tuning = {each["key"]: each for each in service.api("settings", recipe="sft_d1_s1k")["items"]}
+    assert tuning["sft.epochs"]["about"] and tuning["sft.epochs"]["value"] == 20 and "objective.type" not in tuning
     is_problem(service.get("/api/v1/settings", recipe="nope"), 404)

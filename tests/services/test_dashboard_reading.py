@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from learner.finetuning.settings import load_sft_config
 from tests.support import realistic_runs
 from tests.support.browsers import Watched, watched
 from tests.support.dashboards import Dashboard, dashboard, writer
@@ -38,7 +39,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
         store.event("error", "failed", "the run failed: OutOfMemoryError")
         store.status("failed")
         assert store.flush(30)
-    with writer(runs, "tuned", task="sft", objective="sft") as store:
+    config = load_sft_config(["recipe=sft_d1_s1k"]).model_dump(mode="json")
+    with writer(runs, "tuned", task="sft", objective="sft", config=config) as store:
         for iteration in range(1, 41):
             store.metrics(iteration, {"loss": 2.0 / iteration, "held_out/loss": 2.2 / iteration, "sft/tokens": 9.0})
         store.status("finished")
@@ -91,6 +93,8 @@ def test_a_fine_tuning_run_has_losses_for_vitals(page: Watched) -> None:
     page.shows(".events .note, .events + .note, .card:has(.events)")
     internals = page.page.locator("[data-section=internals]")
     page.wait_until("no ledger: it leases nothing", lambda: not internals.is_visible())
+    page.open("/run/tuned/config?q=packing")
+    page.shows(".settings dt .meaning", "Lay several examples into one row")
     page.open("/run/short")
     page.shows("[data-section=internals] > summary").click()
     page.shows(".ledger-card")  # the control

@@ -59,6 +59,7 @@ NO_COMMANDS = {
     "learner.bench.step_memory": "a process that measures for learner.bench.steps",
     "rewards.maths.symbolic_worker": "the grader's helper",
     "learner.settings.listing": "what the dashboard's form of a new run is made of",
+    "learner.finetuning.listing": "the same of a fine-tuning run",
     "rollout.template_worker": "the tokenizer's helper",
 }
 

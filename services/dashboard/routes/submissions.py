@@ -39,7 +39,8 @@ def list_recipes(request: Request) -> RecipeList:
 def list_settings(
     recipe: Annotated[str, Query(min_length=1, max_length=100, description="Whose values are shown")] = "sudoku",
 ) -> SettingList:
-    """What ``learner.main`` takes as key.sub=value, and the recipe's values."""
+    """What ``learner.main`` takes as key.sub=value, or ``learner.sft`` of a recipe whose name begins with ``sft_``, and
+    the recipe's values."""
     try:
         return SettingList(recipe=recipe, items=[Setting(**each) for each in jobs.settings_of(recipe)])
     except SettingsRefused as error:

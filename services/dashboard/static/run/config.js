@@ -73,12 +73,10 @@ export async function configTab(host, runId, app, query) {
 
   show();
   if (other.value) difference();
-  if (run.method !== "sft") {
-    get("settings").then(({ items: known }) => {
-      for (const { key, about } of known) if (about) meanings.set(key, about);
-      if (app.alive()) show();
-    }, () => {}); // without their meanings they are settings all the same
-  }
+  get("settings", run.method === "sft" ? { recipe: "sft_d1_s1k" } : {}).then(({ items: known }) => {
+    for (const { key, about } of known) if (about) meanings.set(key, about);
+    if (app.alive()) show();
+  }, () => {}); // without their meanings they are settings all the same
   return {};
 }
 
