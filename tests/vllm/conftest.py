@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from rollout.engines.torch import TorchEngine
 from rollout.engines.vllm.engine import VllmEngine
 from rollout.engines.vllm.settings import VllmSettings
 from rollout.models.lora import LoraSpec
+from rollout.spans import Gap
 from rollout.trajectory import BranchSpec, GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.small_policies import FAMILIES, write_policy
 
@@ -63,9 +64,16 @@ def sampler(**changes: Any) -> SamplerSpec:
     return dataclasses.replace(plain, **changes)
 
 
-def draw(engine: Any, spec: SamplerSpec, *, seed: int = 7, branches: BranchSpec | None = None) -> list[TrajectoryGroup]:
+def draw(
+    engine: Any,
+    spec: SamplerSpec,
+    *,
+    seed: int = 7,
+    branches: BranchSpec | None = None,
+    gaps: Sequence[Sequence[Gap]] | None = None,
+) -> list[TrajectoryGroup]:
     groups = [GroupSpec(i, Problem(str(i), {}), size, seed + i) for i, size in enumerate(SIZES)]
-    return engine.generate(groups, [list(prompt) for prompt in PROMPTS], spec, branches=branches)
+    return engine.generate(groups, [list(prompt) for prompt in PROMPTS], spec, gaps=gaps, branches=branches)
 
 
 def same(ours: list[TrajectoryGroup], theirs: list[TrajectoryGroup], *, relative: float = 1e-3) -> float:

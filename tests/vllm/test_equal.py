@@ -7,8 +7,9 @@ import pytest
 
 from rewards.errors import ConfigError
 from rollout.sampling.denoise import POSITION_RULES
+from rollout.spans import Gap
 from rollout.trajectory import BranchSpec, DrawnBranches, GreedyBranches
-from tests.vllm.conftest import Pair, draw, same, sampler
+from tests.vllm.conftest import PROMPTS, Pair, draw, same, sampler
 
 pytestmark = pytest.mark.vllm
 
@@ -54,6 +55,15 @@ def test_branches_are_equal(held: Pair, law: str, branches: BranchSpec) -> None:
     assert same(draw(held.torch, spec, branches=branches), theirs) < 1e-3
     assert theirs[0].branch_ids is not None
     same([*draw(held.vllm, spec)], [_without_branches(group) for group in theirs])
+
+
+@pytest.mark.parametrize("law", ["both", "threshold"])
+def test_texts_with_gaps_are_equal(held: Pair, law: str) -> None:
+    gaps = [(Gap(1, (3, 5)), Gap(len(prompt), (4,))) for prompt in PROMPTS]
+    branches = None if law == "threshold" else DrawnBranches(2, 4.0)
+    theirs = draw(held.vllm, sampler(**LAWS[law]), branches=branches, gaps=gaps)
+    assert same(draw(held.torch, sampler(**LAWS[law]), branches=branches, gaps=gaps), theirs) < 1e-3
+    assert all(group.places is not None for group in theirs)
 
 
 def test_rows_that_leave_early_are_equal(held: Pair) -> None:
