@@ -18,6 +18,8 @@ from rewards.layout import Layout
 Split = Literal["train", "test"]
 
 BUILT_IN = {
+    "antibody_cdr": "rewards.tasks.antibody_cdr:AntibodyCdr",
+    "antibody_cdrs": "rewards.tasks.antibody_cdr:AntibodyCdrs",
     "commonsense_qa": "rewards.tasks.commonsense_qa:CommonsenseQa",
     "countdown": "rewards.tasks.countdown:Countdown",
     "countdown_agrpo": "rewards.protocols.agrpo:CountdownAgrpo",
@@ -35,6 +37,8 @@ BUILT_IN = {
     "math_spg": "rewards.protocols.spg:MathSpg",
     "mbpp": "rewards.tasks.mbpp:Mbpp",
     "open_prompts": "rewards.tasks.open_prompts:OpenPrompts",
+    "reaction": "rewards.tasks.reaction:Reaction",
+    "reaction_span": "rewards.tasks.reaction:ReactionSpan",
     "sudoku": "rewards.tasks.sudoku:Sudoku",
     "sudoku_agrpo": "rewards.protocols.agrpo:SudokuAgrpo",
     "sudoku_d1": "rewards.protocols.d1:SudokuD1",

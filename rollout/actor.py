@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from rewards.diversity import distances_to_others
 from rewards.errors import ConfigError, WeightMismatch
 from rewards.judge.judged import load_task
 from rewards.judge.settings import UNJUDGED, JudgeSettings
@@ -36,7 +37,15 @@ from rollout.messages import (
 )
 from rollout.models.encoding import completion_text, completion_texts, encode
 from rollout.seeds import derive_seed
-from rollout.trajectory import SPEED, BranchSpec, GroupSpec, Lease, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import (
+    DIVERSITY,
+    SPEED,
+    BranchSpec,
+    GroupSpec,
+    Lease,
+    SamplerSpec,
+    TrajectoryGroup,
+)
 from rollout.usage import process_usage
 from rollout.vouching import digest_by_node
 from rollout.waits import bounded_get
@@ -67,6 +76,8 @@ class ActorSettings:
     """The controller's ``code_identity().digest``; an actor with other code refuses to start."""
     speed_weight: float = 0.0
     """Of the reward's part ``SPEED``, where a threshold decoded the completions and one of the group is right."""
+    diversity_weight: float = 0.0
+    """Of the reward's part ``DIVERSITY``."""
     judge: JudgeSettings = UNJUDGED
     """Whose score is a part of the reward, where it names one."""
 
@@ -99,10 +110,11 @@ class RolloutActor:
                 "install the same version on all nodes, or submit the job with --working-dir"
             )
         self._task = load_task(self._settings.task, self._settings.judge)
-        if self._settings.speed_weight and SPEED in self._task.components:
+        weights = {SPEED: self._settings.speed_weight, DIVERSITY: self._settings.diversity_weight}
+        if taken := [name for name, weight in weights.items() if weight and name in self._task.components]:
             raise ConfigError(
-                f"task {self._settings.task} has a reward part {SPEED!r} of its own; rename it, or leave "
-                "reward.speed_weight at 0"
+                f"task {self._settings.task} has a reward part {taken[0]!r} of its own; rename it, or leave "
+                f"reward.{taken[0]}_weight at 0"
             )
         self._engine = self._settings.make_engine()
         self._graders = GraderPool(
@@ -255,6 +267,10 @@ class RolloutActor:
             weight = self._settings.speed_weight if correct_G.any() else 0.0
             speed_G = weight * group.tokens_per_forward([self._engine.tokenizer.eos_token_id])
             rewards_GR, parts = np.column_stack([rewards_GR, speed_G.astype(np.float32)]), (*names, SPEED)
+        if self._settings.diversity_weight:
+            apart_G = np.array(distances_to_others(completion_texts(self._engine.tokenizer, group)), np.float32)
+            rewards_GR = np.column_stack([rewards_GR, np.float32(self._settings.diversity_weight) * apart_G])
+            parts = (*parts, DIVERSITY)
         graded = dataclasses.replace(
             group,
             rewards=rewards_GR,

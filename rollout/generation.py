@@ -18,7 +18,8 @@ from rollout.engines.torch import TorchEngine
 from rollout.models.encoding import EncodedPrompt, completion_texts, encode
 from rollout.models.family import policy_adapter
 from rollout.models.lora import spec_of_adapter
-from rollout.spans import positions_needed
+from rollout.seeds import derive_seed
+from rollout.spans import places, positions_needed
 from rollout.subject import Subject, changed, held_out_problem, read_subject
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 from rollout.unmasking import Unmasking, printable
@@ -52,7 +53,7 @@ def generate(options: argparse.Namespace, asked: Sequence[dict[str, str]] | Infi
     _check_length(prompt, sampler, engine.family.max_length)
     if not options.json:
         _tell(subject, sampler, engine)
-    view = None if options.json else Unmasking(tokenizer, options.samples, sampler)
+    view = None if options.json else _view(tokenizer, prompt, sampler, options)
     spec = GroupSpec(0, problem, options.samples, options.seed)
     if view is None:
         (group,) = engine.generate([spec], [prompt.ids], sampler, gaps=[prompt.gaps])
@@ -96,6 +97,16 @@ def _engine(subject: Subject, device: str, *, max_rows: int) -> TorchEngine:
     if adapter is not None:
         engine.load_adapter(0, adapter.state, digest(adapter.state))
     return engine
+
+
+def _view(
+    tokenizer: PreTrainedTokenizerBase, prompt: EncodedPrompt, sampler: SamplerSpec, options: argparse.Namespace
+) -> Unmasking:
+    if not prompt.gaps:
+        return Unmasking(tokenizer, options.samples, sampler)
+    keys = [derive_seed(options.seed, row) for row in range(options.samples)]
+    at = [places(prompt.gaps, sampler.block_length, sampler.completion_length, key) for key in keys]
+    return Unmasking(tokenizer, options.samples, sampler, places=at, prompt=prompt.ids)
 
 
 def _for_gaps(prompt: EncodedPrompt, options: argparse.Namespace) -> dict[str, int]:

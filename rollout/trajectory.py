@@ -29,6 +29,9 @@ SCHEMA_VERSION = 2
 SPEED = "speed"
 """The part of a reward that is a weight times a completion's tokens per forward."""
 
+DIVERSITY = "diversity"
+"""The part that is a weight times a completion's mean distance to the others of its group."""
+
 PositionRule = Literal["random", "low_confidence", "entropy", "left_to_right", "decoupled_confidence"]
 
 

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from rollout.models.encoding import context_texts
 from rollout.trajectory import SamplerSpec
 
 STEP_S, ALL_STEPS_S = 0.15, 3.0
@@ -23,14 +24,26 @@ class Unmasking:
 
     Args:
         samples: completions that are written together.
+        places: of a prompt with gaps, where each sample's positions stand (``rollout.spans``).
+        prompt: such a prompt's token ids; its text is shown around the gaps.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, samples: int, sampler: SamplerSpec) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: int,
+        sampler: SamplerSpec,
+        *,
+        places: Sequence[np.ndarray] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
         self._steps = [0] * samples
         self._last = None if sampler.threshold is not None else sampler.steps
         self._before = np.ones((samples, sampler.completion_length), dtype=bool)
+        self._there = [place_C >= 0 for place_C in places]
+        self._around = [context_texts(tokenizer, prompt, place_C) for place_C in places]
         self._texts = [Text("") for _ in range(samples)]
         self._mask = "░" if "utf" in (sys.stdout.encoding or "").lower() else "_"
         console = Console(highlight=False)
@@ -52,14 +65,14 @@ class Unmasking:
         self._steps[sample] += 1
         fresh = self._before[sample] & ~masked
         self._before[sample] = masked
-        self._show(sample, self._text(ids, masked, fresh))
+        self._show(sample, self._text(sample, ids, masked, fresh))
 
     def finished(self, completion_ids: np.ndarray) -> None:
         """Show the completions, [samples, C], as they are in the end."""
         if self._live is None:
             return
         nothing = np.zeros(completion_ids.shape[1], dtype=bool)
-        self._texts = [self._text(ids, nothing, nothing) for ids in completion_ids]
+        self._texts = [self._text(sample, ids, nothing, nothing) for sample, ids in enumerate(completion_ids)]
         self._live.update(Group(*self._texts), refresh=True)
 
     def print_texts(self, texts: Sequence[str]) -> None:
@@ -78,14 +91,22 @@ class Unmasking:
         of_all = "" if self._last is None else f"/{self._last}"
         print(f"{which}step {self._steps[sample]}{of_all}  {_writable(text.plain)}".replace("\n", "\\n"), flush=True)
 
-    def _text(self, ids: np.ndarray, masked: np.ndarray, fresh: np.ndarray) -> Text:
-        """Masked places as blocks, what this step has revealed in bold."""
+    def _text(self, sample: int, ids: np.ndarray, masked: np.ndarray, fresh: np.ndarray) -> Text:
+        """Masked places as blocks, what this step has revealed in bold, the text around gaps dimmed."""
         text = Text()
-        for token, hidden, new in zip(ids.tolist(), masked, fresh, strict=True):
+        around = list(self._around[sample]) if self._around else []
+        there = np.flatnonzero(self._there[sample]) if self._there else np.arange(ids.size)
+        for number, (token, hidden, new) in enumerate(
+            zip(ids[there].tolist(), masked[there], fresh[there], strict=True)
+        ):
+            while around and around[0][0] <= number:
+                text.append(printable(around.pop(0)[1]), style="dim")
             if hidden:
                 text.append(self._mask, style="dim")
             elif token not in self._special:
                 text.append(printable(str(self._tokenizer.decode([token]))), style="bold green" if new else "")
+        for _, piece in around:
+            text.append(printable(piece), style="dim")
         return text
 
 

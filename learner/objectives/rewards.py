@@ -12,14 +12,15 @@ import dataclasses
 import numpy as np
 
 from learner.settings.sections import RewardSection
-from rollout.trajectory import SPEED, TrajectoryGroup
+from rollout.trajectory import DIVERSITY, SPEED, TrajectoryGroup
 
 
 def seen_rewards(group: TrajectoryGroup, reward: RewardSection) -> TrajectoryGroup:
     """The group with the rewards that a method turns into credit; the group itself where they are as given."""
     if reward.normalise == "total":
         return group
-    weight_R = [reward.speed_weight if name == SPEED else 1.0 for name in group.reward_names]
+    weights = {SPEED: reward.speed_weight, DIVERSITY: reward.diversity_weight}
+    weight_R = [weights.get(name, 1.0) for name in group.reward_names]
     parts = [weight * _normalised(value_G) for weight, value_G in zip(weight_R, group.rewards.T, strict=True)]
     return dataclasses.replace(group, rewards=np.stack(parts, axis=1).astype(np.float32))
 

@@ -143,6 +143,7 @@ def _group_statistics(group: TrajectoryGroup, credit_G: np.ndarray, eos_ids: tup
         "eos_rate": (float(is_eos_GC.any(axis=1).sum()), G),
         "text_after_eos": (float((np.logical_or.accumulate(is_eos_GC, axis=1) & ~is_eos_GC).any(axis=1).sum()), G),
         "completion_length": (float(group.text_tokens(eos_ids).sum()), G),
+        "distinct_share": (float(len(np.unique(group.completion_ids, axis=0))), G),
         "tokens_per_forward": (float(group.tokens_per_forward(eos_ids).sum()), G),
         "entropy": (float(group.entropy[group.drawn].sum(dtype=np.float64)), float(group.drawn.sum())),
     }

@@ -34,8 +34,7 @@ from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.reporter import Reporter
 from rewards.infill import GAP
 from rewards.task import Problem, Task
-from rollout.models.encoding import completion_text
-from rollout.spans import prompt_places
+from rollout.models.encoding import completion_text, context_texts
 from rollout.trajectory import TrajectoryGroup
 
 VERSION = 1
@@ -213,11 +212,10 @@ def branches_of(group: TrajectoryGroup, row: int, tokenizer: PreTrainedTokenizer
 def context_of(group: TrajectoryGroup, row: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The prompt's text between the gaps that a completion fills, in reading order: ``text``, and ``before``, how many
     of the completion's tokens stand before it."""
-    place_C, ids_P = group.place(row), group.prompt_ids
+    place_C = group.place(row)
     assert place_C is not None, "a prompt without gaps"
-    before_P = np.searchsorted(place_C[place_C >= 0], prompt_places(place_C, ids_P.size))
-    pieces = np.split(np.arange(ids_P.size), np.flatnonzero(np.diff(before_P)) + 1)
-    return [{"before": int(before_P[at[0]]), "text": str(tokenizer.decode(ids_P[at].tolist()))} for at in pieces]
+    found = context_texts(tokenizer, group.prompt_ids, place_C)
+    return [{"before": before, "text": text} for before, text in found]
 
 
 def view_arrays(views: Sequence[tuple[int, ScoredView]]) -> dict[str, np.ndarray]:

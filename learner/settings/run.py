@@ -283,10 +283,10 @@ def _reward_problems(config: RunConfig) -> list[str]:
             f"{config.objective.type} takes each as it is; leave it at total"
         )
     branched = config.objective.branches(sampler.spec()) is not None
-    if branched and (reward.speed_weight or reward.normalise == "components"):
+    if branched and (reward.speed_weight or reward.diversity_weight or reward.normalise == "components"):
         problems.append(
             f"objective.type={config.objective.type} compares completions with branches, which are graded by the task "
-            "alone; leave reward.speed_weight at 0 and reward.normalise at total"
+            "alone; leave reward.speed_weight and reward.diversity_weight at 0 and reward.normalise at total"
         )
     return problems
 

@@ -34,6 +34,7 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         run_seed=seed,
         code_digest=code_identity().digest,
         speed_weight=config.reward.speed_weight,
+        diversity_weight=config.reward.diversity_weight,
         judge=config.task.judge,
     )
     return RolloutPool(

@@ -5,8 +5,8 @@ over all loops a net charge and a mean hydropathy in their windows. All are rule
 loop folds, binds or can be made.
 
 Reward components, each from 0 to 1: ``motifs`` 1 / (1 + motifs that touch a loop); ``charge`` and ``hydropathy`` 1 in
-the window, and by the distance from it less, 0 from 2 charges and 2 units of hydropathy on; ``value`` 1 when the verdict
-is right. What is no amino acid earns nothing.
+the window, and by the distance from it less, 0 from 2 charges and 2 units of hydropathy on; ``value`` 1 when the
+verdict is right. What is no amino acid earns nothing.
 """
 
 import csv
@@ -103,8 +103,8 @@ class AntibodyCdr(InfillTask):
         fits = len(ends) == 1 + 2 * len(self.LOOPS) and len(spans) == len(self.LOOPS)
         if not fits or ends[-1] >= len(chain) or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
             raise DataError(
-                f"loops is {str(spans)[:60]}; it must be {len(self.LOOPS)} [start, end] within the chain, with residues "
-                "before, between and behind them"
+                f"loops is {str(spans)[:60]}; it must be {len(self.LOOPS)} [start, end] within the chain, with "
+                "residues before, between and behind them"
             )
 
     def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout | None:

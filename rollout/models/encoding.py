@@ -13,7 +13,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from rewards.errors import ConfigError, first_line
 from rewards.infill import SEPARATOR, Infill, Span
 from rollout.models.chat import render_chat
-from rollout.spans import Gap, contents
+from rollout.spans import Gap, contents, prompt_places
 from rollout.trajectory import TrajectoryGroup
 
 # Tokenizers whose class lies in their hub repository, and transformers' own class that reads the same files: byte-level
@@ -104,6 +104,22 @@ def completion_texts(tokenizer: PreTrainedTokenizerBase, group: TrajectoryGroup)
     """``completion_text`` of each of the group's completions."""
     rows = enumerate(group.completion_ids.tolist())
     return tuple(completion_text(tokenizer, ids, group.place(row)) for row, ids in rows)
+
+
+def context_texts(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | np.ndarray, place_C: np.ndarray
+) -> list[tuple[int, str]]:
+    """The prompt's text between the gaps that a completion fills, in reading order: how many of the completion's tokens
+    stand before each piece, and the piece.
+
+    Args:
+        ids: [P] of the prompt.
+        place_C: where the completion's positions stand (``rollout.spans``).
+    """
+    ids_P = np.asarray(ids)
+    before_P = np.searchsorted(place_C[place_C >= 0], prompt_places(place_C, ids_P.size))
+    pieces = np.split(np.arange(ids_P.size), np.flatnonzero(np.diff(before_P)) + 1)
+    return [(int(before_P[at[0]]), str(tokenizer.decode(ids_P[at].tolist()))) for at in pieces]
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Infill) -> tuple[list[int], list[int]]:

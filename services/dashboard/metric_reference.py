@@ -209,6 +209,13 @@ _HEALTH = (
         "tokens",
     ),
     Metric(
+        "distinct_share",
+        "policy health",
+        "Different completions per completion of a prompt, from 1/G (all the same) to 1.",
+        "Falls slowly where one answer is right, stays near 1 where many are.",
+        "1/G: nothing is left to compare; a higher temperature, objective.beta, reward.diversity_weight.",
+    ),
+    Metric(
         "eos_rate",
         "policy health",
         "Share of completions that have an end-of-text token.",

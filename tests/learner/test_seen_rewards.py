@@ -10,7 +10,7 @@ from learner.objectives.rewards import seen_rewards
 from learner.settings.run import load_config
 from learner.settings.sections import RewardSection
 from rewards.errors import ConfigError, DataError
-from rollout.trajectory import SPEED, SamplerSpec
+from rollout.trajectory import DIVERSITY, SPEED, SamplerSpec
 from tests.support.hand_made import make_group
 from tests.support.learner_ranks import draw_batch, importing_ray, probed_groups, put, random_adapter, settings
 
@@ -118,3 +118,10 @@ def test_ranks_show_the_method_what_the_settings_say(tiny_model):
         )
         assert found["components"].plan_statistics["tokens_per_forward"] > 1
         assert (found["total"].credit[0] != found["components"].credit[0]).any(), "control"
+
+
+def test_diversity_has_its_weight_when_parts_are_normalised():
+    seen = seen_rewards(
+        group_of(REWARDS[:, :2], ("right", DIVERSITY)), RewardSection(normalise="components", diversity_weight=0.25)
+    )
+    np.testing.assert_allclose(seen.rewards.std(axis=0), [1, 0.25], rtol=1e-6)

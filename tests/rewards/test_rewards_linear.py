@@ -59,12 +59,14 @@ def fields_of(name: str) -> dict[str, Any]:
     kind = name.partition("_")[0]
     choice = {"question": "Where?", "options": ["a bank", "a text", "1", "answer is"], "answer": "B"}
     return {
+        "antibody": {"chain": "EVQLARDYWGQG", "loops": [[1, 3], [4, 5], [6, 8]][: 3 if name.endswith("s") else 1]},
         "commonsense": choice,
         "countdown": {"numbers": [1, 2, 3], "target": 6},
         "gsm8k": {"question": "How many?", "answer": "72"},
         "hellaswag": choice,
         "math": {"problem": "What is $1/4+1/4$?", "answer": "\\frac{1}{2}"},
         "open": {"prompt": "Why?"},
+        "reaction": {"reactants": "CCO.Br", "product": "CCBr", "gap": [1, 3]},
         "sudoku": {"puzzle": "0321003004002100", "solution": "4321123434122143"},
     }[kind]
 

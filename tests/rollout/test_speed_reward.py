@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rewards.diversity import distance
 from rewards.errors import ConfigError
 from rewards.task import Problem
 from rollout.actor import ActorSettings, RolloutActor
 from rollout.code import code_identity
 from rollout.engines.torch import TorchEngine
 from rollout.messages import Weights
+from rollout.models.encoding import completion_texts, load_tokenizer
 from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 from tests.support.learner_ranks import importing_ray
 
@@ -49,15 +51,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             yield
 
 
-def actor_of(model: str, speed_weight: float, task: str = "Vowels") -> RolloutActor:
+def actor_of(model: str, speed_weight: float, task: str = "Vowels", diversity_weight: float = 0.0) -> RolloutActor:
     engine = functools.partial(TorchEngine, model_path=model, lora=None, max_rows=8, threads=1)
     name, code = f"vowels_task:{task}", code_identity().digest
-    return RolloutActor("actor", ActorSettings(engine, name, 1, 30.0, 30.0, 0, code, speed_weight))
+    return RolloutActor("actor", ActorSettings(engine, name, 1, 30.0, 30.0, 0, code, speed_weight, diversity_weight))
 
 
-def drawn(model: str, speed_weight: float, threshold: float | None) -> list[TrajectoryGroup]:
+def drawn(
+    model: str, speed_weight: float, threshold: float | None, diversity_weight: float = 0.0
+) -> list[TrajectoryGroup]:
     """A group in which all is right, and one in which nothing is."""
-    actor = actor_of(model, speed_weight)
+    actor = actor_of(model, speed_weight, diversity_weight=diversity_weight)
     actor.start()
     groups = [GroupSpec(i, Problem(f"p{i}", {"right": i == 0}), 4, seed=i) for i in range(2)]
     sampler = SamplerSpec(12, 12, 6, "random", temperature=1.0, threshold=threshold)
@@ -80,6 +84,16 @@ def test_speed_is_a_part_of_the_reward_where_something_is_right(tiny_model: str)
 def test_without_weight_or_threshold_rewards_are_the_tasks(tiny_model: str, weight: float, threshold: float) -> None:
     for group in drawn(tiny_model, weight, threshold):
         assert group.reward_names == ("length",)
+
+
+def test_diversity_is_a_part_of_the_reward(tiny_model: str) -> None:
+    for group in drawn(tiny_model, 0.0, threshold=None, diversity_weight=0.5):
+        assert group.reward_names == ("length", "diversity")
+        texts = completion_texts(load_tokenizer(tiny_model), group)
+        for row, text in enumerate(texts):
+            apart = [distance(text, other) for other in texts[:row] + texts[row + 1 :]]
+            assert group.rewards[row, 1] == pytest.approx(0.5 * np.mean(apart), rel=1e-6)
+        assert group.rewards[:, 1].max() > 0
 
 
 def test_a_task_with_a_part_of_that_name_is_refused(tiny_model: str) -> None:
