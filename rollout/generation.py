@@ -40,6 +40,8 @@ def generate(options: argparse.Namespace, asked: Sequence[dict[str, str]] | Infi
         UnmaskError: whatever ends it.
     """
     subject = read_subject(options.run, options.adapter, options.model)
+    changes = {name: getattr(options, name) for name in _SAMPLER_OPTIONS}
+    sampler = subject.sampler if options.infill else changed(subject.sampler, changes)
     task, problem = None, Problem("prompt", {})
     if options.problem is not None:
         assert subject.config is not None, "the command refuses it without a run"
@@ -48,8 +50,8 @@ def generate(options: argparse.Namespace, asked: Sequence[dict[str, str]] | Infi
     engine = _engine(subject, options.device, max_rows=options.samples)
     tokenizer: PreTrainedTokenizerBase = engine.tokenizer
     prompt = EncodedPrompt(tokenizer.encode(options.raw)) if asked is None else encode(tokenizer, asked)
-    changes = {name: getattr(options, name) for name in _SAMPLER_OPTIONS}
-    sampler = changed(subject.sampler, {**changes, **_for_gaps(prompt, options)} if options.infill else changes)
+    if options.infill:
+        sampler = changed(sampler, {**changes, **_for_gaps(prompt, options)})
     _check_length(prompt, sampler, engine.family.max_length)
     if not options.json:
         _tell(subject, sampler, engine)
