@@ -18,7 +18,6 @@ from rewards.antibodies import AMINO_ACIDS, hydropathy, liabilities, loops, net_
 from rewards.cells import listed
 from rewards.errors import ConfigError, DataError
 from rewards.infill import Infill, contents, infill
-from rewards.layout import Cell, Layout
 from rewards.task import Grade, InfillTask, Problem, Split
 from rewards.tasks.hub import problems_from_source
 
@@ -106,19 +105,6 @@ class AntibodyCdr(InfillTask):
                 f"loops is {str(spans)[:60]}; it must be {len(self.LOOPS)} [start, end] within the chain, with "
                 "residues before, between and behind them"
             )
-
-    def layout(self, fields: dict[str, Any], completion: str, *, correct: bool) -> Layout | None:
-        written = contents(completion)
-        if len(written) != len(fields["loops"]):
-            return None
-        cells: list[Cell] = []
-        chain, at, offset = fields["chain"], 0, 0
-        for (start, end), text in zip(fields["loops"], written, strict=True):
-            cells.append(Cell(chain[at:start], "clue"))
-            if text:
-                cells.append(Cell("", "right" if correct else "wrong", offset, offset + len(text)))
-            at, offset = end, offset + len(text) + 1
-        return Layout("line", (*cells, Cell(chain[at:], "clue")))
 
     def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
         spans = listed(row.get("loops"))
