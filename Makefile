@@ -30,7 +30,7 @@ PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/cons
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench bench-vllm constraints audit clean
+.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench bench-vllm constraints audit models clean
 
 setup: $(STAMP)
 
@@ -109,7 +109,12 @@ constraints:
 audit: setup
 	$(PY) deploy/audit.py $(AUDIT_DB)
 
-# Leaves .venv and runs/ alone.
+# Pretrained models out of wheels on PyPI, 97 and 75 MB, as folders that model.path takes.
+models: setup
+	$(PY) -m rollout.models.from_wheel antiberty --out models/antiberty
+	$(PY) -m rollout.models.from_wheel rxnfp --out models/rxnfp
+
+# Leaves .venv, models/ and runs/ alone.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find services learner rollout rewards tests -name __pycache__ -type d -prune -exec rm -rf {} +
