@@ -17,6 +17,10 @@ RECIPE ?= sudoku
 ARGS ?=
 AUDIT_DB ?=
 
+# What recipes of models out of wheels need first.
+MODEL_antibody_cdr := models/antiberty/origin.json
+MODEL_reaction := models/rxnfp/origin.json
+
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
@@ -30,7 +34,7 @@ PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/cons
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench bench-vllm constraints audit clean
+.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench bench-vllm constraints audit models clean
 
 setup: $(STAMP)
 
@@ -43,7 +47,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	$(PY) -m learner.ranks.build_ops
 	touch $(STAMP)
 
-run: setup
+run: setup $(MODEL_$(RECIPE))
 	$(PY) -m learner.main recipe=$(RECIPE) run.dir=runs run.dashboard=true $(ARGS)
 
 # Stays when runs end; Ctrl-C ends it.
@@ -109,7 +113,13 @@ constraints:
 audit: setup
 	$(PY) deploy/audit.py $(AUDIT_DB)
 
-# Leaves .venv and runs/ alone.
+# Pretrained models out of wheels on PyPI, 97 and 75 MB, as folders that model.path takes.
+models: models/antiberty/origin.json models/rxnfp/origin.json
+
+models/%/origin.json: | setup
+	$(PY) -m rollout.models.from_wheel $* --out models/$*
+
+# Leaves .venv, models/ and runs/ alone.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find services learner rollout rewards tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Linux calls that shut a process in: namespaces, a root of its own, capabilities, users, rlimits.
 
-Through ctypes, as Python 3.11 has none of them. Used inside the sandbox's processes only. Every function raises OSError
-naming the call that the kernel refused.
+Through ctypes, as Python 3.11 has none of them. Used inside processes that shut themselves in. Every function raises
+OSError naming the call that the kernel refused.
 """
 
 import contextlib

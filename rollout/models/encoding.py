@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rewards.errors import ConfigError, first_line
 from rewards.infill import SEPARATOR, Infill, Span
 from rollout.models.chat import render_chat
+from rollout.models.words import word_tokenizer
 from rollout.spans import Gap, contents, prompt_places
 from rollout.trajectory import TrajectoryGroup
 
@@ -26,9 +27,10 @@ def load_tokenizer(model_path: str | Path) -> PreTrainedTokenizerBase:
     try:
         named = get_tokenizer_config(str(model_path)).get("tokenizer_class")
         reader: Any = _TOKENIZERS.get(str(named), AutoTokenizer)
-        return reader.from_pretrained(str(model_path), trust_remote_code=False)
+        tokenizer = reader.from_pretrained(str(model_path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer at {model_path}: {first_line(error)}") from error
+    return _proteins(tokenizer) if isinstance(tokenizer, EsmTokenizer) else tokenizer
 
 
 class EncodedPrompt(NamedTuple):
@@ -175,6 +177,14 @@ class _Shield:
             else:
                 ids += self._tokenizer.encode(piece, add_special_tokens=False)
         return ids
+
+
+def _proteins(tokenizer: EsmTokenizer) -> PreTrainedTokenizerBase:
+    """ESM's words under the same ids. transformers' own class writes spaces between them, and can't tell the texts of a
+    pair apart."""
+    words = word_tokenizer(tokenizer.all_tokens, tokenizer.special_tokens_map, "characters")
+    words.name_or_path, words.model_max_length = tokenizer.name_or_path, tokenizer.model_max_length
+    return words
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

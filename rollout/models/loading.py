@@ -26,6 +26,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The checkpoint's weights in this dtype ("float32", "bfloat16", ...), on this device, in eval mode.
 
+    The file is mapped, and each tensor goes from there to device and dtype: on a GPU no copy of the weights is ever in
+    the host's memory, and on a CPU there is none where the file has the dtype.
+
     quantization: store the blocks' linear maps in 4 or 8 bits; everything else has the dtype.
 
     Raises ConfigError when the checkpoint's weights are not exactly the model's, by name and by shape, when they can't
@@ -35,13 +38,15 @@ def load_model(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     family = policy_adapter(model_path)
     model_class: Any = family.model_class
+    device = torch.device(device)
     options: dict[str, Any] = {"dtype": dtype}
+    if device.type == "cuda" or quantization is not None:
+        options["device_map"] = {"": device}  # quantized where it is used, too: no second copy, no other rounding
     if quantization is not None:
-        require_bitsandbytes(quantization, torch.device(device).type)
+        require_bitsandbytes(quantization, device.type)
         options["quantization_config"] = quantization_config(
             quantization, dtype, family.block_regex or family.lora_regex
         )
-        options["device_map"] = {"": device}  # quantized where it is used: no second copy, no other rounding
     try:
         model, loading = model_class.from_pretrained(
             str(model_path),

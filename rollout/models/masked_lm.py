@@ -38,6 +38,9 @@ class Architecture:
     positions: Literal["relative", "absolute", "absolute_after_pad_id"]
     """relative: rotary. absolute: an embedding per position, counted from 0. absolute_after_pad_id: from the pad's id
     plus 1, as RoBERTa counts."""
+    embed: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
+    """(model, input_ids, attention_mask as in ``forward``) -> embeddings [B, L, D], for a model whose embedding of a
+    token depends on others; None: on none."""
 
 
 _BERT_LAYER = (
@@ -53,6 +56,24 @@ def _roberta(class_name: str) -> Architecture:
         head_name="lm_head.decoder",
         positions="absolute_after_pad_id",
     )
+
+
+def _esm_embeddings(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """ESM takes masking for dropout: a mask's embedding is 0, and the others are scaled by the share of tokens that was
+    left in training over the share that is left here (Rives et al. 2021, https://doi.org/10.1073/pnas.2016239118). So
+    an embedding depends on how many masks its sequence holds; transformers counts those of the whole row."""
+    embeddings = model.esm.embeddings
+    embedded = embeddings.word_embeddings(input_ids)
+    if embeddings.token_dropout:
+        left = input_ids != model.config.mask_token_id
+        if attention_mask is None:
+            tokens, unmasked = left.shape[1], left.sum(-1, keepdim=True)
+        else:
+            same_BLL = attention_mask[:, :, None] == attention_mask[:, None, :]
+            tokens, unmasked = same_BLL.sum(-1), (same_BLL & left[:, None, :]).sum(-1)
+        share = unmasked.clamp(min=1) / tokens  # nothing is scaled where all are masks
+        embedded = (embedded * left[..., None] * (1 - 0.15 * 0.8) / share[..., None]).to(embedded.dtype)
+    return embedded if embeddings.layer_norm is None else embeddings.layer_norm(embedded)
 
 
 ARCHITECTURES = {
@@ -92,6 +113,14 @@ ARCHITECTURES = {
         lora_regex=rf"electra\.{_BERT_LAYER}",
         head_name="generator_lm_head",
         positions="absolute",
+    ),
+    "esm": Architecture(
+        class_name="EsmForMaskedLM",
+        head=lambda model, hidden: model.lm_head(hidden),
+        lora_regex=rf"esm\.{_BERT_LAYER}",
+        head_name="lm_head.decoder",
+        positions="relative",
+        embed=_esm_embeddings,
     ),
     "roberta": _roberta("RobertaForMaskedLM"),
     "xlm-roberta": _roberta("XLMRobertaForMaskedLM"),
@@ -167,6 +196,8 @@ class _Policy(PreTrainedModel):
             inputs["attention_mask"] = self._by_layer_type(seen_B1LL)
         if architecture.positions != "relative":
             inputs["position_ids"] = self._first_position() + _places(input_ids, attention_mask)
+        if architecture.embed is not None:
+            inputs["inputs_embeds"] = architecture.embed(self, inputs.pop("input_ids"), attention_mask)
         hidden: Tensor = self.base_model(**inputs).last_hidden_state
         if logit_rows is not None:
             hidden = hidden.flatten(0, 1).index_select(0, logit_rows)

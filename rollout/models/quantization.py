@@ -4,8 +4,8 @@ Quantized are the linear maps of the blocks, by the family's exact names, nothin
 and a mixture's router keep the run's dtype. Weights are expanded map by map when they are used; activations are never
 quantized, in neither kind. bitsandbytes' own 8-bit product rounds activations too, and picks outliers over the whole
 batch: a token's log-prob would depend on which other rows share its forward, and rollout and learner would disagree
-about un-updated weights. Its fast 4-bit product for CPUs with AVX512-BF16, which it takes only outside of training,
-would do the same and is off.
+about un-updated weights. Its 4-bit product takes another kernel for few rows than for many, and on CPUs with
+AVX512-BF16 another one outside of training. So only its storage is used, and its expansion of a map's weights.
 
 Memory of a quantized weight matrix: ``few_bits.BYTES_PER_PARAMETER``; a quarter or half of bfloat16. The expanded
 matrix of one linear map lives as long as its product runs, in the run's dtype.
@@ -61,43 +61,56 @@ def quantization_config(kind: Quantization, dtype: str, quantized_regex: str) ->
 
 def exact_products(model: nn.Module) -> nn.Module:
     """Make a freshly loaded model's quantized maps compute the same in training and outside of it, whatever else is in
-    the batch."""
+    the batch: the plain product with the expanded weights."""
     import bitsandbytes
 
-    weight_only = type("Linear8bitLt", (_WeightOnly, bitsandbytes.nn.Linear8bitLt), {})
+    replaced = {
+        of: type(of.__name__, (ours, of), {})
+        for of, ours in ((bitsandbytes.nn.Linear4bit, _FourBits), (bitsandbytes.nn.Linear8bitLt, _EightBits))
+    }
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            module.__class__ = weight_only
+        for of, exact in replaced.items():
+            if isinstance(module, of):
+                module.__class__ = exact
     return model
 
 
-class _WeightOnly:
-    """Mixed in before bitsandbytes' 8-bit linear map: the plain product with the expanded weights."""
+class _Expanding:
+    """Mixed in before bitsandbytes' linear maps. Weights and biases are frozen."""
 
     weight: Any
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Int8Product.apply(x, self.weight.data, self.weight.SCB, self.bias)
+        return _Product.apply(x, self)
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """The weights [O, I] as they are used."""
+        raise NotImplementedError
 
 
-class _Int8Product(torch.autograd.Function):
-    """x W^T + b, W = int8 * scale / 127 expanded in the forward and again in the backward, so that autograd keeps the
-    8-bit weights only. Weights, scales and bias are frozen."""
+class _FourBits(_Expanding):
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
+
+
+class _EightBits(_Expanding):
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        # Numbers of both kinds in one product: a GPU turns the integers while it reads them, without a copy.
+        return self.weight.data * (self.weight.SCB.unsqueeze(1) / 127).to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b with W expanded in the forward and again in the backward, so that autograd keeps none of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight_OI, scale_O)
-        return F.linear(x, _expanded(weight_OI, scale_O, x.dtype), bias_O)
+    def forward(ctx: Any, x: Tensor, linear: _Expanding) -> Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.expanded(x.dtype), linear.bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        weight_OI, scale_O = ctx.saved_tensors
-        return grad @ _expanded(weight_OI, scale_O, grad.dtype), None, None, None
-
-
-def _expanded(weight_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight_OI.to(dtype) * (scale_O.unsqueeze(1) / 127).to(dtype)
+        return grad @ ctx.linear.expanded(grad.dtype), None

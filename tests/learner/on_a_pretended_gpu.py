@@ -1,4 +1,5 @@
-"""What a GPU would refuse, and what it would wait for: sampling, scoring and every method's loss on a pretended one.
+"""What a GPU would refuse, and what it would wait for: sampling, evaluation, scoring, every method's loss and
+fine-tuning on a pretended one.
 
 Values are those of the CPU, bit for bit, since the CPU computes them.
 """
@@ -10,19 +11,24 @@ import numpy as np
 import pytest
 import torch
 
+from learner.finetuning.data import Example
+from learner.finetuning.rank import SftRank, UpdateBatch
+from learner.finetuning.settings import SftConfig, load_sft_config
 from learner.likelihood.scorer import PolicyScores, Scores, score
 from learner.likelihood.views import build_batch
 from learner.objectives import make_objective
 from learner.ranks.plan import Forward, plan_update
 from learner.ranks.rank import lora_spec
 from rewards.task import Problem
-from rollout.adapters import AdapterState, adapter_parameters, load_state
+from rollout.adapters import HEAD, AdapterState, adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
+from rollout.models.prompt_head import head_net
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.every_method import METHODS, Drawing, at, draw_batches, drawing_of
+from tests.support.hand_made import acting_adapter
 from tests.support.learner_ranks import SAMPLER, random_adapter, settings
 from tests.support.pretended_gpu import Counts, MixedDevices, counted, pretended_gpu
 from tests.support.small_policies import FAMILIES, write_policy
@@ -33,8 +39,16 @@ SAMPLERS = {
     "low_confidence": dataclasses.replace(SAMPLER, position_rule="low_confidence"),
     "decoupled_confidence": dataclasses.replace(SAMPLER, position_rule="decoupled_confidence"),
     "threshold": dataclasses.replace(SAMPLER, threshold=0.05),
-    "greedy": dataclasses.replace(SAMPLER, temperature=0.0, top_k=None, top_p=1.0),
+    "greedy": SAMPLER.greedy(steps=8, position_rule="random"),
 }
+EVALUATED = {
+    "m": SAMPLER.greedy(steps=8, position_rule="low_confidence"),
+    "m/2": SAMPLER.greedy(steps=4, position_rule="low_confidence"),
+    "threshold": dataclasses.replace(
+        SAMPLER.greedy(steps=8, position_rule="low_confidence"), threshold=(0.05, 0.3, 0.9)
+    ),
+}
+"""As a run's own evaluation samples (``learner.supply.greedy``)."""
 MOST_SYNCS_OF_A_STEP = 8
 MOST_SYNCS_OF_A_FORWARD = 4
 """Before the backward is queued."""
@@ -127,6 +141,24 @@ def test_every_family_samples_on_one_device(gpu, policies, family):
         np.testing.assert_array_equal(ours.completion_ids, theirs.completion_ids)
 
 
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_takes_an_adapter_with_its_head_and_decodes_the_same(gpu, policies, name):
+    engines = [engine(policies["llada"], device) for device in ("cpu", gpu)]
+    law = head_net(engines[0].model.config.hidden_size, 8, 3)
+    torch.nn.init.normal_(law[3].weight)
+    published = {**acting_adapter(engines[0].model), **pack({HEAD + n: p for n, p in law.named_parameters()})}
+    for each in engines:
+        each.load_adapter(3, published, digest(published))
+    (expected, none, _), (found, counts, steps) = (drawn(each, EVALUATED[name]) for each in engines)
+    assert not none.syncs and len(counts.syncs) <= MOST_SYNCS_OF_A_STEP * steps, counts.told()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.completion_ids, theirs.completion_ids)
+        np.testing.assert_array_equal(ours.unmask_step, theirs.unmask_step)
+    for each in engines:
+        each.without_adapter()
+    assert (drawn(engines[0], EVALUATED[name])[0][0].completion_ids != expected[0].completion_ids).any(), "control"
+
+
 # ---- learning
 
 
@@ -188,3 +220,66 @@ def test_every_method_learns_on_one_device(gpu, tiny_model, adapter, batches, me
     assert len(before.syncs) <= MORE.get(method, MOST_SYNCS_OF_A_FORWARD) * forwards, before.told()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=0, rtol=0)
+
+
+# ---- fine-tuning
+
+
+class _Engine(torch.nn.Module):
+    """What a rank reads of DeepSpeed's engine, without DeepSpeed."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: torch.Tensor) -> object:
+        return self.module(**inputs)
+
+
+class _SftRank(SftRank):
+    """A rank that is alone, and is handed its demonstrations themselves."""
+
+    def __init__(self, config: SftConfig, path: str, device: torch.device | str, adapter: AdapterState) -> None:
+        super().__init__(config, path, 0, 1)
+        self.family = policy_adapter(path)
+        model = attach_lora(load_model(path), self.family, lora_spec(config)).to(device)
+        load_state(model, adapter)
+        self.engine = _Engine(model).train()
+
+    def _fetched(self, refs):
+        (given,) = refs
+        return given
+
+
+def demonstrations() -> tuple[Example, ...]:
+    rng = np.random.default_rng(4)
+    sizes = [(5, 9), (7, 4), (6, 12), (9, 3)]
+    return tuple(
+        Example(str(i), *(rng.integers(5, 25, size).astype(np.int32) for size in both), ended=True)
+        for i, both in enumerate(sizes)
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_fine_tuning_on_one_device(gpu, tiny_model, adapter, packing):
+    given = [f"model.path={tiny_model}", "data.train=none.jsonl", "data.max_tokens=48", "lora.r=4"]
+    config = load_sft_config([*given, "sft.eos_tokens=6", "sft.rows_per_forward=2", f"sft.packing={packing}".lower()])
+    learned: list[dict[str, torch.Tensor]] = []
+    for device in ("cpu", gpu):
+        rank, before, packed = _SftRank(config, tiny_model, device, adapter), Counts(), False
+        plan, data = rank._work([UpdateBatch(demonstrations(), (0,) * 4)], 0)
+        for forward in plan.forwards[0]:
+            packed |= max(map(len, forward.rows)) > 1
+            with counted() as counts:
+                (part,) = rank._losses(forward, data)
+            before.syncs += counts.syncs
+            (part.loss / plan.normaliser).backward()
+        assert packed == packing, "else nothing is shown"
+        assert len(before.syncs) <= MOST_SYNCS_OF_A_FORWARD * len(plan.forwards[0]), before.told()
+        parameters = adapter_parameters(rank.engine.module)
+        held_out = rank.held_out([demonstrations()]).values()
+        learned.append({name: p.grad.cpu() for name, p in parameters.items() if p.grad is not None} | held_out)
+    expected, found = learned
+    assert len(expected) > 4
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=0, rtol=0)

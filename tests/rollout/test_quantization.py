@@ -6,10 +6,12 @@ Everything is compared with a plain model that holds the expanded weights.
 import dataclasses
 import re
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learner.export import export_merged
 from learner.main import main
@@ -118,6 +120,41 @@ def test_bitsandbytes_own_products_would_not_do(tiny_model):
     weight = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
     torch.testing.assert_close(exact, x @ weight.T, atol=1e-6, rtol=1e-5)
     assert (own - exact).abs().max() > 1e-4
+
+
+class Operations(TorchDispatchMode):
+    """Names of what torch is asked for, and the dtypes of results of a size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names, self.large = size, Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names[func.name().partition(".")[0]] += 1
+        if isinstance(out, torch.Tensor) and out.numel() == self.size and not func.is_view:
+            self.large.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_expanded_in_one_piece_and_multiplied_by_torch(tiny_model, kind):
+    """bitsandbytes' own 4-bit product picks a kernel by the number of rows, and by whether a gradient is wanted."""
+    own = bitsandbytes.nn.LinearNF4(64, 48, bias=False, compute_dtype=torch.float32)
+    layer = own if kind == "nf4" else bitsandbytes.nn.Linear8bitLt(64, 48, bias=False, has_fp16_weights=False)
+    layer.load_state_dict({"weight": load_model(tiny_model).model.transformer.blocks[0].ff_proj.weight[:48]})
+    layer = layer.to("cpu")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    if kind == "nf4":
+        with Operations(48 * 64) as theirs:
+            layer(x.detach())
+        assert theirs.names["bitsandbytes::gemm_4bit"] == 1, "control"
+    exact = exact_products(torch.nn.Sequential(layer))
+    with Operations(48 * 64) as ours:
+        exact.eval()(x[:1].detach())
+        exact.train()(x).sum().backward()
+    assert not [name for name in ours.names if "gemm" in name or "gemv" in name]
+    assert ours.large == ["bitsandbytes::dequantize_4bit" if kind == "nf4" else "aten::mul.Tensor"] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,12 +268,13 @@ def test_a_missing_package_is_refused_before_anything_starts(tmp_path, monkeypat
 @pytest.mark.slow
 def test_learner_ranks_learn_on_a_quantized_base(tiny_model):
     with importing_ray(cpus=2):
-        for kind, ranks, stage, dtype in (
-            ("nf4", 1, 0, "float32"),
-            ("nf4", 2, 2, "float32"),
-            ("int8", 1, 1, "bfloat16"),
+        for kind, ranks, stage, dtype, checkpointing in (
+            ("int8", 1, 0, "float32", False),
+            ("nf4", 2, 2, "float32", False),
+            ("nf4", 1, 1, "bfloat16", True),  # as on one GPU of 24 GB
         ):
             layout = dict(learner__ranks=ranks, learner__zero_stage=stage, learner__dtype=dtype)
+            layout |= dict(learner__activation_checkpointing=str(checkpointing).lower())
             config = settings(**layout, model__quantization=kind)
             group = LearnerGroup(config, tiny_model, adapter=None, shards=None)
             published = group.publish()

@@ -14,8 +14,13 @@ import torch
 from learner.runs.start import check_engine
 from learner.settings.run import load_config
 from rewards.errors import ConfigError
+from rollout.engines.vllm.families import vllm_config
 from rollout.engines.vllm.settings import VERSION, VllmSettings, require_vllm, slot_rank
 from rollout.engines.vllm.wire import RowAnswer, RowAsked
+from rollout.models.dream import DreamConfig
+from rollout.models.head import Head
+from rollout.models.llada import LLaDAConfig
+from rollout.models.llada_moe import LLaDAMoEConfig
 from rollout.sampling.head import Fill, chooses_before_drawing, confidence, draw, fill
 from rollout.trajectory import SamplerSpec
 from tests.support.small_policies import FAMILIES, write_policy
@@ -47,6 +52,13 @@ def test_another_version_is_refused(installed: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.0")
     with pytest.raises(ConfigError, match=r"works with vLLM 0\.32\.0, and vllm 0\.33\.0 is installed"):
         require_vllm()
+
+
+@pytest.mark.parametrize("config", [LLaDAConfig, DreamConfig, LLaDAMoEConfig])
+def test_the_head_has_the_learners_dtype(config: Any) -> None:
+    """Whatever the model's: an actor that rounds its logits would have the learner clip ratios of equal policies."""
+    logits = Head(4, 6, bias=False).bfloat16()(torch.ones(1, 4, dtype=torch.bfloat16))
+    assert getattr(torch, vllm_config(config()).head_dtype) == logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", FAMILIES)

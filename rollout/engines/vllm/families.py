@@ -40,6 +40,6 @@ def _llama(family: str, config: Any, **own: Any) -> LlamaConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rope_theta)},
         "tie_word_embeddings": False,
         "is_causal": False,
-        "head_dtype": "model",  # as the learner's head computes; vLLM's own choice for pooling is float32
+        "head_dtype": "float32",  # as ``rollout.models.head`` computes, whatever the model's dtype
     }
     return LlamaConfig(**names | own)
