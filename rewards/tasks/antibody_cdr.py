@@ -95,11 +95,11 @@ class AntibodyCdr(InfillTask):
         chain, spans = fields.get("chain"), fields.get("loops")
         if not isinstance(chain, str) or not 0 < len(chain) <= LONGEST or set(chain) - set(AMINO_ACIDS):
             raise DataError(f"chain is {str(chain)[:60]!r}; it must be 1 to {LONGEST} of the letters {AMINO_ACIDS}")
-        ends = [0]
-        for span in spans if isinstance(spans, list) else []:
+        ends, given = [0], spans if isinstance(spans, list) else []
+        for span in given:
             if isinstance(span, list) and len(span) == 2 and all(type(at) is int for at in span):
                 ends += span
-        fits = len(ends) == 1 + 2 * len(self.LOOPS) and len(spans) == len(self.LOOPS)
+        fits = len(ends) == 1 + 2 * len(self.LOOPS) and len(given) == len(self.LOOPS)
         if not fits or ends[-1] >= len(chain) or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
             raise DataError(
                 f"loops is {str(spans)[:60]}; it must be {len(self.LOOPS)} [start, end] within the chain, with "

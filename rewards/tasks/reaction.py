@@ -82,8 +82,8 @@ class Reaction(InfillTask):
             if not isinstance(value, str) or not 0 < len(value) <= LONGEST or ">>" in value:
                 raise DataError(f"{name} is {str(value)[:60]!r}; it must be SMILES of 1 to {LONGEST} characters")
         gap, count = fields.get("gap"), len(words(fields["product"]))
-        fits = isinstance(gap, list) and len(gap) == 2 and all(type(at) is int for at in gap)
-        if not fits or not 1 <= gap[0] < gap[1] <= count:
+        two = gap if isinstance(gap, list) and len(gap) == 2 and all(type(at) is int for at in gap) else [0, 0]
+        if not 1 <= two[0] < two[1] <= count:
             raise DataError(f"gap is {str(gap)[:60]}; it must be [start, end] with 1 <= start < end <= {count}")
 
     def expected(self, fields: dict[str, Any]) -> str | None:

