@@ -5,9 +5,9 @@
 #   TORCH_INDEX  package index that torch, and nothing else, comes from; empty: the default index, whose Linux wheels
 #                carry CUDA. On a machine without a GPU, https://download.pytorch.org/whl/cpu saves several gigabytes.
 #   WORKERS      tests that run side by side; each starts processes of its own
-#   SIZES        small: `make bench` at tiny sizes
-#   RECIPE, ARGS recipe and further arguments (key.sub=value ...) of `make run`; ARGS also goes to `make reproduce`
-#                and `make bench`, `make constraints ARGS=--upgrade` takes the newest versions
+#   SIZES        small: `make bench` and `make gpu` at tiny sizes
+#   RECIPE, ARGS recipe and further arguments (key.sub=value ...) of `make run`; ARGS also goes to `make reproduce`,
+#                `make bench` and `make gpu`, `make constraints ARGS=--upgrade` takes the newest versions
 #   AUDIT_DB     export of OSV's records for PyPI (a zip file, or a folder) that `make audit` reads; empty: it downloads it
 
 PYTHON ?= python3.11
@@ -34,7 +34,7 @@ PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/cons
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench bench-vllm constraints audit models clean
+.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench gpu bench-vllm constraints audit models clean
 
 setup: $(STAMP)
 
@@ -104,6 +104,10 @@ reproduce: setup
 # Prints the ratios and keeps them in runs/bench; 13 minutes. SIZES=small takes one, and measures nothing.
 bench: setup
 	OMP_NUM_THREADS=1 $(PY) -m learner.bench $(if $(filter small,$(SIZES)),--small) $(ARGS)
+
+# The first ten minutes on a GPU: a table beside the estimates of docs/benchmarks.md. SIZES=small rehearses on the CPU.
+gpu: setup
+	$(PY) -m learner.bench.gpu --all $(if $(filter small,$(SIZES)),--small) $(ARGS)
 
 # Writes deploy/'s lists of packages anew from pyproject.toml; needs what an earlier `make setup` left.
 constraints:

@@ -33,6 +33,10 @@ class WorkerLost(UnmaskError):
     """A rollout actor or learner rank died and could not be replaced."""
 
 
+class OutOfMemory(UnmaskError):
+    """A GPU's memory didn't suffice; the message says for whom, and what to change first."""
+
+
 class RayLost(UnmaskError):
     """Ray itself is gone: its control service, or the raylet of this node."""
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from rewards.task import Problem
 from rollout.adapters import AdapterState
 from rollout.code import code_identity
 from rollout.engines.base import Engine
+from rollout.gpu import larger_gpu, told_when_full
 from rollout.grading import GradeResult, GraderPool
 from rollout.messages import (
     EvalReport,
@@ -80,6 +82,8 @@ class ActorSettings:
     """Of the reward's part ``DIVERSITY``."""
     judge: JudgeSettings = UNJUDGED
     """Whose score is a part of the reward, where it names one."""
+    remedy: Callable[[], str] = larger_gpu
+    """What to change first when the GPU's memory didn't suffice; called in the actor's process."""
 
 
 class RolloutActor:
@@ -101,6 +105,7 @@ class RolloutActor:
 
         Raises:
             ConfigError: the model or task can't be had, or this process runs other code than the controller.
+            OutOfMemory: the GPU's memory didn't suffice, here and in all that follows.
         """
         code = code_identity()
         logger.info("%s runs the code in %s (sha256 %s)", self._actor_id, code.root, code.digest[:12])
@@ -116,7 +121,8 @@ class RolloutActor:
                 f"task {self._settings.task} has a reward part {taken[0]!r} of its own; rename it, or leave "
                 f"reward.{taken[0]}_weight at 0"
             )
-        self._engine = self._settings.make_engine()
+        with self._told_when_full():
+            self._engine = self._settings.make_engine()
         self._graders = GraderPool(
             self._settings.task,
             workers=self._settings.graders,
@@ -239,15 +245,19 @@ class RolloutActor:
             number = {text: i for i, text in enumerate(futures)}
             asked[group, completion] = _Asked(list(futures.values()), [number[text] for text in texts])
 
-        groups = self._engine.generate(
-            specs,
-            [prompt.ids for prompt in prompts],
-            sampler,
-            gaps=[prompt.gaps for prompt in prompts],
-            branches=branches,
-            on_completion=grade,
-        )
+        with self._told_when_full():
+            groups = self._engine.generate(
+                specs,
+                [prompt.ids for prompt in prompts],
+                sampler,
+                gaps=[prompt.gaps for prompt in prompts],
+                branches=branches,
+                on_completion=grade,
+            )
         return groups, [[asked[g, c] for c in range(spec.size)] for g, spec in enumerate(specs)]
+
+    def _told_when_full(self) -> AbstractContextManager[None]:
+        return told_when_full(self._actor_id, self._settings.remedy)
 
     def _collect(self, asked: Sequence["_Asked"]) -> list["_Grades"]:
         found = iter(self._graders.collect([future for row in asked for future in row.futures]))

@@ -42,7 +42,7 @@ class RolloutPool:
         size: number of actors that are wanted.
         least: number without which a run doesn't begin, nor goes on for longer than ``start_timeout_s``; None: all.
         resources: what one actor asks of its node, by Ray's names ("CPU", "GPU", custom ones).
-        threads: compute threads per actor (OMP_NUM_THREADS, which Ray would set to 1).
+        environment: variables of an actor's process.
         start_timeout_s: seconds for an actor to load its model, and for ``least`` of them to be there.
         max_restarts: replacements in a row without any work delivered, per actor, before the pool gives up.
         heartbeat_s: seconds that an actor's process may stay without answering; then it is replaced.
@@ -59,13 +59,13 @@ class RolloutPool:
         *,
         size: int,
         resources: Mapping[str, float],
-        threads: int,
+        environment: Mapping[str, str],
         start_timeout_s: float,
         max_restarts: int,
         least: int | None = None,
         heartbeat_s: float = 60.0,
     ) -> None:
-        self._starter = Starter(self.actor_class, settings, dict(resources), threads, start_timeout_s)
+        self._starter = Starter(self.actor_class, settings, dict(resources), dict(environment), start_timeout_s)
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
         self._least = least

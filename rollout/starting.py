@@ -33,7 +33,7 @@ class Starter:
     actor_class: type
     settings: Any
     resources: Mapping[str, float]
-    threads: int
+    environment: Mapping[str, str]
     limit_s: float
     avoided: set[str] = field(default_factory=set)
     """Nodes where none is started as long as there is room elsewhere."""
@@ -52,7 +52,7 @@ class Starter:
             scheduling_strategy=strategy,
             max_restarts=0,
             max_task_retries=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self.threads)}},
+            runtime_env={"env_vars": dict(self.environment)},
         )
         place.begin(actor_class.remote(place.name, self.settings), limit_s or self.limit_s)
 

@@ -8,7 +8,9 @@ from typing import Any
 
 def process_usage() -> dict[str, Any]:
     """Of this process, in bytes: ``memory_bytes`` (resident) and, where it computes on a GPU, ``gpu`` with ``name``,
-    ``memory_used_bytes`` and ``memory_total_bytes`` of the whole device. What the machine doesn't tell is left out."""
+    ``memory_used_bytes`` and ``memory_total_bytes`` of the whole device, and of this process since its start
+    ``peak_allocated_bytes``, what its tensors held at most, and ``peak_reserved_bytes``, what torch held for them. What
+    the machine doesn't tell is left out."""
     usage: dict[str, Any] = {}
     statm = Path("/proc/self/statm")
     if statm.exists():
@@ -20,5 +22,7 @@ def process_usage() -> dict[str, Any]:
             "name": torch.cuda.get_device_name(),
             "memory_used_bytes": total - free,
             "memory_total_bytes": total,
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         }
     return usage

@@ -15,7 +15,7 @@ from learner.runs.stopping import exit_status
 from rewards.command import Parser
 from rollout.process import prepare_process
 
-WITHOUT_GPU = tuple(name for name in report.NAMES if name != "gpu")
+WITHOUT_GPU = tuple(name for name in report.NAMES if name not in ("gpu", "first_minutes"))
 LIMIT_S = 1800.0
 
 

@@ -8,10 +8,11 @@ import torch
 
 from learner.bench.plain import PlainRollout, plain_generate
 from learner.bench.policy import RUN_SEED, Shape
-from learner.likelihood.scorer import PolicyScores, score
-from learner.likelihood.views import build_batch
+from learner.likelihood.scorer import PolicyScores, Scores, score
+from learner.likelihood.views import ViewBatch, build_batch
 from learner.objectives.agrpo import Agrpo
-from learner.ranks.plan import UpdatePlan, plan_update
+from learner.objectives.statistics import Statistics
+from learner.ranks.plan import Forward, UpdatePlan, plan_update
 from learner.settings.methods.states import AgrpoConfig
 from rollout.adapters import adapter_parameters
 from rollout.models.family import PolicyAdapter
@@ -38,6 +39,19 @@ def our_update(
 
     Returns the plan, each forward's batch with its log-probs, and the loss.
     """
+    objective, plan = planned_update(family, group, shape, k)
+    total, scored = 0.0, []
+    for forward in plan.forwards[0]:
+        batch, scores, loss, _ = forward_loss(model, family, objective, forward, group)
+        loss = loss / plan.normaliser
+        loss.backward()
+        total += float(loss.detach())
+        scored.append((batch, scores.logp_N.detach()))
+    return plan, scored, total
+
+
+def planned_update(family: PolicyAdapter, group: TrajectoryGroup, shape: Shape, k: int) -> tuple[Agrpo, UpdatePlan]:
+    """AGRPO with uniform draws, and its update of this group on one rank."""
     objective = Agrpo(AgrpoConfig(k=k, timestep_sampling="uniform"))
     plan = plan_update(
         [group],
@@ -48,16 +62,16 @@ def our_update(
         ranks=1,
         views_per_forward=shape.views_per_forward,
     )
-    total, scored = 0.0, []
-    for forward in plan.forwards[0]:
-        batch = build_batch(forward.views, [group], mask_id=family.mask_token_id, pad_id=family.pad_token_id)
-        scores = score(model, batch, family=family)
-        loss, _ = objective.loss(PolicyScores(scores), batch)
-        loss = loss / plan.normaliser
-        loss.backward()
-        total += float(loss.detach())
-        scored.append((batch, scores.logp_N.detach()))
-    return plan, scored, total
+    return objective, plan
+
+
+def forward_loss(
+    model: torch.nn.Module, family: PolicyAdapter, objective: Agrpo, forward: Forward, group: TrajectoryGroup
+) -> tuple[ViewBatch, Scores, torch.Tensor, Statistics]:
+    """One forward's batch, log-probs, loss before the update's normaliser, and figures."""
+    batch = build_batch(forward.views, [group], mask_id=family.mask_token_id, pad_id=family.pad_token_id)
+    scores = score(model, batch, family=family)
+    return batch, scores, *objective.loss(PolicyScores(scores), batch)
 
 
 def draws_of(plan: UpdatePlan, rows: int) -> list[list[int]]:

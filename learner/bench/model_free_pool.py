@@ -19,7 +19,7 @@ def start_model_free(settings: ModelFreeSettings, size: int, *, start_timeout_s:
     """So many actors, ready. They take no logical CPU."""
     pool_settings: Any = settings  # its own actors know what to do with them
     pool = ModelFreePool(
-        pool_settings, size=size, resources={"CPU": 0}, threads=1, start_timeout_s=start_timeout_s, max_restarts=0
+        pool_settings, size=size, resources={"CPU": 0}, environment={}, start_timeout_s=start_timeout_s, max_restarts=0
     )
     pool.wait_ready()
     return pool

@@ -5,6 +5,7 @@ A result is ``{"benchmark", "small", "machine", "rows": [{...}], "tables": {titl
 """
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from rewards.command import Parser
 from rewards.errors import DataError
 
 DEFAULT_FOLDER = Path("runs/bench")
-NAMES = ("steps", "choice", "control", "scaling", "overlap", "gpu")
+NAMES = ("steps", "choice", "control", "scaling", "overlap", "gpu", "first_minutes")
 """In the order of the page."""
 BEGIN, END = "<!-- results: written by python -m learner.bench --write -->", "<!-- end of results -->"
 
@@ -93,15 +94,24 @@ def main(name: str, run: Callable[..., dict[str, Any]]) -> int:
     return exit_status(partial(_command, name, run))
 
 
-def _command(name: str, run: Callable[..., dict[str, Any]]) -> int:
+def options(name: str) -> Parser:
+    """What every benchmark's command line knows."""
     parser = Parser(f"python -m learner.bench.{name}", description="Measure, print, and keep the result.")
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder of the JSON results")
     parser.add_argument("--write", type=Path, help="put the result between the marks of this document")
-    arguments = parser.parse_args()
-    result = run(small=arguments.small)
+    return parser
+
+
+def keep(result: Mapping[str, Any], arguments: Namespace) -> None:
+    """Store the result, print it, and write it down where ``options`` asked for that."""
     store(arguments.out, result)
     print(render(result))
     if arguments.write is not None:
         write_into(arguments.write, render(result))
+
+
+def _command(name: str, run: Callable[..., dict[str, Any]]) -> int:
+    arguments = options(name).parse_args()
+    keep(run(small=arguments.small), arguments)
     return 0

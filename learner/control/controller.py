@@ -210,6 +210,7 @@ class Controller(Training):
         metrics = {
             **self._metrics(iteration, items, reports),
             **{f"time/{name}_s": value for name, value in seconds.items()},
+            **self.workers.gpu_peaks(),
             "time/iteration_s": total,
             **{f"time/lease/{stage}_s": value for stage, value in self.feed.lease_seconds().items()},
             "machine/tokens_per_s": sum(item.report.tokens for item in items) / total,

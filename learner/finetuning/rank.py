@@ -14,7 +14,7 @@ from learner.finetuning.settings import SftConfig
 from learner.likelihood.scorer import restricted_logp
 from learner.objectives.statistics import Statistics
 from learner.ranks.group import LearnerGroup
-from learner.ranks.rank import LossPart, Rank
+from learner.ranks.rank import LossPart, Rank, tells_when_full
 from rollout.copies import in_one_copy
 from rollout.waits import bounded_get
 
@@ -34,6 +34,7 @@ class SftRank(Rank):
 
     config: SftConfig
 
+    @tells_when_full
     def held_out(self, refs: Sequence[ray.ObjectRef[Any]]) -> Statistics:
         """This rank's share of the held-out loss, ``held_out/loss``; ``refs`` hold one tuple of examples."""
         examples: tuple[Example, ...] = self._fetched(refs)
@@ -50,6 +51,21 @@ class SftRank(Rank):
         finally:
             self.engine.train()
         return Statistics.merged(parts)
+
+    def _remedy(self) -> str:
+        """Nobody plans the memory of a fine-tuning run; the order is that of ``learner.plan``."""
+        learner, rows = self.config.learner, self.config.sft.rows_per_forward
+        if not learner.activation_checkpointing:
+            change = "learner.activation_checkpointing=true"
+        elif rows > 1:
+            change = f"sft.rows_per_forward={rows // 2}"
+        elif learner.dtype != "bfloat16":
+            change = f"learner.dtype=bfloat16 learner.zero_stage={max(1, learner.zero_stage)}"
+        elif self.config.model.quantization is None:
+            change = f"model.quantization=nf4 learner.zero_stage={min(2, learner.zero_stage)}"
+        else:
+            change = f"data.max_tokens={self.config.data.max_tokens // 2}"
+        return f"change first: {change}"
 
     def _work(self, refs: Sequence[ray.ObjectRef[Any]], update_index: int) -> tuple[PackedPlan, list[NoisedExample]]:
         batch: UpdateBatch = self._fetched(refs)

@@ -169,6 +169,7 @@ class Finetuning(Training):
         self._advance([report], total, self._committed())
         metrics = {
             **update_metrics([report]),
+            **self.workers.gpu_peaks(),
             "epoch": (iteration + 1) * self.config.sft.batch / len(self.data.train),
             "time/iteration_s": total,
             "machine/tokens_per_s": report.plan_statistics["tokens"] / total,

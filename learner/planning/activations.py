@@ -14,7 +14,7 @@ Kept per token by a block of the gated kind (d width, q width of all heads, H he
 
 The first block's first norm keeps nothing: below it nothing is trained. With activation checkpointing a block keeps its
 input, e d, and the rest exists for one block at a time. Both fused attention kernels, the CPU's and FlashAttention,
-keep these tensors and no [L, L] scores; a GPU where torch falls back to the math kernel keeps H L more numbers a token.
+keep these tensors and no [L, L] scores; torch's math kernel, which learner.deterministic asks for, keeps 2 e H L more.
 """
 
 from dataclasses import dataclass
@@ -37,10 +37,17 @@ class Trunk:
     lora_r: int
     itemsize: int
     """e, bytes of the model's dtype."""
+    scores: bool = False
+    """Attention is torch's plain one, which makes and keeps its scores."""
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def cells(self) -> int:
+        """Of a token's attention scores, where they are made."""
+        return self.model.heads * self.length if self.scores else 0
 
 
 def kept_by_block(trunk: Trunk, *, first: bool = False) -> int:
@@ -48,7 +55,7 @@ def kept_by_block(trunk: Trunk, *, first: bool = False) -> int:
     model, e, r = trunk.model, trunk.itemsize, trunk.lora_r
     d, f, q = model.width, model.mlp, model.heads * model.head_width
     adapters = e * r * sum(one.used for one in model.maps if one.adapted)
-    attention = 4 * e * q + 4 * model.heads
+    attention = 4 * e * q + 4 * model.heads + 2 * e * trunk.cells
     inputs, masks = 2 * e * d, 0
     if model.kind == "encoder":
         norm = e * d + 8
@@ -89,7 +96,7 @@ def working_forward(trunk: Trunk) -> int:
     if model.kind == "experts":
         mlp = e * (4 * d + model.active_experts * (2 * d + 4 * f))
     turning = 4 * (3 + (e < 4)) if model.rotary_fp32 else 3 * e
-    attention = e * (2 * d + 2 * q) + turning * q
+    attention = max(e * (2 * d + 2 * q) + turning * q, 8 * trunk.cells)
     return trunk.tokens * max(mlp, attention)
 
 
@@ -98,7 +105,7 @@ def working_backward(trunk: Trunk, *, checkpointing: bool) -> int:
     tensors, computed again."""
     model, e = trunk.model, trunk.itemsize
     f = model.mlp * (model.active_experts or 1) * (2 if model.kind == "encoder" and model.gated else 1)
-    gradients = trunk.tokens * e * (2 * f + 3 * model.width)
+    gradients = trunk.tokens * max(e * (2 * f + 3 * model.width), 8 * trunk.cells)
     return gradients + (kept_by_block(trunk) if checkpointing else 0)
 
 

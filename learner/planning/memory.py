@@ -14,6 +14,7 @@ from learner.planning.scored import LargestForward, above_mean, largest_forward
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
 from rollout.engines.vllm.settings import ADAPTERS, MERGED, slot_rank
+from rollout.gpu import CUDA_ALLOWANCE, NCCL_ALLOWANCE
 from rollout.models.few_bits import BYTES_PER_PARAMETER
 from rollout.sampling.schedule import tokens_per_step
 from rollout.trajectory import GreedyBranches
@@ -21,10 +22,6 @@ from rollout.trajectory import GreedyBranches
 GIB = 1 << 30
 GATHERED_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at once, at most (its stage3_max_live_parameters)."""
-CUDA_ALLOWANCE = int(0.75 * GIB)
-"""Assumed: CUDA context, loaded kernels and cuBLAS workspaces of one process."""
-NCCL_ALLOWANCE = int(0.5 * GIB)
-"""Assumed: communication buffers of one rank among several."""
 FRAGMENTATION = 0.05
 """Assumed: share of what is allocated and freed that the CUDA allocator can't hand out again."""
 PROCESS_ALLOWANCE = int(0.6 * GIB)
@@ -56,6 +53,9 @@ class ProcessMemory:
     after: tuple[Item, ...]
     host: tuple[Item, ...]
     """In the node's memory, where the device is a GPU."""
+    mapped: int
+    """Bytes of the checkpoint's file that all processes of a node map together: on a CPU a part of ``resident``, beside
+    a GPU of no process's own."""
 
     @property
     def largest_moment(self) -> Item:
@@ -76,6 +76,11 @@ class ProcessMemory:
     def peak(self) -> int:
         """Bytes on the device."""
         return sum(item.bytes for item in self.resident) + self.dynamic + self.allocator
+
+    @property
+    def own(self) -> int:
+        """Bytes of the peak on a CPU that no other process shares."""
+        return self.peak - self.mapped
 
     @property
     def host_bytes(self) -> int:
@@ -122,7 +127,7 @@ def rank_memory(
     largest = largest_forward(config, views)
     checkpointing = learner.activation_checkpointing if checkpointing is None else checkpointing
     length = prompt + config.rollout.sampler.completion_length
-    trunk = Trunk(model, largest.views, length, config.lora.r, e)
+    trunk = Trunk(model, largest.views, length, config.lora.r, e, config.learner.deterministic and device == "cuda")
     remark = "inputs of the blocks; one block's rest is recomputed" if checkpointing else "no checkpointing"
     moments = [
         Item("logits at scored positions", _scoring(config, model, largest), _scoring_note(largest)),
@@ -147,7 +152,9 @@ def rank_memory(
         ),
         moments=tuple(moments),
         after=(_step(config, model),),
-        host=_host(config, model, device),
+        host=_host(device),
+        # DeepSpeed sends rank 0's weights to the others, which then hold a copy.
+        mapped=_mapped(config, model, device, on_cpu=config.learner.ranks == 1),
     )
 
 
@@ -162,7 +169,8 @@ def actor_memory(
     embedded = config.rollout.engine == "torch"
     if not embedded:
         rows = min(rows, config.rollout.vllm.batch_tokens(rows, length) // length)
-    trunk = Trunk(model, rows, length, config.lora.r, e)
+    scores = config.learner.deterministic and device == "cuda" and embedded
+    trunk = Trunk(model, rows, length, config.lora.r, e, scores)
     revealed = max(tokens_per_step(sampler.completion_length, sampler.block_length, sampler.steps))
     block = rows * sampler.block_length
     V, cpu = model.vocabulary, device == "cpu"
@@ -204,7 +212,8 @@ def actor_memory(
         kept=(),
         moments=tuple(moments),
         after=(),
-        host=_host(config, model, device),
+        host=_host(device),
+        mapped=_mapped(config, model, device, on_cpu=embedded),
     )
 
 
@@ -368,11 +377,14 @@ def _allowances(config: RunConfig, device: Device, *, rank: bool) -> list[Item]:
     return items
 
 
-def _host(config: RunConfig, model: ModelShape, device: Device) -> tuple[Item, ...]:
-    if device == "cpu":
-        return ()
-    loaded = model.parameters * itemsize(config) if config.model.quantization is None else 0
-    return (
-        Item("Python and libraries", PROCESS_ALLOWANCE),
-        Item("weights while they are loaded", loaded, "read into the node's memory, then moved"),
-    )
+def _host(device: Device) -> tuple[Item, ...]:
+    return () if device == "cpu" else (Item("Python and libraries", PROCESS_ALLOWANCE),)
+
+
+def _mapped(config: RunConfig, model: ModelShape, device: Device, *, on_cpu: bool) -> int:
+    """The file's weights. A GPU gets them from there; a process on a CPU computes with them where they are if they have
+    the run's dtype and ``on_cpu`` says so."""
+    dtype = model.dtype or config.learner.dtype
+    if device == "cpu" and (not on_cpu or config.model.quantization or dtype != config.learner.dtype):
+        return 0
+    return model.parameters * (4 if dtype == "float32" else 2)

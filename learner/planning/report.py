@@ -4,8 +4,9 @@ import dataclasses
 import json
 from typing import Any
 
-from learner.planning.fit import Budget, RunPlan, gib
+from learner.planning.fit import RunPlan
 from learner.planning.memory import Item, ProcessMemory
+from learner.planning.needs import Budget, gib
 
 _NAME, _SIZE = 34, 12
 
@@ -91,12 +92,18 @@ def _memory(plan: RunPlan) -> list[str]:
     engine = "" if config.rollout.engine == "torch" else f"{config.rollout.engine}, "
     lines += ["", *_process(plan.actor, plan.actor_budget, f"{engine}max_rows {config.rollout.max_rows}"), ""]
     if plan.rank.device == plan.actor.device == "cpu":
-        total = learner.ranks * plan.rank.peak + config.rollout.wanted_actors * plan.actor.peak
-        lines.append(_row("all processes", total, f"{learner.ranks} ranks and {config.rollout.wanted_actors} actors"))
+        many = f"{learner.ranks} ranks and {config.rollout.wanted_actors} actors"
+        lines.append(_row("all processes", plan.cpu_bytes, many))
     else:
-        lines.append(_row("memory of the nodes", plan.node_bytes, "all processes' own, and the object store"))
+        lines.append(
+            _row("memory of the nodes", plan.node_bytes, "all processes' own, the checkpoint's file, the object store")
+        )
         for item in plan.rank.host or plan.actor.host:
             lines.append(_row(f"  each process: {item.name}", item.bytes, item.note))
+    if plan.mapped_bytes:
+        lines.append(
+            _row("  the checkpoint's file", plan.mapped_bytes, "once a node: its processes map the same pages")
+        )
     lines.append(_row("  object store: a full buffer", plan.work.buffered, f"{plan.work.held} groups"))
     lines.append(_row("  arrays of one learner forward", plan.work.batch_arrays))
     if plan.sandboxed_bytes:

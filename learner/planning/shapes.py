@@ -67,6 +67,8 @@ class ModelShape:
     """Each head's queries and keys are normalised before they are turned."""
     window_mask: bool = False
     """Attention gets an [L, L] mask (sliding windows)."""
+    dtype: str | None = None
+    """Of the checkpoint's weights, where config.json says so."""
 
     @property
     def parameters(self) -> int:
@@ -126,6 +128,10 @@ def read_config(path: str) -> dict[str, Any]:
 
 def shape_from(raw: dict[str, Any]) -> ModelShape:
     """Sizes from what config.json says. Raises ConfigError when a size is missing."""
+    return replace(_sizes(raw), dtype=raw.get("dtype") or raw.get("torch_dtype"))
+
+
+def _sizes(raw: dict[str, Any]) -> ModelShape:
     family = raw.get("model_type", "")
     try:
         if family == "llada":  # LLaDA-MoE's config.json says so too
@@ -313,6 +319,7 @@ _LLADA_8B: dict[str, Any] = {
     "vocab_size": 126464,
     "embedding_size": 126464,
     "weight_tying": False,
+    "torch_dtype": "bfloat16",
 }
 _DREAM_7B: dict[str, Any] = {
     "model_type": "Dream",
@@ -322,6 +329,7 @@ _DREAM_7B: dict[str, Any] = {
     "num_key_value_heads": 4,
     "intermediate_size": 18944,
     "vocab_size": 152064,
+    "torch_dtype": "bfloat16",
 }
 _LLADA_MOE_7B: dict[str, Any] = {
     "model_type": "llada",
@@ -333,6 +341,7 @@ _LLADA_MOE_7B: dict[str, Any] = {
     "num_experts": 64,
     "num_experts_per_tok": 8,
     "vocab_size": 157184,
+    "torch_dtype": "bfloat16",
 }
 _MODERNBERT_BASE: dict[str, Any] = {"model_type": "modernbert"}
 _MODERNBERT_LARGE: dict[str, Any] = {

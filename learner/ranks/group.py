@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from learner.objectives.statistics import Statistics
-from learner.ranks.rank import GroupConfig, PublishedAdapter, Rank, RankState, UpdateReport
+from learner.ranks.rank import GroupConfig, PublishedAdapter, Rank, RankState, UpdateReport, rank_manners
 from learner.ranks.rendezvous import meeting_host
 from learner.ranks.trajectories import LearnerRank
 from learner.runs.checkpoint import Checkpoint
@@ -200,15 +200,16 @@ class LearnerGroup:
         strategy: Any = "DEFAULT"
         if self._placement is not None:
             strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+        # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
         threads = str(resources.threads_per_process)
+        environment = {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}
         options = {
             "name": None,
             "num_cpus": resources.cpus_per_rank,
             "num_gpus": resources.gpus_per_rank,
             "max_restarts": 0,
             "scheduling_strategy": strategy,
-            # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}},
+            "runtime_env": {"env_vars": environment | rank_manners(self.config).environment()},
         }
         remote = with_pulse(self._rank_type).options(**options)
         return remote.remote(self.config, model_path, rank, self.config.learner.ranks)

@@ -4,16 +4,17 @@
 ``learner.ranks.trajectories`` learns from groups of trajectories; ``learner.finetuning.rank`` from demonstrations.
 """
 
+import functools
 import itertools
 import math
 import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -41,12 +42,17 @@ from learner.settings.sections import (
     TimeoutsSection,
 )
 from rollout.adapters import AdapterState, PackedTensor, adapter_parameters, digest, load_state, pack
+from rollout.gpu import GpuManners, told_when_full
 from rollout.malloc import keep_freed_memory
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model, recompute_activations
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.seeds import derive_seed
 from rollout.usage import process_usage
+
+_Asked = ParamSpec("_Asked")
+_Answer = TypeVar("_Answer")
+_AnyRank = TypeVar("_AnyRank", bound="Rank")
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,25 @@ def lora_spec(config: GroupConfig) -> LoraSpec:
     )
 
 
+def rank_manners(config: GroupConfig) -> GpuManners:
+    """Of each rank on its GPU, if it has one."""
+    learner = config.learner
+    return GpuManners(config.resources.gpus_per_rank, learner.ranks > 1, learner.deterministic)
+
+
+def tells_when_full(
+    method: Callable[Concatenate[_AnyRank, _Asked], _Answer],
+) -> Callable[Concatenate[_AnyRank, _Asked], _Answer]:
+    """A rank's method that raises OutOfMemory, with what to change, where the GPU's memory doesn't suffice."""
+
+    @functools.wraps(method)
+    def told(rank: _AnyRank, /, *args: _Asked.args, **kwargs: _Asked.kwargs) -> _Answer:
+        with told_when_full(f"learner rank {rank.rank}", rank._remedy):
+            return method(rank, *args, **kwargs)
+
+    return told
+
+
 class LossPart(NamedTuple):
     """What one backward is called on."""
 
@@ -167,6 +192,7 @@ class Rank(ABC):
     def __init__(self, config: GroupConfig, model_path: str, rank: int, world: int) -> None:
         self.config, self.model_path, self.rank, self.world = config, model_path, rank, world
         self._meeting_place: socket.socket | None = None
+        self._manners = rank_manners(config)
         torch.set_num_threads(config.resources.threads_per_process)
         keep_freed_memory()
 
@@ -176,9 +202,10 @@ class Rank(ABC):
 
     def listen(self, host: str) -> str:
         """Open the port of ``host`` at which the ranks meet, and return host:port; asked of rank 0."""
-        self._meeting_place = open_meeting_place(host, self.world)
+        self._meeting_place = open_meeting_place(host, self.world, self.config.learner.meeting_port)
         return f"{host}:{self._meeting_place.getsockname()[1]}"
 
+    @tells_when_full
     def start(self, address: str, adapter: AdapterState | None, shard: bytes | None) -> dict[str, Any]:
         """Load the weights, then join the group (DeepSpeed copies weights when it is initialised, not later).
 
@@ -188,6 +215,7 @@ class Rank(ABC):
             shard: this rank's optimizer state from a checkpoint, or None.
         """
         device = self._device()
+        self._manners.begin()
         prepare_environment(device.type)
         os.environ["DS_ACCELERATOR"] = device.type
         import deepspeed  # picks its accelerator from the environment when it is imported
@@ -199,6 +227,7 @@ class Rank(ABC):
             backend="nccl" if device.type == "cuda" else "gloo",
             timeout_s=self.config.timeouts.update,
             meeting_place=self._meeting_place,
+            interface=self.config.learner.network_interface,
         )
         learner = self.config.learner
         self.family = policy_adapter(self.model_path)
@@ -235,6 +264,7 @@ class Rank(ABC):
             "usage": process_usage(),
         }
 
+    @tells_when_full
     def update(self, refs: Sequence[Any], update_index: int, lr: float) -> UpdateReport:
         """One optimizer step.
 
@@ -257,6 +287,7 @@ class Rank(ABC):
         self._stepped()
         taken = updates_applied(self.engine) - before
         assert taken in (0, 1), f"rank {self.rank} took {taken} optimizer steps in one update"
+        self._manners.rest()
         return UpdateReport(
             statistics=statistics,
             plan_statistics=plan.statistics,
@@ -310,6 +341,10 @@ class Rank(ABC):
         wanted = self.config.learner.device
         use_gpu = wanted == "cuda" or (wanted == "auto" and self.config.resources.gpus_per_rank > 0)
         return torch.device("cuda" if use_gpu else "cpu")
+
+    @abstractmethod
+    def _remedy(self) -> str:
+        """What to change first when the GPU's memory didn't suffice."""
 
     @abstractmethod
     def _work(self, refs: Sequence[Any], update_index: int) -> tuple[Plan, Any]:

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 
 from learner.runs.local_ray import LOOPBACK
+from rewards.errors import ConfigError
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -23,14 +24,39 @@ def meeting_host(node_addresses: Collection[str]) -> str:
     return LOOPBACK if set(node_addresses) == {first} else first
 
 
-def open_meeting_place(host: str, world: int) -> socket.socket:
-    """Listens on a free port of ``host`` alone; for rank 0."""
+def open_meeting_place(host: str, world: int, port: int | None = None) -> socket.socket:
+    """Listens on ``host`` alone; for rank 0.
+
+    Args:
+        port: at this one, or the next where it is taken; None: any free one, as always on loopback.
+
+    Raises:
+        ConfigError: it can listen at neither.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, 0), family=family, backlog=world)
+    if port is None or host == LOOPBACK:
+        return socket.create_server((host, 0), family=family, backlog=world)
+    reasons = []
+    for tried in (port, port + 1):
+        try:
+            return socket.create_server((host, tried), family=family, backlog=world)
+        except OSError as error:
+            reasons.append(f"{tried}: {error.strerror}")
+    raise ConfigError(
+        f"learner.meeting_port={port}: the ranks can't meet there, nor at the next port, on {host} "
+        f"({'; '.join(reasons)}); name another, or leave it null"
+    )
 
 
 def meet(
-    address: str, rank: int, world: int, *, backend: str, timeout_s: float, meeting_place: socket.socket | None
+    address: str,
+    rank: int,
+    world: int,
+    *,
+    backend: str,
+    timeout_s: float,
+    meeting_place: socket.socket | None,
+    interface: str | None = None,
 ) -> None:
     """Join the group, which DeepSpeed then finds.
 
@@ -38,6 +64,7 @@ def meet(
         address: host:port of rank 0's meeting place.
         timeout_s: seconds for this and for each collective operation.
         meeting_place: what ``open_meeting_place`` gave on rank 0, taken over here; None on the others.
+        interface: of the network between nodes; None leaves the environment's, or the backend's choice.
     """
     import deepspeed
 
@@ -46,9 +73,11 @@ def meet(
             meeting_place.close()
         return
     host, port = address.rsplit(":", 1)
-    if host == LOOPBACK:
-        for name in _INTERFACES:
+    for name in _INTERFACES:
+        if host == LOOPBACK:
             os.environ.setdefault(name, "lo")
+        elif interface is not None:
+            os.environ[name] = interface
     # DeepSpeed reads these too.
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR=host, MASTER_PORT=port)
     limit = timedelta(seconds=timeout_s)

@@ -20,6 +20,7 @@ from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Valued, Weighed
 from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
+from learner.planning.remedy import remedy
 from learner.ranks.heads import PromptHead, ThresholdHead, TokenHead, make_head, prompt_view
 from learner.ranks.optim import export_state, inner_optimizer, updates_applied
 from learner.ranks.phases import PhaseWeights, TrainedWeights
@@ -105,6 +106,9 @@ class LearnerRank(Rank):
         elif not first:
             self._phase_weights.next()
             inner_optimizer(self.engine).state.clear()
+
+    def _remedy(self) -> str:
+        return remedy(self.config, "learner rank")
 
     def phase_state(self) -> dict[str, AdapterState]:
         return {} if self._phase_weights is None else self._phase_weights.state()

@@ -7,6 +7,7 @@ how long that may take is bounded elsewhere (leases, evaluations, updates). Ray 
 import time
 from typing import Any
 
+from learner.planning.memory import GIB
 from learner.ranks.group import LearnerGroup
 from rollout.pool import RolloutPool
 from services.store.writer import StoreWriter
@@ -42,6 +43,19 @@ class Workers:
         """The same when the store was not told for a while."""
         if time.monotonic() - self._told >= _EVERY_S:
             self.tell(policy_version)
+
+    def gpu_peaks(self) -> dict[str, float]:
+        """The most memory that a process of each kind has held on its GPU since it started, by metric, GiB; nothing
+        without GPUs."""
+        actors = self.pool.workers() if self.pool is not None else []
+        ranks = self.learner.descriptions if self.learner is not None else []
+        peaks: dict[str, float] = {}
+        for kind, workers in (("actor", actors), ("rank", ranks)):
+            of_gpus = [worker["usage"]["gpu"] for worker in workers if "gpu" in (worker["usage"] or {})]
+            if of_gpus:
+                peaks[f"machine/gpu_allocated_gib/{kind}"] = max(gpu["peak_allocated_bytes"] for gpu in of_gpus) / GIB
+                peaks[f"machine/gpu_reserved_gib/{kind}"] = max(gpu["peak_reserved_bytes"] for gpu in of_gpus) / GIB
+        return peaks
 
     def _tell_actors(self, pool: RolloutPool) -> None:
         actors = {actor["actor_id"]: actor for actor in pool.workers()}

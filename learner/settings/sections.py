@@ -286,6 +286,14 @@ class GroupSection(Section):
     """Updates with a non-finite gradient in a row that stop the run."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, more time."""
+    deterministic: bool = False
+    """On a GPU let ranks and actors compute the same bits again, as far as torch can: more memory, more time
+    (docs/how-a-run-flows.md)."""
+    meeting_port: Annotated[int, Field(ge=1024, le=65534)] | None = None
+    """Port at which ranks on several nodes meet, and the next one where that is taken; null: any free one."""
+    network_interface: str | None = None
+    """Of the network between ranks on several nodes, such as eth0; null: what NCCL_SOCKET_IFNAME says on the node, else
+    NCCL's choice."""
 
 
 class LearnerSection(GroupSection):

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from learner.planning.remedy import remedy
 from learner.settings.run import RunConfig
 from rollout.actor import ActorSettings
 from rollout.code import code_identity
 from rollout.engines.base import Engine
 from rollout.engines.torch import TorchEngine
 from rollout.engines.vllm.engine import VllmEngine
+from rollout.gpu import GpuManners
 from rollout.models.lora import LoraSpec
 from rollout.pool import RolloutPool
 
@@ -36,13 +38,15 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         speed_weight=config.reward.speed_weight,
         diversity_weight=config.reward.diversity_weight,
         judge=config.task.judge,
+        remedy=partial(remedy, config, "rollout actor"),
     )
     return RolloutPool(
         settings,
         size=config.rollout.wanted_actors,
         least=config.rollout.fewest_actors,
         resources={"CPU": resources.cpus_per_actor, "GPU": resources.gpus_per_actor},
-        threads=resources.threads_per_process,
+        # Ray would set OMP_NUM_THREADS=1.
+        environment={"OMP_NUM_THREADS": str(resources.threads_per_process), **_manners(config).environment()},
         start_timeout_s=config.timeouts.start,
         max_restarts=MAX_RESTARTS,
         heartbeat_s=config.timeouts.heartbeat,
@@ -61,4 +65,10 @@ def _engine(config: RunConfig, model_path: str, lora: LoraSpec | None) -> Callab
     }
     if config.rollout.engine == "vllm":
         return partial(VllmEngine, settings=config.rollout.vllm, **shape)
-    return partial(TorchEngine, quantization=config.model.quantization, **shape)
+    return partial(TorchEngine, quantization=config.model.quantization, manners=_manners(config), **shape)
+
+
+def _manners(config: RunConfig) -> GpuManners:
+    """vLLM has its own, for which ``rollout.vllm.memory_share`` is."""
+    share = config.resources.gpus_per_actor if config.rollout.engine == "torch" else 0.0
+    return GpuManners(share, deterministic=config.learner.deterministic)

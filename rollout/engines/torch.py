@@ -19,6 +19,7 @@ from rollout.adapters import (
     unpack,
 )
 from rollout.engines.groups import OnCompletion, draw_groups
+from rollout.gpu import NO_GPU, GpuManners
 from rollout.malloc import keep_freed_memory
 from rollout.models.encoding import load_tokenizer
 from rollout.models.family import policy_adapter
@@ -44,6 +45,7 @@ class TorchEngine:
         device: "cpu" or "cuda".
         dtype: "float32" or "bfloat16".
         quantization: "nf4" or "int8" for a base with quantized blocks; None for one in dtype.
+        manners: of this process on its GPU.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class TorchEngine:
         device: str = "cpu",
         dtype: str = "float32",
         quantization: Quantization | None = None,
+        manners: GpuManners = NO_GPU,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         keep_freed_memory()
+        manners.begin()
         self.family = policy_adapter(model_path)
         self.tokenizer = load_tokenizer(model_path)
         model: torch.nn.Module = load_model(model_path, dtype, quantization=quantization, device=device)
@@ -69,6 +73,7 @@ class TorchEngine:
         self.quantization = quantization
         self.device = torch.device(device)
         self.max_rows = max_rows
+        self._manners = manners
         self.policy_version = -1
         self.adapter_digest = ""
         self._head: torch.nn.Module | None = None
@@ -87,7 +92,7 @@ class TorchEngine:
     ) -> list[TrajectoryGroup]:
         """As ``draw_groups``."""
         with torch.inference_mode():
-            return draw_groups(
+            drawn = draw_groups(
                 LogitsHead(padded(self._forward, self.device), self.family.mask_token_id),
                 self.family,
                 groups,
@@ -101,6 +106,8 @@ class TorchEngine:
                 on_step=on_step,
                 threshold_law=lambda prompts: self._threshold_law(prompts, sampler),
             )
+        self._manners.rest()
+        return drawn
 
     def load_adapter(
         self,

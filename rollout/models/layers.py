@@ -90,7 +90,9 @@ def visibility(attention_mask: Tensor | None, dtype: torch.dtype) -> Visibility:
     """
     if attention_mask is None:
         return None
-    if attention_mask.is_cuda and dtype in (torch.float16, torch.bfloat16) and flash_kernel() is not None:
+    fits_kernel = attention_mask.is_cuda and dtype in (torch.float16, torch.bfloat16)
+    # The kernel's backward adds up in no fixed order.
+    if fits_kernel and not torch.are_deterministic_algorithms_enabled() and flash_kernel() is not None:
         return sequences(attention_mask)
     if attention_mask.dtype == torch.bool or int(attention_mask.max()) <= 1:
         # A row of nothing but pads sees itself: softmax over no key at all would be NaN, and a NaN row poisons the

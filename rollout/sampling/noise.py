@@ -1,8 +1,10 @@
-"""Counter-based noise: the same numbers for the same (row, step, position, token) on any device, in any batch.
+"""Counter-based noise: the same numbers for the same (row, step, position, token) in any batch, on any device up to the
+last bit of a logarithm.
 
 Each (row, denoising step, position) owns a SplitMix64 stream (Steele, Lea, Flood 2014, public domain algorithm) whose
-element v belongs to token v. Nothing is stateful, so a row's draws don't depend on which rows share its batch, and a
-lease that is repeated draws the same again. Shapes: N scored positions, K candidate tokens.
+element v belongs to token v. Its bits are the same everywhere; the logarithms that make Gumbel noise of them are
+rounded differently on CPU and GPU. Nothing is stateful, so a row's draws don't depend on which rows share its batch,
+and a lease that is repeated draws the same again. Shapes: N scored positions, K candidate tokens.
 """
 
 import torch

@@ -1,5 +1,7 @@
-"""The recipes for GPUs, on the GPUs that they name: they fit, and pay for no memory that they don't need."""
+"""The recipes for GPUs, on the GPUs that they name: they fit, and pay for no memory that they don't need. And what a
+checkpoint takes in the memory of a node."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from learner.planning import shapes
 from learner.planning.fit import plan_run
 from learner.planning.hardware import Hardware
-from learner.planning.memory import GIB
+from learner.planning.memory import GIB, PROCESS_ALLOWANCE
 from learner.settings.arguments import recipe_names
 from learner.settings.run import load_config
 
@@ -38,3 +40,32 @@ def test_rank_and_actor_of_one_gpu_take_turns_in_a_synchronous_run():
     assert (turns.time.rollout, turns.time.learn) == pytest.approx((whole.time.rollout, whole.time.learn))
     assert together.time.rollout == pytest.approx(turns.time.rollout / 0.4)
     assert together.time.learn == pytest.approx(turns.time.learn / 0.6)
+
+
+def test_a_checkpoint_counts_once_a_node_however_many_processes_map_it():
+    plan = planned("llada_gsm8k")
+    own = 16 * PROCESS_ALLOWANCE + plan.work.buffered
+    assert plan.mapped_bytes == 2 * plan.model.parameters and plan.node_bytes == plan.mapped_bytes + own
+    quantized = planned("llada_gsm8k", "model.quantization=nf4")
+    assert quantized.mapped_bytes == plan.mapped_bytes, "it is quantized on the GPU"
+
+
+def test_on_cpus_weights_of_the_files_dtype_count_once_and_copies_each():
+    config = load_config(["recipe=sudoku", "model.base.d_model=2048", "rollout.actors=3"])
+    shape, machine = shapes.model_shape(config), Hardware("cpu", 0, 64 * GIB, None, "a test")
+    mapped, copied = (
+        plan_run(config, dataclasses.replace(shape, dtype=dtype), machine, prompt=27, prompt_source="a test")
+        for dtype in ("float32", "bfloat16")
+    )
+    weights = 4 * shape.parameters
+    assert mapped.rank.peak == copied.rank.peak and mapped.actor.peak == copied.actor.peak
+    assert copied.cpu_bytes - mapped.cpu_bytes == 3 * weights, "four processes"
+    assert mapped.actor_budget.bytes is not None and copied.actor_budget.bytes is not None
+    assert mapped.actor_budget.bytes > copied.actor_budget.bytes
+
+
+def test_plain_attention_keeps_its_scores():
+    fused, plain = planned("llada_gsm8k"), planned("llada_gsm8k", "learner.deterministic=true")
+    kept = [{item.name: item.bytes for item in plan.rank.kept}["activations"] for plan in (fused, plain)]
+    assert kept[1] - kept[0] == 32 * (4 * 640) * 2 * 2 * 32 * 640
+    assert "plain attention" in "".join(plain.assumptions) and plain.actor.peak >= fused.actor.peak

@@ -100,7 +100,7 @@ def build_pool(model: str, size: int, *, settings: dict[str, Any] | None = None,
         "run_seed": 7,
         "code_digest": code_identity().digest,
     }
-    options: dict[str, Any] = {"resources": {"CPU": 1}, "threads": 1, "start_timeout_s": 120.0, "max_restarts": 3}
+    options: dict[str, Any] = {"resources": {"CPU": 1}, "environment": {}, "start_timeout_s": 120.0, "max_restarts": 3}
     return RolloutPool(ActorSettings(**defaults | (settings or {})), size=size, **options | changes)
 
 

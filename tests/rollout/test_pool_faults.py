@@ -91,7 +91,8 @@ def start(cluster: dict[str, str]) -> Iterator[Callable[..., RolloutPool]]:  # n
 
     def make(size: int, pool_class: type[RolloutPool] = HonestPool, **changes: Any) -> RolloutPool:
         settings: Any = ModelFreeSettings(SIZES)
-        options: dict[str, Any] = {"resources": {"CPU": 1}, "threads": 1, "start_timeout_s": 60.0, "max_restarts": 3}
+        options: dict[str, Any] = {"resources": {"CPU": 1}, "environment": {}, "start_timeout_s": 60.0}
+        options["max_restarts"] = 3
         pools.append(pool_class(settings, size=size, **options | changes))
         pools[-1].wait_ready()
         return pools[-1]

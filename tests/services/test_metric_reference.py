@@ -21,6 +21,7 @@ FUNCTIONS = {
     "learner/finetuning/run.py": ("_iterate",),
     "learner/finetuning/rank.py": ("_loss", "held_out", "_renamed"),
     "learner/reporting/reporter.py": ("iteration",),
+    "learner/reporting/workers.py": ("gpu_peaks",),
 }
 STAGES = {"rollout_wait", "update", "publish"}
 """Keys in ``Controller._iterate`` that become time/..._s."""

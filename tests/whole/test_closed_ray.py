@@ -360,6 +360,22 @@ def test_the_ranks_meet_on_one_address_alone() -> None:
     assert connects(network, usual.port), "the control: torch's own store listens everywhere"
 
 
+def test_a_port_that_is_taken_gives_way_to_the_next() -> None:
+    host = outside()
+    with open_meeting_place(host, 2) as taken:
+        port = taken.getsockname()[1]
+        with open_meeting_place(host, 2, port) as place:
+            assert place.getsockname()[1] == port + 1
+            with pytest.raises(
+                ConfigError, match=rf"learner.meeting_port={port}: .* {port + 1}: Address already in use"
+            ):
+                open_meeting_place(host, 2, port)
+    with open_meeting_place(host, 2, port) as place:
+        assert place.getsockname()[1] == port, "control: it is free again"
+    with open_meeting_place("127.0.0.1", 2, port) as place:
+        assert place.getsockname()[1] != port, "one node's runs may be several"
+
+
 def ray_inits(source: str) -> int:
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return sum(ast.unparse(call.func) == "ray.init" for call in calls)

@@ -40,7 +40,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.bench": [["--wrong"], ["--only", "nothing"]],
     "learner.bench.choice": [["--wrong"]],
     "learner.bench.control": [["--wrong"]],
-    "learner.bench.gpu": [["--wrong"]],
+    "learner.bench.gpu": [["--wrong"], ["--all", "nothing"]],
     "learner.bench.overlap": [["--wrong"]],
     "learner.bench.packing": [["--wrong"]],
     "learner.bench.planned": [["--wrong"]],
@@ -65,6 +65,7 @@ MISTAKES: dict[str, list[list[str]]] = {
 }
 
 NO_COMMANDS = {
+    "learner.bench.first_minutes": "a step of learner.bench.gpu --all",
     "learner.bench.step_memory": "a process that measures for learner.bench.steps",
     "rewards.maths.symbolic_worker": "the grader's helper",
     "learner.settings.listing": "what the dashboard's form of a new run is made of",
