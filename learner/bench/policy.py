@@ -15,6 +15,7 @@ from learner.planning.shapes import ModelShape, llada_shape
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters
 from rollout.engines.torch import TorchEngine
+from rollout.gpu import NO_GPU
 from rollout.models.family import PolicyAdapter, policy_adapter
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
 from rollout.models.lora import LoraSpec, attach_lora
@@ -108,6 +109,7 @@ class BenchEngine(TorchEngine):
         self.model, self.family = model.eval(), family
         self.device = next(model.parameters()).device
         self.max_rows = max_rows
+        self._manners = NO_GPU
         self.policy_version, self.adapter_digest = 0, ""
 
 

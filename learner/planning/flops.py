@@ -46,10 +46,7 @@ def training_flops(
     maps = _frozen(model, tokens) + 2.0 * _adapter(model, tokens, lora_r)
     recompute = 0.5 * attention
     if checkpointing:
-        # peft then asks for the embeddings' gradient; a block's second forward ends before its last product, B (A x).
-        last = model.maps[-1]
-        recompute += _trunk_forward(model, lora_r, rows, length)
-        recompute -= 2.0 * tokens * model.layers * last.used * last.outputs * lora_r
+        recompute += _trunk_forward(model, lora_r, rows, length)  # peft then asks for the embeddings' gradient
     else:
         maps -= 2.0 * tokens * sum(one.inputs * (one.outputs + lora_r) for one in _reading_the_input(model))
     return Flops(

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from rewards.errors import ConfigError
+from rollout.models.adapted import products
 from rollout.models.head import Head
 from rollout.models.layers import RMSNorm, Visibility, attend, rotary_tables, rotate, visibility
 
@@ -135,7 +136,7 @@ class Attention(nn.Module):
 
     def forward(self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
         q_BLHE, k_BLHE, v_BLHE = (
-            linear(h_BLD).unflatten(-1, (-1, self.head_width)) for linear in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_width)) for y in products(h_BLD, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
             q_BLHE, k_BLHE = self.q_norm(q_BLHE), self.k_norm(k_BLHE)

@@ -5,7 +5,8 @@ the published LLaDA-8B checkpoint, so its weights load without a translation tab
 modelling code in circulation: the padding mask is honoured (a pad is never attended to), and the caller may ask for the
 logits of a few rows only, in which case the head never runs on the others.
 
-Shapes: B rows, L positions, D model width, H heads, E head width, V rows of the embedding, N wanted rows.
+Shapes: B rows, L positions, D model width, F hidden width of the MLP, H heads, E head width, V rows of the embedding, N
+wanted rows.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from rewards.errors import ConfigError
+from rollout.models.adapted import products
 from rollout.models.head import Head, exact_logits
 from rollout.models.layers import RMSNorm, Visibility, attend, rotary_tables, rotate, visibility
 
@@ -188,8 +190,8 @@ class LLaDABlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LLaDAConfig):
         super().__init__()
-        self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
-        width, kv_width = config.d_model, config.d_model // config.n_heads * config.kv_heads
+        width, self.head_width = config.d_model, config.d_model // config.n_heads
+        kv_width = self.head_width * config.kv_heads
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
@@ -202,11 +204,12 @@ class LLaDABlock(GradientCheckpointingLayer):
 
     def forward(self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
         x_BLD = x_BLD + self.attn_out(self._attend(self.attn_norm(x_BLD), cos_LE, sin_LE, seen))
-        h_BLD = self.ff_norm(x_BLD)
-        return x_BLD + self.ff_out(F.silu(self.ff_proj(h_BLD)) * self.up_proj(h_BLD))
+        gate_BLF, up_BLF = products(self.ff_norm(x_BLD), self.ff_proj, self.up_proj)
+        return x_BLD + self.ff_out(F.silu(gate_BLF) * up_BLF)
 
     def _attend(self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
-        q_BHLE = rotate(self.q_proj(h_BLD).unflatten(-1, (self.n_heads, -1)).transpose(1, 2), cos_LE, sin_LE)
-        k_BHLE = rotate(self.k_proj(h_BLD).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2), cos_LE, sin_LE)
-        v_BHLE = self.v_proj(h_BLD).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
-        return attend(q_BHLE, k_BHLE, v_BHLE, seen)
+        q_BHLE, k_BHLE, v_BHLE = (
+            y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for y in products(h_BLD, self.q_proj, self.k_proj, self.v_proj)
+        )
+        return attend(rotate(q_BHLE, cos_LE, sin_LE), rotate(k_BHLE, cos_LE, sin_LE), v_BHLE, seen)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from rewards.errors import ConfigError
 from rollout.adapters import ADAPTER_NAME, AdapterState, adapter_parameters, require_plain_lora, without_head
+from rollout.models.adapted import with_adapter_added_up
 from rollout.models.family import PolicyAdapter, policy_adapter
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def attach_lora(model: torch.nn.Module, family: PolicyAdapter, spec: LoraSpec) -
     dtype = _embedding(model).weight.dtype
     for parameter in adapter_parameters(adapted).values():
         parameter.data = parameter.data.to(dtype)  # PEFT takes the dtype of the map, which a quantized one has not
+    with_adapter_added_up(adapted)
     return adapted
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from services.store.files import opened
 
@@ -97,18 +97,6 @@ class Protocol(Found):
     """Held-out problems of a seed."""
 
 
-class Spent(Found):
-    """Forward-equivalents of a run."""
-
-    an_iteration: float | None = Field(default=None, alias="an iteration")
-
-
-class Cell(Found):
-    """One run."""
-
-    spent: Spent = Spent()
-
-
 class Comparison(Found):
     """Methods under one protocol."""
 
@@ -118,17 +106,6 @@ class Comparison(Found):
     unfinished: list[str]
     methods: dict[str, Method]
     machine: Machines
-    cells: Annotated[dict[str, Cell], Field(exclude=True)] = {}
-    """By the run's name; what each cost."""
-
-
-def cost_of_iteration(runs: Path, run_id: str) -> float | None:
-    """Forward-equivalents of an iteration of the run, on average, where a comparison in the folder has counted them."""
-    for path in comparison_files(runs).values():
-        found = read_comparison(path)
-        if found is not None and run_id in found.cells:
-            return found.cells[run_id].spent.an_iteration
-    return None
 
 
 def comparison_files(runs: Path) -> dict[str, Path]:

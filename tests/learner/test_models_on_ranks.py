@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from learner.bench.first_minutes import ranks
 from learner.ranks.group import LearnerGroup
 from rollout.adapters import digest
 from tests.support.learner_ranks import (
@@ -50,3 +51,10 @@ def test_zero_3_with_recomputed_activations_gives_the_plain_gradient(family, tmp
     assert error <= 1e-4
     assert published.digest == digest(adapter)
     assert any(".experts." in name for name in published.state) == (family == "llada_moe")
+
+
+def test_two_ranks_as_the_first_minutes_on_a_gpu_have_them():
+    figures, gradient = ranks.of_stage(1, gpus_per_rank=0)
+    measured = {figure.figure: figure.measured for figure in figures}
+    assert measured["updates applied, stage 1"] == 1 and measured["s an update, stage 1"] > 0
+    assert ranks.relative(gradient, gradient) == 0.0

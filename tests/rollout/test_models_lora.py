@@ -100,7 +100,7 @@ def test_checkpointing_recomputes_and_gives_the_same_gradient(folder, family):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         stem, parts = LORA_NAMES[family]
-        inner = model.get_submodule(f"base_model.model.{stem}.0.{parts[0]}")
+        inner = model.get_submodule(f"base_model.model.{stem}.0.{parts[3]}")
         inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(input_ids=random_ids(2, 12), attention_mask=mask).logits.square().sum().backward()
         gradients.append({name: p.grad for name, p in adapter_parameters(model).items()})

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -198,7 +199,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradient(checkpoin
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         calls: list[int] = []
         first = next(m for m in model.train().modules() if isinstance(m, GradientCheckpointingLayer))
-        first_map = next(m for m in first.modules() if isinstance(m, torch.nn.Linear))
+        first_map = next(m for m in first.modules() if isinstance(m, LoraLayer))
         first_map.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(input_ids=random_ids(2, 8), logit_rows=torch.tensor([3, 9])).logits.square().sum().backward()
         gradients.append([p.grad for p in adapter_parameters(model).values()])

@@ -200,6 +200,18 @@ def test_two_runs_on_shared_axes(browser: Any, service: Dashboard) -> None:
         assert sorted(page.page.locator(f"{chart} .entry .label").all_text_contents()) == ["alpha", "beta"]
         assert page.text(".differences thead") == "Runlearner.lr"
         assert page.page.locator(".differences tbody tr").all_text_contents() == ["alpha1e-3", "beta5e-4"]
+        # The list of metrics lies over nothing, and what is clicked beside it is clicked.
+        page.page.get_by_label("Find a metric").fill("clues")
+        page.shows(".suggestions button", "reward/clues").click()
+        page.shows("[data-chart='reward/clues'] h2")
+        page.page.get_by_label("Find a metric").fill("e")
+        assert page.page.locator(".suggestions button").count() > 20 and page.covered(".suggestions") == []
+        page.page.eval_on_selector(".suggestions", "list => (list.style.position = 'absolute')")
+        assert page.covered(".suggestions")  # the control
+        page.page.eval_on_selector(".suggestions", "list => (list.style.position = '')")
+        page.page.locator("[data-axis=seconds]").click()
+        page.shows("[data-axis=seconds][aria-pressed=true]")
+        assert not page.page.locator(".suggestions").is_visible() and "x=seconds" in page.page.url
 
 
 # ---- a run

@@ -52,6 +52,8 @@ def test_the_task_shows_the_answer_and_every_sample_is_reached(page: Watched, se
     page.wait_until("the first iteration", lambda: page.text("h1") == "Iteration 1, completion 1")
     page.wait_until("its samples", lambda: page.page.get_by_label("Sample", exact=True).locator("option").count() == 8)
     page.page.get_by_label("Search samples").fill("made-up-1")
+    page.shows(".play-hit", "base model")
+    assert page.covered(".suggestions") == []
     page.shows(".play-hit", "base model").click()
     page.wait_until("what was found", lambda: page.text(".play-head p.note") == "made-up-1")
 

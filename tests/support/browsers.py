@@ -26,6 +26,12 @@ LIMIT_S = 30.0
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 
+COVERED = """cover => [...document.querySelectorAll("button, a, input, select, summary")].filter((control) => {
+  const { left, top, width, height } = control.getBoundingClientRect();
+  const there = width && document.elementFromPoint(left + width / 2, top + height / 2);
+  return there && cover.contains(there) && !cover.contains(control);
+}).map((control) => control.ariaLabel || control.textContent)"""
+
 
 class Watched:
     """A page. ``errors``: console errors, uncaught exceptions and failed answers so far; ``requests``: all URLs."""
@@ -70,6 +76,10 @@ class Watched:
             for url in self.requests
             if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url)[:2] != (home.scheme, home.netloc)
         ]
+
+    def covered(self, selector: str) -> list[str]:
+        """Controls in view that lie under this element, which would take their clicks."""
+        return list(self.page.eval_on_selector(selector, COVERED))
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than the window."""

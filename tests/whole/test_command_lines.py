@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +149,54 @@ runpy.run_module("{command}", run_name="__main__", alter_sys=True)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr.strip() == "loaded:", done.stderr
+
+
+# ---- what the pages name
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^(?:```bash\n(.*?)^```|((?: {4}[^\n]*\n)+))", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"python3? -m ([\w.]+)")
+NAMED = {"recipe": "learner/recipes", "plan": "learner/comparison/plans"}
+"""Arguments that name a shipped file, and where those are."""
+
+
+def named_commands(text: str) -> list[tuple[str, list[str]]]:
+    """Each command of a page's blocks, with its arguments: without what follows a comment, a pipe or a redirection."""
+    lines = [line for fenced, indented in BLOCK.findall(text) for line in (fenced or indented).splitlines()]
+    found = []
+    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+        if at := COMMAND.search(line):
+            words = shlex.split(re.split(r"\s[#<>|&]", line[at.end() :])[0], comments=True)
+            found.append((at[1], words))
+    return found
+
+
+def unknown(command: str, words: list[str], told: str) -> list[str]:
+    """Of a command's arguments, options and keys that its help doesn't tell, and files that don't ship."""
+    wrong = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if word.startswith("--"):
+            wrong += [word] * (not re.search(rf"(?<![\w-]){key}(?![\w-])", told))
+        elif key in NAMED and value.isidentifier() and not value.isupper():
+            wrong += [word] * (not (ROOT / NAMED[key] / f"{value}.yaml").is_file())
+        elif re.fullmatch(r"[a-z_]+(\.[a-z_]+)*=.*", word) and key not in (*NAMED, "resume"):
+            wrong += [word] * (not re.search(rf"^ +{key} |(?<![\w.]){key}=", told, re.MULTILINE))
+    return wrong
+
+
+@pytest.mark.slow
+def test_pages_name_options_and_keys_that_commands_have(ends: dict) -> None:
+    of_main = ends["learner.main", "--help"][1]
+    wrong, seen = [], 0
+    for page in PAGES:
+        for command, words in named_commands(page.read_text(encoding="utf-8")):
+            if command not in MISTAKES or command == "services.store":  # its options are those of its subcommands
+                continue
+            told = ends[command, "--help"][1]
+            told += of_main if "learner.main" in told else ""  # whose settings it takes too
+            seen += 1
+            wrong += [f"{page.name}: {command} {word}" for word in unknown(command, words, told)]
+    assert wrong == [] and seen > 60
+    (line,) = named_commands("\n    python -m learner.main recipe=no lr=1 learner.lr=1 --dry --dry-run # --x\n\n")
+    assert unknown(*line, of_main) == ["recipe=no", "lr=1", "--dry"], "the control"

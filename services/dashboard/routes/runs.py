@@ -10,7 +10,6 @@ from services.dashboard.action_models import Annotation, AnnotationRequest
 from services.dashboard.ahead import ahead
 from services.dashboard.annotations import ANNOTATE
 from services.dashboard.audit import record, require, who
-from services.dashboard.comparisons import cost_of_iteration
 from services.dashboard.index import RunIndex, summarise
 from services.dashboard.models import Latest, RunDetail, RunList
 from services.dashboard.problems import ProblemError, documented
@@ -104,8 +103,7 @@ def get_run(request: Request, run: RunOfPath) -> RunDetail:
     beside |= request.app.state.annotations.all().get(run.id, {})
     summary = summarise(row, latest, run.reader.workers(run.id), ahead(catalog, row), beside)
     newest = {name: Latest(iteration=entry["iteration"], value=entry["value"]) for name, entry in latest.items()}
-    cost = cost_of_iteration(request.app.state.settings.runs_dir, run.id)
-    more = {"latest": newest, "summary": row["summary"], "marker": marker, "forward_equivalents": cost}
+    more = {"latest": newest, "summary": row["summary"], "marker": marker}
     return RunDetail(**summary.model_dump(), **more)
 
 

@@ -32,7 +32,8 @@ function extentOf(spec, within) {
       const x = data.x[index];
       if (value === null || (within && (x < within[0] || x > within[1]))) return;
       if (spec.kind === "stacked") return void sums.set(x, (sums.get(x) ?? 0) + value);
-      for (const each of [value, data.low[index], data.high[index], ...(bounds?.[index] ?? [])]) if (each !== null) take(each);
+      const around = data.own ? data.own[index] : [data.low[index], data.high[index], ...(bounds?.[index] ?? [])];
+      for (const each of [value, ...around]) if (each !== null) take(each);
       if (value > 0) found.positive = Math.min(found.positive, value);
       else found.below += 1;
     });
@@ -48,9 +49,10 @@ function linearRange(spec, { low, high }, within) {
     if (size === 0) return { autorange: false, range: spec.format === percent ? [-0.005, 0.1] : [-0.05, 1] };
     return { autorange: false, range: [Math.min(0, 2 * low), Math.max(0, 2 * high)] };
   }
-  if (!within || low > high) return { autorange: true };
+  if (low > high || !(within || spec.series.some(({ data }) => data.own))) return { autorange: true };
   const room = ROOM * (high - low);
-  return { autorange: false, range: [spec.kind === "stacked" ? 0 : low - room, high + room] };
+  const bottom = spec.kind === "stacked" || (spec.zero && !within) ? Math.min(0, low) : low - room;
+  return { autorange: false, range: [bottom, high + room] };
 }
 
 function tickFormat(spec, { low, high }) {

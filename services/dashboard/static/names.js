@@ -7,8 +7,7 @@ const TAIL = 12;
 /** A name whose end stays in view: what tells runs apart is often there. Copied as a whole. */
 export function middleClipped(kind, properties, name) {
   const characters = [...name];
-  if (characters.length <= 2 * TAIL) return h(`${kind}.middle`, { title: name, ...properties }, h("span.start", null, name));
-  const cut = characters.length - TAIL;
+  const cut = Math.max(Math.ceil(characters.length / 2), characters.length - TAIL);
   return h(`${kind}.middle`, { title: name, ...properties }, h("span.start", null, characters.slice(0, cut).join("")), h("span.end", null, characters.slice(cut).join("")));
 }
 

@@ -140,7 +140,7 @@ export class GroupRow {
     this.runs = runs;
     const [first] = runs;
     this.handle.ariaExpanded = String(this.page.state.open.has(this.group));
-    setText(this.title, differing(first, ["run.seed"]).join(", ") || first.recipe || first.task);
+    setText(this.title, differing(first, ["run.seed"]).join(", ") || first.recipe || first.id);
     const seeds = runs.map((run) => run.seed).filter((seed) => seed !== null).sort((a, b) => a - b);
     setText(this.about, `${runs.length} runs${seeds.length ? `, seeds ${seeds.join(" ")}` : ""} · ${[first.recipe ?? first.task, first.method].filter(Boolean).join(" · ")}`);
     const states = new Map();

@@ -7,15 +7,15 @@ export const AXES = [
   { id: "iteration", title: "Iterations", along: "iteration" },
   { id: "seconds", title: "Seconds", along: "second", metric: "time/iteration_s", hint: "Seconds of training: the sum of time/iteration_s" },
   { id: "completions", title: "Completions", along: "completion", hint: "Completions drawn for training" },
-  { id: "forwards", title: "Forward-equivalents", along: "forward-equivalent", hint: "What training cost, whatever the method, as learner.compare counted it" },
+  { id: "forwards", title: "Forward-equivalents", along: "forward-equivalent", metric: "forward_equivalents", hint: "What rollouts and updates cost, whatever the method: a forward of one sequence is 1, its backward 2 more" },
 ];
 
-export const TIME = "time/iteration_s";
+/** The names of the metrics whose sum over iterations is this axis: one or none. */
+export const summed = (axis) => AXES.filter(({ id, metric }) => id === axis && metric).map(({ metric }) => metric);
 
-/** What `run` has of this axis: f(iteration), or null. `steps`: the series of time/iteration_s, where it is wanted. */
-export function basis(axis, { run, config }, steps) {
+/** What a run with this `config` has of the axis: f(iteration), or null. `steps`: the series of the metric that is summed. */
+export function basis(axis, config, steps) {
   if (axis === "iteration") return (iteration) => iteration;
-  if (axis === "forwards") return run.forward_equivalents ? (iteration) => iteration * run.forward_equivalents : null;
   if (axis === "completions") {
     const each = config["rollout.prompts_per_iteration"] * config["rollout.group_size"];
     return Number.isFinite(each) ? (iteration) => iteration * each : null;

@@ -4,7 +4,7 @@ import { figure, h, put, s } from "../dom.js";
 import { valueText } from "../names.js";
 import { meanOf } from "../statistics.js";
 
-const [WIDTH, HEIGHT] = [720, 260];
+const [WIDEST, NARROWEST, HEIGHT] = [720, 300, 260];
 const PLOT = { left: 64, right: 16, top: 14, bottom: 34 };
 
 /** points: [{label, color (CSS), x (a setting's value), y}]; `format` writes y. Returns an SVG, or a sentence. */
@@ -14,17 +14,18 @@ export function scatter(host, points, { setting, metric, format = figure, open }
   const numeric = good.every(({ x }) => typeof x === "number");
   const values = numeric ? [...new Set(good.map(({ x }) => x))].sort((a, b) => a - b) : [...new Set(good.map(({ x }) => valueText(x)))].sort();
   const place = scaleX(values, numeric);
+  const width = Math.min(WIDEST, Math.max(NARROWEST, host.clientWidth)); // so that its text is readable on a phone
   const [low, high] = padded(good.map(({ y }) => y));
   const y = (value) => HEIGHT - PLOT.bottom - ((HEIGHT - PLOT.top - PLOT.bottom) * (value - low)) / (high - low);
-  const x = (value) => PLOT.left + (WIDTH - PLOT.left - PLOT.right) * place(numeric ? value : valueText(value));
+  const x = (value) => PLOT.left + (width - PLOT.left - PLOT.right) * place(numeric ? value : valueText(value));
   const means = values.map((value) => [value, meanOf(good.filter((point) => (numeric ? point.x : valueText(point.x)) === value).map((point) => point.y)).mean]);
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((share) => low + share * (high - low));
   put(
     host,
     s(
       "svg.scatter",
-      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${metric} against ${setting}: ${means.map(([value, mean]) => `${valueText(value)}: ${format(mean)}`).join(", ")}` },
-      ticks.map((value) => [s("line.grid", { x1: PLOT.left, x2: WIDTH - PLOT.right, y1: y(value), y2: y(value) }), s("text", { x: PLOT.left - 8, y: y(value) + 4, "text-anchor": "end" }, format(value))]),
+      { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `${metric} against ${setting}: ${means.map(([value, mean]) => `${valueText(value)}: ${format(mean)}`).join(", ")}` },
+      ticks.map((value) => [s("line.grid", { x1: PLOT.left, x2: width - PLOT.right, y1: y(value), y2: y(value) }), s("text", { x: PLOT.left - 8, y: y(value) + 4, "text-anchor": "end" }, format(value))]),
       shownTicks(values, x).map((value) => s("text", { x: x(value), y: HEIGHT - 14, "text-anchor": "middle" }, valueText(value))),
       means.length > 1 && s("polyline.means", { points: means.map(([value, mean]) => `${x(value).toFixed(1)},${y(mean).toFixed(1)}`).join(" ") }),
       good.map(({ label, color, x: value, y: height }) => {

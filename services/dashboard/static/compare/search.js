@@ -1,4 +1,6 @@
-// Finding metrics by name or title; those that are shown are marked, a click shows one or takes it away.
+// Finding metrics by name or title; those that are shown are marked, a click shows one or takes it away. The list stands
+// in the page and covers nothing. A click elsewhere, or a key, closes it when it has done its work: what was clicked must
+// not move away under the pointer.
 
 import { h, put } from "../dom.js";
 import { byName } from "../panels.js";
@@ -12,9 +14,9 @@ export class MetricSearch {
     this.field = h("input", { type: "search", placeholder: "Find a metric…", ariaLabel: "Find a metric", oninput: () => this.show(), onfocus: () => this.show() });
     this.found = h("div.suggestions", { hidden: true });
     this.element = h("div.metric-search", { onkeydown: (event) => event.key === "Escape" && !this.found.hidden && this.hide(event) }, this.field, this.found);
-    this.outside = (event) => !event.target.closest?.(".metric-search") && (this.found.hidden = true);
-    document.addEventListener("pointerdown", this.outside);
-    document.addEventListener("focusin", this.outside);
+    this.outside = (event) => !event.composedPath().includes(this.element) && (this.found.hidden = true);
+    document.addEventListener("click", this.outside);
+    document.addEventListener("keyup", this.outside);
   }
 
   show() {
@@ -37,7 +39,7 @@ export class MetricSearch {
   }
 
   close() {
-    document.removeEventListener("pointerdown", this.outside);
-    document.removeEventListener("focusin", this.outside);
+    document.removeEventListener("click", this.outside);
+    document.removeEventListener("keyup", this.outside);
   }
 }

@@ -5,12 +5,14 @@ import { h, put } from "../dom.js";
 import { valueText } from "../names.js";
 import { scatter } from "./scatter.js";
 
+const ORDER = [/^run\.seed$/, /^(?!evaluation\.|run\.)/, /./]; // what tells runs apart comes before how they are measured
 const OF_THE_PLACE = /^(run\.(name|dir|resume|dashboard|restarts|shared)|store\.|resources\.|timeouts\.)/;
 
 /** Keys in which the (flat) settings of some runs differ, but names and places. */
 export function settingsThatDiffer(configs) {
   const known = configs.filter(Boolean);
-  const keys = [...new Set(known.flatMap((config) => Object.keys(config)))].filter((key) => !OF_THE_PLACE.test(key)).sort();
+  const place = (key) => ORDER.findIndex((pattern) => pattern.test(key));
+  const keys = [...new Set(known.flatMap((config) => Object.keys(config)))].filter((key) => !OF_THE_PLACE.test(key)).sort().sort((one, two) => place(one) - place(two));
   return keys.filter((key) => new Set(known.map((config) => JSON.stringify(config[key]))).size > 1);
 }
 

@@ -7,6 +7,7 @@ import { runHeader } from "../run/header.js";
 import { follow } from "./run.js";
 
 const AGAIN_MS = 2000;
+const COLUMNS = ["Asked for", "By", "When", "Status", "What happened"];
 
 export async function render(root, params, app) {
   const { id } = params;
@@ -16,7 +17,7 @@ export async function render(root, params, app) {
   const header = runHeader(run, "actions", app);
   const body = h("tbody");
   const note = h("div", null, loading("actions"));
-  const table = h("table.table.actions", { hidden: true }, h("thead", null, h("tr", null, ["Asked for", "By", "When", "Status", "What happened"].map((text) => h("th", null, text)))), body);
+  const table = h("table.table.actions.stacked", { hidden: true }, h("thead", null, h("tr", null, COLUMNS.map((text) => h("th", null, text)))), body);
   const more = h("button.button", { type: "button", hidden: true, onclick: () => load(true) }, "Older actions");
   put(root, header.element, h("section.card", null, note, h("div.table-wrap", null, table)), more);
   let next = null;
@@ -46,13 +47,7 @@ export async function render(root, params, app) {
 
 function row(action) {
   const name = action.action === "set_actors" ? `Actors: ${action.arguments.actors}` : (NAMES[action.action] ?? action.action);
-  return h(
-    "tr",
-    { dataset: { status: action.status, action: action.action } },
-    h("td", null, name),
-    h("td.muted", null, action.requested_by),
-    h("td.muted", null, clock(action.time, { date: true })),
-    h("td", null, h("span.outcome", { dataset: { status: action.status } }, action.status)),
-    h("td", null, WAITING[action.status] ?? action.result ?? ""),
-  );
+  const status = h("span.outcome", { dataset: { status: action.status } }, action.status);
+  const values = [name, h("span.muted", null, action.requested_by), h("span.muted", null, clock(action.time, { date: true })), status, WAITING[action.status] ?? action.result ?? ""];
+  return h("tr", { dataset: { status: action.status, action: action.action } }, values.map((value, index) => h("td", { dataset: { label: COLUMNS[index] } }, value)));
 }

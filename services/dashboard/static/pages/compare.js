@@ -3,7 +3,7 @@
 import { keepInAddress, oneOf } from "../address.js";
 import { at, get } from "../api.js";
 import { ChartGroup, DASHES } from "../charts.js";
-import { along, AXES, basis, TIME } from "../compare/axes.js";
+import { along, AXES, basis, summed } from "../compare/axes.js";
 import { groupsOf, meanSeries } from "../compare/bands.js";
 import { MetricSearch } from "../compare/search.js";
 import { Against, settingsCard, settingsThatDiffer } from "../compare/settings.js";
@@ -124,7 +124,7 @@ export async function render(root, params, app) {
     if (axis !== state.axis) group.range = null;
     keepInAddress(axis === state.axis ? {} : { from: null, to: null });
     change({ axis }, () => {});
-    if (axis === "seconds") await load([TIME]);
+    await load(summed(axis));
     if (!app.alive()) return;
     group.extent = [Infinity, -Infinity];
     for (const { chart } of shown) chart.spec.along = AXES.find(({ id }) => id === axis).along;
@@ -141,7 +141,7 @@ export async function render(root, params, app) {
     }));
   }
 
-  const has = (axis, item) => (axis === "seconds" ? item.names.includes(TIME) : axis === "completions" && !item.config ? false : Boolean(basis(axis, { run: item.run, config: item.config ?? {} }, null)));
+  const has = (axis, item) => (summed(axis).length ? summed(axis).every((name) => item.names.includes(name)) : Boolean(basis(axis, item.config ?? {}, null)));
 
   function toggle(id) {
     if (state.only) {
@@ -172,7 +172,7 @@ export async function render(root, params, app) {
       const item = asItem(await get(at`runs/${id}`));
       runs.push(item);
       remember();
-      await Promise.all([loadConfig(item), load([...state.metrics, ...(state.axis === "seconds" ? [TIME] : [])])]);
+      await Promise.all([loadConfig(item), load([...state.metrics, ...summed(state.axis)])]);
       follow(item);
       restyle();
       showAxes();
@@ -254,7 +254,7 @@ export async function render(root, params, app) {
     item.config = flatten((await get(at`runs/${item.id}/config`)).config);
   }
 
-  const drawn = (item, name) => along(item.data.get(name) ?? emptySeries(), basis(state.axis, { run: item.run, config: item.config ?? {} }, item.data.get(TIME)), state.axis);
+  const drawn = (item, name) => along(item.data.get(name) ?? emptySeries(), basis(state.axis, item.config ?? {}, item.data.get(summed(state.axis)[0])), state.axis);
 
   function feed({ name, chart }) {
     const visible = runs.filter(isShown);
@@ -356,7 +356,7 @@ export async function render(root, params, app) {
         take(item, update);
         timer ??= setTimeout(() => ((timer = null), feedAll()), 500);
       },
-      run: (run) => (item.run = { ...run, latest: item.run.latest, forward_equivalents: item.run.forward_equivalents }),
+      run: (run) => (item.run = { ...run, latest: item.run.latest }),
     });
   }
 
@@ -379,12 +379,13 @@ export async function render(root, params, app) {
   if (!state.metrics.length) state.metrics = usual();
   state.metrics = state.metrics.filter((name) => names().includes(name));
   if (!names().includes(state.focus)) state.focus = usualFocus();
+  if (runs.some((item) => summed(state.axis).some((name) => !item.names.includes(name)))) state.axis = "iteration";
   group.span = state.span;
   setSpan(state.span);
   root.dataset.along = AXES.find(({ id }) => id === state.axis).along;
   restyle();
   for (const name of state.metrics) draw(name);
-  const wanted = [...new Set([...state.metrics, ...(state.axis === "seconds" ? [TIME] : [])])];
+  const wanted = [...new Set([...state.metrics, ...summed(state.axis)])];
   await load(wanted);
   await Promise.allSettled(runs.map(loadConfig));
   if (!app.alive()) return;

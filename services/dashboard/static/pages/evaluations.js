@@ -40,9 +40,9 @@ function evaluation(run, item) {
     ),
     item.unfinished.length > 0 && h("p.body.note", null, `Not done yet: ${item.unfinished.join(", ")}. The same command goes on.`),
     h("div.table-wrap", null, h(
-      "table.table",
+      "table.table.stacked",
       null,
-      h("thead", null, h("tr", null, h("th", null, "Decoded"), h("th", null, "Rate"), h("th.num", null, "Base"), h("th.num", null, "Adapter"), h("th", null, "0 to 100 %"), h("th.num", null, "Adapter − base"), h("th.num", { title: "Forwards of the model for a completion, adapter" }, "Forwards"))),
+      h("thead", null, h("tr", null, h("th", null, "Decoded"), h("th", null, "Rate"), h("th.num", null, "Base"), h("th.num", null, "Adapter"), h("th", null, "0 to 100 %"), h("th.num", null, "Gain, points"), h("th.num", { title: "Forwards of the model for a completion, adapter" }, "Forwards"))),
       h("tbody", null, rows.map(([cell, metric]) => row(cell, metric))),
     )),
   );
@@ -54,19 +54,20 @@ function row(cell, metric) {
   return h(
     "tr",
     null,
-    h("td", null, cell.label),
-    h("td", null, metric === "solve_rate" ? "solved" : metric),
-    h("td.num", null, rate(base)),
-    h("td.num", null, rate(adapter)),
-    h("td", null, bars(base, adapter)),
-    h("td.num", { dataset: { tone: clear ? (gain.value > 0 ? "ok" : "bad") : "" }, title: clear ? "The interval leaves out 0" : "The interval has 0 in it: no difference is shown" }, rate(gain, true)),
-    h("td.num", null, figure(cell.adapter?.mean_nfe ?? cell.base?.mean_nfe, 3)),
+    h("td", { dataset: { label: "Decoded" } }, cell.label),
+    h("td", { dataset: { label: "Rate" } }, metric === "solve_rate" ? "solved" : metric),
+    h("td.num", { dataset: { label: "Base" } }, rate(base)),
+    h("td.num", { dataset: { label: "Adapter" } }, rate(adapter)),
+    h("td", { dataset: { label: "0 to 100 %" } }, bars(base, adapter)),
+    h("td.num", { dataset: { label: "Gain, points", tone: clear ? (gain.value > 0 ? "ok" : "bad") : "" }, title: `Adapter less base on the same problems; ${clear ? "the interval leaves out 0" : "the interval has 0 in it: no difference is shown"}` }, rate(gain, points)),
+    h("td.num", { dataset: { label: "Forwards" } }, figure(cell.adapter?.mean_nfe ?? cell.base?.mean_nfe, 3)),
   );
 }
 
-function rate(estimate, signed = false) {
+const points = (value) => `${value > 0 ? "+" : value < 0 ? "−" : ""}${(100 * Math.abs(value)).toFixed(1)}`;
+
+function rate(estimate, show = percent) {
   if (!estimate) return "–";
-  const show = (value) => `${signed && value > 0 ? "+" : ""}${percent(value)}`;
   return h("span", { title: estimate.method }, h("b", null, show(estimate.value)), " ", h("span.muted", null, `${show(estimate.interval[0])} to ${show(estimate.interval[1])}`));
 }
 

@@ -33,7 +33,7 @@ export class Finder {
     });
     this.choice = h("select", { ariaLabel: "Sample", disabled: true, onchange: () => this.open(this.choice.value, "choice") }, h("option", null, play.problem_id));
     this.search = h("input", { type: "search", placeholder: "Search question, text, problem", ariaLabel: "Search samples", oninput: () => this.#later() });
-    this.found = h("div.play-found", { hidden: true });
+    this.found = h("div.suggestions", { hidden: true });
     const other = index.kind.some((kind) => !same(kind));
     const kinds = [["train", "Training"], ["trained", "Held out"]].map(([kind, text]) =>
       h("button", { type: "button", ariaPressed: String(same(kind)), disabled: !same(kind) && !other, onclick: () => !same(kind) && this.#other(index) }, text),
@@ -44,7 +44,8 @@ export class Finder {
       h("div.segments", { role: "group", ariaLabel: "Kind of sample" }, kinds),
       h("label.play-field.wide", null, h("span", null, "Iteration ", this.label), this.slider),
       h("label.play-field", null, h("span", null, "Sample"), this.choice),
-      h("div.play-field.play-search", null, h("span", null, "Search"), this.search, this.found),
+      h("div.play-field.play-search", null, h("span", null, "Search"), this.search),
+      this.found,
     );
     this.#name();
     this.#list();
