@@ -276,6 +276,8 @@ _THROUGHPUT = (
         "Seconds that the ranks waited for the iteration's groups.",
         "In an asynchronous run near 0.",
         "Most of the iteration: more actors, or rollout.max_staleness=1 so that they draw ahead.",
+        "s",
+    ),
     Metric(
         "machine/gpu_reserved_gib/{kind}",
         "throughput",
@@ -286,8 +288,6 @@ _THROUGHPUT = (
         "GiB",
     ),
     Metric("machine/gpu_allocated_gib/{kind}", "throughput", "Most of it that was in use at once.", unit="GiB"),
-        "s",
-    ),
     Metric("time/update_s", "throughput", "Seconds of the updates.", "", "Most of the iteration: more ranks.", "s"),
     Metric("time/publish_s", "throughput", "Seconds until actors could have the new adapter.", "A second.", "", "s"),
     Metric("time/lease/load_s", "throughput", "Mean seconds in which an actor loads a lease's weights.", "", "", "s"),
