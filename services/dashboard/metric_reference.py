@@ -257,18 +257,18 @@ _THROUGHPUT = (
         "Steady, or rising where speed is rewarded.",
     ),
     Metric(
+        "forward_equivalents",
+        "throughput",
+        "What the iteration's rollouts and updates cost, whatever the method: a forward of one sequence counts 1, its "
+        "backward 2 more. Their sum is an axis for comparing runs.",
+        "Steady; methods that learn in phases cost more where a phase begins.",
+    ),
+    Metric(
         "machine/to_go_s",
         "throughput",
         "Seconds until the last iteration, from the mean time between the reports of this start: evaluations count.",
         unit="s",
     ),
-    Metric("time/iteration_s", "throughput", "Seconds of the iteration, evaluations not counted.", "Steady.", "", "s"),
-    Metric(
-        "time/rollout_wait_s",
-        "throughput",
-        "Seconds that the ranks waited for the iteration's groups.",
-        "In an asynchronous run near 0.",
-        "Most of the iteration: more actors, or rollout.max_staleness=1 so that they draw ahead.",
     Metric(
         "machine/gpu_reserved_gib/{kind}",
         "throughput",
@@ -279,6 +279,13 @@ _THROUGHPUT = (
         "GiB",
     ),
     Metric("machine/gpu_allocated_gib/{kind}", "throughput", "Most of it that was in use at once.", unit="GiB"),
+    Metric("time/iteration_s", "throughput", "Seconds of the iteration, evaluations not counted.", "Steady.", "", "s"),
+    Metric(
+        "time/rollout_wait_s",
+        "throughput",
+        "Seconds that the ranks waited for the iteration's groups.",
+        "In an asynchronous run near 0.",
+        "Most of the iteration: more actors, or rollout.max_staleness=1 so that they draw ahead.",
         "s",
     ),
     Metric("time/update_s", "throughput", "Seconds of the updates.", "", "Most of the iteration: more ranks.", "s"),
