@@ -347,6 +347,7 @@ def _report(group: TrajectoryGroup, rows: Sequence[_Grades]) -> GroupReport:
         group_id=group.group_id,
         problem_id=group.problem_id,
         tokens=int(group.drawn.sum()),
+        steps=int(group.nfe.sum()),
         verdicts=len(grades),
         failures=sum(grade.failed for grade in grades),
         invalid=next((grade.invalid for grade in grades if grade.invalid is not None), None),

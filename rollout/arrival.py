@@ -136,8 +136,9 @@ def report_problem(report: Any, lease: Lease, actor_id: str, weights: Weights) -
     if found != wanted:
         return f"groups {found}, asked for were {wanted}"
     for group in report.groups:
-        if not (group.tokens >= 0 and 0 <= group.failures <= group.verdicts):
-            return f"group {group.group_id} has {group.tokens} tokens, {group.failures} of {group.verdicts} failed"
+        if not (min(group.tokens, group.steps) >= 0 and 0 <= group.failures <= group.verdicts):
+            numbers = f"{group.tokens} tokens, {group.steps} steps"
+            return f"group {group.group_id} has {numbers}, {group.failures} of {group.verdicts} failed"
     return None
 
 

@@ -56,13 +56,15 @@ class GradingFault:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What the controller must know of a drawn group without fetching it. tokens: drawn ones. failures: verdicts, of
-    ``verdicts``, that graders died or hung over. invalid: the kind of failure for which the group can't be trained on,
-    or None. faults: one at most of each verdict. digest: the group's ``content_digest``."""
+    """What the controller must know of a drawn group without fetching it. tokens: drawn ones. steps: denoising steps of
+    its completions, all together. failures: verdicts, of ``verdicts``, that graders died or hung over. invalid: the
+    kind of failure for which the group can't be trained on, or None. faults: one at most of each verdict. digest: the
+    group's ``content_digest``."""
 
     group_id: int
     problem_id: str
     tokens: int
+    steps: int
     verdicts: int
     failures: int
     invalid: str | None

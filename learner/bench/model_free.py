@@ -94,7 +94,7 @@ class ModelFreeActor:
             actor_id=self._actor_id,
             policy_version=weights.version,
             adapter_digest=weights.digest,
-            groups=tuple(GroupReport(s.group_id, s.problem.id, 0, 0, 0, None) for s in lease.groups),
+            groups=tuple(GroupReport(s.group_id, s.problem.id, 0, 0, 0, 0, None) for s in lease.groups),
             load_s=0.0,
             generate_s=time.perf_counter() - begin,
             grade_wait_s=0.0,

@@ -32,6 +32,7 @@ from learner.reporting.playback import PlaybackRecorder
 from learner.reporting.reporter import PROBLEMS
 from learner.runs import checkpoint as checkpoints
 from learner.runs.stopping import StopFlag
+from learner.settings.forwards import forward_equivalents
 from learner.settings.run import RunConfig
 from learner.supply.actor_count import ActorCount
 from learner.supply.actors import start_actors
@@ -209,11 +210,17 @@ class Controller(Training):
         total = time.monotonic() - begin
         metrics = {
             **self._metrics(iteration, items, reports),
-            **{f"time/{name}_s": value for name, value in seconds.items()},
             **self.workers.gpu_peaks(),
+            **{f"time/{name}_s": value for name, value in seconds.items()},
             "time/iteration_s": total,
             **{f"time/lease/{stage}_s": value for stage, value in self.feed.lease_seconds().items()},
             "machine/tokens_per_s": sum(item.report.tokens for item in items) / total,
+            "forward_equivalents": forward_equivalents(
+                self.config,
+                steps=sum(item.report.steps for item in items),
+                completions=reports[0].plan_statistics["completions"],
+                views=[report.plan_statistics["views"] for report in reports],
+            ),
         }
         self._advance(reports, total, state)
         # What the new version allows is drawn while the controller reports.

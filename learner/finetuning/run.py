@@ -173,6 +173,7 @@ class Finetuning(Training):
             "epoch": (iteration + 1) * self.config.sft.batch / len(self.data.train),
             "time/iteration_s": total,
             "machine/tokens_per_s": report.plan_statistics["tokens"] / total,
+            "forward_equivalents": 3.0 * report.plan_statistics["examples"],
         }
         self.reporter.iteration(iteration + 1, metrics)
         self.workers.tell(iteration + 1)

@@ -172,7 +172,7 @@ class SimulatedPool:
         actor.worked += when - actor.began
         self._idle.append(actor)
         self._spend(len(lease.groups) / self._config.controller_groups_per_s)
-        groups = tuple(GroupReport(s.group_id, s.problem.id, 0, 0, 0, None) for s in lease.groups)
+        groups = tuple(GroupReport(s.group_id, s.problem.id, 0, 0, 0, 0, None) for s in lease.groups)
         report = LeaseReport(
             lease_id=lease.lease_id,
             actor_id=f"rollout-{actor.number}",

@@ -16,11 +16,11 @@ from tests.support.small_masked_lms import write_masked_lm
 from tests.support.small_policies import FAMILIES, write_policy
 
 KERNELS = {
-    "llada": (64, 104),
-    "dream": (64, 102),
-    "llada_moe": (110, 210),
-    "bert": (36, 52),
-    "modernbert": (37, 54),
+    "llada": (49, 83),
+    "dream": (49, 81),
+    "llada_moe": (101, 197),
+    "bert": (24, 40),
+    "modernbert": (29, 46),
 }
 """At most, (forward, backward); whoever fuses kernels lowers them. The small LLaDA and Dream repeat keys and values."""
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.comparison.budget import planned_cost, spent
-from learner.control.training import update_metrics
+from learner.comparison.budget import planned_cost
 from learner.ranks.rank import UpdateReport, lora_spec
+from learner.settings.forwards import forward_equivalents
 from learner.settings.run import RunConfig, load_config
 from rewards.task import Problem
 from rollout.adapters import AdapterState
@@ -29,8 +29,6 @@ METHODS = {
     "trafl": 2,  # reference, and a head that reads the prompts before each update
 }
 """Updates per batch."""
-ROUGHLY = ("espo", "dmpo")
-"""A drawn mask of everything has no complement to score, so that updates of a batch differ by a few views."""
 
 
 def config_of(method: str) -> RunConfig:
@@ -40,11 +38,14 @@ def config_of(method: str) -> RunConfig:
 BATCH = {"rollout__prompts_per_iteration": 4, "rollout__group_size": 4, "rollout__groups_per_lease": 4}
 
 
-def metrics_row(groups: Sequence[TrajectoryGroup], reports: Sequence[UpdateReport]) -> dict[str, Any]:
-    """As the controller writes it."""
-    tokens = sum(int(group.drawn.sum()) for group in groups)
-    seconds = 1.7
-    return {**update_metrics(reports), "time/iteration_s": seconds, "machine/tokens_per_s": tokens / seconds}
+def counted(config: RunConfig, groups: Sequence[TrajectoryGroup], reports: Sequence[UpdateReport]) -> float:
+    """As the controller counts it."""
+    return forward_equivalents(
+        config,
+        steps=sum(int(group.nfe.sum()) for group in groups),
+        completions=reports[0].plan_statistics["completions"],
+        views=[report.plan_statistics["views"] for report in reports],
+    )
 
 
 def drawn(model: str, sampler: SamplerSpec) -> tuple[list[TrajectoryGroup], int]:
@@ -73,13 +74,8 @@ def batch(tiny_model: str) -> tuple[list[TrajectoryGroup], int]:
 
 def test_rollouts_cost_the_rows_that_went_through_the_model(batch: tuple[list[TrajectoryGroup], int]) -> None:
     groups, rows = batch
-    nothing_learned = {"completions": 0.0, "views": 0.0, "time/iteration_s": 1.7}
-    tokens = sum(int(group.drawn.sum()) for group in groups)
-    row = nothing_learned | {"machine/tokens_per_s": tokens / 1.7}
-    assert rows == 16 * 8 == spent(config_of("wd1"), [row])[0]
-    # A completion that ended after its first block of two drew half of its tokens, in half of the steps.
-    ended_early = nothing_learned | {"machine/tokens_per_s": (tokens - 12) / 1.7}
-    assert spent(config_of("wd1"), [ended_early])[0] == rows - 4
+    assert rows == 16 * 8 == sum(int(group.nfe.sum()) for group in groups)
+    assert forward_equivalents(config_of("wd1"), steps=rows, completions=0.0, views=[0.0, 0.0]) == rows
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +107,7 @@ def test_an_iteration_costs_what_its_model_does(
     reports = [ranks.update(refs, index, 1e-4) for index in range(METHODS[method])]
     (counts,) = ranks.ask("counted")
     worked = rows + 3 * counts["policy_rows"] + counts.get("reference_rows", 0)
-    row = metrics_row(groups, reports)
-    assert spent(config, [row])[0] == (pytest.approx(worked, rel=0.02) if method in ROUGHLY else worked)
+    assert counted(config, groups, reports) == worked
     assert worked <= planned_cost(config), "what is planned is the most that it can be"
     # The control: a cost that leaves out what is scored without gradient is another one, where there is some.
     cost = config.objective.cost(config.rollout.sampler.spec())
@@ -120,7 +115,7 @@ def test_an_iteration_costs_what_its_model_does(
         if getattr(cost, field):
             less = dataclasses.replace(cost, **{field: 0})
             monkeypatch.setattr(type(config.objective), "cost", lambda self, sampler, less=less: less)
-            assert spent(config, [row])[0] < worked
+            assert counted(config, groups, reports) < worked
             monkeypatch.undo()
     assert method == "wd1" or method == "agrpo" or counts["reference_rows"] > 0
 

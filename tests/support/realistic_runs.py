@@ -35,6 +35,7 @@ def figures(iteration: int, *, seed: int = 0, total: int = 200) -> dict[str, flo
         "staleness/max": 1.0,
         "lr": 1e-3,
         "machine/tokens_per_s": 900 + 80 * draw.normal(),
+        "forward_equivalents": 1600.0,
         **{f"time/{name}_s": value for name, value in seconds.items()},
         "time/iteration_s": sum(seconds.values()) + 0.1,
         "ledger/issued": 16.0 * iteration + 16,

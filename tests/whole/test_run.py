@@ -64,7 +64,10 @@ def test_metrics_hold_every_iteration_once_and_the_evaluations(undisturbed: RunD
     assert all(row["eval/problems"] > 0 for row in rows(undisturbed) if "eval/m/solve_rate" in row)
     assert all(row["machine/to_go_s"] >= 0 for row in training_rows(undisturbed))
     assert_ledger_balances(undisturbed)
+    rollout = load_config(SETTINGS).rollout
+    drawn = rollout.prompts_per_iteration * rollout.group_size * rollout.sampler.steps
     for row in training_rows(undisturbed):
+        assert 0 < row["forward_equivalents"] - 3 * row["views"] <= drawn
         assert row["updates/applied"] == 1
         assert row["staleness/max"] == 0
         assert row["log_ratio/unupdated_abs_max"] < 1e-4, "learner and actors disagree"
