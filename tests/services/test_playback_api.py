@@ -71,6 +71,20 @@ def row(trajectory: bytes | None = None, *, kept: Any = None, **changes: Any) ->
 # ---- the document
 
 
+def test_the_text_around_gaps_is_told_and_checked() -> None:
+    kept = {"version": 1, "tokens": ["a", "b", "c", "d"]}
+
+    def told(context: Any) -> Any:
+        return playback(row(save(arrays(), {"playback": json.dumps(kept | {"context": context})}))).context
+
+    assert playback(row()).context == []
+    pieces = [{"before": 0, "text": "ab"}, {"before": 3, "text": "c\ud800"}]
+    assert [(piece.before, piece.text) for piece in told(pieces)] == [(0, "ab"), (3, "c?")]
+    for wrong in ({}, [1], [{"before": 99, "text": ""}], [{"before": -1, "text": ""}], pieces[::-1], [{"before": 0}]):
+        with pytest.raises(UnreadableSample, match="the text around its gaps"):
+            told(wrong)
+
+
 def test_branches_are_told_and_checked() -> None:
     kept = {"version": 1, "tokens": ["a", "b", "c", "d"]}
     branch = {"step": 1, "completion": "ab", "correct": True, "rewards": {"shape": 0.5, "verdict": 1.0}}
