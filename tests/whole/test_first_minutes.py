@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.bench import gpu, report
+from learner.bench import gpu, llada_8b, report
 from learner.bench.first_minutes import estimates, rounding, speed, waits
 from learner.bench.first_minutes.drive import STEPS, TABLES, TOTAL_S, Work, failed, figures_of, run_each
 from learner.bench.policy import build_policy, prompt_ids
@@ -33,7 +33,7 @@ def test_a_step_gives_its_figures(step: str) -> None:
 
 def test_the_variant_rounds_logits_of_a_trained_models_size_and_nothing_else() -> None:
     """Logits of 16 to 32 lie 0.125 apart in bfloat16."""
-    shape = gpu.SMALL
+    shape = llada_8b.SMALL
     model, _ = build_policy(shape, dtype=torch.bfloat16)
     head = next(module for module in model.modules() if isinstance(module, Head))
     rounding.sharpen(model, head, shape)

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from learner.bench import gpu as bench
+from learner.bench import llada_8b as bench
 from learner.bench.first_minutes.figures import Figure
 from learner.bench.model_free import prebuilt_group
 from learner.bench.planned_cases import ONE_STEP, Case

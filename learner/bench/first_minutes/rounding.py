@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from learner.bench import gpu as bench
+from learner.bench import llada_8b as bench
 from learner.bench.compare import forward_loss, planned_update
 from learner.bench.first_minutes.figures import Figure
 from learner.bench.first_minutes.speed import ENGINE, fitting

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from learner.bench import gpu as bench
+from learner.bench import llada_8b as bench
 from learner.bench.first_minutes import estimates
 from learner.bench.first_minutes.figures import Figure
 from learner.bench.measure import matmul_rate

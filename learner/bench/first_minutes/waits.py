@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from learner.bench import gpu as bench
+from learner.bench import llada_8b as bench
 from learner.bench.compare import forward_loss, planned_update
 from learner.bench.first_minutes.figures import Figure
 from learner.bench.policy import BenchEngine, build_policy, generate, prompt_ids
