@@ -351,7 +351,25 @@ _MODERNBERT_LARGE: dict[str, Any] = {
     "num_attention_heads": 16,
     "num_hidden_layers": 28,
 }
+_ANTIBERTY: dict[str, Any] = {
+    "model_type": "bert",
+    "vocab_size": 25,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+}
+_RXNFP: dict[str, Any] = {
+    "model_type": "bert",
+    "vocab_size": 591,
+    "hidden_size": 256,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "models/antiberty": _ANTIBERTY,
+    "models/rxnfp": _RXNFP,
     "GSAI-ML/LLaDA-8B-Base": _LLADA_8B,
     "GSAI-ML/LLaDA-8B-Instruct": _LLADA_8B,
     "GSAI-ML/LLaDA-1.5": _LLADA_8B,
@@ -362,4 +380,5 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "answerdotai/ModernBERT-base": _MODERNBERT_BASE,
     "answerdotai/ModernBERT-large": _MODERNBERT_LARGE,
 }
-"""Sizes of published models under their hub names, so that a plan needs no network."""
+"""Sizes of published models under their hub names, or where ``make models`` puts them, so that a plan needs no
+network."""

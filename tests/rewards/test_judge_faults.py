@@ -208,7 +208,7 @@ def test_a_key_that_comes_back_escaped_is_not_shown(server: JudgeServer, monkeyp
                 judge.score(PROMPT, {}, "a")
             told = str(failed.value)
             assert "repeats the key" in told or "holds no choices" in told and status == 200
-            assert "sk-" not in told and "111" not in told
+            assert "sk-" not in told and "111111" not in told  # six: a port may have three
     server.faults = [body(chat("sk-another"))]
     with pytest.raises(JudgeFailed, match="the judge wrote 'sk-another'"):
         judge.score(PROMPT, {}, "a")

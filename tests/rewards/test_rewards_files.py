@@ -294,7 +294,7 @@ def test_a_line_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> Non
 
 
 def test_unknown_tasks() -> None:
-    with pytest.raises(ConfigError, match="'sudku'; known tasks are commonsense_qa, countdown, .*, sudoku_spg, or"):
+    with pytest.raises(ConfigError, match="'sudku'; known tasks are antibody_cdr, .*, countdown, .*, sudoku_spg, or"):
         get_task("sudku")
     with pytest.raises(ConfigError, match="can't be imported"):
         get_task("no_such_module_at_all:Task")
