@@ -14,10 +14,7 @@ import torch
 from learner.finetuning.data import Example
 from learner.finetuning.rank import SftRank, UpdateBatch
 from learner.finetuning.settings import SftConfig, load_sft_config
-from learner.likelihood.scorer import PolicyScores, Scores, score
-from learner.likelihood.views import build_batch
 from learner.objectives import make_objective
-from learner.ranks.plan import Forward, plan_update
 from learner.ranks.rank import lora_spec
 from rewards.task import Problem
 from rollout.adapters import HEAD, AdapterState, adapter_parameters, digest, load_state, pack
@@ -27,7 +24,7 @@ from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.prompt_head import head_net
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
-from tests.support.every_method import METHODS, Drawing, at, draw_batches, drawing_of
+from tests.support.every_method import METHODS, Drawing, at, batch_of, draw_batches, drawing_of, loss_of, update_of
 from tests.support.hand_made import acting_adapter
 from tests.support.learner_ranks import SAMPLER, random_adapter, settings
 from tests.support.pretended_gpu import Counts, MixedDevices, counted, pretended_gpu
@@ -170,45 +167,15 @@ def gradients(
     family, objective = policy_adapter(path), make_objective(config.objective)
     model = attach_lora(load_model(path), family, lora_spec(config)).to(device).train()
     load_state(model, adapter)
-    plan = plan_update(
-        groups,
-        objective=objective,
-        run_seed=1,
-        update_index=0,
-        eos_ids=(family.eos_token_id,),
-        ranks=1,
-        views_per_forward=16,
-    )
+    plan = update_of(objective, family, groups)
     before = Counts()
     for forward in plan.forwards[0]:
         with counted() as counts:
-            loss = loss_of(model, forward, objective, family, groups)
+            loss = loss_of(model, batch_of(forward, objective, family, groups), objective, family)
         before.syncs += counts.syncs
         (loss / plan.normaliser).backward()
     found = {name: p.grad.cpu() for name, p in adapter_parameters(model).items() if p.grad is not None}
     return found, before, len(plan.forwards[0])
-
-
-def loss_of(model, forward: Forward, objective, family, groups) -> torch.Tensor:
-    needs = objective.needs
-    batch = build_batch(
-        forward.views,
-        groups,
-        mask_id=family.mask_token_id,
-        pad_id=family.pad_token_id,
-        law=needs.law,
-        unit_sizes=[len(unit) for unit in forward.units],
-    )
-    policy = score(model, batch, family=family, vocabulary=needs.vocabulary)
-    if needs.head is not None:  # a head's values are 0 at first
-        zeros = {"value_Z": policy.logp_N.new_zeros(len(batch.views)), "value_N": torch.zeros_like(policy.logp_N)}
-        policy = dataclasses.replace(policy, **zeros)
-    reference: Scores | None = None
-    if needs.reference:
-        with torch.no_grad(), model.disable_adapter():
-            reference = score(model, batch, family=family)
-    loss, _ = objective.loss(PolicyScores(policy, policy.detached(), reference, policy.detached()), batch)
-    return loss
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,7 +18,6 @@ from learner.likelihood.views import View, ViewBatch, build_batch, step_view
 from learner.objectives import make_objective
 from learner.objectives.advantages import group_advantages
 from learner.objectives.agrpo import Agrpo
-from learner.ranks.plan import plan_update
 from learner.ranks.rank import lora_spec
 from learner.settings.methods.states import AgrpoConfig
 from learner.verification.enumeration import expected_weights, relative_error
@@ -28,7 +27,7 @@ from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
 from rollout.spans import Gap
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
-from tests.support.every_method import METHODS, Drawing, at, batch_of, drawing_of, loss_of
+from tests.support.every_method import METHODS, Drawing, at, batch_of, drawing_of, loss_of, update_of
 from tests.support.learner_ranks import SAMPLER as SHAPE
 from tests.support.learner_ranks import draw_batch, random_adapter, settings
 
@@ -219,6 +218,7 @@ def drawn(tiny_model: str, adapter: AdapterState) -> dict[Drawing, list[Trajecto
     return {way: draw_batch(tiny_model, settings(), adapter, *way, gaps=GAPS) for way in ways}
 
 
+@pytest.mark.slow  # in all
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "diffpo_thresholds"])
 def test_every_method_learns_from_gaps_and_scores_nothing_else(
     tiny_model: str, adapter: AdapterState, drawn: dict[Drawing, list[TrajectoryGroup]], method: str
@@ -249,15 +249,7 @@ def gradient(
     family, objective = policy_adapter(path), make_objective(config.objective)
     model = attach_lora(load_model(path), family, lora_spec(config))
     load_state(model, adapter)
-    plan = plan_update(
-        groups,
-        objective=objective,
-        run_seed=1,
-        update_index=0,
-        eos_ids=(family.eos_token_id,),
-        ranks=1,
-        views_per_forward=16,
-    )
+    plan = update_of(objective, family, groups)
     batches = []
     for forward in plan.forwards[0]:
         batch = batch_of(forward, objective, family, groups)

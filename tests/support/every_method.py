@@ -9,7 +9,7 @@ import torch
 from learner.likelihood.scorer import PolicyScores, Scores, score
 from learner.likelihood.views import ViewBatch, build_batch
 from learner.objectives.base import Objective
-from learner.ranks.plan import Forward
+from learner.ranks.plan import Forward, UpdatePlan, plan_update
 from learner.settings.objective import ObjectiveSection
 from learner.settings.objectives import ObjectiveConfig
 from learner.settings.run import RunConfig
@@ -67,6 +67,19 @@ def drawing_of(method: str) -> Drawing:
 def draw_batches(model_path: str, adapter: AdapterState) -> dict[Drawing, list[TrajectoryGroup]]:
     """A batch for each way in which any of the methods draws."""
     return {how: draw_batch(model_path, settings(), adapter, *how) for how in set(map(drawing_of, METHODS))}
+
+
+def update_of(objective: Objective, family: PolicyAdapter, groups: Sequence[TrajectoryGroup]) -> UpdatePlan:
+    """The first update on the groups, for one rank."""
+    return plan_update(
+        groups,
+        objective=objective,
+        run_seed=1,
+        update_index=0,
+        eos_ids=(family.eos_token_id,),
+        ranks=1,
+        views_per_forward=16,
+    )
 
 
 def batch_of(
