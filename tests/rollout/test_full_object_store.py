@@ -42,7 +42,12 @@ def test_groups_beyond_the_object_store_are_kept_on_disk(monkeypatch: pytest.Mon
     ledger.issue(1, specs[GROUPS:])
     with local_ray(num_cpus=2, object_store_memory=STORE_BYTES, logging_level=logging.ERROR):
         settings: Any = ModelFreeSettings(SIZES)
-        options: dict[str, Any] = {"resources": {"CPU": 1}, "threads": 1, "start_timeout_s": 60.0, "max_restarts": 1}
+        options: dict[str, Any] = {
+            "resources": {"CPU": 1},
+            "environment": {},
+            "start_timeout_s": 60.0,
+            "max_restarts": 1,
+        }
         pool = HonestPool(settings, size=1, **options)
         pool.wait_ready()
 

@@ -113,7 +113,9 @@ def test_a_run_keeps_what_its_environment_holds_to_itself(runs: Runs, short_fold
                             secrets["the token of its Ray"] = psutil.Process(pid).environ()["RAY_AUTH_TOKEN"]
                 return run.popen.poll() is not None
 
-            held = psutil.Process(run.popen.pid).environ()
+            process = psutil.Process(run.popen.pid)
+            wait_until(lambda: NAMES[0] in process.environ(), "the command, in the place of what started it", 60)
+            held = process.environ()
             assert all(held[name] == secret for name, secret in environment.items()), "it had them"
             wait_until(over, "the end of the run", 600)
             assert run.wait() == 0, run.output()

@@ -11,6 +11,7 @@ from rewards.infill import SEPARATOR
 from services.dashboard.playback import playback
 from services.store import schema
 from services.store.reader import Reader
+from tests.support import gapped
 from tests.support.real_runs import Runs, clean_environment, iterations
 
 TASK = """
@@ -59,15 +60,16 @@ def test_a_run_finds_it_in_the_working_directory(folder: Path, tiny_model: str) 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_fills_gaps(tmp_path: Path, tiny_model: str) -> None:
-    """With its playback, evaluation and plan."""
+    """With its playback."""
+    (tmp_path / "gapped.py").write_text(Path(gapped.__file__).read_text())
     runs = Runs(tmp_path, tmp_path / "cache")
-    gapped = [
+    settings = [
         "rollout.sampler.block_length=12",
         "rollout.sampler.steps=4",
-        "task.name=tests.support.gapped:Gapped",
+        "task.name=gapped:Gapped",
         f"model.path={tiny_model}",
     ]
-    runs.train("gaps", *gapped, "run.iterations=2", "rollout.sampler.completion_length=12")
+    runs.train("gaps", *settings, "run.iterations=2", "rollout.sampler.completion_length=12")
     assert iterations(runs["gaps"]) == [1, 2]
     store = runs["gaps"].store_url
     reader = Reader(schema.open_engine(store, create=False))
