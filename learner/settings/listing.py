@@ -14,6 +14,7 @@ from learner.settings import arguments as overrides
 from learner.settings.run import load_config
 from rewards.command import reported
 from rewards.section import Section
+from rollout.process import prepare_process
 
 _KINDS = ((bool, "yes or no"), (int, "whole number"), (float, "number"), (str, "text"))
 
@@ -88,4 +89,5 @@ def main(load: Callable[[Sequence[str]], Section]) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main(load_config))
