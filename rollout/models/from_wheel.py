@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from rewards.command import Parser, piped, reported
 from rewards.errors import ConfigError, DataError, UnmaskError, WaitTimeout
+from rollout.process import prepare_process
 
 DOWNLOAD_LIMIT_S = 1800.0
 READ_LIMIT_S = 300.0
@@ -242,4 +243,5 @@ def _download(source: Source, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())
