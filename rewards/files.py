@@ -109,6 +109,12 @@ def read_rows(path: str) -> Iterator[tuple[int, str, Row]]:
         raise DataError(f"{path} can't be read ({error}); check the path and that the file is whole") from error
 
 
+def shipped_rows(name: str, split: str, size: int) -> list[Row]:
+    """The first ``size`` rows of a split of a file in ``rewards/data``, by its column ``split``."""
+    path = Path(__file__).parent / "data" / name
+    return list(islice((row for _, _, row in read_rows(str(path)) if row["split"] == split), size))
+
+
 def known_types() -> str:
     """For messages."""
     return f"one of {', '.join(SUFFIXES)}, all but .parquet also with .gz"

@@ -4,7 +4,7 @@ Shapes: D width of the model.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from learner.likelihood.scorer import score
-from learner.likelihood.views import build_batch, step_view
+from learner.likelihood.views import View, build_batch, step_view
 from learner.verification.measurement import Measurement, Meter
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
@@ -80,6 +80,16 @@ def write_small_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def recorded_states(groups: Sequence[TrajectoryGroup]) -> list[View]:
+    """Every state that the rollouts went through and drew something in, of weight and credit 1."""
+    return [
+        step_view(group, g, row, int(step), 1.0, 1.0)
+        for g, group in enumerate(groups)
+        for row in range(group.size)
+        for step in np.unique(group.unmask_step[row][group.drawn[row]])
+    ]
+
+
 def _act(engine: TorchEngine) -> None:
     """Give the engine an adapter that changes what the base does (a fresh one's B matrices are 0)."""
     generator = torch.Generator().manual_seed(5)
@@ -97,12 +107,7 @@ def _compare(
     meter: Meter, learner: torch.nn.Module, engine: TorchEngine, groups: list[TrajectoryGroup]
 ) -> list[Measurement]:
     family = engine.family
-    views = [
-        step_view(group, g, row, int(step), 1.0, 1.0)
-        for g, group in enumerate(groups)
-        for row in range(group.size)
-        for step in np.unique(group.unmask_step[row][group.drawn[row]])
-    ]
+    views = recorded_states(groups)
     order = np.random.default_rng(0).permutation(len(views))
     tokens: list[tuple[np.ndarray, np.ndarray]] = []
     choices: list[tuple[np.ndarray, np.ndarray]] = []

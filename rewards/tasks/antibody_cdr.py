@@ -9,14 +9,13 @@ the window, and by the distance from it less, 0 from 2 charges and 2 units of hy
 verdict is right. What is no amino acid earns nothing.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any, ClassVar
 
 from rewards.antibodies import AMINO_ACIDS, hydropathy, liabilities, loops, net_charge
 from rewards.cells import listed
 from rewards.errors import ConfigError, DataError
+from rewards.files import shipped_rows
 from rewards.infill import Infill, contents, infill
 from rewards.task import Grade, InfillTask, Problem, Split
 from rewards.tasks.hub import problems_from_source
@@ -48,8 +47,6 @@ class AntibodyCdr(InfillTask):
             return problems_from_source(path, task=self.name, size=size, convert=self._fields_from_row)
         if size < 1:
             raise ConfigError(f"{self.name}: size is {size}; ask for at least 1 problem")
-        text = (files("rewards") / "data" / "heavy_chains.csv").read_text(encoding="utf-8")
-        rows = [row for row in csv.DictReader(text.splitlines()) if row["split"] == split]
         return [
             Problem(
                 f"{self.name}-{row['name']}",
@@ -58,7 +55,7 @@ class AntibodyCdr(InfillTask):
                     "loops": [[int(row[f"{loop}_start"]), int(row[f"{loop}_end"])] for loop in self.LOOPS],
                 },
             )
-            for row in rows[:size]
+            for row in shipped_rows("heavy_chains.csv", split, size)
         ]
 
     def prompt(self, fields: dict[str, Any]) -> Infill:

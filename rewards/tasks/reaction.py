@@ -5,14 +5,12 @@ also when it is written otherwise). Reward components: ``words`` the share of wo
 product, in their places; ``value`` 1 when the verdict is right.
 """
 
-import csv
-import gzip
 import hashlib
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any, ClassVar
 
 from rewards.errors import ConfigError, DataError
+from rewards.files import shipped_rows
 from rewards.infill import Infill, contents, infill
 from rewards.reactions import same_molecules, words
 from rewards.task import Grade, InfillTask, Problem, Split
@@ -47,10 +45,8 @@ class Reaction(InfillTask):
             return problems_from_source(path, task=self.name, size=size, convert=self._fields_from_row)
         if size < 1:
             raise ConfigError(f"{self.name}: size is {size}; ask for at least 1 problem")
-        text = gzip.decompress((files("rewards") / "data" / "reactions.csv.gz").read_bytes()).decode()
-        rows = [row for row in csv.DictReader(text.splitlines()) if row["split"] == split]
         found = []
-        for number, row in enumerate(rows[:size]):
+        for number, row in enumerate(shipped_rows("reactions.csv.gz", split, size)):
             fields = self._fields_from_row(row)
             assert fields is not None, "every reaction that ships is a problem"
             found.append(Problem(f"{self.name}-{split}-{number}", fields))

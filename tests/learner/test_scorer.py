@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from learner.likelihood.scorer import padded_support, restricted_logp, score
-from learner.likelihood.views import View, ViewBatch, build_batch, step_view
+from learner.likelihood.views import ViewBatch, build_batch
+from learner.verification.parity import recorded_states
 from rewards.task import Problem
 from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine
@@ -162,18 +163,9 @@ def rollout(engine: TorchEngine, rule: str, **truncation) -> list[TrajectoryGrou
     return engine.generate(specs, [list(range(10, 20 + 3 * i)) for i in range(3)], sampler)
 
 
-def all_views(groups: Sequence[TrajectoryGroup]) -> list[View]:
-    return [
-        step_view(group, g, row, int(step), 1.0, 1.0)
-        for g, group in enumerate(groups)
-        for row in range(group.size)
-        for step in np.unique(group.unmask_step[row][group.drawn[row]])
-    ]
-
-
 def batches(groups: Sequence[TrajectoryGroup], family, *, views_per_forward: int = 7) -> Iterator[ViewBatch]:
     """Every drawn token of the groups once, in batches that mix groups, rows and steps unlike any rollout batch."""
-    views = all_views(groups)
+    views = recorded_states(groups)
     order = np.random.default_rng(0).permutation(len(views))
     for start in range(0, len(views), views_per_forward):
         chosen = [views[i] for i in order[start : start + views_per_forward]]

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from learner.likelihood.scorer import score
-from learner.likelihood.views import build_batch, step_view
+from learner.likelihood.views import build_batch
 from learner.reporting.playback import context_of
 from learner.supply.problems import fitting
+from learner.verification.parity import recorded_states
 from rewards.errors import ConfigError, DataError, TrajectoryError
 from rewards.infill import SEPARATOR, contents, infill
 from rewards.task import Problem
@@ -140,12 +141,7 @@ def drawn(path: str, sampler: SamplerSpec = SAMPLER) -> tuple[TorchEngine, list[
 def replay_error(engine: TorchEngine, groups: list[TrajectoryGroup]) -> float:
     """Of recorded log-probs, the largest."""
     family = engine.family
-    views = [
-        step_view(group, g, row, int(step), 1.0, 1.0)
-        for g, group in enumerate(groups)
-        for row in range(group.size)
-        for step in np.unique(group.unmask_step[row][group.drawn[row]])
-    ]
+    views = recorded_states(groups)
     batch = build_batch(views, groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
     with torch.no_grad():
         scores = score(engine.model, batch, family=family)
