@@ -7,10 +7,10 @@ play it too. What can't animate shows the finished text. Times are fractions of 
 import math
 import textwrap
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from services.dashboard.playback_models import LayoutCell, Playback
+from services.dashboard.playback_models import Context, LayoutCell, Playback
 
 Theme = Literal["light", "dark"]
 
@@ -34,9 +34,11 @@ BEFORE_S, AFTER_S = 1.0, 3.5
 """How long the masked and the finished text stand."""
 
 PANEL, MARGIN, GAP = 430, 20, 16
-CELL, TOKEN, LINE, CHARACTER = 38, 26, 30, 8.2
+CELL, TOKEN, LINE, CHARACTER = 38, 26, 30, 8.5
 MOST_TOKENS = 600
 """Positions that are drawn; of a longer completion the first."""
+MOST_AROUND = 300
+"""Characters of each text between gaps; of a longer one those beside the gaps."""
 MOST_LINES = 4
 """Of a question."""
 
@@ -139,9 +141,11 @@ class _Picture:
         cells, x = play.cells, left
         count = min(MOST_TOKENS, 1 + max((at for at, drawn in enumerate(cells.drawn) if drawn), default=0))
         end = count
-        while end > 0 and cells.special[end - 1]:
+        while end > 0 and cells.special[end - 1] and not play.context:
             end -= 1
+        around = dict(_around(play.context))
         for at in range(end):
+            x, y = self._fixed(around.pop(at, ""), left, x, y, right)
             text = "∎" if cells.special[at] else _visible(cells.text[at])[:40] or "∅"
             wide = max(TOKEN - 4, len(text) * CHARACTER + 8)
             if x + wide > right and x > left:
@@ -156,12 +160,28 @@ class _Picture:
             if x + wide > right and x > left:
                 x, y = left, y + LINE
             self._token(text, x, y, wide, [cells.step[at] + 1 for at in range(end, count)], None)
+        for text in around.values():
+            x, y = self._fixed(text, left, x, y, right)
         return y + TOKEN
+
+    def _fixed(self, text: str, left: float, x: float, y: float, right: float) -> tuple[float, float]:
+        """Text of the prompt beside a gap, broken anywhere; where the next token goes."""
+        for number, line in enumerate(text.split("\n")):
+            if number:
+                x, y = left, y + LINE
+            while line:
+                room = int((right - x) / CHARACTER)
+                if room < 1:
+                    x, y = left, y + LINE
+                    continue
+                self._text(x, y + 18, line[:room], size=14, fill="muted", mono=True)
+                x, line = x + len(line[:room]) * CHARACTER + 3, line[room:]
+        return x, y
 
     def _token(self, text: str, x: float, y: float, wide: float, steps: list[int], mark: str | None) -> None:
         """Of several steps (the folded end) the token stands from the last one on."""
         known = mark if mark in ("right", "wrong") else None
-        self._rect(x, y, wide, TOKEN, stroke=known or "line", rx=4)
+        self._shown_at(self._rect(x, y, wide, TOKEN, stroke=known or "line", rx=4), max(steps))
         shown = self._text(x + wide / 2, y + 18, text, size=14, text_anchor="middle", mono=True, fill=known or "text")
         self._shown_at(shown, max(steps))
         self._hidden_at(self._rect(x, y, wide, TOKEN, fill="raised", stroke="line", rx=4), max(steps))
@@ -229,6 +249,17 @@ class _Picture:
         element = ET.SubElement(self.svg, "text", about)
         element.text = _visible(text)
         return element
+
+
+def _around(context: Sequence[Context]) -> Iterator[tuple[int, str]]:
+    """Of each text between gaps where it stands, and what is drawn of it."""
+    half = MOST_AROUND // 2
+    for number, piece in enumerate(context):
+        text, first, last = piece.text, number == 0 and piece.before == 0, number == len(context) - 1
+        if len(text) > MOST_AROUND:
+            ends = text[:half], text[-half:]
+            text = f"…{text[-MOST_AROUND:]}" if first else f"{text[:MOST_AROUND]}…" if last else "…".join(ends)
+        yield piece.before, text
 
 
 def _name(play: Playback) -> str:

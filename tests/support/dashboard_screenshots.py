@@ -1,4 +1,4 @@
-"""Takes the screenshots of docs/, and the moving picture of the README.
+"""Takes the screenshots of docs/, and the moving pictures of the README.
 
     python -m tests.support.dashboard_screenshots RUNS RUN OTHER [--out docs/screenshots]
 
@@ -60,8 +60,9 @@ def main() -> None:
     with chromium() as browser, dashboard(asked.runs) as service:
         play = playback_route(service, asked.run)
         base, trained = base_and_trained(service, asked.run)
-        picture = service.get(f"/api/v1/runs/{asked.run}/samples/{base}/animation", beside=trained)
-        (asked.out / "playback.svg").write_text(picture.text)
+        for name, theme in (("playback", "light"), ("playback-dark", "dark")):
+            picture = service.get(f"/api/v1/runs/{asked.run}/samples/{base}/animation", beside=trained, theme=theme)
+            (asked.out / f"{name}.svg").write_text(picture.text)
         shots = [
             ("runs", "/runs", f"tr[data-run='{asked.run}'] svg.spark"),
             ("run", run, "[data-chart=reward] .main-svg"),

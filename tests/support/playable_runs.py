@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,7 +18,7 @@ from learner.ranks.scored import ScoredView, recorded_groups
 from learner.reporting.playback import PlaybackRecorder
 from learner.reporting.reporter import Reporter
 from learner.runs.directory import RunDirectory
-from rewards.task import Problem, get_task
+from rewards.task import Problem, Task, get_task
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from services.store.writer import StoreWriter
 
@@ -232,17 +232,10 @@ def playable(
     shape = {"length": 384, "block": 12, "steps": 128} if long else {"length": 24, "block": 24, "steps": 8}
     prompt = pieces(WORDS["question"]) if long else PUZZLE
     prompt = [word for word in prompt if word in tokenizer.get_vocab()]
-    with RunDirectory.create(runs, name) as run_dir:
-        task = get_task("gsm8k" if long else "sudoku")
-        about = {"task": task.name, "objective": "agrpo", "total_iterations": iterations}
-        reporter = Reporter(
-            run_dir, StoreWriter(run_dir.store_url, name, **about), total_iterations=iterations, quiet=True
-        )
-        problems = [
-            Problem(f"made-up-{number}", WORDS if long else {"puzzle": PUZZLE_TEXT, "solution": SOLUTION})
-            for number in range(10 * iterations + 10)
-        ]
-        recorder = PlaybackRecorder(reporter, tokenizer, completions=8, task=task, train=problems, held_out=problems)
+    task = get_task("gsm8k" if long else "sudoku")
+    fields = WORDS if long else {"puzzle": PUZZLE_TEXT, "solution": SOLUTION}
+    problems = [Problem(f"made-up-{number}", fields) for number in range(10 * iterations + 10)]
+    with recording(runs, name, tokenizer, task, problems, iterations=iterations) as (reporter, recorder):
 
         def evaluation(iteration: int, kind: str) -> None:
             held_out = [
@@ -274,6 +267,72 @@ def playable(
         evaluation(0, "base")
         yield iterate
         evaluation(iterations, "trained")
+
+
+@contextlib.contextmanager
+def recording(
+    runs: Path,
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    iterations: int,
+) -> Iterator[tuple[Reporter, PlaybackRecorder]]:
+    """The reporter of a run on these problems, and its recorder of samples; it has finished at the end of the block."""
+    with RunDirectory.create(runs, name) as run_dir:
+        about = {"task": task.name, "objective": "agrpo", "total_iterations": iterations}
+        reporter = Reporter(
+            run_dir, StoreWriter(run_dir.store_url, name, **about), total_iterations=iterations, quiet=True
+        )
+        yield (
+            reporter,
+            PlaybackRecorder(reporter, tokenizer, completions=8, task=task, train=problems, held_out=problems),
+        )
         reporter.store.status("finished", {})
         assert reporter.flush(60)
         reporter.close()
+
+
+def filled(
+    tokenizer: PreTrainedTokenizerFast, around: Sequence[Sequence[str]], rows: Sequence[Sequence[Sequence[str]]]
+) -> TrajectoryGroup:
+    """A group whose completions fill the gaps between these tokens, a token a step; of each what it has in each gap."""
+    words = [[word for gap in gaps for word in gap] for gaps in rows]
+    length = max(map(len, words))
+    prompt = [word for piece in around for word in piece]
+    group = written(tokenizer, 0, words, length=length, block=length, steps=length, prompt=prompt)
+    places = np.full(group.completion_ids.shape, -1, np.int32)
+    for row, gaps in enumerate(rows):
+        at, found = 0, []
+        for piece, gap in zip(around, gaps, strict=False):
+            found += range(at + len(piece), at + len(piece) + len(gap))
+            at += len(piece) + len(gap)
+        places[row, : len(found)] = found
+    there, step = places >= 0, np.zeros_like(group.unmask_step)
+    for row in range(group.size):  # steps without a token are none
+        step[row, there[row]] = group.unmask_step[row, there[row]].argsort().argsort()
+    kept = {name: np.where(there, getattr(group, name), np.float32(0)) for name in ("logp", "logp_raw", "entropy")}
+    found_group = dataclasses.replace(
+        group, places=places, unmask_step=np.where(there, step, np.int16(-1)), drawn=group.drawn & there, **kept
+    )
+    found_group.validate()
+    return found_group
+
+
+def write_gapped(
+    runs: Path,
+    name: str,
+    task: Task,
+    fields: dict[str, Any],
+    around: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[Sequence[str]]],
+) -> None:
+    """A finished run of one iteration with one group, see ``filled``."""
+    tokenizer = tokenizer_of([word for part in (*around, *(gap for gaps in rows for gap in gaps)) for word in part])
+    group = filled(tokenizer, around, rows)
+    problems = [Problem(group.problem_id, fields)]
+    with recording(runs, name, tokenizer, task, problems, iterations=1) as (reporter, recorder):
+        reporter.iteration(1, {"reward/mean": 1.0})
+        credit = [group_advantages(group.rewards)]
+        recorder.iteration(1, [group], credit, [scored_of([group], k=4, update=0, shift=0.05)])

@@ -305,7 +305,7 @@ export async function render(root, params, app) {
 
   function showTable() {
     const name = hovered && group.cursor !== null ? hovered : state.focus;
-        const items = runs.map((item) => ({ ...item, hidden: !isShown(item), newest: valueOf(item, name), best: bestOf(item, name), differs: differing.map((key) => [key, item.config?.[key]]).filter(([, value]) => value !== undefined) }));
+    const items = runs.map((item) => ({ ...item, hidden: !isShown(item), newest: valueOf(item, name), best: bestOf(item, name), differs: differing.map((key) => [key, item.config?.[key]]).filter(([, value]) => value !== undefined) }));
     const { column, down } = state.sort;
     if (column) items.sort((one, two) => (column === "name" ? (down ? -1 : 1) * one.id.localeCompare(two.id, "en", { numeric: true }) : inOrder(column === "best" ? one.best?.value : one.newest, column === "best" ? two.best?.value : two.newest, down)));
     const offered = [...new Set([state.focus, ...state.metrics, BEST])].filter((each) => names().includes(each));

@@ -130,9 +130,9 @@ function interval(estimate, signed = false) {
 const link = (href, text) => h("a", { href }, text);
 
 function table(titles, rows) {
-  const cell = (kind, index, content) => h(titles[index][1] ? `${kind}.${titles[index][1]}` : kind, null, content);
+  const cell = (kind, index, content) => h(titles[index][1] ? `${kind}.${titles[index][1]}` : kind, { dataset: kind === "td" ? { label: titles[index][0] } : {} }, content);
   return h("section.card", null, h("div.table-wrap", null, h(
-    "table.table",
+    "table.table.stacked",
     null,
     h("thead", null, h("tr", null, titles.map(([text], index) => cell("th", index, text)))),
     h("tbody", null, rows.map((row) => h("tr", null, row.map((content, index) => cell("td", index, content))))),

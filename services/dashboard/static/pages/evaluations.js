@@ -34,6 +34,7 @@ function evaluation(run, item) {
       h("h2", null, item.name),
       h("span.note", null, `${count(item.problems)} problems, ${level}, ${clock(item.time, { date: true })}`),
       pill(item.complete ? "finished" : "running"),
+      h("span.rates-key", null, ["base", "adapter"].map((policy) => [h(`i.${policy}`, { ariaHidden: "true" }), policy])),
       h("span.space"),
       h("button.icon-button", { type: "button", onclick: () => saveCsv(`${run}_${item.name}`, exported) }, "CSV"),
       h("button.icon-button", { type: "button", onclick: () => saveJson(`${run}_${item.name}`, item) }, "JSON"),

@@ -31,15 +31,19 @@ export class Cells {
     this.cells = [];
     const flow = [];
     const { special, drawn } = play.cells;
-    this.ends = endsOf(play.cells);
+    this.ends = endsOf(play);
     const context = (before) => play.context.filter((piece) => piece.before === before).map((piece) => h("span.play-context", null, piece.text));
+    let gap = null; // the one that cells go into, where the prompt has any
+    let gaps = 0;
+    const add = (element) => (gap ? gap.append(element) : flow.push(element));
     play.cells.text.forEach((text, position) => {
-      flow.push(...context(position));
+      const fixed = context(position);
+      if (play.context.length && (fixed.length || position === 0)) flow.push(fixed, (gap = h("span.play-gap", { title: `gap ${(gaps += 1)} of the text` })));
       const fills = position > 0 && !drawn[position] && !drawn[position - 1];
       const shares = fills || (position > this.ends.first && position <= this.ends.last);
       this.cells.push(shares ? this.cells[position - 1] : this.#cell(text, position));
-      if (!shares) flow.push(this.cells[position]);
-      if (!shares && /\n/.test(text)) flow.push(h("br"));
+      if (!shares) add(this.cells[position]);
+      if (!shares && /\n/.test(text)) add(h("br"));
     });
     flow.push(...context(play.cells.text.length));
     this.reading = h("p.sr");
@@ -129,8 +133,10 @@ export class Cells {
   }
 }
 
-/** The special tokens at the end of the text that were drawn, when they are many: first and last position, else none. */
-function endsOf({ special, drawn }) {
+/** The special tokens at the end of the text that were drawn, when they are many: first and last position, else none. In
+ * a gap they end nothing. */
+function endsOf({ context, cells: { special, drawn } }) {
+  if (context.length) return { first: Infinity, last: -1 };
   const last = drawn.lastIndexOf(true);
   let first = last + 1;
   while (first > 0 && special[first - 1] && drawn[first - 1]) first -= 1;

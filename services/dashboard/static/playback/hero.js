@@ -44,6 +44,7 @@ export function keyOf(plays, modes, legend) {
     entry("new", "written by this step"),
     plays.some((play) => play.scored.length) && entry("scored", "scored by the update"),
     Object.entries(MARKS).map(([mark, text]) => has(mark) && entry("marked", text, { mark })),
+    plays.some((play) => play.context.length) && h("span", null, h("b.play-context.mono", null, "abc"), "given by the prompt"),
     h("span", null, h("b.mono", null, "∎"), "special token"),
     h("span.play-space"),
     modes,

@@ -138,7 +138,7 @@ export class OrderMap {
     paint.textAlign = "left";
     paint.fillText("1", inner.x, height - 6);
     paint.textAlign = "center";
-    paint.fillText("position in the text", inner.x + inner.w / 2, height - 6);
+    paint.fillText(`position in the ${this.plays.some((play) => play.context.length) ? "gaps" : "text"}`, inner.x + inner.w / 2, height - 6);
     paint.textAlign = "right";
     paint.fillText(String(this.positions), inner.x + inner.w, height - 6);
   }
@@ -259,7 +259,7 @@ export function fifthBars(host, map, play) {
     h(
       "div",
       { dataset: { clear } },
-      h("dt", null, `${place(from)}–${place(to)}`),
+      h("dt", null, from === to ? place(from) : `${place(from)}–${place(to)}`),
       h("dd", null, h("i", { dataset: { side: by < 0 ? "early" : "late" }, style: { "--share": String(Math.abs(by ?? 0) / most) } }), h("span", null, by === null ? "–" : `${by > 0 ? "+" : ""}${figure(by, 2)}`)),
     );
   return put(host, h("p.note", null, text), h("dl.play-bars", { ariaLabel: "Steps earlier or later than by chance, by part of the text" }, fifths.map(bar)));

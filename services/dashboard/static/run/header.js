@@ -33,7 +33,8 @@ export function runHeader(run, tab, app) {
   app.keys(Object.fromEntries(TABS.map(([name, text, key]) => [key, [() => (location.hash = href(name)), `open ${text.toLowerCase()}`]])));
   const title = h("div.run-title", null, h("div.row", null, h("h1", null, run.id), status), about);
   const progress = h("div.progress.run-progress", { role: "progressbar", ariaLabel: "Progress" }, bar);
-  const element = h("div.run-head", null, h("div.head", null, title, controls), progress, strip, banners, tabs);
+  const element = h("div.run-head", { dataset: { brief: tab !== "" } }, h("div.head", null, title, controls), progress, strip, banners, tabs);
+  requestAnimationFrame(() => showTab(tabs)); // when it is part of the page
   let attached = null;
   let problem = null;
   let latest = run;
@@ -117,6 +118,12 @@ export function runHeader(run, tab, app) {
       warn();
     },
   };
+}
+
+/** On a narrow window the tabs scroll sideways: the open one must be seen. */
+function showTab(tabs) {
+  const open = tabs.querySelector("[aria-current]");
+  if (open) tabs.scrollLeft = open.offsetLeft - tabs.offsetLeft - (tabs.clientWidth - open.offsetWidth) / 2;
 }
 
 /** Why a run works no more: {kind, text}. */

@@ -138,7 +138,7 @@ function health(run, seen) {
   const [errors, warnings] = [seen.errors, seen.warnings].map((items) => items.filter(({ id }) => id > (run.acknowledged ?? 0)));
   const restarts = seen.workers.reduce((sum, worker) => sum + worker.restarts, 0);
   if (errors.length) return { name, text: `◆ ${many(errors, "error")}`, note: `${errors[0].kind}, ${ago(errors[0].time)}: read it`, tone: "bad", href: events("error") };
-  if (GONE.includes(run.status)) return { name, text: `◆ ${run.status}`, note: "see above how to go on", tone: "bad", href: events("") };
+  if (GONE.includes(run.status)) return { name, text: `◆ ${run.status}`, note: "see below how to go on", tone: "bad", href: events("") };
   if (broken) return { name, text: "◆ no number", note: `${broken[0]} is ${figure(broken[1].value)}: lower learner.lr`, tone: "bad" };
   if (warnings.length) return { name, text: `▲ ${many(warnings, "warning")}`, note: `${warnings[0].kind}, ${ago(warnings[0].time)}${ADVICE[warnings[0].kind] ? `: ${ADVICE[warnings[0].kind]}` : ""}`, tone: "warn", href: events("warning") };
   if (run.lost_rows) return { name, text: `▲ ${count(run.lost_rows)} lost`, note: "rows of the store: free its disk", tone: "warn" };
