@@ -238,7 +238,7 @@ export async function render(root, params, app) {
     await Promise.all(runs.map(async (item) => {
       const missing = wanted.filter((name) => item.names.includes(name) && !item.data.has(name));
       if (missing.length) await fetchInto(item, missing);
-      feeding ??= setTimeout(() => ((feeding = null), app.alive() && feedAll()), 100); // curves come as they arrive
+      feeding ??= setTimeout(() => ((feeding = null), app.alive() && feedAll()), 100 + 5 * runs.length); // curves come as they arrive, which is work for each of them
     }));
     if (app.alive()) feedAll();
   }

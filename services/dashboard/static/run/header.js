@@ -13,6 +13,7 @@ const TABS = [
   ["events", "Events", "4"],
   ["config", "Config", "5"],
   ["evaluations", "Evaluations", "6"],
+  ["actions", "Actions", "7"],
 ];
 const LOOK_MS = 5000; // least time between two looks at trends, workers and warnings
 
