@@ -83,8 +83,11 @@ class Reaction(InfillTask):
             raise DataError(f"gap is {str(gap)[:60]}; it must be [start, end] with 1 <= start < end <= {count}")
 
     def expected(self, fields: dict[str, Any]) -> str | None:
+        return self.original(fields)[0]
+
+    def original(self, fields: dict[str, Any]) -> list[str]:
         start, end = fields["gap"]
-        return "".join(words(fields["product"])[start:end])
+        return ["".join(words(fields["product"])[start:end])]
 
     def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
         reactants, product = row.get("reactants"), row.get("product")
