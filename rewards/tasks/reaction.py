@@ -32,7 +32,7 @@ class Reaction(InfillTask):
     components: ClassVar[tuple[str, ...]] = ("words", "value")
     largest: ClassVar[Mapping[str, float]] = dict.fromkeys(components, 1.0)
 
-    WORDS: ClassVar[int] = 12
+    WORDS: ClassVar[int] = 16
     """Of the product, masked; fewer where it is shorter, for its first word always stands."""
 
     def gap(self, reactants: str, product: str) -> list[int]:
@@ -104,6 +104,7 @@ class ReactionSpan(Reaction):
     """Words in the middle of a product: where, follows from the reaction."""
 
     name: ClassVar[str] = "reaction_span"
+    WORDS: ClassVar[int] = 12
 
     def gap(self, reactants: str, product: str) -> list[int]:
         count = len(words(product))
