@@ -67,7 +67,8 @@ def kept_by_block(trunk: Trunk, *, first: bool = False, last: bool = False) -> i
         return T * ((1 if first else 2) * (e * d + 8) + 2 * e * d + attention + mlp + adapters) + masks
     asked, queries, places = _asked(trunk) if last else (T, T, T)
     norm, kv = 4 * d + 4, model.kv_heads * model.head_width
-    inputs = e * d * T + e * asked * (d * (queries < T) + q * (asked < T))
+    # Taken out of all tokens, where they are: what queries are made of, they, and attention's output.
+    inputs = e * d * T + e * asked * ((d + q) * (queries < T) + q * (asked < T))
     attention = 2 * e * q * T + places * (2 * e * q + 4 * model.heads + 2 * e * trunk.cells)
     if model.qk_norm:
         attention += 4 * (queries * (q + model.heads) + T * (kv + model.kv_heads))
