@@ -1,6 +1,5 @@
 """How different texts are from each other: a policy that writes one text for every problem has found one trick."""
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -8,14 +7,6 @@ from itertools import combinations
 def distinct_share(texts: Sequence[str]) -> float:
     """Different texts per text, from 1/n (all the same) to 1 (all different). 0 for none."""
     return len(set(texts)) / len(texts) if texts else 0.0
-
-
-def mean_distance(texts: Sequence[str]) -> float:
-    """The mean of ``distance`` over all pairs of texts, equal ones included. 0 for fewer than two."""
-    counted = Counter(texts)
-    pairs = len(texts) * (len(texts) - 1) // 2
-    apart = sum(counted[a] * counted[b] * distance(a, b) for a, b in combinations(counted, 2))
-    return apart / pairs if pairs else 0.0
 
 
 LONGEST = 400

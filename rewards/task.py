@@ -184,6 +184,11 @@ class InfillTask(Task):
         found = self.prompt(fields)
         return [*found.messages, {"role": "user", "content": found.shown()}]
 
+    def original(self, fields: dict[str, Any]) -> list[str] | None:
+        """What stood in each gap before it was masked, to compare with; None where nobody knows. It need not be the
+        only right completion, nor a right one."""
+        return None
+
 
 def grade_timeout_problem(task: Task, timeout_s: float) -> str | None:
     """One sentence when a grader that is killed after ``timeout_s`` seconds could be killed before its verdict."""

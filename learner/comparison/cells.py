@@ -18,12 +18,14 @@ from learner.comparison.settings import ComparisonConfig, grid_points, method_ar
 from learner.settings.arguments import validated
 from learner.settings.run import RunConfig
 from learner.settings.saved import OF_A_START, is_run, saved_settings
-from rewards.errors import ConfigError
+from rewards.errors import ConfigError, first_line
 
 Role = Literal["tuning", "reported"]
 
 REPORTED = frozenset(("iterations", "spent", "solved", "curve", "machine"))
 """What the results of every cell have at least."""
+_ABOUT = frozenset(("key", "method", "role", "point", "seed", "arguments", "failed"))
+"""What a report has of a cell beside its results."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,13 @@ def ready_cells(config: ComparisonConfig, found: Found) -> list[Cell]:
 
 
 def found_cells(config: ComparisonConfig, out: Path) -> dict[str, Findings]:
-    """What the folder holds of the comparison's cells, by name.
+    """What the folder, or else the known results, hold of the comparison's cells, by name.
 
     Raises:
-        ConfigError: a cell was run, or begun, with other settings.
+        ConfigError: a cell was run, or begun, with other settings; or the known results can't be read.
     """
     found: dict[str, Findings] = {}
+    known = {} if config.known is None else _known(Path(config.known).expanduser())
     for role in ("tuning", "reported"):  # what the first ones found says which the others are
         for cell in known_cells(config, found, role):
             findings = Findings.read(findings_path(out, cell))
@@ -168,9 +171,34 @@ def found_cells(config: ComparisonConfig, out: Path) -> dict[str, Findings]:
                     f"{out / cell.name} is a run of other settings than this comparison's; set them back, give another "
                     f"out=, or delete that folder{there}"
                 )
+            if findings is None and cell.name in known and not is_run(out / cell.name):
+                findings = known[cell.name]
+                if findings.key != cell.key:
+                    raise ConfigError(
+                        f"{cell.name} of {config.known} is a run of other settings than this comparison's; set them "
+                        "back, or leave out known="
+                    )
             if findings is not None:
                 found[cell.name] = findings
     return found
+
+
+def _known(path: Path) -> dict[str, Findings]:
+    """The cells that a report of a comparison has results of."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        cells, machines = report["cells"], report["machine"]["cells"]
+        return {
+            name: Findings(
+                about["key"],
+                None,
+                {part: value for part, value in about.items() if part not in _ABOUT} | {"machine": machines[name]},
+            )
+            for name, about in cells.items()
+            if about["failed"] is None
+        }
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"known={path} is not the results.json of a comparison: {first_line(error)}") from error
 
 
 def findings_path(out: Path, cell: Cell) -> Path:

@@ -30,7 +30,7 @@ def comparison_report(config: ComparisonConfig, found: Found) -> dict[str, Any]:
     rates, differences = _estimates(config, done, found)
     return {
         "format": FORMAT,
-        "settings": config.model_dump(mode="json", exclude={"out", "pace", "run_limit_s"}),
+        "settings": config.model_dump(mode="json", exclude={"out", "known", "pace", "run_limit_s"}),
         "reference": next(iter(config.methods)),
         "complete": not waiting,
         "unfinished": waiting + [f"{method}'s reported runs" for method in untuned],
@@ -146,7 +146,7 @@ def _mean_curve(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _cell_report(cell: Cell, found: Found) -> dict[str, Any]:
     findings = found[cell.name]
-    about = {"method": cell.method, "role": cell.role, "point": dict(cell.point), "seed": cell.seed}
+    about = {"key": cell.key, "method": cell.method, "role": cell.role, "point": dict(cell.point), "seed": cell.seed}
     kept = {name: value for name, value in findings.results.items() if name != "machine"}
     return {**about, "arguments": cell.arguments, "failed": findings.failed, **kept}
 

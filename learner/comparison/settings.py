@@ -75,6 +75,8 @@ class ComparisonConfig(Section):
     """Evaluations of a run on the way, on evaluation.problems of them."""
     out: UserPath = "runs/comparison"
     """Folder of the results and of all runs."""
+    known: UserPath | None = None
+    """results.json of an earlier comparison, whose runs count as done here."""
     run_limit_s: PositiveFloat = 7200.0
     """Longest time of one run's training, and of its evaluation; seconds."""
     statistics: StatisticsSection = StatisticsSection()

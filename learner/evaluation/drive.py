@@ -12,6 +12,7 @@ import ray
 from rich.console import Console
 
 from learner.evaluation.cells import Cell, grid
+from learner.evaluation.naturalness import Naturalness
 from learner.evaluation.plot import plot_report
 from learner.evaluation.report import cell_reports, machine_reports
 from learner.evaluation.results import POLICIES, Chunk, ChunkId, ResultsFile, settings_key
@@ -72,7 +73,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
     overlap = trained_on(config, problems, on_event=_say)
     _tell_subject(config, run_dir, model_path, adapter, problems, overlap)
     with ResultsFile(out / RESULTS, settings, code=code, shared=config.run.shared) as results:
-        work = _Work(config, problems, grid(config), _policies(config, adapter), results)
+        work = _Work(config, model_path, problems, grid(config), _policies(config, adapter), results)
         work.tell_start()
         status = 0
         if work.missing:
@@ -137,13 +138,14 @@ class _Work:
     def __init__(
         self,
         config: EvaluateConfig,
+        model_path: str,
         problems: Sequence[Problem],
         cells: Sequence[Cell],
         policies: Sequence[str],
         results: ResultsFile,
     ) -> None:
-        self.config, self.problems, self.cells, self.policies = config, problems, cells, policies
-        self.results = results
+        self.config, self.model_path, self.problems = config, model_path, problems
+        self.cells, self.policies, self.results = cells, policies, results
         self.ids = {(cell, policy): self._chunk_ids(cell, policy) for policy in policies for cell in cells}
         self.total = sum(len(ids) for ids in self.ids.values())
 
@@ -200,12 +202,14 @@ class _Work:
         done = self.results.chunks
         evaluated = {pair: [done[at] for at in ids] for pair, ids in self.ids.items() if all(at in done for at in ids)}
         config, statistics = self.config, self.config.statistics
+        base = Naturalness(config, self.model_path, self.problems) if statistics.naturalness and evaluated else None
         cells = cell_reports(
             evaluated,
             pass_at=config.pass_at,
             confidence=statistics.confidence,
             resamples=statistics.resamples,
             seed=config.noise_seed,
+            naturalness=None if base is None else base.of_completions(evaluated),
         )
         unfinished = [f"{policy}: {cell.label}" for cell, policy in self.ids if (cell, policy) not in evaluated]
         return {
@@ -214,6 +218,7 @@ class _Work:
             "complete": not unfinished,
             "unfinished": unfinished,
             "cells": cells,
+            **({} if base is None else {"naturalness_of_originals": base.of_originals()}),
             "machine": {"cells": machine_reports(evaluated), "dropped_lines": self.results.dropped_lines},
         }
 

@@ -1,10 +1,11 @@
-"""Intervals of solve rates, and pass@k.
+"""Intervals of solve rates, pass@k, and the best of k.
 
 Wilson's score interval is for independent right-or-wrong outcomes (one completion per problem). Whatever is a mean over
 problems otherwise (several completions per problem, differences) gets a percentile bootstrap over *problems*, because
 the completions of one problem are not independent. Shapes: N problems, S series, R resamples.
 """
 
+from collections.abc import Sequence
 from math import comb, sqrt
 from statistics import NormalDist
 
@@ -41,6 +42,16 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
         raise ValueError(f"pass@{k} from {correct} right ones of {samples}")
     everything = comb(samples, k)
     return (everything - comb(samples - correct, k)) / everything
+
+
+def best_of_k(values: Sequence[float], k: int) -> float:
+    """Unbiased estimate of the largest of k values, from n >= k of them: the mean of the largest over all subsets of
+    size k. For values that are 0 or 1 it is ``pass_at_k``."""
+    n = len(values)
+    if not 1 <= k <= n:
+        raise ValueError(f"the best of {k} from {n}")
+    # The i-th smallest, counted from 0, is the largest of C(i, k-1) subsets.
+    return sum(value * (comb(i, k - 1) / comb(n, k)) for i, value in enumerate(sorted(values)))
 
 
 def bootstrap_means(values_NS: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

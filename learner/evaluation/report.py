@@ -9,26 +9,40 @@ from typing import Any
 import numpy as np
 
 from learner.evaluation.cells import Cell
-from learner.evaluation.intervals import bootstrap_means, pass_at_k, percentile_interval, wilson
+from learner.evaluation.intervals import best_of_k, bootstrap_means, pass_at_k, percentile_interval, wilson
 from learner.evaluation.results import POLICIES, Chunk
+from rewards.diversity import distances_to_others, distinct_share
 from rollout.seeds import numpy_generator
+
+_COMPARED = 32
+"""Texts that are compared with each other: their pairs take time."""
 
 Evaluated = Mapping[tuple[Cell, str], Sequence[Chunk]]
 """All chunks, in order, of the (cell, policy) pairs that are complete."""
 
 
 def cell_reports(
-    evaluated: Evaluated, *, pass_at: Sequence[int], confidence: float, resamples: int, seed: int
+    evaluated: Evaluated,
+    *,
+    pass_at: Sequence[int],
+    confidence: float,
+    resamples: int,
+    seed: int,
+    naturalness: Mapping[tuple[Cell, str], np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """A JSON-able report per cell: its description, a mapping per policy, and the paired difference of the two.
 
     Equal completions give equal reports, bit for bit: the bootstrap's draws are a function of ``seed``.
+
+    Args:
+        naturalness: [N] of each pair, where it was asked for.
     """
     values = {
         (cell, policy, metric): _values(cell, chunks, metric)
         for (cell, policy), chunks in evaluated.items()
         for metric in _metrics(cell, pass_at)
     }
+    values |= {(*pair, "naturalness"): value_N for pair, value_N in (naturalness or {}).items()}
     if not values:
         return []
     rng = numpy_generator(seed, "evaluation bootstrap")
@@ -46,8 +60,9 @@ def cell_reports(
             if (cell, policy) not in evaluated:
                 continue
             rates = {
-                metric: estimate(float(values[cell, policy, metric].mean()), resampled[cell, policy, metric])
-                for metric in _metrics(cell, pass_at)
+                metric: estimate(float(value_N.mean()), resampled[cell, policy, metric])
+                for (of_cell, of_policy, metric), value_N in values.items()
+                if (of_cell, of_policy) == (cell, policy)
             }
             if cell.samples == 1:
                 N, right = len(values[cell, policy, "solve_rate"]), int(values[cell, policy, "solve_rate"].sum())
@@ -59,7 +74,8 @@ def cell_reports(
                     report["adapter"][metric]["value"] - report["base"][metric]["value"],
                     resampled[cell, "adapter", metric] - resampled[cell, "base", metric],
                 )
-                for metric in _metrics(cell, pass_at)
+                for (of_cell, of_policy, metric) in values
+                if (of_cell, of_policy) == (cell, "adapter")
             }
         reports.append(report)
     return reports
@@ -76,16 +92,26 @@ def machine_reports(evaluated: Evaluated) -> list[dict[str, Any]]:
 
 
 def _metrics(cell: Cell, pass_at: Sequence[int]) -> list[str]:
-    return ["solve_rate", *(f"pass@{k}" for k in pass_at if cell.decoding == "sampled")]
+    ks = pass_at if cell.decoding == "sampled" else ()
+    return ["solve_rate", *(f"pass@{k}" for k in ks), *(f"best@{k}" for k in ks)]
 
 
 def _values(cell: Cell, chunks: Sequence[Chunk], metric: str) -> np.ndarray:
     """The metric of each problem, [N] float64."""
-    right_N = np.array([sum(problem["correct"]) for chunk in chunks for problem in chunk.problems])
-    if metric == "solve_rate":
+    problems = [problem for chunk in chunks for problem in chunk.problems]
+    name, _, k = metric.partition("@")
+    if name == "best":
+        return np.array([best_of_k(_rewards(problem), int(k)) for problem in problems])
+    right_N = np.array([sum(problem["correct"]) for problem in problems])
+    if name == "solve_rate":
         return right_N / cell.samples
-    k = int(metric.removeprefix("pass@"))
-    return np.array([pass_at_k(cell.samples, right, k) for right in range(cell.samples + 1)])[right_N]
+    return np.array([pass_at_k(cell.samples, right, int(k)) for right in range(cell.samples + 1)])[right_N]
+
+
+def _rewards(problem: Mapping[str, Any]) -> list[float]:
+    """Of each completion: the sum of its components, of which one without a number counts nothing."""
+    parts = problem["components"].values()
+    return [sum(value or 0.0 for value in given) for given in zip(*parts, strict=True)]
 
 
 def _figures(chunks: Sequence[Chunk]) -> dict[str, Any]:
@@ -102,7 +128,21 @@ def _figures(chunks: Sequence[Chunk]) -> dict[str, Any]:
         "mean_nfe": sum(nfe) / len(nfe),
         "mean_tokens": sum(tokens) / len(tokens),
         "components": {name: _mean(given) for name, given in components.items()},
+        **_diversity([problem["completions"] for chunk in chunks for problem in chunk.problems]),
         "grader_failures": sum(chunk.grader_failures for chunk in chunks),
+    }
+
+
+def _diversity(texts: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Of the completions of each problem, by ``rewards.diversity``: how many are different and how far apart they are,
+    problem by problem; and how far apart the first ones of different problems are."""
+    apart = [float(np.mean(distances_to_others(of_problem[:_COMPARED]))) for of_problem in texts]
+    return {
+        "distinct_share": float(np.mean([distinct_share(of_problem) for of_problem in texts])),
+        "distance": float(np.mean(apart)),
+        "distance_between_problems": float(
+            np.mean(distances_to_others([of_problem[0] for of_problem in texts[:_COMPARED]]))
+        ),
     }
 
 

@@ -81,6 +81,8 @@ class StatisticsSection(Section):
     """Coverage of every interval."""
     resamples: PositiveInt = 10_000
     """Bootstrap resamples of the problems."""
+    naturalness: NonNegativeInt = 0
+    """Completions of a problem whose tokens the base scores, each from all others (pseudo-log-likelihood); 0: none."""
 
 
 class EvaluateConfig(RunConfig):

@@ -77,7 +77,8 @@ def _decoding(cell: Mapping[str, Any]) -> str:
 
 
 def _metrics(cell: Mapping[str, Any], policies: Sequence[str]) -> list[str]:
-    metrics = [name for name in cell[policies[0]] if name == "solve_rate" or name.startswith("pass@")]
+    known = ("solve_rate", "pass@", "best@", "naturalness")
+    metrics = [name for name in cell[policies[0]] if name.startswith(known)]
     return [name for name in metrics if name != "solve_rate" or "pass@1" not in metrics]  # the same number
 
 

@@ -103,6 +103,9 @@ class AntibodyCdr(InfillTask):
                 "residues before, between and behind them"
             )
 
+    def original(self, fields: dict[str, Any]) -> list[str]:
+        return [fields["chain"][start:end] for start, end in fields["loops"]]
+
     def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
         spans = listed(row.get("loops"))
         if spans is None and isinstance(row.get("chain"), str):

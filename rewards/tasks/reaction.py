@@ -32,7 +32,7 @@ class Reaction(InfillTask):
     components: ClassVar[tuple[str, ...]] = ("words", "value")
     largest: ClassVar[Mapping[str, float]] = dict.fromkeys(components, 1.0)
 
-    WORDS: ClassVar[int] = 12
+    WORDS: ClassVar[int] = 16
     """Of the product, masked; fewer where it is shorter, for its first word always stands."""
 
     def gap(self, reactants: str, product: str) -> list[int]:
@@ -83,8 +83,11 @@ class Reaction(InfillTask):
             raise DataError(f"gap is {str(gap)[:60]}; it must be [start, end] with 1 <= start < end <= {count}")
 
     def expected(self, fields: dict[str, Any]) -> str | None:
+        return self.original(fields)[0]
+
+    def original(self, fields: dict[str, Any]) -> list[str]:
         start, end = fields["gap"]
-        return "".join(words(fields["product"])[start:end])
+        return ["".join(words(fields["product"])[start:end])]
 
     def _fields_from_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
         reactants, product = row.get("reactants"), row.get("product")
@@ -101,6 +104,7 @@ class ReactionSpan(Reaction):
     """Words in the middle of a product: where, follows from the reaction."""
 
     name: ClassVar[str] = "reaction_span"
+    WORDS: ClassVar[int] = 12
 
     def gap(self, reactants: str, product: str) -> list[int]:
         count = len(words(product))

@@ -61,7 +61,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[dict[str, str]] 
                 )
             gaps.append(Gap(len(ids), part.lengths))
         else:
-            ids += _as_text(tokenizer, part)
+            ids += encode_text(tokenizer, part)
     return EncodedPrompt(ids + behind, tuple(gaps))
 
 
@@ -83,10 +83,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"].strip() for message in asked)
         pair = tokenizer(text, ".", split_special_tokens=True)  # any second text: it only shows where one starts
-        return pair["input_ids"][: pair.sequence_ids().index(1)] + _as_text(tokenizer, begun)
+        return pair["input_ids"][: pair.sequence_ids().index(1)] + encode_text(tokenizer, begun)
     shield = _Shield(tokenizer, messages)
     rendered = render_chat(tokenizer, shield.turns(asked), add_generation_prompt=True)
     return shield.ids(rendered + shield.text(begun))  # the template writes the start token itself
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text by itself, nothing around it. A control token that it spells stays text."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], place_C: np.ndarray | None = None) -> str:
@@ -137,7 +142,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Infill) -> tuple[list[in
             )
         return shield.ids(rendered[0]), shield.ids(rendered[1])
     asked = [message["content"].strip() for message in prompt.messages]
-    any_text = _as_text(tokenizer, ".")  # it only shows where a text stands
+    any_text = encode_text(tokenizer, ".")  # it only shows where a text stands
     assert any_text, "a tokenizer that makes nothing of a full stop, not even an unknown token"
     if prompt.form != "single" and asked:
         pair = tokenizer("\n\n".join(asked), ".", split_special_tokens=True)
@@ -145,7 +150,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Infill) -> tuple[list[in
         return ids[:at], ids[at + len(any_text) :]
     ids = list(tokenizer(".", split_special_tokens=True)["input_ids"])
     at = next(i for i in range(len(ids)) if ids[i : i + len(any_text)] == any_text)
-    return [*ids[:at], *(token for text in asked for token in _as_text(tokenizer, text))], ids[at + len(any_text) :]
+    return [*ids[:at], *(token for text in asked for token in encode_text(tokenizer, text))], ids[at + len(any_text) :]
 
 
 class _Shield:
@@ -173,7 +178,7 @@ class _Shield:
         ids: list[int] = []
         for number, piece in enumerate(re.split(f"{self._mark}([0-9]+){self._mark}", rendered)):
             if number % 2:
-                ids += _as_text(self._tokenizer, self._spelled[int(piece)])
+                ids += encode_text(self._tokenizer, self._spelled[int(piece)])
             else:
                 ids += self._tokenizer.encode(piece, add_special_tokens=False)
         return ids
@@ -185,10 +190,6 @@ def _proteins(tokenizer: EsmTokenizer) -> PreTrainedTokenizerBase:
     words = word_tokenizer(tokenizer.all_tokens, tokenizer.special_tokens_map, "characters")
     words.name_or_path, words.model_max_length = tokenizer.name_or_path, tokenizer.model_max_length
     return words
-
-
-def _as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 @lru_cache(maxsize=4)

@@ -110,4 +110,5 @@ def _read(place: Path, inode: int, changed: int) -> Evaluation | None:
 
 
 def _rates(told: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in told.items() if isinstance(value, dict) and "interval" in value}
+    """The best reward of k is none: it isn't a share."""
+    return {name: value for name, value in told.items() if name == "solve_rate" or name.startswith("pass@")}

@@ -217,6 +217,29 @@ def test_findings_of_other_settings_are_refused_and_more_seeds_are_not(tmp_path:
         assert found_cells(config, tmp_path) == {}, "not whole: it is made from the run again"
 
 
+def test_the_runs_of_known_results_are_not_run_again(tmp_path: Path) -> None:
+    """A committed comparison gets more seeds, or another method, for the price of these alone."""
+    config = plan("seeds=[0]")
+    found = {cell.name: done(cell, 0.5) for cell in known_cells(config, {}, "tuning")}
+    found |= {cell.name: done(cell, 0.75) for cell in known_cells(config, found, "reported")}
+    path, out = tmp_path / "results.json", tmp_path / "out"
+    path.write_text(json.dumps(comparison_report(config, found)))
+    again = found_cells(plan("seeds=[0]", f"known={path}"), out)
+    assert again == found and comparison_report(config, again) == comparison_report(config, found)
+    more = plan("seeds=[0, 1]", "methods={agrpo: , wd1: , espo: }", f"known={path}")
+    waiting = [cell.name for cell in ready_cells(more, found_cells(more, out))]
+    assert waiting and not set(waiting) & set(found)
+    with pytest.raises(ConfigError, match="of other settings than this comparison's; set them back"):
+        found_cells(plan("seeds=[0]", f"known={path}", "settings=[rollout.sampler.temperature=0.5]"), out)
+    own = tuning_cells(config, "agrpo")[0]
+    findings_path(out, own).parent.mkdir(parents=True)
+    findings_path(out, own).write_text(json.dumps(vars(done(own, 0.25))))
+    assert found_cells(plan("seeds=[0]", f"known={path}"), out)[own.name] == done(own, 0.25), "the folder's own first"
+    path.write_text(json.dumps({"cells": {}}))
+    with pytest.raises(ConfigError, match="is not the results.json of a comparison"):
+        found_cells(plan(f"known={path}"), out)
+
+
 def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
     """It would go on with them, and be reported as a run of the comparison's."""
     config = plan()

@@ -313,6 +313,7 @@ def test_report_puts_base_and_adapter_side_by_side(capsys: pytest.CaptureFixture
     assert greedy["base"]["mean_nfe"] == 3 and greedy["base"]["components"] == {"value": 0.25}
     assert sampled["base"]["solve_rate"] | {"value": 0} == sampled["base"]["pass@1"] | {"value": 0}
     assert sampled["base"]["pass@1"]["value"] == 3 / 8 and sampled["base"]["pass@2"]["value"] == 1 / 2
+    assert sampled["base"]["best@1"]["value"] == 3 / 8 and sampled["base"]["best@2"]["value"] == 1 / 2
     assert sampled["base"]["solve_rate"]["method"] == "bootstrap"
     assert "adapter" not in sampled and "difference" not in sampled
     assert report() == [greedy, sampled] and report(resamples=7, seed=1) != report(resamples=7, seed=2)

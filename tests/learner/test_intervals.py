@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from learner.evaluation.intervals import bootstrap_means, has_fallen, pass_at_k, percentile_interval, wilson
+from learner.evaluation.intervals import best_of_k, bootstrap_means, has_fallen, pass_at_k, percentile_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,17 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(samples: int) -> Non
         for k in range(1, samples + 1):
             subsets = list(itertools.combinations(right, k))
             assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_the_best_of_k_is_the_mean_over_subsets(k: int) -> None:
+    values = [2.0, -1.0, 0.5, 0.5, 3.25]
+    subsets = list(itertools.combinations(values, k))
+    assert best_of_k(values, k) == pytest.approx(sum(map(max, subsets)) / len(subsets))
+    right = [0.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    assert best_of_k(right, k) == pytest.approx(pass_at_k(6, 2, k)), "of verdicts it is pass@k"
+    with pytest.raises(ValueError, match="the best of 6 from 5"):
+        best_of_k(values, 6)
 
 
 def test_pass_at_k_is_unbiased_and_the_plug_in_is_not() -> None:

@@ -34,6 +34,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     ],
     "learner.reproduce": [["--wrong"], ["seeds=one"], ["recipes=nothing"], ["run.nonsense=1"]],
     "learner.verify": [["--wrong"], ["--device", "abacus"], ["--golden", "/nowhere"]],
+    "learner.evaluation.best_of_n": [["--wrong"], [], ["x"], ["x", "--base", "/nowhere"]],
     "learner.export": [["--wrong"], [], ["--adapter", "x", "--out", str(ROOT)]],
     "learner.reporting.curves": [["--wrong"], []],
     "learner.reporting.plots": [["--wrong"], []],
