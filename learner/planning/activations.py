@@ -12,9 +12,12 @@ Kept per token by a block of the gated kind (d width, q width of all heads, H he
     MLP            4 e f        gate, silu(gate), up, their product
     LoRA           7 e r        A x of every map
 
-The first block's first norm keeps nothing: below it nothing is trained. With activation checkpointing a block keeps its
-input, e d, and the rest exists for one block at a time. Both fused attention kernels, the CPU's and FlashAttention,
-keep these tensors and no [L, L] scores; torch's math kernel, which learner.deterministic asks for, keeps 2 e H L more.
+The first block's first norm keeps nothing: below it nothing is trained. The last block keeps of all tokens the input of
+its first norm, what its keys and values are made of, and these; of the N positions that the head runs at the rest; and
+queries and attention's output of min(N, L) places a row. A masked LM's last block is like the others. With activation
+checkpointing a block keeps its input, e d, and the rest exists for one block at a time. Both fused attention kernels,
+the CPU's and FlashAttention, keep these tensors and no [L, L] scores; torch's math kernel, which learner.deterministic
+asks for, keeps 2 e H L more.
 """
 
 from dataclasses import dataclass
@@ -39,6 +42,8 @@ class Trunk:
     """e, bytes of the model's dtype."""
     scores: bool = False
     """Attention is torch's plain one, which makes and keeps its scores."""
+    head_rows: int | None = None
+    """N, positions that the head runs at; None for all."""
 
     @property
     def tokens(self) -> int:
@@ -50,31 +55,43 @@ class Trunk:
         return self.model.heads * self.length if self.scores else 0
 
 
-def kept_by_block(trunk: Trunk, *, first: bool = False) -> int:
+def kept_by_block(trunk: Trunk, *, first: bool = False, last: bool = False) -> int:
     """Bytes that one block saves for the backward."""
     model, e, r = trunk.model, trunk.itemsize, trunk.lora_r
-    d, f, q = model.width, model.mlp, model.heads * model.head_width
-    adapters = e * r * sum(one.used for one in model.maps if one.adapted)
-    attention = 4 * e * q + 4 * model.heads + 2 * e * trunk.cells
-    inputs, masks = 2 * e * d, 0
+    d, f, q, T = model.width, model.mlp, model.heads * model.head_width, trunk.tokens
     if model.kind == "encoder":
-        norm = e * d + 8
+        adapters = e * r * sum(one.used for one in model.maps if one.adapted)
+        attention = 4 * e * q + 4 * model.heads + 2 * e * trunk.cells + 2 * e * q * model.fused_qkv
         mlp = e * f * (4 if model.gated else 2)
-        attention += 2 * e * q if model.fused_qkv else 0
         masks = trunk.rows * trunk.length**2 * e if model.window_mask else 0
-    elif model.kind == "experts":
-        norm = 4 * d + 4
-        kv = model.kv_heads * model.head_width
-        attention += (4 * (q + kv + model.heads + model.kv_heads)) * model.qk_norm
+        return T * ((1 if first else 2) * (e * d + 8) + 2 * e * d + attention + mlp + adapters) + masks
+    asked, queries, places = _asked(trunk) if last else (T, T, T)
+    norm, kv = 4 * d + 4, model.kv_heads * model.head_width
+    # Taken out of all tokens, where they are: what queries are made of, they, and attention's output.
+    inputs = e * d * T + e * asked * ((d + q) * (queries < T) + q * (asked < T))
+    attention = 2 * e * q * T + places * (2 * e * q + 4 * model.heads + 2 * e * trunk.cells)
+    if model.qk_norm:
+        attention += 4 * (queries * (q + model.heads) + T * (kv + model.kv_heads))
+    if model.kind == "experts":
         # Of each of the token's experts gate, silu and up, its output to be weighted, and where it goes; what only an
         # adapter's A would need, the inputs and the product, isn't kept without one.
         adapted = model.maps[-1].adapted
-        inputs = e * d
         mlp = model.active_experts * (e * (3 * f + d) + e * (f + d) * adapted + 24) + 4 * model.experts
     else:
-        norm = 4 * d + 4
-        mlp = 4 * e * f
-    return trunk.tokens * ((1 if first else 2) * norm + inputs + attention + mlp + adapters) + masks
+        mlp = e * (d + 4 * f)
+    passing = (queries, T, T, *(asked for _ in model.maps[3:]))
+    adapters = e * r * sum(n * one.used for n, one in zip(passing, model.maps, strict=True) if one.adapted)
+    return (not first) * norm * T + norm * asked + inputs + attention + mlp * asked + adapters
+
+
+def _asked(trunk: Trunk) -> tuple[int, int, int]:
+    """Of the last block: the positions that its outputs are wanted at, the queries that are computed, and the places
+    that attention has for them (``rollout.models.layers.attention``)."""
+    asked = trunk.tokens
+    if trunk.head_rows is not None and trunk.model.kind != "encoder":
+        asked = min(asked, trunk.head_rows)
+    few = asked <= trunk.length and asked < trunk.tokens
+    return asked, asked if few else trunk.tokens, trunk.rows * min(asked, trunk.length)
 
 
 def kept(trunk: Trunk, *, checkpointing: bool) -> int:
@@ -82,7 +99,9 @@ def kept(trunk: Trunk, *, checkpointing: bool) -> int:
     layers = trunk.model.layers
     if checkpointing:
         return layers * trunk.tokens * trunk.itemsize * trunk.model.width
-    return kept_by_block(trunk, first=True) + (layers - 1) * kept_by_block(trunk)
+    if layers == 1:
+        return kept_by_block(trunk, first=True, last=True)
+    return kept_by_block(trunk, first=True) + (layers - 2) * kept_by_block(trunk) + kept_by_block(trunk, last=True)
 
 
 def working_forward(trunk: Trunk) -> int:
@@ -102,11 +121,18 @@ def working_forward(trunk: Trunk) -> int:
 
 def working_backward(trunk: Trunk, *, checkpointing: bool) -> int:
     """Bytes alive inside one block of a backward, above what is kept: gradients, and with checkpointing the block's own
-    tensors, computed again."""
-    model, e = trunk.model, trunk.itemsize
+    tensors, computed again. What the last block kept is gone when another's turn comes."""
+    model, e, T = trunk.model, trunk.itemsize, trunk.tokens
     f = model.mlp * (model.active_experts or 1) * (2 if model.kind == "encoder" and model.gated else 1)
-    gradients = trunk.tokens * max(e * (2 * f + 3 * model.width), 8 * trunk.cells)
-    return gradients + (kept_by_block(trunk) if checkpointing else 0)
+    asked, _, places = _asked(trunk)
+    of_mlp, of_attention = e * (2 * f + 3 * model.width), e * 2 * (model.heads * model.head_width + model.width)
+    last = max(asked * of_mlp, T * of_attention, 8 * places * trunk.cells)
+    last += kept_by_block(trunk, first=model.layers == 1, last=True) if checkpointing else 0
+    if model.layers == 1:
+        return last
+    before = T * max(of_mlp, 8 * trunk.cells)
+    before += kept_by_block(trunk) if checkpointing else -kept_by_block(trunk, last=True)
+    return max(last, before)
 
 
 def scoring(*, rows: int, vocabulary: int, itemsize: int, restricted: bool) -> int:

@@ -127,7 +127,9 @@ def rank_memory(
     largest = largest_forward(config, views)
     checkpointing = learner.activation_checkpointing if checkpointing is None else checkpointing
     length = prompt + config.rollout.sampler.completion_length
-    trunk = Trunk(model, largest.views, length, config.lora.r, e, config.learner.deterministic and device == "cuda")
+    scores = config.learner.deterministic and device == "cuda"
+    head_rows = max(largest.positions, largest.candidates)
+    trunk = Trunk(model, largest.views, length, config.lora.r, e, scores, head_rows)
     remark = "inputs of the blocks; one block's rest is recomputed" if checkpointing else "no checkpointing"
     moments = [
         Item("logits at scored positions", _scoring(config, model, largest), _scoring_note(largest)),

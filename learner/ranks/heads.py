@@ -23,6 +23,7 @@ from learner.likelihood.views import View, ViewBatch
 from learner.objectives.base import HeadSpec
 from rewards.errors import CheckpointError
 from rollout.models.family import PolicyAdapter
+from rollout.models.layers import at_rows
 from rollout.models.prompt_head import head_net, last_block, outputs_of, prompt_features
 from rollout.spans import prompt_places
 from rollout.trajectory import TrajectoryGroup
@@ -52,7 +53,7 @@ class Head:
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=spec.lr, weight_decay=0.0)
 
     def reading(self) -> AbstractContextManager[list[torch.Tensor]]:
-        """What the last block leaves in each forward of the model meanwhile, [Z, L, D], without gradient."""
+        """What the last block leaves in each forward of the model meanwhile, as ``outputs_of`` says."""
         return outputs_of(self.block)
 
     def zero_grad(self) -> None:
@@ -186,10 +187,10 @@ class ThresholdHead(PromptHead):
 class TokenHead(Head):
     """Values of scored tokens."""
 
-    def values(self, hidden_ZLD: torch.Tensor, rows_N: np.ndarray) -> torch.Tensor:
-        """[N] float32, with the head's gradient, at the flat rows z*L + l."""
-        features_ND = hidden_ZLD.flatten(0, 1)[torch.from_numpy(rows_N).to(self.device)].float()
-        values_N: torch.Tensor = self.net(features_ND).squeeze(1)
+    def values(self, hidden: torch.Tensor, rows_N: np.ndarray) -> torch.Tensor:
+        """[N] float32, with the head's gradient, at the flat rows z*L + l that the forward was asked for."""
+        features_ND = hidden if hidden.dim() == 2 else at_rows(hidden, torch.from_numpy(rows_N).to(self.device))
+        values_N: torch.Tensor = self.net(features_ND.float()).squeeze(1)
         return values_N
 
 

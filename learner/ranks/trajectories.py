@@ -338,8 +338,8 @@ class LearnerRank(Rank):
             return score(self.engine, batch, family=self.family, vocabulary=whole)
         with head.reading() as found:
             scores = score(self.engine, batch, family=self.family, vocabulary=whole)
-        (hidden_ZLD,) = found
-        return replace(scores, value_N=head.values(hidden_ZLD, batch.score_rows - self.family.logit_shift))
+        (hidden,) = found
+        return replace(scores, value_N=head.values(hidden, batch.score_rows - self.family.logit_shift))
 
     def _complete(self, groups: list[TrajectoryGroup], views: Sequence[View]) -> None:
         """Put the whole groups in the place of those outlines whose supports these views need."""

@@ -12,9 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from rewards.errors import ConfigError
-from rollout.models.adapted import products
 from rollout.models.head import Head
-from rollout.models.layers import RMSNorm, Visibility, attend, rotary_tables, rotate, visibility
+from rollout.models.layers import RMSNorm, Visibility, at_rows, attention, rotary_tables, through, visibility
 
 
 class DecoderSizes(Protocol):
@@ -52,7 +51,7 @@ class DecoderLM(PreTrainedModel):
 
     @staticmethod
     def build_mlp(config: Any, layer: int) -> nn.Module:
-        """The map [B, L, D] -> [B, L, D] that stands for this layer's MLP."""
+        """The map [..., D] -> [..., D] that stands for this layer's MLP."""
         raise NotImplementedError
 
     def forward(
@@ -68,9 +67,7 @@ class DecoderLM(PreTrainedModel):
         Returns an output whose ``logits``, float32, are [B, L, V], or [N, V] with logit_rows. Logits at pads are finite
         and mean nothing.
         """
-        x = self.model(input_ids, attention_mask)
-        if logit_rows is not None:
-            x = x.flatten(0, 1).index_select(0, logit_rows)
+        x = self.model(input_ids, attention_mask, logit_rows)
         return MaskedLMOutput(logits=self.lm_head(self.model.norm(x)))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -93,18 +90,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, mlp, qkv_bias=qkv_bias, qk_norm=qk_norm) for mlp in mlps)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
+        """[B, L, D], or [N, D] at the rows that are wanted."""
         x_BLD = self.embed_tokens(input_ids)
         # The published code of both families rounds the tables to the model's dtype and turns in it.
         tables = rotary_tables(input_ids.shape[1], self.head_width, self.rope_theta, x_BLD.device, x_BLD.dtype)
-        seen = visibility(attention_mask, x_BLD.dtype)
-        for layer in self.layers:
-            x_BLD = layer(x_BLD, *tables, seen)
-        return x_BLD
+        return through(self.layers, x_BLD, tables, visibility(attention_mask, x_BLD.dtype), logit_rows)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """x += attention(norm(x)); x += mlp(norm(x))."""
+    """x += attention(norm(x)); x += mlp(norm(x)), at all positions or, [N, D], at the asked rows."""
 
     def __init__(self, config: DecoderSizes, mlp: nn.Module, *, qkv_bias: bool, qk_norm: bool):
         super().__init__()
@@ -113,9 +108,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos_LE, sin_LE, seen)
-        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+    def forward(
+        self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility, asked_N: Tensor | None = None
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x_BLD), cos_LE, sin_LE, seen, asked_N)
+        x = at_rows(x_BLD, asked_N) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Attention(nn.Module):
@@ -134,15 +132,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_width, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_width, config.rms_norm_eps)
 
-    def forward(self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
-        q_BLHE, k_BLHE, v_BLHE = (
-            y.unflatten(-1, (-1, self.head_width)) for y in products(h_BLD, self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.qk_norm:
-            q_BLHE, k_BLHE = self.q_norm(q_BLHE), self.k_norm(k_BLHE)
-        q_BHLE = rotate(q_BLHE.transpose(1, 2), cos_LE, sin_LE)
-        k_BHLE = rotate(k_BLHE.transpose(1, 2), cos_LE, sin_LE)
-        return self.o_proj(attend(q_BHLE, k_BHLE, v_BLHE.transpose(1, 2), seen))
+    def forward(
+        self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility, asked_N: Tensor | None
+    ) -> Tensor:
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        norms = (self.q_norm, self.k_norm) if self.qk_norm else ()
+        return self.o_proj(attention(h_BLD, maps, cos_LE, sin_LE, seen, asked_N, norms=norms))
 
 
 def check_decoder_config(config: Any, switches: dict[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:

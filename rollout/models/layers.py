@@ -3,11 +3,15 @@
 An attention mask numbers the sequences of a row: 0 is a pad; tokens with the same positive number see each other and
 nobody else. So 1 for a token and 0 for a pad means one sequence a row, and None means that nothing is padded or packed.
 
-Shapes: B rows, L positions, H query heads, E head width, T tokens in all (pads left out), S sequences in all.
+A forward that is asked for logits of a few rows needs, of its last block, every position's key and value, and all else
+at these rows alone (``through``).
+
+Shapes: B rows, L positions, D model width, H query heads, E head width, T tokens in all (pads left out), S sequences in
+all, N asked rows.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +110,84 @@ def visibility(attention_mask: Tensor | None, dtype: torch.dtype) -> Visibility:
     return (attention_mask[:, :, None] == attention_mask[:, None, :])[:, None]  # pads see pads
 
 
+def through(
+    blocks: Iterable[nn.Module],
+    x_BLD: Tensor,
+    tables: tuple[Tensor, Tensor],
+    seen: Visibility,
+    logit_rows: Tensor | None,
+) -> Tensor:
+    """What the blocks make of the embeddings: [B, L, D], or [N, D] at the flat indices ``b * L + l`` that logits are
+    wanted at, where the last block runs on these alone.
+
+    It runs everywhere when no row is named: then its outputs themselves are read (``prompt_head.outputs_of``). Rows may
+    repeat, and where they are as many as the positions nothing would be spared.
+    """
+    *earlier, last = blocks
+    for block in earlier:
+        x_BLD = block(x_BLD, *tables, seen)
+    if logit_rows is None or 0 < len(logit_rows) < x_BLD.shape[:2].numel():
+        x: Tensor = last(x_BLD, *tables, seen, logit_rows)
+        return x
+    return at_rows(last(x_BLD, *tables, seen), logit_rows)
+
+
+def at_rows(x_BLD: Tensor, rows_N: Tensor | None) -> Tensor:
+    """[N, D], of the flat indices ``b * L + l``; x itself for None."""
+    return x_BLD if rows_N is None else x_BLD.flatten(0, 1).index_select(0, rows_N)
+
+
+def attention(
+    h_BLD: Tensor,
+    maps: Sequence[nn.Module],
+    cos_LE: Tensor,
+    sin_LE: Tensor,
+    seen: Visibility,
+    asked_N: Tensor | None = None,
+    *,
+    norms: Sequence[nn.Module] = (),
+) -> Tensor:
+    """What heads make of their block's input, [B, L, H * E], or of all of it for the asked rows, [N, H * E].
+
+    Args:
+        maps: to queries, keys and values.
+        asked_N: flat indices ``b * L + l``.
+        norms: of each head's query and key before they are turned; none of either without.
+    """
+    length, head_width = cos_LE.shape
+    # Queries of the asked rows alone, where a row of the batch has a place for each; but for the kernel of variable
+    # lengths, which takes as many queries as keys.
+    few_N = None if isinstance(seen, Sequences) or asked_N is None or len(asked_N) > length else asked_N
+    if few_N is None:
+        made = products(h_BLD, *maps)
+    else:
+        made = [*products(at_rows(h_BLD, few_N), maps[0]), *products(h_BLD, *maps[1:])]
+    q, k_BLHE, v_BLHE = (y.unflatten(-1, (-1, head_width)) for y in made)
+    if norms:
+        q, k_BLHE = norms[0](q), norms[1](k_BLHE)
+    k_BHLE, v_BHLE = rotate(k_BLHE.transpose(1, 2), cos_LE, sin_LE), v_BLHE.transpose(1, 2)
+    if few_N is None:
+        return at_rows(attend(rotate(q.transpose(1, 2), cos_LE, sin_LE), k_BHLE, v_BHLE, seen), asked_N)
+    at_N = few_N % length
+    q_NHE = rotate(q, cos_LE[at_N].unsqueeze(1), sin_LE[at_N].unsqueeze(1))
+    return attend_few(q_NHE, k_BHLE, v_BHLE, seen, few_N)
+
+
+def attend_few(q_NHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Tensor | None, rows_N: Tensor) -> Tensor:
+    """``attend`` for the queries at these flat indices ``b * L + l`` alone, [N, H * E]."""
+    rows, _, length, _ = k_BHLE.shape
+    queries = len(rows_N)
+    # How many of them a row has isn't known without waiting for a GPU. So each has a place of its own in every row.
+    place_N = rows_N // length * queries + torch.arange(queries, device=rows_N.device)
+    q_BNHE = q_NHE.new_zeros(rows * queries, *q_NHE.shape[1:]).index_copy(0, place_N, q_NHE).unflatten(0, (rows, -1))
+    if seen is not None and seen.shape[2] > 1:
+        seen = seen.index_select(2, rows_N % length)
+    return at_rows(attend(q_BNHE.transpose(1, 2), k_BHLE, v_BHLE, seen), place_N)
+
+
 def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Visibility) -> Tensor:
-    """Softmax attention without order, [B, L, H * E]. Keys and values may have fewer heads than queries. What comes out
-    at pads is finite and means nothing."""
+    """Softmax attention without order, [B, L, H * E], L being the queries'. Keys and values may have fewer heads than
+    queries. What comes out at pads is finite and means nothing."""
     if isinstance(seen, Sequences):
         kernel = flash_kernel()
         assert kernel is not None

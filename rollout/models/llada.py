@@ -3,7 +3,8 @@
 Pre-norm blocks with RMSNorm, rotary positions and a SwiGLU MLP, no biases, no causal mask. Module names are those of
 the published LLaDA-8B checkpoint, so its weights load without a translation table. Two things differ from the
 modelling code in circulation: the padding mask is honoured (a pad is never attended to), and the caller may ask for the
-logits of a few rows only, in which case the head never runs on the others.
+logits of a few rows only, in which case neither the head runs on the others, nor more of the last block than keys and
+values (``layers.through``).
 
 Shapes: B rows, L positions, D model width, F hidden width of the MLP, H heads, E head width, V rows of the embedding, N
 wanted rows.
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from rewards.errors import ConfigError
 from rollout.models.adapted import products
 from rollout.models.head import Head, exact_logits
-from rollout.models.layers import RMSNorm, Visibility, attend, rotary_tables, rotate, visibility
+from rollout.models.layers import RMSNorm, Visibility, at_rows, attention, rotary_tables, through, visibility
 
 # Switches of the published config.json that have one value in every LLaDA checkpoint. They are written out again, so
 # that other people's modelling code reads our checkpoints, and a checkpoint that sets one differently is refused.
@@ -175,23 +176,19 @@ class LLaDATransformer(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
         x_BLD = self.wte(input_ids)
         length, head_width = input_ids.shape[1], self.config.d_model // self.config.n_heads
-        cos_LE, sin_LE = rotary_tables(length, head_width, self.config.rope_theta, x_BLD.device)
+        tables = rotary_tables(length, head_width, self.config.rope_theta, x_BLD.device)
         seen = visibility(attention_mask, x_BLD.dtype)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, cos_LE, sin_LE, seen)
-        if logit_rows is not None:
-            x_BLD = x_BLD.flatten(0, 1).index_select(0, logit_rows)
-        x_BLD = self.ln_f(x_BLD)
-        return exact_logits(x_BLD, self.wte.weight) if self.config.weight_tying else self.ff_out(x_BLD)
+        x = self.ln_f(through(self.blocks, x_BLD, tables, seen, logit_rows))
+        return exact_logits(x, self.wte.weight) if self.config.weight_tying else self.ff_out(x)
 
 
 class LLaDABlock(GradientCheckpointingLayer):
-    """x += attention(norm(x)); x += mlp(norm(x)). ``ff_out`` is the MLP's output map, not the LM head."""
+    """x += attention(norm(x)); x += mlp(norm(x)), at all positions or, [N, D], at the asked rows. ``ff_out`` is the
+    MLP's output map, not the LM head."""
 
     def __init__(self, config: LLaDAConfig):
         super().__init__()
-        width, self.head_width = config.d_model, config.d_model // config.n_heads
-        kv_width = self.head_width * config.kv_heads
+        width, kv_width = config.d_model, config.d_model // config.n_heads * config.kv_heads
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
@@ -202,14 +199,11 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
 
-    def forward(self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
-        x_BLD = x_BLD + self.attn_out(self._attend(self.attn_norm(x_BLD), cos_LE, sin_LE, seen))
-        gate_BLF, up_BLF = products(self.ff_norm(x_BLD), self.ff_proj, self.up_proj)
-        return x_BLD + self.ff_out(F.silu(gate_BLF) * up_BLF)
-
-    def _attend(self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility) -> Tensor:
-        q_BHLE, k_BHLE, v_BHLE = (
-            y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for y in products(h_BLD, self.q_proj, self.k_proj, self.v_proj)
-        )
-        return attend(rotate(q_BHLE, cos_LE, sin_LE), rotate(k_BHLE, cos_LE, sin_LE), v_BHLE, seen)
+    def forward(
+        self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility, asked_N: Tensor | None = None
+    ) -> Tensor:
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        attended = attention(self.attn_norm(x_BLD), maps, cos_LE, sin_LE, seen, asked_N)
+        x = at_rows(x_BLD, asked_N) + self.attn_out(attended)
+        gate, up = products(self.ff_norm(x), self.ff_proj, self.up_proj)
+        return x + self.ff_out(F.silu(gate) * up)

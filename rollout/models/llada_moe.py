@@ -5,7 +5,7 @@ dense LLaDA's; ``num_experts`` tells them apart. A token's experts are the eight
 their outputs are added with these probabilities as they are: the published modelling code never rescales them to sum 1
 and reads neither ``norm_topk_prob`` nor ``routed_scaling_factor``. There are no shared experts.
 
-Shapes: B rows, L positions, D model width, T = B * L tokens, X experts, K experts a token, N = T * K assignments.
+Shapes: D model width, T tokens, X experts, K experts a token, N = T * K assignments.
 """
 
 from typing import Any
@@ -112,8 +112,8 @@ class MixtureOfExperts(nn.Module):
             GatedMLP(config.hidden_size, config.expert_intermediate_size) for _ in range(config.num_experts)
         )
 
-    def forward(self, h_BLD: Tensor) -> Tensor:
-        h_TD = h_BLD.flatten(0, 1)
+    def forward(self, h: Tensor) -> Tensor:
+        h_TD = h.flatten(0, -2)
         weight_TK, expert_TK = self.gate(h_TD)
         chosen = expert_TK.shape[1]
         expert_N, order_N = expert_TK.flatten().sort(stable=True)
@@ -123,7 +123,7 @@ class MixtureOfExperts(nn.Module):
         # Back in the order of (token, choice); a permutation and a sum repeat bitwise on a GPU, an index_add doesn't.
         back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
         out_TKD = out_ND.index_select(0, back_N).unflatten(0, (-1, chosen))
-        return (out_TKD * weight_TK[:, :, None]).sum(1).view_as(h_BLD)
+        return (out_TKD * weight_TK[:, :, None]).sum(1).view_as(h)
 
 
 class Router(nn.Module):

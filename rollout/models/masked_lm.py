@@ -3,8 +3,9 @@
 A masked LM is a denoiser as it is: bidirectional, and its logits at a masked position predict that position's token
 (logit shift 0). The classes here are transformers' own with another ``forward``: names, config.json and weights on disk
 stay what transformers writes and reads, ``architectures`` included. Four things differ from the class in transformers:
-the head runs on the wanted rows only; pads are never seen and never shift a position; rows may be packed; and dropout
-stays off in training, because a policy that is scored under other weights than it acted with has no importance ratio.
+the head runs on the wanted rows only (the last block, unlike that of the other families, on all); pads are never seen
+and never shift a position; rows may be packed; and dropout stays off in training, because a policy that is scored under
+other weights than it acted with has no importance ratio.
 
 Shapes: B rows, L positions, D model width, V vocabulary, N wanted rows.
 """

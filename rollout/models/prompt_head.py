@@ -52,7 +52,8 @@ def last_block(model: nn.Module, family: PolicyAdapter) -> nn.Module:
 
 @contextlib.contextmanager
 def outputs_of(block: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """What a block leaves in each forward of the model meanwhile, [Z, L, D], without gradient."""
+    """What the last block leaves in each forward of the model meanwhile, without gradient: [Z, L, D], or [N, D] at the
+    rows whose logits are wanted, where it runs on these alone (``layers.through``)."""
     found: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from learner.objectives.base import HeadSpec
-from learner.ranks.heads import PromptHead
+from learner.ranks.heads import PromptHead, TokenHead
 from rewards.errors import CheckpointError
 from rollout.adapters import AdapterState, digest, unpack
 from rollout.models.family import policy_adapter
@@ -52,6 +52,7 @@ def policy_of(path: Path):
 
 @pytest.mark.parametrize("name", ["llada", "llada_moe", "dream", "modernbert", "bert", "distilbert"])
 def test_every_family_has_a_last_block_whose_output_is_what_a_head_reads(tmp_path, name):
+    """At all positions where no logits are asked for, as heads of prompts read it; of tokens, at those at least."""
     if name in ("llada", "llada_moe", "dream"):
         write_published(tmp_path / "model", name)
     else:
@@ -59,9 +60,16 @@ def test_every_family_has_a_last_block_whose_output_is_what_a_head_reads(tmp_pat
     model, family = policy_of(tmp_path / "model")
     seen = []
     last_block(model, family).register_forward_hook(lambda module, args, out: seen.append(out))
-    model(input_ids=torch.arange(3, 9)[None], attention_mask=None, logit_rows=torch.tensor([4]))
-    hidden = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    assert hidden.shape == (1, 6, model.config.hidden_size)
+    ids = torch.arange(3, 15).view(2, 6)
+    for rows in ([], [4, 9]):
+        model(input_ids=ids, attention_mask=None, logit_rows=torch.tensor(rows).long())
+    hidden, asked = (found[0] if isinstance(found, tuple) else found for found in seen)
+    assert hidden.shape == (2, 6, model.config.hidden_size)
+    head = TokenHead(model, family, HeadSpec(8, 0.1), seed=1)
+    torch.nn.init.normal_(head.net[3].weight)
+    everywhere, alone = (head.values(found, np.array([4, 9])) for found in (hidden, asked))
+    torch.testing.assert_close(alone, everywhere, atol=1e-5, rtol=1e-5)
+    assert (head.values(hidden, np.array([4, 10])) - alone).abs().max() > 1e-3, "control"
     blocks = [module for name, module in model.named_modules() if type(module) is type(last_block(model, family))]
     assert blocks[-1] is last_block(model, family)
 

@@ -112,8 +112,9 @@ def test_missing_and_unknown_sizes_are_one_sentence(tmp_path: Any) -> None:
 # ---- what autograd saves
 
 
-def saved_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, the model's own left out."""
+def saved_bytes(model: torch.nn.Module, rows: int, length: int, head_rows: int) -> int:
+    """Bytes that a forward keeps for its backward, each storage once, the model's own left out, when the head runs at
+    ``head_rows`` positions of each row."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
 
@@ -125,7 +126,8 @@ def saved_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
 
     ids = torch.zeros((rows, length), dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(input_ids=ids, logit_rows=torch.zeros(1, dtype=torch.int64)).logits
+        at = torch.arange(rows)[:, None] * length + torch.arange(head_rows)
+        output = model(input_ids=ids, logit_rows=at.flatten()).logits
     kept = sum(found.values())
     del output
     return kept
@@ -134,28 +136,31 @@ def saved_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
 TRUNK = Shape(50, d_model=64, layers=3, heads=4, mlp=160, prompt=16, completion=16, block=16, steps=16, lora_r=8)
 
 
-def head_and_tables(shape: Shape) -> int:
-    """What isn't the blocks': the scored row's norm, and the rotary tables."""
-    return 4 * shape.d_model + 4 + 2 * 4 * shape.length * shape.d_model // shape.heads
+def head_and_tables(shape: Shape, head_rows: int) -> int:
+    """What isn't the blocks': the scored rows' norm, and the rotary tables, also at those rows where they are few."""
+    turned = shape.length + (head_rows if head_rows <= shape.length else 0)
+    return head_rows * (4 * shape.d_model + 4) + 2 * 4 * turned * shape.d_model // shape.heads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_rows", [2, 20])
 @pytest.mark.parametrize("changes", [{}, {"layers": 1}, {"d_model": 96, "mlp": 64}, {"lora_r": 2}, {"prompt": 40}])
-def test_kept_activations_are_what_autograd_saves(dtype: torch.dtype, changes: dict[str, int]) -> None:
+def test_kept_activations_are_what_autograd_saves(dtype: torch.dtype, changes: dict[str, int], head_rows: int) -> None:
     shape = dataclasses.replace(TRUNK, **changes)
     model, _ = build_policy(shape, dtype=dtype)
-    trunk = Trunk(shape.model, 3, shape.length, shape.lora_r, dtype.itemsize)
-    assert saved_bytes(model.train(), 3, shape.length) == activations.kept(
+    trunk = Trunk(shape.model, 3, shape.length, shape.lora_r, dtype.itemsize, head_rows=3 * head_rows)
+    assert saved_bytes(model.train(), 3, shape.length, head_rows) == activations.kept(
         trunk, checkpointing=False
-    ) + head_and_tables(shape)
+    ) + head_and_tables(shape, 3 * head_rows)
 
 
 def test_a_forgotten_tensor_would_be_seen() -> None:
     model, _ = build_policy(TRUNK)
-    wider = Trunk(dataclasses.replace(TRUNK.model, mlp=TRUNK.mlp + 1), 3, TRUNK.length, TRUNK.lora_r, 4)
-    assert saved_bytes(model.train(), 3, TRUNK.length) != activations.kept(
-        wider, checkpointing=False
-    ) + head_and_tables(TRUNK)
+    wider = Trunk(dataclasses.replace(TRUNK.model, mlp=TRUNK.mlp + 1), 3, TRUNK.length, TRUNK.lora_r, 4, head_rows=6)
+    everywhere = Trunk(TRUNK.model, 3, TRUNK.length, TRUNK.lora_r, 4)
+    saved = saved_bytes(model.train(), 3, TRUNK.length, 2)
+    for wrong in (wider, everywhere):
+        assert saved != activations.kept(wrong, checkpointing=False) + head_and_tables(TRUNK, 6)
 
 
 @pytest.mark.parametrize("family, limit", [("dream", 0.02), ("moe", 0.05), ("modernbert", 0.1), ("bert", 0.1)])
@@ -170,8 +175,9 @@ def test_kept_activations_of_the_other_families(family: str, limit: float, tmp_p
 
     policy = get_peft_model(model, LoraConfig(r=8, target_modules=regex), autocast_adapter_dtype=False)
     shape = shapes.shape_from(raw)
-    expected = activations.kept(Trunk(shape, 4, 48, 8, 4), checkpointing=False)
-    assert saved_bytes(policy.train(), 4, 48) == pytest.approx(expected, rel=limit)
+    for head_rows in (2, 24):
+        expected = activations.kept(Trunk(shape, 4, 48, 8, 4, head_rows=4 * head_rows), checkpointing=False)
+        assert saved_bytes(policy.train(), 4, 48, head_rows) == pytest.approx(expected, rel=limit)
 
 
 # ---- processes, hardware, fit

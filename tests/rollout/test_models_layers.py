@@ -1,12 +1,12 @@
 """Attention of every family: no pad and no neighbour in a packed row is seen, by mask or by FlashAttention's kernel for
-variable lengths; and what the head is spared."""
+variable lengths; and what the head and the last block are spared."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from rollout.models.layers import attend, attend_varlen, rotary_tables, rotate, sequences, visibility
+from rollout.models.layers import attend, attend_few, attend_varlen, rotary_tables, rotate, sequences, visibility
 from rollout.models.loading import load_model
 from tests.support.published import FAMILIES, HEAD, random_ids, write_published
 
@@ -70,6 +70,61 @@ def test_the_head_runs_on_the_wanted_rows_only(model, family):
     assert seen == [(2, 32)]
 
 
+MASKS = {
+    "one sequence a row": torch.ones(3, 8).long(),
+    "left pads": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0] * 7 + [1]]),
+    "packed": torch.tensor([[1, 1, 2, 2, 2, 3, 3, 3], [4] * 8, [0, 1, 1, 1, 0, 2, 2, 0]]),
+    "interleaved": torch.tensor([[1, 2, 1, 2, 0, 1, 2, 2], [7, 7, 0, 0, 3, 3, 7, 3], [1] * 8]),
+    "a row of pads": torch.tensor([[1] * 8, [0] * 8, [2, 2, 2, 2, 1, 1, 1, 1]]),
+}
+ROWS = {
+    "few": [23, 3, 9, 9, 15],  # fewer than a row's tokens, and one of them twice
+    "many": [*range(3, 8), 9, 9, *range(20, 24)],
+    "more than there are": [7, *range(24)],
+}
+
+
+def trained(model: torch.nn.Module, ids, mask, rows, *, asked: bool):
+    """Logits at the rows, and the gradient of all weights; those at all positions are made where nobody is asked."""
+    logits = model(ids, mask, logit_rows=rows).logits if asked else model(ids, mask).logits.flatten(0, 1)[rows]
+    model.zero_grad()
+    (logits * torch.linspace(-1, 1, logits.shape[1])).square().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", ["one sequence a row", "left pads", "packed"])
+def test_the_last_block_at_asked_rows_is_the_block_at_all(folder, name, rows):
+    model, ids, mask, at = load_model(folder), random_ids(3, 8), MASKS[name], torch.tensor(ROWS[rows])
+    expected, gradient = trained(model, ids, mask, at, asked=False)
+    found, ours = trained(model, ids, mask, at, asked=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for weights, slope in gradient.items():
+        torch.testing.assert_close(ours[weights], slope, atol=1e-4, rtol=1e-4, msg=weights)
+    other, _ = trained(model, ids, None if name != "one sequence a row" else MASKS["packed"], at, asked=True)
+    assert (other - expected).abs().max() > 0.01, "control: another mask"
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, recomputed = trained(model.train(), ids, mask, at, asked=True)
+    torch.testing.assert_close((again, recomputed), (found, ours), atol=1e-6, rtol=1e-6)
+
+
+def test_the_last_block_runs_on_the_asked_rows_only(model, family):
+    """Its norm before the MLP is given them alone; other blocks', and its own when no row is named, all positions."""
+    name = "ff_norm" if family == "llada" else "post_attention_layernorm"
+    norms = [module for path, module in model.named_modules() if path.endswith(name)]
+    seen: list[tuple[int, ...]] = []
+    handles = [norm.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape))) for norm in norms]
+    everywhere = (3, 9, 32)
+    for rows, last in (([4, 20], (2, 32)), ([], everywhere), (None, everywhere), ([0] * 27, everywhere)):
+        seen.clear()
+        logits = model(random_ids(3, 9), logit_rows=None if rows is None else torch.tensor(rows).long()).logits
+        assert seen == [everywhere] * (len(norms) - 1) + [last] and len(norms) > 1
+        assert logits.shape[:-1] == ((3, 9) if rows is None else (len(rows),))
+    for handle in handles:
+        handle.remove()
+
+
 def varlen_loop(q_THE, k_THE, v_THE, starts_q, starts_k, longest_q, longest_k):
     """What FlashAttention's kernel for variable lengths is documented to compute, one sequence after the other."""
     assert starts_q.dtype == starts_k.dtype == torch.int32 and longest_q == longest_k == starts_q.diff().max()
@@ -81,15 +136,6 @@ def varlen_loop(q_THE, k_THE, v_THE, starts_q, starts_k, longest_q, longest_k):
         weights = (q_HSE @ k_HSE.transpose(1, 2) / q_HSE.shape[-1] ** 0.5).softmax(-1)
         out.append((weights @ v_HSE).transpose(0, 1))
     return torch.cat(out)
-
-
-MASKS = {
-    "one sequence a row": torch.ones(3, 8).long(),
-    "left pads": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0] * 7 + [1]]),
-    "packed": torch.tensor([[1, 1, 2, 2, 2, 3, 3, 3], [4] * 8, [0, 1, 1, 1, 0, 2, 2, 0]]),
-    "interleaved": torch.tensor([[1, 2, 1, 2, 0, 1, 2, 2], [7, 7, 0, 0, 3, 3, 7, 3], [1] * 8]),
-    "a row of pads": torch.tensor([[1] * 8, [0] * 8, [2, 2, 2, 2, 1, 1, 1, 1]]),
-}
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -110,6 +156,18 @@ def test_attention_of_variable_lengths_is_attention_with_a_mask(name, kv_heads):
     torch.testing.assert_close(by_varlen, by_mask, atol=1e-5, rtol=0)
     if name != "one sequence a row":
         assert (attend(q, k, v, None)[real] - varlen[real]).abs().max() > 0.05  # control: the mask ignored
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_of_few_queries_is_attention_at_these_rows(name, kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 8, 6, generator=generator) for heads in (4, kv_heads, kv_heads))
+    seen, rows = visibility(MASKS[name], torch.float32), torch.tensor([23, 9, 9, 3])
+    whole = attend(q, k, v, seen).flatten(0, 1)[rows]
+    q_NHE = q.transpose(1, 2).flatten(0, 1)[rows]
+    torch.testing.assert_close(attend_few(q_NHE, k, v, seen, rows), whole, atol=1e-6, rtol=0)
+    assert (attend_few(q_NHE, k, v, seen, rows.flip(0)) - whole).abs().max() > 0.05, "control: of other rows"
 
 
 def test_a_mask_of_zeros_and_ones_keeps_its_cheap_form():
