@@ -168,6 +168,7 @@ def attention(
     k_BHLE, v_BHLE = rotate(k_BLHE.transpose(1, 2), cos_LE, sin_LE), v_BLHE.transpose(1, 2)
     if few_N is None:
         return at_rows(attend(rotate(q.transpose(1, 2), cos_LE, sin_LE), k_BHLE, v_BHLE, seen), asked_N)
+    assert not isinstance(seen, Sequences)
     at_N = few_N % length
     q_NHE = rotate(q, cos_LE[at_N].unsqueeze(1), sin_LE[at_N].unsqueeze(1))
     return attend_few(q_NHE, k_BHLE, v_BHLE, seen, few_N)
