@@ -109,9 +109,16 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = mlp
 
     def forward(
-        self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility, asked_N: Tensor | None = None
+        self,
+        x_BLD: Tensor,
+        cos_LE: Tensor,
+        sin_LE: Tensor,
+        seen: Visibility,
+        asked_N: Tensor | None = None,
+        *,
+        last: bool = False,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_BLD), cos_LE, sin_LE, seen, asked_N)
+        attended = self.self_attn(self.input_layernorm(x_BLD), cos_LE, sin_LE, seen, asked_N, last=last)
         x = at_rows(x_BLD, asked_N) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -133,11 +140,11 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_width, config.rms_norm_eps)
 
     def forward(
-        self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility, asked_N: Tensor | None
+        self, h_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility, asked_N: Tensor | None, *, last: bool
     ) -> Tensor:
         maps = (self.q_proj, self.k_proj, self.v_proj)
         norms = (self.q_norm, self.k_norm) if self.qk_norm else ()
-        return self.o_proj(attention(h_BLD, maps, cos_LE, sin_LE, seen, asked_N, norms=norms))
+        return self.o_proj(attention(h_BLD, maps, cos_LE, sin_LE, seen, asked_N, apart=last, norms=norms))
 
 
 def check_decoder_config(config: Any, switches: dict[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -127,9 +127,9 @@ def through(
     for block in earlier:
         x_BLD = block(x_BLD, *tables, seen)
     if logit_rows is None or 0 < len(logit_rows) < x_BLD.shape[:2].numel():
-        x: Tensor = last(x_BLD, *tables, seen, logit_rows)
+        x: Tensor = last(x_BLD, *tables, seen, logit_rows, last=True)
         return x
-    return at_rows(last(x_BLD, *tables, seen), logit_rows)
+    return at_rows(last(x_BLD, *tables, seen, last=True), logit_rows)
 
 
 def at_rows(x_BLD: Tensor, rows_N: Tensor | None) -> Tensor:
@@ -145,6 +145,7 @@ def attention(
     seen: Visibility,
     asked_N: Tensor | None = None,
     *,
+    apart: bool = False,
     norms: Sequence[nn.Module] = (),
 ) -> Tensor:
     """What heads make of their block's input, [B, L, H * E], or of all of it for the asked rows, [N, H * E].
@@ -152,16 +153,19 @@ def attention(
     Args:
         maps: to queries, keys and values.
         asked_N: flat indices ``b * L + l``.
+        apart: make queries by a product of their own, as in the last block whatever is asked of it: gradients then
+            come in the same order on all ranks, by which ZeRO 2 adds them up.
         norms: of each head's query and key before they are turned; none of either without.
     """
     length, head_width = cos_LE.shape
     # Queries of the asked rows alone, where a row of the batch has a place for each; but for the kernel of variable
     # lengths, which takes as many queries as keys.
     few_N = None if isinstance(seen, Sequences) or asked_N is None or len(asked_N) > length else asked_N
-    if few_N is None:
-        made = products(h_BLD, *maps)
-    else:
+    if apart:
         made = [*products(at_rows(h_BLD, few_N), maps[0]), *products(h_BLD, *maps[1:])]
+    else:
+        assert few_N is None
+        made = products(h_BLD, *maps)
     q, k_BLHE, v_BLHE = (y.unflatten(-1, (-1, head_width)) for y in made)
     if norms:
         q, k_BLHE = norms[0](q), norms[1](k_BLHE)

@@ -200,10 +200,17 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
 
     def forward(
-        self, x_BLD: Tensor, cos_LE: Tensor, sin_LE: Tensor, seen: Visibility, asked_N: Tensor | None = None
+        self,
+        x_BLD: Tensor,
+        cos_LE: Tensor,
+        sin_LE: Tensor,
+        seen: Visibility,
+        asked_N: Tensor | None = None,
+        *,
+        last: bool = False,
     ) -> Tensor:
         maps = (self.q_proj, self.k_proj, self.v_proj)
-        attended = attention(self.attn_norm(x_BLD), maps, cos_LE, sin_LE, seen, asked_N)
+        attended = attention(self.attn_norm(x_BLD), maps, cos_LE, sin_LE, seen, asked_N, apart=last)
         x = at_rows(x_BLD, asked_N) + self.attn_out(attended)
         gate, up = products(self.ff_norm(x), self.ff_proj, self.up_proj)
         return x + self.ff_out(F.silu(gate) * up)
