@@ -77,7 +77,9 @@ class _Picture:
 
     def _question(self, y: float) -> float:
         question, expected = self.plays[0].question, self.plays[0].expected
-        wide = int((self.width - 2 * MARGIN) / 8)
+        letters = [letter for letter in question if letter.isalpha()]
+        capitals = sum(map(str.isupper, letters)) > len(letters) / 2  # a sequence, whose letters are wide
+        wide = int((self.width - 2 * MARGIN) / (12 if capitals else 8))
         lines = [line for part in question.splitlines() for line in textwrap.wrap(part, wide)] or [""]
         if len(lines) > MOST_LINES:
             lines = [*lines[: MOST_LINES - 1], f"{lines[MOST_LINES - 1][: wide - 1]}…"]
