@@ -118,8 +118,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         *,
         last: bool = False,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_BLD), cos_LE, sin_LE, seen, asked_N, last=last)
-        x = at_rows(x_BLD, asked_N) + attended
+        x = at_rows(x_BLD, asked_N) + self.self_attn(
+            self.input_layernorm(x_BLD), cos_LE, sin_LE, seen, asked_N, last=last
+        )
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

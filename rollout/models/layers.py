@@ -170,6 +170,7 @@ def attention(
     if norms:
         q, k_BLHE = norms[0](q), norms[1](k_BLHE)
     k_BHLE, v_BHLE = rotate(k_BLHE.transpose(1, 2), cos_LE, sin_LE), v_BLHE.transpose(1, 2)
+    del made, k_BLHE, h_BLD  # nothing holds them while queries are turned
     if few_N is None:
         return at_rows(attend(rotate(q.transpose(1, 2), cos_LE, sin_LE), k_BHLE, v_BHLE, seen), asked_N)
     assert not isinstance(seen, Sequences)

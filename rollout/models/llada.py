@@ -210,7 +210,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         last: bool = False,
     ) -> Tensor:
         maps = (self.q_proj, self.k_proj, self.v_proj)
-        attended = attention(self.attn_norm(x_BLD), maps, cos_LE, sin_LE, seen, asked_N, apart=last)
-        x = at_rows(x_BLD, asked_N) + self.attn_out(attended)
+        x = at_rows(x_BLD, asked_N) + self.attn_out(
+            attention(self.attn_norm(x_BLD), maps, cos_LE, sin_LE, seen, asked_N, apart=last)
+        )
         gate, up = products(self.ff_norm(x), self.ff_proj, self.up_proj)
         return x + self.ff_out(F.silu(gate) * up)
