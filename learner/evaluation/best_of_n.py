@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from learner.evaluation.intervals import best_of_k, pass_at_k, percentile_interval
+from learner.evaluation.results import rewards_of
 from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
 from learner.runs.stopping import exit_status
@@ -78,10 +79,7 @@ def read_sampled(folder: Path, policy: str) -> Sampled:
     return Sampled(
         problems=tuple(problem["id"] for problem in problems),
         right_N=np.array([sum(problem["correct"]) for problem in problems]),
-        rewards=tuple(
-            tuple(sum(value or 0.0 for value in of_one) for of_one in zip(*problem["components"].values(), strict=True))
-            for problem in problems
-        ),
+        rewards=tuple(tuple(rewards_of(problem)) for problem in problems),
         figures=cell[policy],
         sampler=sampler,
     )

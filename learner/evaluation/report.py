@@ -10,7 +10,7 @@ import numpy as np
 
 from learner.evaluation.cells import Cell
 from learner.evaluation.intervals import best_of_k, bootstrap_means, pass_at_k, percentile_interval, wilson
-from learner.evaluation.results import POLICIES, Chunk
+from learner.evaluation.results import POLICIES, Chunk, rewards_of
 from rewards.diversity import distances_to_others, distinct_share
 from rollout.seeds import numpy_generator
 
@@ -101,17 +101,11 @@ def _values(cell: Cell, chunks: Sequence[Chunk], metric: str) -> np.ndarray:
     problems = [problem for chunk in chunks for problem in chunk.problems]
     name, _, k = metric.partition("@")
     if name == "best":
-        return np.array([best_of_k(_rewards(problem), int(k)) for problem in problems])
+        return np.array([best_of_k(rewards_of(problem), int(k)) for problem in problems])
     right_N = np.array([sum(problem["correct"]) for problem in problems])
     if name == "solve_rate":
         return right_N / cell.samples
     return np.array([pass_at_k(cell.samples, right, int(k)) for right in range(cell.samples + 1)])[right_N]
-
-
-def _rewards(problem: Mapping[str, Any]) -> list[float]:
-    """Of each completion: the sum of its components, of which one without a number counts nothing."""
-    parts = problem["components"].values()
-    return [sum(value or 0.0 for value in given) for given in zip(*parts, strict=True)]
 
 
 def _figures(chunks: Sequence[Chunk]) -> dict[str, Any]:

@@ -62,6 +62,13 @@ class Chunk:
         return cls(problems, sum(result.grader_failures for result in report.results), report.generate_s)
 
 
+def rewards_of(problem: Mapping[str, Any]) -> list[float]:
+    """Of each completion of a chunk's problem: the sum of its components, of which one without a number counts
+    nothing."""
+    parts = problem["components"].values()
+    return [sum(value or 0.0 for value in given) for given in zip(*parts, strict=True)]
+
+
 def settings_key(settings: Mapping[str, Any]) -> str:
     """Names the settings, 16 hex digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
