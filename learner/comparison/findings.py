@@ -13,6 +13,7 @@ import numpy as np
 
 from learner.comparison.cells import Cell
 from learner.evaluation.drive import REPORT, RESULTS
+from learner.evaluation.results import read_chunks
 from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
 from rewards.errors import DataError
@@ -62,18 +63,15 @@ def _solved(folder: Path) -> dict[str, dict[str, str]]:
     the order of problems."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        lines = (folder / RESULTS).read_text(encoding="utf-8").splitlines()[1:]
-        chunks = sorted((json.loads(line) for line in lines), key=lambda chunk: chunk["chunk"])
     except (OSError, ValueError) as error:
         raise DataError(f"the evaluation in {folder} can't be read: {error}") from error
     if not report["complete"]:
         raise DataError(f"the evaluation in {folder} isn't complete")
-    steps = {cell["label"]: str(cell["steps"]) for cell in report["cells"]}
+    steps = {cell["key"]: str(cell["steps"]) for cell in report["cells"]}
     solved = {count: {"base": "", "trained": ""} for count in steps.values()}
-    for chunk in chunks:
-        label, _, _ = chunk["cell"].rpartition(" ")  # the rest is a digest of the sampler
-        policy = "trained" if chunk["policy"] == "adapter" else "base"
-        solved[steps[label]][policy] += "".join(str(problem["correct"][0]) for problem in chunk["problems"])
+    for at, chunk in sorted(read_chunks(folder / RESULTS).items(), key=lambda item: item[0].chunk):
+        policy = "trained" if at.policy == "adapter" else "base"
+        solved[steps[at.cell]][policy] += "".join(str(problem["correct"][0]) for problem in chunk.problems)
     return solved
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from learner.evaluation.intervals import best_of_k, pass_at_k, percentile_interval
-from learner.evaluation.results import rewards_of
+from learner.evaluation.results import read_chunks, rewards_of
 from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
 from learner.runs.stopping import exit_status
 from rewards.command import Parser
-from rewards.errors import ConfigError
+from rewards.errors import ConfigError, DataError
 from rollout.process import prepare_process
 from rollout.seeds import numpy_generator
 
@@ -64,17 +64,16 @@ def read_sampled(folder: Path, policy: str) -> Sampled:
     """The first sampled way to decode in an evaluation that has this policy. Raises ConfigError when there is none."""
     try:
         report = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()[1:]
-    except (OSError, ValueError) as error:
+        chunks = read_chunks(folder / "results.jsonl")
+    except (OSError, ValueError, DataError) as error:
         raise ConfigError(f"{folder} is no evaluation that can be read: {error}") from error
     cell = next((cell for cell in report["cells"] if cell["decoding"] == "sampled" and policy in cell), None)
     if cell is None:
         raise ConfigError(f"{folder} has no samples of the {policy}; evaluate with decode.samples=16")
-    chunks: dict[int, list[dict[str, Any]]] = {}
-    for row in map(json.loads, lines):
-        if row["policy"] == policy and row["cell"].startswith(cell["label"] + " "):
-            chunks.setdefault(row["chunk"], row["problems"])
-    problems = [problem for _, of_chunk in sorted(chunks.items()) for problem in of_chunk]
+    if "key" not in cell:
+        raise ConfigError(f"{folder} is an older version's report; the evaluation's command, again, makes it new")
+    of_cell = {at.chunk: chunk for at, chunk in chunks.items() if (at.cell, at.policy) == (cell["key"], policy)}
+    problems = [problem for _, chunk in sorted(of_cell.items()) for problem in chunk.problems]
     sampler = {name: cell[name] for name in ("steps", "position_rule", "temperature", "completion_length")}
     return Sampled(
         problems=tuple(problem["id"] for problem in problems),

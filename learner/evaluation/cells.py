@@ -37,7 +37,12 @@ class Cell:
 
     def describe(self) -> dict[str, Any]:
         """JSON-able description; steps and position_rule are None where a threshold decides."""
-        about: dict[str, Any] = {"label": self.label, "decoding": self.decoding, "samples": self.samples}
+        about: dict[str, Any] = {
+            "label": self.label,
+            "key": self.key,
+            "decoding": self.decoding,
+            "samples": self.samples,
+        }
         about |= dataclasses.asdict(self.sampler)
         return about | ({"position_rule": None, "steps": None} if self.decoding == "threshold" else {})
 

@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from learner.runs.atomic import disk_errors
 from learner.runs.directory import make_folder
 from learner.runs.lock import FileLock, Held
 from learner.settings.arguments import flat
-from rewards.errors import ConfigError
-from rollout.messages import EvalReport
+from rewards.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # the results can be read without Ray
+    from rollout.messages import EvalReport
 
 FORMAT = 1
 POLICIES = ("base", "adapter")
@@ -44,7 +46,7 @@ class Chunk:
     generate_s: float
 
     @classmethod
-    def of(cls, report: EvalReport) -> "Chunk":
+    def of(cls, report: "EvalReport") -> "Chunk":
         problems = [
             {
                 "id": result.problem_id,
@@ -67,6 +69,29 @@ def rewards_of(problem: Mapping[str, Any]) -> list[float]:
     nothing."""
     parts = problem["components"].values()
     return [sum(value or 0.0 for value in given) for given in zip(*parts, strict=True)]
+
+
+def read_chunks(path: Path) -> dict[ChunkId, Chunk]:
+    """What a results.jsonl holds that nobody writes any more.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    try:
+        _, *lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error}") from error
+    return {at: chunk for at, chunk, _ in reversed([*filter(None, map(_parsed, lines))])}
+
+
+def _parsed(line: bytes) -> tuple[ChunkId, Chunk, str | None] | None:
+    """A chunk with the identity of the code that it is of; None for a line that a kill has torn."""
+    try:
+        row = json.loads(line)
+        at = ChunkId(row["cell"], row["policy"], row["chunk"])
+        return at, Chunk(row["problems"], row["grader_failures"], row["generate_s"]), row.get("code")
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
@@ -137,14 +162,12 @@ class ResultsFile:
             return
         self._check_header(lines[0], settings)
         for line in lines[1:]:
-            try:
-                row = json.loads(line)
-                at = ChunkId(row["cell"], row["policy"], row["chunk"])
-                chunk = Chunk(row["problems"], row["grader_failures"], row["generate_s"])
-            except (ValueError, KeyError, TypeError):
+            parsed = _parsed(line)
+            if parsed is None:
                 self.dropped_lines += 1
                 continue
-            self.other_code |= row.get("code") != self._code
+            at, chunk, code = parsed
+            self.other_code |= code != self._code
             self.chunks.setdefault(at, chunk)
 
     def _check_header(self, line: bytes, settings: Mapping[str, Any]) -> None:

@@ -13,20 +13,20 @@ SAMPLER = {"steps": 4, "position_rule": "random", "temperature": 1.0, "completio
 
 
 def write_evaluation(folder: Path, policy: str, right: list[list[int]], **figures: Any) -> Path:
-    """Two problems a chunk; the reward is 1 more than the verdict. The chunks are not in order, and one comes twice."""
+    """Two problems a chunk; the reward is 1 more than the verdict. The chunks are not in order, and one comes twice; a
+    cell of another sampler has the same label."""
     folder.mkdir(parents=True)
     about = {"mean_nfe": 4.0, "distinct_share": 1.0, "distance": 0.5, "distance_between_problems": 0.75} | figures
-    cell = {"label": "sampled x4 random 4 steps", "decoding": "sampled", "samples": 4, policy: about, **SAMPLER}
+    label = "sampled x4 random 4 steps"
+    cell = {"key": f"{label} 0123", "decoding": "sampled", "samples": 4, policy: about, **SAMPLER}
     (folder / "results.json").write_text(json.dumps({"cells": [{"decoding": "greedy", policy: {}}, cell]}))
     problems = [
         {"id": f"p{n}", "correct": of_one, "components": {"a": of_one, "b": [1.0] * 4}}
         for n, of_one in enumerate(right)
     ]
-    lines = [
-        {"cell": f"{cell['label']} 0123", "policy": policy, "chunk": at, "problems": problems[2 * at : 2 * at + 2]}
-        for at in (1, 0, 1)
-    ]
-    others = [dict(lines[0], policy="other"), dict(lines[0], cell="greedy random 4 steps 0123")]
+    chunk = {"cell": cell["key"], "policy": policy, "grader_failures": 0, "generate_s": 1.0}
+    lines = [{**chunk, "chunk": at, "problems": problems[2 * at : 2 * at + 2]} for at in (1, 0, 1)]
+    others = [dict(lines[0], policy="other"), dict(lines[0], cell=f"{label} 4567")]
     text = "".join(json.dumps(row) + "\n" for row in [{"settings": {}}, *others, *lines])
     (folder / "results.jsonl").write_text(text)
     return folder

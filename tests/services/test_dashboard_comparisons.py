@@ -116,6 +116,7 @@ def test_the_page_shows_tables_and_curves(browser: Any, service: Dashboard, phon
         page.shows("a[href='#/comparisons']").click()
         page.shows("a", service.runs.name).click()
         page.shows("[data-chart=by-work] .main-svg")
+        page.page.locator("[data-chart=by-time]").scroll_into_view_if_needed()  # drawn when it is about to be seen
         page.shows("[data-chart=by-time] .main-svg")
         first = page.shows("tbody tr", "agrpo").text_content()
         assert "75.0%" in first and "lr 0.001" in first
