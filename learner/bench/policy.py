@@ -154,7 +154,10 @@ def build_policy(
 
 
 def warm_up(model: torch.nn.Module, *, train: bool) -> None:
-    """A tiny forward (and backward), so that libraries have made their buffers before anything is measured."""
+    """A tiny forward (and backward), so that libraries have made their buffers before anything is measured; and a look
+    at all weights: of a mapped file only what was looked at counts as held."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
     ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
     rows = torch.zeros(1, dtype=torch.int64, device=ids.device)
     with torch.inference_mode(not train):

@@ -21,27 +21,29 @@ from learner.runs.local_ray import LOOPBACK
 from learner.settings.run import RunConfig
 from rewards.task import Problem
 from rollout.malloc import give_back_freed_memory
+from rollout.messages import GroupRef
 from rollout.models.family import policy_adapter
 from rollout.models.llada import LLaDAModelLM
 from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
 from rollout.seeds import numpy_generator
-from rollout.trajectory import GroupSpec, TrajectoryGroup
+from rollout.trajectory import GroupSpec, TrajectoryGroup, outline
 
 UPDATES = 2
 
 
 class _Rank(LearnerRank):
-    """A rank that is handed its groups themselves."""
+    """A rank that is handed its groups themselves, in the place of references to them."""
 
-    def _outlines(self, refs: Sequence[Any]) -> list[TrajectoryGroup]:
+    def _fetched(self, refs: Sequence[Any], what: str) -> list[TrajectoryGroup]:
         return list(refs)
 
 
 def update_peak(case: Case, folder: str) -> int:
     """Bytes that a batch's two updates need above the rank's own, at their peak."""
     config = case.config(folder)
-    groups: Any = _groups(case, config, folder)  # in the place of references to them
+    given: list[Any] = _groups(case, config, folder)
+    groups = [GroupRef(group, outline(group)) for group in given]
     rank = _Rank(config, folder, 0, 1)
     rank.start(rank.listen(LOOPBACK), None, None)
     give_back_freed_memory()

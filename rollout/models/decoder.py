@@ -92,10 +92,12 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
         """[B, L, D], or [N, D] at the rows that are wanted."""
-        x_BLD = self.embed_tokens(input_ids)
+        dtype = self.embed_tokens.weight.dtype
         # The published code of both families rounds the tables to the model's dtype and turns in it.
-        tables = rotary_tables(input_ids.shape[1], self.head_width, self.rope_theta, x_BLD.device, x_BLD.dtype)
-        return through(self.layers, x_BLD, tables, visibility(attention_mask, x_BLD.dtype), logit_rows)
+        tables = rotary_tables(input_ids.shape[1], self.head_width, self.rope_theta, input_ids.device, dtype)
+        seen = visibility(attention_mask, dtype)
+        # No name here for the embeddings: nothing shall hold them when the blocks no longer need them.
+        return through(self.layers, self.embed_tokens(input_ids), tables, seen, logit_rows)
 
 
 class DecoderLayer(GradientCheckpointingLayer):

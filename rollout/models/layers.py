@@ -169,8 +169,9 @@ def attention(
     q, k_BLHE, v_BLHE = (y.unflatten(-1, (-1, head_width)) for y in made)
     if norms:
         q, k_BLHE = norms[0](q), norms[1](k_BLHE)
+    del made, h_BLD  # nothing holds the block's input while keys are turned, nor these while queries are
     k_BHLE, v_BHLE = rotate(k_BLHE.transpose(1, 2), cos_LE, sin_LE), v_BLHE.transpose(1, 2)
-    del made, k_BLHE, h_BLD  # nothing holds them while queries are turned
+    del k_BLHE
     if few_N is None:
         return at_rows(attend(rotate(q.transpose(1, 2), cos_LE, sin_LE), k_BHLE, v_BHLE, seen), asked_N)
     assert not isinstance(seen, Sequences)

@@ -174,11 +174,11 @@ class LLaDATransformer(nn.Module):
             self.ff_out = Head(config.d_model, config.embedding_rows, bias=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
-        x_BLD = self.wte(input_ids)
         length, head_width = input_ids.shape[1], self.config.d_model // self.config.n_heads
-        tables = rotary_tables(length, head_width, self.config.rope_theta, x_BLD.device)
-        seen = visibility(attention_mask, x_BLD.dtype)
-        x = self.ln_f(through(self.blocks, x_BLD, tables, seen, logit_rows))
+        tables = rotary_tables(length, head_width, self.config.rope_theta, input_ids.device)
+        seen = visibility(attention_mask, self.wte.weight.dtype)
+        # No name here for the embeddings: nothing shall hold them when the blocks no longer need them.
+        x = self.ln_f(through(self.blocks, self.wte(input_ids), tables, seen, logit_rows))
         return exact_logits(x, self.wte.weight) if self.config.weight_tying else self.ff_out(x)
 
 
