@@ -7,8 +7,10 @@ drawn again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray.experimental.locations import get_local_object_locations
 
 from rollout.ledger import Ledger
 from rollout.messages import GroupRef, GroupReport, LeaseReport
@@ -66,20 +68,24 @@ class ReplayBuffer:
         return items
 
     def find_lost(self, refs: Mapping[int, GroupRef], *, timeout_s: float) -> list[int]:
-        """Ids of the groups that can't be had any more. Brings each object to this node.
+        """Ids of the groups that can't be had any more. Brings their outlines to this node, and no whole group.
 
         Raises:
             WaitTimeout: an object neither came nor was reported lost within ``timeout_s`` seconds.
         """
-        objects = [each for ref in refs.values() for each in dict.fromkeys(ref)]
+        far = _elsewhere([ref.whole for ref in refs.values()])
+        # An outline was made where its group lies, so that what became of that node is found out by it. What Ray knows
+        # to be lost has an error here in its place.
+        asked = {group_id: {ref.outline, ref.whole} - (far - {ref.outline}) for group_id, ref in refs.items()}
         try:
+            objects = [each for of_group in asked.values() for each in of_group]
             bounded_get(objects, who=f"groups {list(refs)} in the object store", timeout_s=timeout_s)
             return []
         except ray.exceptions.ObjectLostError:
             gone = []  # one question for all of them is cheaper, and doesn't say which it was
-        for group_id, ref in refs.items():
+        for group_id, of_group in asked.items():
             try:
-                bounded_get(ref, who=f"group {group_id} in the object store", timeout_s=timeout_s)
+                bounded_get([*of_group], who=f"group {group_id} in the object store", timeout_s=timeout_s)
             except ray.exceptions.ObjectLostError:
                 gone.append(group_id)
         return gone
@@ -95,3 +101,10 @@ class ReplayBuffer:
         self.ledger.commit([item.group_id for item in items], version)
         for item in items:
             del self._drawn[item.group_id]
+
+
+def _elsewhere(refs: Sequence[ray.ObjectRef[Any]]) -> set[ray.ObjectRef[Any]]:
+    """Those of them, which this process owns, that have a place on other nodes and none on this one."""
+    here = ray.get_runtime_context().get_node_id()
+    places = {ref: found["node_ids"] for ref, found in get_local_object_locations(list(refs)).items()}
+    return {ref for ref, nodes in places.items() if nodes and here not in nodes}

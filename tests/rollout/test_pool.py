@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.experimental.locations import get_local_object_locations
 
 from learner.runs.local_ray import local_ray
 from rewards.errors import ConfigError, WaitTimeout, WeightMismatch, WorkerLost
@@ -167,6 +168,7 @@ def pump(
     iteration: int,
     weights: Weights,
     *,
+    sampler: SamplerSpec = SAMPLER,
     lease_timeout_s: float = 120.0,
     every_turn: Callable[[], None] = lambda: None,
 ) -> list[ActorLost]:
@@ -179,7 +181,7 @@ def pump(
             lease = replay.ledger.lease(policy_version=weights.version, timeout_s=lease_timeout_s)
             if lease is None:
                 break
-            pool.submit(lease, SAMPLER, weights)
+            pool.submit(lease, sampler, weights)
         for event in pool.poll(0.1):
             if isinstance(event, Delivery):
                 replay.deliver(event.report, event.refs)
@@ -597,6 +599,31 @@ def test_lost_node(
         items = replay.take(0, 0)
         assert replay.find_lost({item.group_id: item.ref for item in items}, timeout_s=60.0) == []
         assert content(groups_of(items)) == undisturbed[:2]
+
+
+def test_whole_groups_stay_where_they_lie(
+    cluster: dict[str, str], make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights]
+) -> None:
+    """The controller has no need of them: it looks for outlines, which are small; and still learns what is lost."""
+    replay = new_replay()
+    replay.ledger.issue(0, plan(2))
+    here = ray.get_runtime_context().get_node_id()
+    with far_node(cluster):
+        pool = make_pool(1, resources={"CPU": 1, "far": 1})
+        pump(pool, replay, 0, weights(0), sampler=dataclasses.replace(SAMPLER, top_k=5))
+        refs = {item.group_id: item.ref for item in replay.take(0, 0)}
+        assert replay.find_lost(refs, timeout_s=60.0) == []
+        places = get_local_object_locations([ref.whole for ref in refs.values()])
+        assert all(found["node_ids"] and here not in found["node_ids"] for found in places.values())
+        wholes = bounded_get([ref.whole for ref in refs.values()], who="groups", timeout_s=60.0)
+        outlines = bounded_get([ref.outline for ref in refs.values()], who="outlines", timeout_s=60.0)
+        assert sum(each.nbytes for each in outlines) < 0.5 * sum(each.nbytes for each in wholes)
+        places = get_local_object_locations([ref.whole for ref in refs.values()])
+        assert all(here in found["node_ids"] for found in places.values()), "control: what is fetched is seen here"
+        replay.ledger.issue(1, plan(2, first=2))
+        pump(pool, replay, 1, weights(1), sampler=dataclasses.replace(SAMPLER, top_k=5))
+        later = {item.group_id: item.ref for item in replay.take(1, 1)}
+    assert replay.find_lost(refs | later, timeout_s=60.0) == [2, 3], "the first two lie here as well"
 
 
 @contextlib.contextmanager
