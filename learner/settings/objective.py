@@ -95,6 +95,8 @@ class ObjectiveSection(Section):
 
     smallest_group: ClassVar[int] = 2
     """Completions of a prompt that the method needs at least."""
+    takes_greedy: ClassVar[bool] = False
+    """Whether completions of a prompt may all be the same."""
     method: ClassVar[str]
     """Where the class is that does it, as module:Class; nothing that torch needs is loaded with the settings."""
     fixed: ClassVar[tuple[str, ...]] = ()
@@ -128,7 +130,7 @@ class ObjectiveSection(Section):
                 f"rollout.sampler.threshold={list(sampler.threshold)} leaves each completion one to draw, by a law "
                 "that nobody learns here; give one number, or set objective.threshold_lr with a method that has it"
             )
-        if sampler.temperature > 0:
+        if sampler.temperature > 0 or self.takes_greedy:
             return problems
         return [
             *problems,

@@ -366,7 +366,7 @@ _INTERNALS = (
     Metric("ledger/leased", "internals", "Groups that an actor draws."),
     Metric("ledger/ready", "internals", "Groups that are drawn and wait for the learner."),
     Metric("ledger/consumed", "internals", "Groups that were learned from."),
-    Metric("ledger/dropped", "internals", "Groups that were given up.", "0.", "Events of kind dropped say why."),
+    Metric("ledger/dropped", "internals", "Groups that were given up.", "0.", "Events of kind fault, part grader or judge, say why."),
     Metric("ledger/dropped/{reason}", "internals", "Groups given up for this reason."),
     Metric("machine/ledger_expired", "internals", "Leases that took longer than timeouts.lease.", "0.", "Raise it."),
     Metric("machine/ledger_failed", "internals", "Leases that ended with an error of their actor.", "0."),

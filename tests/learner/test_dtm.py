@@ -263,6 +263,7 @@ def test_the_gradient_does_not_depend_on_ranks_and_forwards():
         (["objective.buffer_prompts=2"], ["buffer_prompts=2", "can't hold"]),
         (["rollout.buffer_groups=8"], ["buffer_groups=8", "begins"]),
         (["objective.block_length=7"], ["block_length=7", "divide"]),
+        (["rollout.sampler.threshold=[0.7, 0.9]"], ["threshold=[0.7, 0.9]", "nobody learns"]),
     ],
 )
 def test_settings_that_can_not_work_are_refused(settings, words):

@@ -16,6 +16,7 @@ class DtmConfig(ObjectiveSection):
     """DTM (arXiv 2604.18739): in phases, the policy is matched to its teacher's law, tilted towards the reward."""
 
     smallest_group: ClassVar[int] = 1
+    takes_greedy: ClassVar[bool] = True  # the reward alone tells completions apart
     method: ClassVar[str] = "learner.objectives.dtm:Dtm"
     fixed: ClassVar[tuple[str, ...]] = ("phase_iterations", "buffer_prompts", "ema")
     type: Literal["dtm"] = "dtm"
@@ -57,14 +58,14 @@ class DtmConfig(ObjectiveSection):
         return Phases(self.phase_iterations, self.buffer_prompts, self.ema)
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:
-        """Completions may be drawn greedily: the reward alone tells them apart."""
+        problems = super().refuses(sampler)
         block = self.block_length or sampler.block_length
-        if sampler.completion_length % block == 0:
-            return []
-        return [
-            f"objective.block_length={block} does not divide "
-            f"rollout.sampler.completion_length={sampler.completion_length}; take one that does"
-        ]
+        if sampler.completion_length % block:
+            problems.append(
+                f"objective.block_length={block} does not divide "
+                f"rollout.sampler.completion_length={sampler.completion_length}; take one that does"
+            )
+        return problems
 
     def step_of(self, phase: int) -> float:
         """h of a phase, from 0."""
