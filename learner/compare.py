@@ -52,6 +52,7 @@ def _command(argv: Sequence[str] | None) -> int:
     parallel = options.parallel or room_for(config)
     if options.plan:
         found = found_cells(config, Path(config.out).expanduser().absolute())
+        found = {name: findings for name, findings in found.items() if not findings.failed}  # they are tried again
         print(outline_text(config, found, parallel=parallel))
         return 0
     from learner.comparison.drive import compare  # torch and Ray take seconds to import

@@ -113,9 +113,13 @@ def _view(
 
 def _for_gaps(prompt: EncodedPrompt, options: argparse.Namespace) -> dict[str, int]:
     """As many positions, in one block, as the gaps have tokens, one a step: where the command doesn't say otherwise."""
-    needed = sum(max(gap.lengths) for gap in prompt.gaps)
-    C = options.completion_length or needed
-    return {"completion_length": C, "block_length": options.block_length or C, "steps": options.steps or C}
+    C, block = options.completion_length, options.block_length
+    if C is None:
+        C = sum(max(gap.lengths) for gap in prompt.gaps)
+        if block is not None:
+            needed = C if block >= C else positions_needed(prompt.gaps, block, C)
+            C = -(-needed // block) * block
+    return {"completion_length": C, "block_length": block or C, "steps": options.steps or C}
 
 
 def _check_length(prompt: EncodedPrompt, sampler: SamplerSpec, longest: int | None) -> None:
@@ -181,6 +185,8 @@ def _as_json(
 def _completion(tokenizer: PreTrainedTokenizerBase, group: TrajectoryGroup, row: int, text: str) -> dict[str, Any]:
     tokens = []
     for place, token in enumerate(group.completion_ids[row].tolist()):
+        if not group.there[row, place]:
+            continue  # a gap was shorter than it may be
         drawn = bool(group.drawn[row, place])
         tokens.append(
             {

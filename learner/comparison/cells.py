@@ -197,7 +197,7 @@ def _known(path: Path) -> dict[str, Findings]:
             for name, about in cells.items()
             if about["failed"] is None
         }
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"known={path} is not the results.json of a comparison: {first_line(error)}") from error
 
 
@@ -252,4 +252,4 @@ def _cell(
 def _plain(value: Any) -> str:
     """A value as a part of a folder's name."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_")

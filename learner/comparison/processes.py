@@ -78,6 +78,7 @@ def run_module(
         Stopped: see above.
     """
     with disk_errors(log), log.open("ab") as output:
+        before = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
@@ -103,7 +104,7 @@ def run_module(
     finally:
         _end_session(process)
     if process.returncode:
-        raise RunFailed(_last_words(log) or f"it ended with exit status {process.returncode}")
+        raise RunFailed(_last_words(log, before) or f"it ended with exit status {process.returncode}")
     return peak
 
 
@@ -138,8 +139,9 @@ def _peak_of_ranks(leader: int) -> int:
     return max(peaks)
 
 
-def _last_words(log: Path) -> str:
-    """The error that the process ended with, as the log has it."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, begin: int) -> str:
+    """The error that the process ended with, as the log has it from this byte on: earlier ones wrote there too."""
+    said = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines)[-1].removeprefix("error: ") if lines else ""

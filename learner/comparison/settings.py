@@ -148,6 +148,8 @@ def load_comparison(argv: Sequence[str], *, only: Sequence[str] = ()) -> Compari
     if len(plans) > 1:
         raise ConfigError(f"plan is given {len(plans)} times ({', '.join(plans)}); give one")
     data = overrides.read_recipe(_plan_file(plans[0])) if plans else {}
+    if isinstance(data.get("methods"), dict):  # one without settings of its own may be written as a name alone
+        data["methods"] = {name: about or {} for name, about in data["methods"].items()}
     for argument in argv:
         if not argument.startswith("plan="):
             overrides.apply_override(data, argument, ComparisonConfig)
@@ -158,7 +160,6 @@ def load_comparison(argv: Sequence[str], *, only: Sequence[str] = ()) -> Compari
         absent = [name for name in only if name not in methods]
         if absent:
             raise ConfigError(f"there is no method {absent[0]} to compare; there are {', '.join(methods)}")
-        # A method without settings of its own may be written as a name and nothing else.
         data["methods"] = {name: about or {} for name, about in methods.items() if not only or name in only}
     config = overrides.validated(data, ComparisonConfig, source="")
     require_equal_terms(config)

@@ -27,6 +27,13 @@ def step_counts(report: Mapping[str, Any]) -> list[str]:
     return sorted(counts, key=int, reverse=True)
 
 
+def _problems(report: Mapping[str, Any]) -> str:
+    """How many a seed was evaluated on, which are fewer than asked for where the task has no more."""
+    solved = [cell["solved"] for cell in report["cells"].values() if cell["failed"] is None]
+    counts = sorted({len(of_steps["trained"]) for each in solved for of_steps in each.values()})
+    return " to ".join(map(str, counts)) or str(report["settings"]["problems"])
+
+
 def _rates(report: Mapping[str, Any]) -> list[str]:
     settings, reference, counts = report["settings"], report["reference"], step_counts(report)
     head = ["method", "chosen", *(f"solved in {count} steps" for count in counts), f"against {reference}"]
@@ -48,7 +55,7 @@ def _rates(report: Mapping[str, Any]) -> list[str]:
     tuning = ", ".join(map(str, settings["tuning_seeds"]))
     lines += [
         "",
-        f"Greedy exact-solve rate on {settings['problems']} held-out problems a seed, seeds {seeds}, after "
+        f"Greedy exact-solve rate on {_problems(report)} held-out problems a seed, seeds {seeds}, after "
         f"{settings['budget']:,} forward-equivalents of training; {100 * settings['statistics']['confidence']:g} % "
         f"intervals over seeds and problems. Each method's settings were chosen on seed {tuning}, which is not "
         "reported.",

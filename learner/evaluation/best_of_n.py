@@ -112,7 +112,7 @@ def comparison(base: Sampled, runs: Mapping[Path, Sampled]) -> str:
             )
     N, f = len(base.problems), base.figures["mean_nfe"]
     spent = {run: training_forwards(run) for run in runs}
-    equal = {run: round((spent[run] / N + trained.figures["mean_nfe"]) / f) for run, trained in runs.items()}
+    equal = {run: max(1, round((spent[run] / N + trained.figures["mean_nfe"]) / f)) for run, trained in runs.items()}
     drawn = {run: min(n, base.samples) for run, n in equal.items()}
     rows = [
         _row("base, one completion", [base.pass_at(1)], [base.best_at(1)], [base]),

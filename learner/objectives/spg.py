@@ -154,7 +154,9 @@ def bound_unit(index: int, row: int, masks: Sequence[Mask], length: int, credit:
 def bounds(logp_N: torch.Tensor, batch: ViewBatch, *, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """ELBO and EUBO per token, each [U]."""
     unit_N, view_N = batch.unit_of_score, batch.view_of_score
-    views_U, scores_Z = np.bincount(batch.unit_of_view), np.bincount(view_N)
+    views_U, scores_Z = np.bincount(batch.unit_of_view), np.bincount(view_N, minlength=batch.unit_of_view.size)
+    # Of a text with gaps a mask may hide only what doesn't exist: such a view says nothing of the likelihood per token.
+    scored_U = np.bincount(batch.unit_of_view, scores_Z > 0)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         dtype = logp_N.dtype if array.dtype.kind == "f" else torch.int64
@@ -163,16 +165,17 @@ def bounds(logp_N: torch.Tensor, batch: ViewBatch, *, beta: float) -> tuple[torc
     def summed(terms: torch.Tensor, unit: np.ndarray) -> torch.Tensor:
         return logp_N.new_zeros(views_U.size).index_add(0, tensor(unit), terms)
 
-    elbo_U = summed(logp_N * tensor(1.0 / (scores_Z[view_N] * views_U[unit_N])), unit_N)
+    elbo_U = summed(logp_N * tensor(1.0 / (scores_Z[view_N] * scored_U[unit_N])), unit_N)
     unit_T, _, token_N = batch.tokens()
     place_N = view_N - np.flatnonzero(np.diff(batch.unit_of_view, prepend=-1))[unit_N]
     log_a_TK = logp_N.new_full((unit_T.size, int(views_U.max())), -torch.inf)
     terms_N = beta * logp_N + tensor(np.log(batch.weight))
     log_a_TK = log_a_TK.index_put((tensor(token_N), tensor(place_N)), terms_N)
     log_a_T = log_a_TK.logsumexp(1) - tensor(np.log(views_U[unit_T]))
-    return elbo_U, summed(log_a_T, unit_T) / tensor(beta * np.bincount(unit_T))
+    return elbo_U, summed(log_a_T, unit_T) / tensor(beta * np.bincount(unit_T, minlength=views_U.size).clip(min=1))
 
 
 def lengths(batch: ViewBatch) -> np.ndarray:
     """[U], tokens of each unit's text: a view's weights add up to it."""
-    return np.rint(np.bincount(batch.unit_of_score, batch.weight) / np.bincount(batch.unit_of_view))
+    views_U = np.bincount(batch.unit_of_view)
+    return np.rint(np.bincount(batch.unit_of_score, batch.weight, minlength=views_U.size) / views_U)

@@ -136,12 +136,13 @@ def _split(units: Sequence[Unit], parts: int) -> list[Sequence[Unit]]:
 def _group_statistics(group: TrajectoryGroup, credit_G: np.ndarray, eos_ids: tuple[int, ...]) -> Statistics:
     G = float(group.size)
     is_eos_GC = np.isin(group.completion_ids, eos_ids) & group.there
+    behind_GC = np.logical_or.accumulate(is_eos_GC, axis=1) & ~is_eos_GC & group.there
     means = {
         "reward/mean": (float(group.rewards.sum(dtype=np.float64)), G),
         "solve_rate": (float(group.correct.sum()), G),
         "groups/no_signal_share": (float(not credit_G.any()), 1.0),
         "eos_rate": (float(is_eos_GC.any(axis=1).sum()), G),
-        "text_after_eos": (float((np.logical_or.accumulate(is_eos_GC, axis=1) & ~is_eos_GC).any(axis=1).sum()), G),
+        "text_after_eos": (float(behind_GC.any(axis=1).sum()), G),
         "completion_length": (float(group.text_tokens(eos_ids).sum()), G),
         "distinct_share": (float(len(np.unique(group.completion_ids, axis=0))), G),
         "tokens_per_forward": (float(group.tokens_per_forward(eos_ids).sum()), G),

@@ -181,8 +181,7 @@ class RewardSection(Section):
     completion of the prompt is right. Needs rollout.sampler.threshold. LightningRL: 1, with a threshold of 0.9."""
     diversity_weight: NonNegative = 0.0
     """Weight of a further part, diversity: a completion's mean distance to the others of its prompt, in edits per
-    character (0: all are the same; 1: nothing in common), by the first 400 characters. Against a policy that writes one
-    text for all."""
+    character (0: all are the same; 1: nothing in common). Against a policy that writes one text for all."""
 
 
 class ActorRange(Section):

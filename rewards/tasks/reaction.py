@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from rewards.cells import listed
 from rewards.errors import ConfigError, DataError
 from rewards.files import shipped_rows
 from rewards.infill import Infill, contents, infill
@@ -75,8 +76,11 @@ class Reaction(InfillTask):
     def validate_fields(self, fields: dict[str, Any]) -> None:
         for name in ("reactants", "product"):
             value = fields.get(name)
-            if not isinstance(value, str) or not 0 < len(value) <= LONGEST or ">>" in value:
-                raise DataError(f"{name} is {str(value)[:60]!r}; it must be SMILES of 1 to {LONGEST} characters")
+            readable = isinstance(value, str) and 0 < len(value) <= LONGEST and value.split() == [value]
+            if not readable or ">>" in value:
+                raise DataError(
+                    f"{name} is {str(value)[:60]!r}; it must be SMILES of 1 to {LONGEST} characters, without blanks"
+                )
         gap, count = fields.get("gap"), len(words(fields["product"]))
         two = gap if isinstance(gap, list) and len(gap) == 2 and all(type(at) is int for at in gap) else [0, 0]
         if not 1 <= two[0] < two[1] <= count:
@@ -93,9 +97,12 @@ class Reaction(InfillTask):
         reactants, product = row.get("reactants"), row.get("product")
         if not isinstance(reactants, str) or not isinstance(product, str):
             raise DataError(f"a reaction needs reactants and product as SMILES; this one has {', '.join(row)}")
+        reactants, product = "".join(reactants.split()), "".join(product.split())  # SMILES has no blanks
         if len(words(product)) < 2:
             return None  # nothing would stand before the gap
-        fields = {"reactants": reactants, "product": product, "gap": row.get("gap") or self.gap(reactants, product)}
+        gap = listed(row.get("gap"))
+        gap = self.gap(reactants, product) if gap in (None, "") else gap
+        fields = {"reactants": reactants, "product": product, "gap": gap}
         self.validate_fields(fields)
         return fields
 

@@ -58,7 +58,11 @@ def draw_groups(
     gaps = gaps or [()] * len(groups)
     # With shifted logits a sequence's first token would be read off the row before it.
     starts = [its[0].before if its else len(prompt) for prompt, its in zip(prompts, gaps, strict=True)]
-    assert all(start >= family.logit_shift for start in starts), "a completion without a prompt"
+    if any(start < family.logit_shift for start in starts):
+        raise ConfigError(
+            f"models of the family {family.family} read a token off the position before it, and a completion here has "
+            "none before it; begin the text with something that stands"
+        )
     place = [(g, row) for g, group in enumerate(groups) for row in range(group.size)]
     keys = [derive_seed(groups[g].seed, row) for g, row in place]
     drawn_with, thresholds = sampler, None

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> int:
     given = _parser().parse_args(argv)
-    source, out = SOURCES[given.model], Path(given.out).expanduser()
+    source, out = SOURCES[given.model], Path(given.out).expanduser().absolute()
     if _is_there(source, out):
         print(f"{out} holds {given.model} already")
         return 0

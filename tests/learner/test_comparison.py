@@ -1,5 +1,6 @@
 """The plan of a comparison: equal terms, the grid, which cells there are, what is chosen; and what it tells."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -129,6 +130,16 @@ def test_shipped_plans_load(name: str) -> None:
 # ---- cells
 
 
+def test_a_method_that_is_named_alone_can_be_given_more() -> None:
+    config = plan("methods.agrpo.settings=[objective.k=2]")
+    assert config.methods["agrpo"].settings == ("objective.k=2",)
+
+
+def test_points_that_differ_in_their_sign_have_names_of_their_own() -> None:
+    cell = tuning_cells(plan(), "agrpo")[0]
+    assert dataclasses.replace(cell, point={"a": -1}).name != dataclasses.replace(cell, point={"a": 1}).name
+
+
 def test_a_grid_is_every_combination() -> None:
     grid = "methods={wd1: {grid: {learner.lr: [0.001, 0.002], objective.psi: [1.0, 2.0]}}}"
     config = plan(grid, only=["wd1"])
@@ -235,9 +246,10 @@ def test_the_runs_of_known_results_are_not_run_again(tmp_path: Path) -> None:
     findings_path(out, own).parent.mkdir(parents=True)
     findings_path(out, own).write_text(json.dumps(vars(done(own, 0.25))))
     assert found_cells(plan("seeds=[0]", f"known={path}"), out)[own.name] == done(own, 0.25), "the folder's own first"
-    path.write_text(json.dumps({"cells": {}}))
-    with pytest.raises(ConfigError, match="is not the results.json of a comparison"):
-        found_cells(plan(f"known={path}"), out)
+    for no_comparison in ({"cells": {}}, {"cells": [], "machine": {"cells": []}}):  # the second: of learner.evaluate
+        path.write_text(json.dumps(no_comparison))
+        with pytest.raises(ConfigError, match="is not the results.json of a comparison"):
+            found_cells(plan(f"known={path}"), out)
 
 
 def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -270,7 +282,7 @@ def test_report_of_nothing_of_a_part_and_of_all(tmp_path: Path) -> None:
     assert whole["methods"]["wd1"]["base"]["4"] == 0.125
     text = report_text(whole)
     assert text.index("| `agrpo` | lr 0.001 | 0.750 [") < text.index("| `wd1` |") and "| the base |" in text
-    assert "-0.250 [" in text and "512 MiB" in text
+    assert "-0.250 [" in text and "512 MiB" in text and "on 8 held-out problems a seed" in text
     json.dumps(whole, allow_nan=False)
     plot_comparison(whole, tmp_path)
     assert (tmp_path / PLOT).stat().st_size > 10_000
@@ -299,6 +311,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "fine.py").write_text("import sys; print(sys.argv[1:])")
     (tmp_path / "bad.py").write_text("import sys; print('working'); sys.exit('error: no room')")
+    (tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     (tmp_path / "slow.py").write_text("import time; print('up', flush=True); time.sleep(60)")
     return tmp_path
 
@@ -310,6 +323,8 @@ def test_a_process_is_run_to_its_end_and_its_last_words_are_kept(programs: Path)
         assert log.read_text() == "['a', 'b']\n"
         with pytest.raises(RunFailed, match="^no room$"):
             run_module("bad", [], log=log, lock=lock, limit_s=20.0, stop=never)
+        with pytest.raises(RunFailed, match="^exit status -9$|ended with exit status -9"):  # its own words, not bad's
+            run_module("killed", [], log=log, lock=lock, limit_s=20.0, stop=never)
         with pytest.raises(RunFailed, match="longer than 0.1 s"):
             run_module("slow", [], log=log, lock=lock, limit_s=0.1, stop=never)
         with pytest.raises(Stopped):

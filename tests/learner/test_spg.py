@@ -70,6 +70,36 @@ def table_bounds(theta: torch.Tensor, unit: Unit, group: TrajectoryGroup, beta: 
     return elbo_U.item(), eubo_U.item()
 
 
+def gapped_group(rows: int, C: int, length: int) -> TrajectoryGroup:
+    """Completions of C positions of which the first ``length`` exist."""
+    there = np.tile(np.arange(C) < length, (rows, 1))
+    return make_group(
+        np.where(there, 5, 0),
+        np.where(there, np.arange(C), -1),
+        steps=C,
+        drawn=there,
+        places=np.where(there, 1 + np.arange(C), -1).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_masks_that_hide_nothing_of_a_text_with_gaps_leave_the_bound_right(samples):
+    """Each of the text's 3 tokens has a log-prob of -1, and most of 12 positions don't exist."""
+    objective, group = Spg(SpgConfig(masking="random", samples=samples)), gapped_group(400, 12, 3)
+    masks = objective.draw(group, np.full(400, 12), context())
+    batch = build([bound_unit(0, row, masks[row], 12, 1.0) for row in range(400)], [group])
+    assert np.bincount(batch.view_of_score, minlength=batch.unit_of_view.size).min() == 0, "a view without scores"
+    logp_N = torch.full((batch.targets.size,), -1.0, requires_grad=True)
+    elbo_U, eubo_U = bounds(logp_N, batch, beta=1.0)
+    bound_U = elbo_U.detach().numpy() * lengths(batch)
+    assert abs(bound_U.mean() + 3.0) < 4 * bound_U.std() / 20
+    scored_U = np.bincount(batch.unit_of_score, minlength=400) > 0
+    assert set(np.round(elbo_U.detach().numpy(), 6)) == ({-1.0, 0.0} if not scored_U.all() else {-1.0})
+    loss, _ = objective.loss(scored(logp_N), batch)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(eubo_U).all() and torch.isfinite(logp_N.grad).all()
+
+
 # ---- recorded cases
 
 

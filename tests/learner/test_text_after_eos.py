@@ -1,5 +1,6 @@
 """Completions that say something behind their first EOS are counted: programs that cut there score other texts."""
 
+import numpy as np
 import pytest
 
 from learner.objectives.agrpo import Agrpo
@@ -25,3 +26,20 @@ def test_text_behind_the_first_end_is_counted(completions: list[list[int]], shar
         [group], objective=objective, run_seed=0, update_index=0, eos_ids=(EOS,), ranks=1, views_per_forward=8
     )
     assert update.statistics["text_after_eos"] == share
+
+
+def test_positions_that_a_short_gap_lacks_say_nothing() -> None:
+    there = np.array([[True, True, False, False]] * 2)
+    group = make_group(
+        np.where(there, [[5, EOS, 0, 0], [5, 5, 0, 0]], 0),
+        np.where(there, [0, 1, 0, 0], -1),
+        steps=4,
+        drawn=there,
+        rewards=[[1.0], [0.0]],
+        places=np.where(there, 1 + np.arange(4), -1).astype(np.int32),
+    )
+    update = plan_update(
+        [group], objective=Agrpo(AgrpoConfig()), run_seed=0, update_index=0, eos_ids=(EOS,), ranks=1,
+        views_per_forward=8,
+    )  # fmt: skip
+    assert update.statistics["text_after_eos"] == 0.0

@@ -74,6 +74,8 @@ def test_diversity():
     assert (distinct_share([]), distinct_share(["a", "a"]), distinct_share(["a", "b"])) == (0.0, 0.5, 1.0)
     texts = ["ARDY", "ARDY", "ARGY", "W"]
     assert distances_to_others(texts) == pytest.approx([1.25 / 3, 1.25 / 3, 1.5 / 3, 3 / 3])
+    long = ["ab" * 2000, "ab" * 1990 + "c" * 20]
+    assert distances_to_others(long) == [20 / 4000] * 2, "in milliseconds"
     assert distances_to_others(["a", "a"]) == [0.0, 0.0] and distances_to_others(["a"]) == [0.0], "one text for all"
 
 

@@ -69,13 +69,33 @@ def test_a_file_needs_reactants_and_product(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (problem,) = TASK.problems("train", seed=0, size=5, path=str(file))
     assert problem.fields == {**rows[0], "gap": [1, 3]}, "nothing would stand before the gap of the second"
+    file.write_text(json.dumps({"reactants": " CC O", "product": "CC Br\n"}) + "\n")
+    (problem,) = TASK.problems("train", seed=0, size=5, path=str(file))
+    assert problem.fields == {**rows[0], "gap": [1, 3]}, "blanks are no words"
+    table = tmp_path / "reactions.csv"
+    table.write_text('reactants,product,gap\nCCO,CCCBr,"[1, 3]"\nCCO,CCCBr,\n')
+    gaps = [problem.fields["gap"] for problem in TASK.problems("train", seed=0, size=5, path=str(table))]
+    assert sorted(gaps) == [[1, 3], [1, 4]]
+    for wrong in (0, []):
+        file.write_text(json.dumps({**rows[0], "gap": wrong}) + "\n")
+        with pytest.raises(DataError, match="gap is"):
+            TASK.problems("train", seed=0, size=5, path=str(file))
     file.write_text(json.dumps({"reactants": "CCO"}) + "\n")
     with pytest.raises(DataError, match="needs reactants and product"):
         TASK.problems("train", seed=0, size=5, path=str(file))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"product": "CC>>C"}, {"reactants": ""}, {"gap": [0, 2]}, {"gap": [3, 99]}, {"gap": None}, {"gap": [2]}]
+    "changes",
+    [
+        {"product": "CC>>C"},
+        {"reactants": ""},
+        {"gap": [0, 2]},
+        {"gap": [3, 99]},
+        {"gap": None},
+        {"gap": [2]},
+        {"product": "C C"},
+    ],
 )
 def test_fields_that_make_no_problem_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(DataError):

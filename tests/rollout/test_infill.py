@@ -252,6 +252,17 @@ def test_a_text_with_gaps_by_hand(policies: dict[str, str], capsys: pytest.Captu
     told = json.loads(capsys.readouterr().out)
     assert told["sampler"]["completion_length"] == told["sampler"]["steps"] == 5
     assert all(SEPARATOR in completion["text"] for completion in told["completions"])
+    assert (
+        generate([*command, "--infill", '["abc", 3, "de", [1, 4], "f"]', "--form", "plain", "--block-length", "4"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told["sampler"]["completion_length"] == 8, "whole blocks"
+    lengths = {len(completion["tokens"]) for completion in told["completions"]}
+    assert lengths <= {4, 7} and all(token["step"] for each in told["completions"] for token in each["tokens"])
+    command[1] = policies["dream"]
+    assert generate([*command, "--infill", '[3, "abc"]', "--form", "plain"]) == 2
+    assert "begin the text with something" in capsys.readouterr().err
+    command[1] = policies["llada"]
     for wrong in ('["abc"]', '{"a": 1}', "[1.5]", "nothing", "[3, 4]"):
         assert generate([*command, "--infill", wrong]) == 2, wrong
         assert len(capsys.readouterr().err.splitlines()) == 1

@@ -94,7 +94,7 @@ def test_words_are_read_and_written():
     assert smiles("[Na+]")["input_ids"] == [2, 1, 3], "an atom that is no word is one unknown word"
 
 
-def test_another_wheel_is_refused_in_one_sentence(tmp_path, capsys):
+def test_another_wheel_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch):
     _, wheel = small_wheel(tmp_path, b"")
     with pytest.raises(DataError, match=f"{wheel} has the sha256 .*not {SOURCES['antiberty'].sha256} of antiberty-0"):
         convert(SOURCES["antiberty"], wheel, tmp_path / "out")
@@ -102,6 +102,9 @@ def test_another_wheel_is_refused_in_one_sentence(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {wheel} has the sha256")
     assert list(tmp_path.iterdir()) == [wheel]
+    monkeypatch.chdir(tmp_path)
+    assert main(["antiberty", "--wheel", str(wheel), "--out", "."]) in (1, 2), "a folder without a name of its own"
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_folder_that_holds_the_model_is_left_alone(tmp_path, capsys):
