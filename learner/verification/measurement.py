@@ -89,7 +89,7 @@ BOUNDS = {
     "ELBO": Bound("absolute", 5e-5, 1e-4, 2.0),
     "weights": Bound("absolute", 2e-5, 4e-5, 0.5),
     "ELBO differences": Bound("absolute", 1e-4, 2e-4, 0.7),
-    "ELBO loss": Bound("relative", 5e-6, 1e-5, 0.1),
+    "ELBO loss": Bound("relative", 5e-6, 1e-5, 0.25),
     "gradient of the ELBO loss": Bound("relative", 1e-4, 2e-4, 4.0),
 }
 """By quantity. Of ``sampling_masks`` the share of kept tokens, of ``schedule`` a count of positions. From ``masks`` on:
