@@ -42,8 +42,8 @@ class _Rank(LearnerRank):
 def update_peak(case: Case, folder: str) -> int:
     """Bytes that a batch's two updates need above the rank's own, at their peak."""
     config = case.config(folder)
-    given: list[Any] = _groups(case, config, folder)
-    groups = [GroupRef(group, outline(group)) for group in given]
+    pairs: list[tuple[Any, Any]] = [(group, outline(group)) for group in _groups(case, config, folder)]
+    groups = [GroupRef(*pair) for pair in pairs]
     rank = _Rank(config, folder, 0, 1)
     rank.start(rank.listen(LOOPBACK), None, None)
     give_back_freed_memory()

@@ -76,8 +76,7 @@ class Reaction(InfillTask):
     def validate_fields(self, fields: dict[str, Any]) -> None:
         for name in ("reactants", "product"):
             value = fields.get(name)
-            readable = isinstance(value, str) and 0 < len(value) <= LONGEST and value.split() == [value]
-            if not readable or ">>" in value:
+            if not isinstance(value, str) or value.split() != [value] or len(value) > LONGEST or ">>" in value:
                 raise DataError(
                     f"{name} is {str(value)[:60]!r}; it must be SMILES of 1 to {LONGEST} characters, without blanks"
                 )
