@@ -144,7 +144,7 @@ def test_a_token_is_drawn_by_the_logits_before_it(engine, folder):
 
 
 def test_a_completion_without_a_prompt_is_refused(engine):
-    with pytest.raises(AssertionError, match="without a prompt"):
+    with pytest.raises(ConfigError, match="a completion here has none before it"):
         engine.generate([GroupSpec(0, Problem("0", {}), 1, 0)], [[]], SamplerSpec(4, 4, 2, "random", 1.0))
 
 
