@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -184,9 +185,8 @@ def _as_json(
 
 def _completion(tokenizer: PreTrainedTokenizerBase, group: TrajectoryGroup, row: int, text: str) -> dict[str, Any]:
     tokens = []
-    for place, token in enumerate(group.completion_ids[row].tolist()):
-        if not group.there[row, place]:
-            continue  # a gap was shorter than it may be
+    for place in np.flatnonzero(group.there[row]).tolist():
+        token = int(group.completion_ids[row, place])
         drawn = bool(group.drawn[row, place])
         tokens.append(
             {

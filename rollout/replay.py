@@ -76,7 +76,7 @@ class ReplayBuffer:
         far = _elsewhere([ref.whole for ref in refs.values()])
         # An outline was made where its group lies, so that what became of that node is found out by it. What Ray knows
         # to be lost has an error here in its place.
-        asked = {group_id: {ref.outline, ref.whole} - (far - {ref.outline}) for group_id, ref in refs.items()}
+        asked = {group_id: {ref.outline} | ({ref.whole} - far) for group_id, ref in refs.items()}
         try:
             objects = [each for of_group in asked.values() for each in of_group]
             bounded_get(objects, who=f"groups {list(refs)} in the object store", timeout_s=timeout_s)

@@ -81,6 +81,7 @@ def read_chunks(path: Path) -> dict[ChunkId, Chunk]:
         _, *lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path} can't be read: {error}") from error
+    # Of a chunk that is there twice the first counts, as in ``ResultsFile``.
     return {at: chunk for at, chunk, _ in reversed([*filter(None, map(_parsed, lines))])}
 
 
