@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import sys
 import time
@@ -61,7 +62,11 @@ LONGEST = 512
 """Tokens of prompt and completion together."""
 
 WARMUP_FRACTION = 0.05
-LOCK_TIMEOUT_S = 900.0
+SILENCE_S = 120.0
+"""Without a step of the process that builds a base, until those who wait for it give it up. A step takes milliseconds;
+the whole, with others on the machine, anything up to half an hour."""
+
+logger = logging.getLogger(__name__)
 
 BuildProgress = Callable[[int, int, float], None]
 """Called as (steps done, steps, mean loss of late in nats per token)."""
@@ -76,16 +81,22 @@ def ensure_base(config: RunConfig, cache_dir: Path, *, on_progress: BuildProgres
     Raises:
         ConfigError: when the task has no demonstrations, or a prompt or a demonstration is too long.
         DataError: when a training problem shares its solution with a held-out one.
-        WaitTimeout: when another process has been building the same base for 15 minutes.
+        WaitTimeout: when another process that builds the same base has done no step for two minutes.
     """
     task, length = get_task(config.task.name), config.rollout.sampler.completion_length
     problems = _training_problems(config, task)
     path = cache_dir / _name(config, task, problems)
     if not path.is_dir():
-        with _exclusive(path.with_name(f"{path.name}.lock"), timeout_s=LOCK_TIMEOUT_S):
+        with _exclusive(path.with_name(f"{path.name}.lock"), silence_s=SILENCE_S) as lock:
+
+            def progress(done: int, steps: int, loss: float) -> None:
+                lock.show_life()
+                if on_progress:
+                    on_progress(done, steps, loss)
+
             if not path.is_dir():
                 with atomic_dir(path) as folder:
-                    train_base(config.model.base, task, problems, length, folder, on_progress=on_progress)
+                    train_base(config.model.base, task, problems, length, folder, on_progress=progress)
     return path
 
 
@@ -316,17 +327,21 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def _exclusive(path: Path, *, timeout_s: float) -> Iterator[None]:
-    try:
-        lock = FileLock(path, wait_s=timeout_s)
-    except Held as holder:
-        raise WaitTimeout(
-            f"waited {timeout_s:g} s for {holder}, which is building {path.stem} in {path.parent}; "
-            "stop it, or give another model.cache_dir"
-        ) from None
-    with lock:
-        yield
+def _exclusive(path: Path, *, silence_s: float) -> FileLock:
+    """The lock, as soon as nobody else has it. Raises WaitTimeout when its holder shows no life for so long."""
+    seen = path.stat().st_mtime_ns if path.exists() else 0
+    while True:
+        try:
+            return FileLock(path, wait_s=silence_s)
+        except Held as holder:
+            # Compared with itself, not with the clock, which may be another machine's.
+            before, seen = seen, path.stat().st_mtime_ns
+            if seen == before:
+                raise WaitTimeout(
+                    f"waited for {holder}, which builds {path.stem} in {path.parent} and has done no step of it for "
+                    f"{silence_s:g} s; stop it, or give another model.cache_dir"
+                ) from None
+            logger.info("waiting for %s, which builds the base %s", holder, path.stem)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,22 +237,42 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from learner.small_base.base_model import _exclusive
-with _exclusive(Path(sys.argv[1]), timeout_s=5):
+with _exclusive(Path(sys.argv[1]), silence_s=5) as lock:
     print("held", flush=True)
-    time.sleep(60)
+    end = time.monotonic() + float(sys.argv[2])
+    while time.monotonic() < end:
+        lock.show_life()
+        time.sleep(0.1)
+    if len(sys.argv) > 3:
+        time.sleep(60)
 """
+
+
+def hold(lock: Path, *told: str) -> "subprocess.Popen[str]":
+    """A process that has the lock and shows life for so many seconds."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock), *told], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert any(line == "held\n" for line in holder.stdout)
+    return holder
 
 
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     lock = tmp_path / "base.lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
+    holder = hold(lock, "0", "then silent")
     try:
-        assert holder.stdout is not None
-        assert any(line == "held\n" for line in holder.stdout)
-        with pytest.raises(WaitTimeout, match=f"process {holder.pid}"), base_model._exclusive(lock, timeout_s=0.3):
-            pass
+        with pytest.raises(WaitTimeout, match=f"process {holder.pid} .* no step of it"):
+            base_model._exclusive(lock, silence_s=0.5)
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait(timeout=10)
-    with base_model._exclusive(lock, timeout_s=0.3):
+    with base_model._exclusive(lock, silence_s=0.5):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_a_builder_that_shows_life_is_waited_for(tmp_path):
+    lock = tmp_path / "base.lock"
+    holder = hold(lock, "3")
+    begin = time.monotonic()
+    with base_model._exclusive(lock, silence_s=1.5):
+        assert time.monotonic() - begin > 2, "longer than the silence that would have ended the wait"
+    holder.wait(timeout=10)
