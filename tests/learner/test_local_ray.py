@@ -1,8 +1,11 @@
 """Where a run's Ray is, and where a local one puts its files."""
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from ray._private import node
 
@@ -68,6 +71,27 @@ def test_workers_write_files_as_the_caller_does() -> None:
     finally:
         os.umask(before)
     assert oct(found) == oct(0o027)
+
+
+@pytest.mark.slow
+def test_no_worker_is_started_ahead_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(workers_of_one_actor()) == 1
+    monkeypatch.setattr("learner.runs.local_ray._SYSTEM_CONFIG", {})
+    assert len(workers_of_one_actor()) > 1, "the control: as Ray does by itself"
+
+
+def workers_of_one_actor() -> list[str]:
+    import ray
+
+    class Actor:
+        def pid(self) -> int:
+            return os.getpid()
+
+    with local_ray(num_cpus=2):
+        actor: Any = ray.remote(Actor).remote()
+        ray.get(actor.pid.remote(), timeout=120)
+        lines = [" ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)]
+        return [line for line in lines if re.match(r"ray::(?!\w*Agent)|\S*python\S* \S*_worker\.py", line)]
 
 
 def test_a_ray_that_does_not_come_up_is_said_in_one_sentence() -> None:
