@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 
-# bitsandbytes asks torch to compile as soon as it is imported, which peft does: a second of each process that a test
-# starts, and the tests start hundreds.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
 from learner.runs.directory import RunDirectory
 from rollout.process import prepare_process
 from services.store.reader import Reader

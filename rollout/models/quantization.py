@@ -12,12 +12,14 @@ matrix of one linear map lives as long as its product runs, in the run's dtype.
 """
 
 import importlib
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from rewards.errors import ConfigError
 from rollout.models.few_bits import Quantization
@@ -25,6 +27,7 @@ from rollout.models.few_bits import Quantization
 
 def require_bitsandbytes(kind: Quantization, device_type: str) -> Any:
     """The package, if it is there and can quantize on this kind of device ("cpu", "cuda"). Raises ConfigError."""
+    _unhide()
     try:
         package = importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -39,6 +42,16 @@ def require_bitsandbytes(kind: Quantization, device_type: str) -> Any:
             f"{device_type}; set model.quantization=null"
         )
     return package
+
+
+def _unhide() -> None:
+    """Take back what ``prepare_process`` did, also where PEFT or transformers have looked in the meantime."""
+    if "bitsandbytes" in sys.modules and sys.modules["bitsandbytes"] is None:
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available  # late: seconds
+
+        del sys.modules["bitsandbytes"]
+        for answer in (is_bnb_available, is_bnb_4bit_available, is_bitsandbytes_available):
+            answer.cache_clear()
 
 
 def quantization_config(kind: Quantization, dtype: str, quantized_regex: str) -> BitsAndBytesConfig:

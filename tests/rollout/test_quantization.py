@@ -5,6 +5,7 @@ Everything is compared with a plain model that holds the expanded weights.
 
 import dataclasses
 import re
+import subprocess
 import sys
 from collections import Counter
 
@@ -32,7 +33,10 @@ from tests.support.hand_made import acting_adapter
 from tests.support.learner_ranks import importing_ray, put, settings
 from tests.support.small_masked_lms import write_masked_lm
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+try:
+    bitsandbytes = require_bitsandbytes("nf4", "cpu")
+except ConfigError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 KINDS = sorted(BYTES_PER_PARAMETER)
 LORA = LoraSpec(r=4, alpha=8.0)
@@ -259,10 +263,38 @@ def test_a_device_that_cannot_do_it_is_refused():
 
 
 def test_a_missing_package_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # what Python itself does with a module that isn't there
+    class Missing:
+        def find_spec(name, path=None, target=None):
+            if name == "bitsandbytes":
+                raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     assert main(["recipe=smoke", "model.quantization=nf4", f"run.dir={tmp_path}"]) == 2
     assert "needs the package bitsandbytes" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+PLAIN_THEN_QUANTIZED = """
+import sys
+from rollout.process import prepare_process
+prepare_process()
+from rollout.models.family import policy_adapter
+from rollout.models.loading import load_model
+from rollout.models.lora import LoraSpec, attach_lora
+base = sys.argv[1]
+for kind in (None, "nf4", "int8"):
+    model = attach_lora(load_model(base, quantization=kind), policy_adapter(base), LoraSpec(r=4, alpha=8.0))
+    maps = {type(module.base_layer).__name__ for module in model.modules() if hasattr(module, "lora_A")}
+    print(kind, *maps, "bitsandbytes.nn" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_imports_bitsandbytes_for_a_quantized_base_only(tiny_model):
+    request = [sys.executable, "-c", PLAIN_THEN_QUANTIZED, tiny_model]
+    done = subprocess.run(request, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split("\n")[:3] == ["None Linear False", "nf4 Linear4bit True", "int8 Linear8bitLt True"], done
 
 
 @pytest.mark.slow
