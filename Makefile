@@ -63,7 +63,7 @@ test-fast: setup
 test-slow: setup
 	$(PYTEST) -m "(slow or e2e) and not heavy"
 
-# Lost machines, cut networks and random faults under whole runs, and every method on several ranks.
+# Lost machines, cut networks and random faults under whole runs, every method on several ranks, and the longest resumes.
 test-heavy: setup
 	$(PYTEST) -m heavy
 

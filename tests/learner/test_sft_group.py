@@ -243,6 +243,7 @@ def sft_runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, data_fil
 
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
+@pytest.mark.heavy
 def test_a_killed_run_goes_on_with_the_same_bits_and_hands_over_its_adapter(sft_runs: Runs, tiny_model: str) -> None:
     told = sft_runs.train("undisturbed")
     whole = sft_runs["undisturbed"]

@@ -98,6 +98,7 @@ def test_a_run_that_fails_is_reported_and_the_others_are_run(undisturbed: Path) 
     assert (undisturbed / "out" / PLOT).stat().st_size > 10_000
 
 
+@pytest.mark.heavy
 def test_killed_in_the_middle_of_a_run_it_goes_on_and_finds_the_same(
     undisturbed: Path, tmp_path: Path, bases: Path
 ) -> None:
