@@ -13,6 +13,7 @@ import { before, hasBand, nearest, smooth, valueAt } from "./series.js";
 const PLOTLY = new URL("./vendor/plotly.min.js", import.meta.url);
 const MARGIN = { l: 48, r: 12, t: 8, b: 36 };
 const FEW_POINTS = 30;
+const MANY_SERIES = 32; // beyond, points are neither told apart nor drawn in time
 let plotly = null;
 
 /** Plotly, loaded from this service when the first chart needs it. */
@@ -249,14 +250,15 @@ class Chart {
       const outline = [...kept.map((index) => data.high[index]), ...kept.map((index) => data.low[index]).reverse()];
       traces.push({ ...common, x: [...x, ...x.slice().reverse()], y: outline, fill: "toself", fillcolor: alpha(color, 0.16), line: { width: 0 }, mode: "lines" });
     }
-    const few = data.x.length <= FEW_POINTS;
+    const many = this.spec.series.length > MANY_SERIES;
+    const few = data.x.length <= (many ? 1 : FEW_POINTS);
     traces.push({
       ...common,
       x: data.x,
       y: this.log ? data.y.map(shown) : data.y,
       ...(series.bounds && { error_y: errorBars(series, color) }),
       mode: few ? "lines+markers" : "lines",
-      line: { color: alpha(color, span ? 0.38 : 1), width: span ? 1 : 1.6, dash: series.dash ?? "solid" },
+      line: { color: alpha(color, span ? 0.38 : 1), width: span || many ? 1 : 1.6, dash: series.dash ?? "solid" },
       marker: { color: alpha(color, span ? 0.5 : 1), size: few ? 5 : 3 },
     });
     if (span) {
@@ -284,7 +286,7 @@ class Chart {
 
   layout() {
     const { colors } = this.group;
-    const axis = { gridcolor: colors.line, linecolor: colors.line, zeroline: false, tickfont: { size: 11, color: colors.muted }, automargin: false, fixedrange: true };
+    const axis = { showticklabels: this.spec.series.some(({ data }) => data.x.length > 0), gridcolor: colors.line, linecolor: colors.line, zeroline: false, tickfont: { size: 11, color: colors.muted }, automargin: false, fixedrange: true };
     const touch = matchMedia("(pointer: coarse)").matches;
     const { axis: values, hidden } = valueAxis(this.spec, { log: this.log, within: this.group.range });
     setText(this.hidden, hidden ? `${hidden} ${hidden === 1 ? "value" : "values"} ≤ 0 not shown` : "");
@@ -296,7 +298,7 @@ class Chart {
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, color: colors.muted },
       dragmode: touch ? false : "zoom",
-      hovermode: "x",
+      hovermode: false, // the cursor is our own
       xaxis: { ...axis, fixedrange: touch, showgrid: false, ticks: "outside", ticklen: 4, tickcolor: colors.line, nticks: 6, tickformat: ",d", range: this.group.axis(), autorange: false, title: { text: this.spec.along, standoff: 2, font: { size: 11, color: colors.muted } } },
       yaxis: { ...axis, ...values },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },

@@ -26,6 +26,9 @@ const differing = (run, without = []) => {
   return keys.sort((one, two) => (one === "run.seed") - (two === "run.seed")).map((key) => settingText(key, run.differs[key])); // the seed last
 };
 
+/** The whole cell ticks: a finger that misses the box by a little doesn't open the run. */
+const chooser = (box) => h("td.choose", { onclick: (event) => event.target !== box && (event.stopPropagation(), box.click()) }, box);
+
 export class RunRow {
   /** page: {state, chosen(), edit(run)}. */
   constructor(id, page) {
@@ -45,7 +48,7 @@ export class RunRow {
     this.element = h(
       "tr.link",
       { dataset: { run: id }, onclick: (event) => !event.target.closest("a, input, button") && !String(getSelection()) && (location.hash = href) },
-      h("td.choose", null, this.box),
+      chooser(this.box),
       h("td.name", { dataset: { cell: "name" } }, h("div.first", null, middleClipped("a", { href }, id), this.labels, this.pen), h("div.second", null, this.about, this.differs, this.said)),
       cellsOf(this),
     );
@@ -119,7 +122,7 @@ export class GroupRow {
     this.element = h(
       "tr.group",
       { dataset: { group }, onclick: (event) => !event.target.closest("a, input, button") && this.toggle() },
-      h("td.choose", null, this.box),
+      chooser(this.box),
       h("td.name", { dataset: { cell: "name" } }, this.handle, h("div.second", null, this.about)),
       cellsOf(this),
     );

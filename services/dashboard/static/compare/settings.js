@@ -2,7 +2,7 @@
 
 import { differencesCard } from "../differences.js";
 import { h, put } from "../dom.js";
-import { valueText } from "../names.js";
+import { middleClipped, valueText } from "../names.js";
 import { scatter } from "./scatter.js";
 
 const ORDER = [/^run\.seed$/, /^(?!evaluation\.|run\.)/, /./]; // what tells runs apart comes before how they are measured
@@ -20,7 +20,7 @@ export function settingsThatDiffer(configs) {
 export function settingsCard(runs, keys) {
   const equal = new Set(runs.flatMap((item) => Object.keys(item.config ?? {}))).size - keys.length;
   const values = (item) => keys.map((key) => [item.config?.[key], valueText(item.config?.[key])]);
-  const rows = runs.map((item) => ({ label: item.id, values: values(item), dataset: { run: item.id } }));
+  const rows = runs.map((item) => ({ label: middleClipped("span", {}, item.id), values: values(item), dataset: { run: item.id } }));
   return differencesCard(`${equal} are alike, or say names and places`, "Run", keys, rows);
 }
 

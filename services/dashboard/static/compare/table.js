@@ -78,7 +78,7 @@ export class RunTable {
       "tr",
       { dataset: { run: id }, onpointerenter: () => page.highlight(id), onpointerleave: () => page.highlight(null) },
       h("td.swatches", null, row.eye),
-      h("td.name", null, name, h("div.second", null, row.differs, row.state)),
+      h("td.name", { onclick: (event) => !event.target.closest("button") && !String(getSelection()) && page.isolate(id) }, name, h("div.second", null, row.differs, row.state)),
       row.newest,
       row.best,
       h("td.ends", null, h("a.icon-button", { href: `#/run/${encodeURIComponent(id)}`, ariaLabel: `Open ${id}`, title: "Open the run" }, "↗"), h("button.icon-button", { type: "button", ariaLabel: `Leave ${id} out`, title: "Leave it out of the comparison", onclick: () => page.remove(id) }, "✕")),

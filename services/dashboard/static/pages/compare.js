@@ -2,27 +2,29 @@
 
 import { keepInAddress, oneOf } from "../address.js";
 import { at, get } from "../api.js";
-import { ChartGroup, DASHES } from "../charts.js";
+import { ChartGroup } from "../charts.js";
+import { Adder } from "../compare/adder.js";
 import { along, AXES, basis, summed } from "../compare/axes.js";
 import { groupsOf, meanSeries } from "../compare/bands.js";
+import { Colours, styleOf } from "../compare/colours.js";
+import { matches } from "../compare/filter.js";
+import { following, take } from "../compare/live.js";
 import { MetricSearch } from "../compare/search.js";
 import { Against, settingsCard, settingsThatDiffer } from "../compare/settings.js";
 import { standOut } from "../compare/standout.js";
 import { RunTable } from "../compare/table.js";
 import { lowIsGood, metricTitles } from "../compare/titles.js";
 import { saveCsv, saveJson, savePng, seriesRows } from "../downloads.js";
-import { empty, figure, h, number, put, setText } from "../dom.js";
-import { valueText } from "../names.js";
+import { empty, figure, h, loading, number, put, setText } from "../dom.js";
 import { byName } from "../panels.js";
 import { flatten } from "../run/config.js";
-import { append, Backlog, emptySeries, toSeries } from "../series.js";
+import { Backlog, emptySeries, toSeries } from "../series.js";
 import { inOrder } from "../statistics.js";
 
 const POINTS = 400;
 const FIRST = [/^eval\/m\/solve_rate$/, "reward/mean", "solve_rate", "loss", "entropy", "grad_norm", "ratio/max", "machine/tokens_per_s", "time/iteration_s"];
 const SPANS = [[0, "Raw"], [5, "5"], [20, "20"], [100, "100"]];
-const FOLLOWED = 4; // event streams at a time: a browser has six connections
-const POLL_MS = 20_000;
+const TYPED_MS = 200;
 const BEST = "eval/m/solve_rate"; // of which the service knows the best
 
 export async function render(root, params, app) {
@@ -30,7 +32,7 @@ export async function render(root, params, app) {
   const ids = [...new Set(query.getAll("run"))];
   app.title([["Runs", "#/runs"], ["Compare", null]]);
   if (ids.length < 1) return void put(root, empty("Nothing to compare", "Choose two or more runs in the list of runs."));
-  const answers = await Promise.allSettled(ids.map((id) => get(at`runs/${id}`)));
+  const answers = await counted(root, ids.map((id) => get(at`runs/${id}`)));
   if (!app.alive()) return;
   const lost = ids.filter((_, index) => answers[index].status === "rejected");
   const runs = answers.flatMap((answer) => (answer.status === "rejected" ? [] : [asItem(answer.value)]));
@@ -42,6 +44,8 @@ export async function render(root, params, app) {
     axis: oneOf(query, "x", AXES.map(({ id }) => id), "iteration"),
     span: Number(oneOf(query, "smooth", SPANS.map(([span]) => String(span)), "0")),
     hidden: new Set(query.getAll("hide")),
+    q: query.get("q") ?? "",
+    colour: query.get("colour") ?? "",
     only: ids.includes(query.get("only")) ? query.get("only") : null,
     bands: query.get("bands") === "1",
     focus: query.get("focus") ?? "",
@@ -54,31 +58,34 @@ export async function render(root, params, app) {
   app.onTheme(() => (group.retheme(), showScatter()));
   app.onLeave(() => group.close());
   const moveCursor = group.setCursor.bind(group);
-  group.setCursor = (x) => (moveCursor(x), showTable());
+  group.setCursor = (x) => (moveCursor(x), showTableSoon());
 
   const { titleOf, panelOf, formatFor } = metricTitles(names);
   const charts = h("div.grid");
   const shown = []; // {name, chart}
   let hovered = null;
   let differing = []; // keys of settings
-  const table = new RunTable({ toggle, isolate, remove, highlight, sort: sortBy, focus: (name) => change({ focus: name }, showTable), running: ({ id }) => followed.has(id) });
+  const table = new RunTable({ toggle, isolate, remove, highlight, sort: sortBy, focus: (name) => change({ focus: name }, showTable), running: ({ id }) => live.has(id) });
+  const live = following(app, runs, { fetchInto, changed: feedAll });
   const title = h("h1");
   const smoothing = h("div.segments", { role: "group", ariaLabel: "Smoothing" });
   const axes = h("div.segments", { role: "group", ariaLabel: "Along" });
   const bands = h("button.button", { type: "button", title: "Runs whose settings differ in the seed alone as their mean, with its 95 % interval as a band (b)", onclick: () => change({ bands: !state.bands }, restyle) }, "Seed bands");
-  const all = h("button.button", { type: "button", hidden: true, onclick: () => (state.hidden.clear(), change({ only: null }, feedAll)) }, "Show all");
+  const all = h("button.button", { type: "button", hidden: true, onclick: () => showAll() }, "Show all");
+  const filter = h("input.filter", { type: "search", placeholder: "Runs: lr=0.003", title: "Every word must be in a run's name, status, task, method, host, recipe, tags or note, or be a setting of it: lr=0.003, learner.lr=3e-3, seed=2", ariaLabel: "Filter runs", value: state.q, oninput: () => typed() });
+  const colours = new Colours({ chosen: (values) => change(values, restyle) });
   const search = new MetricSearch({ names, titleOf, isShown: (name) => state.metrics.includes(name), pick });
-  const known = h("datalist", { id: "runs-known" });
-  const adder = h("input.adder", { type: "search", list: "runs-known", placeholder: "Add a run…", ariaLabel: "Add a run", onfocus: () => offerRuns(), onchange: () => addRun(adder.value) });
-  adder.setAttribute("list", "runs-known");
+  const adder = new Adder({ has: (id) => runs.some((item) => item.id === id), add: addRun });
   const against = new Against({ chosen: (values) => change(values, showScatter), isolate });
   const differences = h("div");
-  table.element.append(h("footer", null, adder, known, all));
+  table.element.firstChild.append(all);
+  table.element.firstChild.after(colours.key);
+  table.element.append(adder.element);
   put(
     root,
     h("div.head", null, title, h("div.row", null, h("button.button", { type: "button", title: "All points of all charts", onclick: () => saveCsv("compare", everything()) }, "CSV"), h("button.button", { type: "button", title: "All points of all charts, with the runs' settings", onclick: () => saveJson("compare", asJson()) }, "JSON"))),
     lost.length > 0 && h("div.banner", { dataset: { kind: "bad" } }, `Left out, because they can't be read: ${lost.join(", ")}`),
-    h("div.row.chart-tools", null, search.element, h("span.note", null, "Along"), axes, h("span.note", null, "Smoothing"), smoothing, bands),
+    h("div.row.chart-tools", null, search.element, filter, h("div.row", null, h("span.note", null, "Along"), axes), h("div.row", null, h("span.note", null, "Smoothing"), smoothing), bands, colours.element),
     h("div.compare", null, table.element, h("div.compare-charts", null, charts)),
     against.element,
     differences,
@@ -107,13 +114,14 @@ export async function render(root, params, app) {
   }
 
   function remember() {
-    keepInAddress({ run: runs.map(({ id }) => id), m: isUsual() ? [] : state.metrics, x: state.axis === "iteration" ? null : state.axis, smooth: state.span || null, hide: [...state.hidden], only: state.only, bands: state.bands, focus: state.focus === usualFocus() ? null : state.focus, sort: state.sort.column, up: state.sort.column && !state.sort.down, setting: state.setting, against: state.against });
+    keepInAddress({ run: runs.map(({ id }) => id), m: isUsual() ? [] : state.metrics, x: state.axis === "iteration" ? null : state.axis, smooth: state.span || null, hide: [...state.hidden], q: state.q, colour: state.colour, only: state.only, bands: state.bands, focus: state.focus === usualFocus() ? null : state.focus, sort: state.sort.column, up: state.sort.column && !state.sort.down, setting: state.setting, against: state.against });
   }
 
   const usual = () => FIRST.flatMap((pattern) => names().filter((item) => (typeof pattern === "string" ? item === pattern : pattern.test(item))).sort(byName));
   const isUsual = () => state.metrics.join() === usual().join();
   const usualFocus = () => [BEST, "reward/mean", "loss"].find((name) => names().includes(name)) ?? names()[0] ?? "";
-  const isShown = ({ id }) => (state.only ? id === state.only : !state.hidden.has(id));
+  const listed = () => runs.filter((item) => item.id === state.only || matches(item, state.q));
+  const isShown = (item) => (state.only ? item.id === state.only : !state.hidden.has(item.id) && matches(item, state.q));
 
   function setSpan(span) {
     group.setSmoothing(span);
@@ -166,14 +174,12 @@ export async function render(root, params, app) {
   }
 
   async function addRun(id) {
-    adder.value = "";
-    if (!id || runs.some((item) => item.id === id)) return;
     try {
       const item = asItem(await get(at`runs/${id}`));
       runs.push(item);
       remember();
       await Promise.all([loadConfig(item), load([...state.metrics, ...summed(state.axis)])]);
-      follow(item);
+      live.follow(item);
       restyle();
       showAxes();
     } catch (error) {
@@ -181,10 +187,17 @@ export async function render(root, params, app) {
     }
   }
 
-  async function offerRuns() {
-    if (known.children.length) return;
-    const { items } = await get("runs", { limit: 500 }).catch(() => ({ items: [] }));
-    put(known, items.filter(({ id }) => !runs.some((item) => item.id === id)).map((run) => h("option", { value: run.id }, Object.entries(run.differs).map(([key, value]) => `${key.split(".").at(-1)} ${valueText(value)}`).join(", "))));
+  let typing = null;
+  app.onLeave(() => clearTimeout(typing));
+  function typed() {
+    clearTimeout(typing);
+    typing = setTimeout(() => change({ q: filter.value.trim() }, () => (feedAll(), showSettings())), TYPED_MS);
+  }
+
+  function showAll() {
+    state.hidden.clear();
+    filter.value = "";
+    change({ only: null, q: "" }, () => (feedAll(), showSettings()));
   }
 
   function sortBy(column) {
@@ -238,7 +251,7 @@ export async function render(root, params, app) {
     await Promise.all(runs.map(async (item) => {
       const missing = wanted.filter((name) => item.names.includes(name) && !item.data.has(name));
       if (missing.length) await fetchInto(item, missing);
-      feeding ??= setTimeout(() => ((feeding = null), app.alive() && feedAll()), 100 + 5 * runs.length); // curves come as they arrive, which is work for each of them
+      feeding ??= setTimeout(() => ((feeding = null), app.alive() && feedAll()), 100 + 20 * runs.length); // curves come as they arrive, which is work for each of them
     }));
     if (app.alive()) feedAll();
   }
@@ -265,23 +278,25 @@ export async function render(root, params, app) {
 
   function feedAll() {
     shown.forEach(feed);
-    all.hidden = !state.only && !state.hidden.size;
+    all.hidden = !state.only && !state.hidden.size && !state.q;
     bands.ariaPressed = String(state.bands);
     bands.hidden = groupsOf(runs).every(({ runs: items }) => items.length < 2);
-    setText(title, `${runs.length} runs`);
+    const visible = runs.filter(isShown).length;
+    setText(title, visible < runs.length ? `${visible} of ${runs.length} runs` : `${runs.length} runs`);
     showTable();
     showScatter();
   }
 
-  /** Colours anew: by run, or by group of seeds. */
+  /** Colours anew: by run, by group of seeds or by a setting. */
   function restyle() {
-    const keys = state.bands ? groupsOf(runs).flatMap(({ runs: items }, index) => items.map((item) => [item, index])) : runs.map((item, index) => [item, index]);
-    for (const [item, index] of keys) item.style = styleOf(index);
     group.extent = [Infinity, -Infinity];
     differing = settingsThatDiffer(runs.map((item) => item.config));
+    colours.show(runs, { differing, asked: state.colour, bands: state.bands });
     feedAll();
-    put(differences, settingsCard(runs, differing));
+    showSettings();
   }
+
+  const showSettings = () => put(differences, settingsCard(listed(), differing));
 
   // Table, scatter, settings
 
@@ -303,9 +318,14 @@ export async function render(root, params, app) {
     return { value, iteration: data.x[index] };
   }
 
+  let drawing = null;
+  function showTableSoon() {
+    drawing ??= requestAnimationFrame(() => ((drawing = null), showTable())); // a pointer moves more often than anybody sees
+  }
+
   function showTable() {
     const name = hovered && group.cursor !== null ? hovered : state.focus;
-    const items = runs.map((item) => ({ ...item, hidden: !isShown(item), newest: valueOf(item, name), best: bestOf(item, name), differs: differing.map((key) => [key, item.config?.[key]]).filter(([, value]) => value !== undefined) }));
+    const items = listed().map((item) => ({ ...item, hidden: !isShown(item), newest: valueOf(item, name), best: bestOf(item, name), differs: differing.map((key) => [key, item.config?.[key]]).filter(([, value]) => value !== undefined) }));
     const { column, down } = state.sort;
     if (column) items.sort((one, two) => (column === "name" ? (down ? -1 : 1) * one.id.localeCompare(two.id, "en", { numeric: true }) : inOrder(column === "best" ? one.best?.value : one.newest, column === "best" ? two.best?.value : two.newest, down)));
     const offered = [...new Set([state.focus, ...state.metrics, BEST])].filter((each) => names().includes(each));
@@ -333,47 +353,6 @@ export async function render(root, params, app) {
     return { along: AXES.find(({ id }) => id === state.axis).along, runs: runs.map((item) => ({ id: item.id, status: item.run.status, seed: item.run.seed, recipe: item.run.recipe, settings: item.config, best: bestOf(item, state.focus) })), series: everything() };
   }
 
-  // Live
-
-  const followed = new Set();
-  let timer = null;
-  app.onLeave(() => clearTimeout(timer));
-
-  function take(item, { iteration, values }) {
-    for (const [name, value] of Object.entries(values ?? {})) {
-      item.run.latest[name] = { iteration, value };
-      if (item.data.has(name)) append(item.data.get(name), iteration, value);
-    }
-  }
-
-  function follow(item) {
-    if (item.run.status !== "running" || followed.size >= FOLLOWED) return;
-    followed.add(item.id);
-    app.stream(item.id, {
-      since: item.run.marker,
-      metrics: (update) => {
-        item.backlog.push(update);
-        take(item, update);
-        timer ??= setTimeout(() => ((timer = null), feedAll()), 500);
-      },
-      run: (run) => (item.run = { ...run, latest: item.run.latest }),
-    });
-  }
-
-  const poll = setInterval(async () => {
-    const others = runs.filter((item) => item.run.status === "running" && !followed.has(item.id));
-    for (const item of others) {
-      try {
-        item.run = await get(at`runs/${item.id}`);
-        await fetchInto(item, [...item.data.keys()]);
-      } catch {
-        // asked again the next time
-      }
-    }
-    if (others.length && app.alive()) feedAll();
-  }, POLL_MS);
-  app.onLeave(() => clearInterval(poll));
-
   // Begin
 
   if (!state.metrics.length) state.metrics = usual();
@@ -386,15 +365,19 @@ export async function render(root, params, app) {
   restyle();
   for (const name of state.metrics) draw(name);
   const wanted = [...new Set([...state.metrics, ...summed(state.axis)])];
-  await load(wanted);
-  await Promise.allSettled(runs.map(loadConfig));
-  if (!app.alive()) return;
-  restyle();
-  showAxes();
-  runs.forEach(follow);
+  // Settings are asked for first: they are small, and colours, search and the table's second line are made of them.
+  const configs = Promise.allSettled(runs.map(loadConfig)).then(() => app.alive() && (restyle(), showAxes()));
+  await Promise.all([configs, load(wanted)]);
+  if (app.alive()) runs.forEach(live.follow);
+}
+
+/** Their outcomes; until then the page says how many are there. */
+async function counted(root, requests) {
+  const waiting = loading("runs");
+  let there = 0;
+  put(root, waiting);
+  for (const request of requests) request.finally(() => setText(waiting.lastChild, `Loading runs: ${(there += 1)} of ${requests.length}…`)).catch(() => {});
+  return Promise.allSettled(requests);
 }
 
 const asItem = (run) => ({ id: run.id, run, names: Object.keys(run.latest), config: null, style: styleOf(0), data: new Map(), backlog: new Backlog() });
-
-/** 32 of them stay apart: eight colours, each in four dashes. */
-const styleOf = (index) => ({ color: (index % 8) + 1, dash: DASHES[Math.floor(index / 8) % DASHES.length] });

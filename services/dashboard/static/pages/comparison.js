@@ -25,8 +25,8 @@ async function list(root, app) {
 
 async function one(root, name, app) {
   app.title([["Runs", "#/runs"], ["Comparisons", "#/comparisons"], [name, null]]);
-  const top = h("div");
-  const bottom = h("div");
+  const top = h("div.stack");
+  const bottom = h("div.stack");
   const charts = h("div.grid");
   const groups = [new ChartGroup(), new ChartGroup()]; // the two have different axes
   const byWork = groups[0].add(charts, { id: "by-work", title: "Solved by work", unit: "forward-equivalents of training", hint: "Held-out problems, greedy, in as many steps as all are trained with; mean over seeds", along: "forward-equivalents", format: percent, zero: true, height: 300 });

@@ -26,6 +26,7 @@ const COLUMNS = [
   { id: "age", title: "Started", of: (run) => run.created, num: true },
 ];
 const SORTED = COLUMNS.filter(({ of }) => of).map(({ id }) => id);
+const ORDERS = COLUMNS.filter(({ of }) => of).flatMap(({ id, title }) => [[`-${id}`, `${title} ↓`], [id, `${title} ↑`]]);
 
 export async function render(root, params, app) {
   app.title([["Runs", null]]);
@@ -56,7 +57,9 @@ export async function render(root, params, app) {
   const statuses = h("div.segments", { role: "group", ariaLabel: "Status" });
   const grouping = toggle("Group seeds", "Runs whose settings differ in the seed alone as one row, with mean and 95 % interval (g)", () => change({ grouped: !state.grouped }));
   const shelf = toggle("Archived", "Show archived runs too", () => (change({ archived: !state.archived }), refresh(0)));
-  const compare = h("button.button", { type: "button", title: "Tick two runs or more, and see them on shared axes (c)", onclick: () => openComparison() }, "Compare");
+  const order = h("select.narrow-only", { ariaLabel: "Sort by", onchange: () => change({ sort: order.value.replace(/^-/, ""), down: order.value.startsWith("-") }) }, ORDERS.map(([value, text]) => h("option", { value }, text)));
+  const tickAll = h("button.button.narrow-only", { type: "button", onclick: () => chooseAll(!all.checked) });
+  const compare = h("button.button.compare-chosen", { type: "button", title: "Tick two runs or more, and see them on shared axes (c)", onclick: () => openComparison() }, "Compare");
   const archive = h("button.button", { type: "button", onclick: () => archiveChosen() }, "Archive");
   const submit = h("button.button", { type: "button", onclick: () => import("../newrun.js").then((module) => module.openNewRun(app)) }, "New run");
   const csv = h("a.button", { download: "runs.csv", title: "These runs as a table" }, "CSV");
@@ -78,7 +81,7 @@ export async function render(root, params, app) {
   put(
     root,
     h("div.head", null, h("div", null, h("h1", null, "Runs"), summary), h("div.row", null, h("a.button", { href: "#/comparisons", title: "Methods under one protocol (learner.compare)" }, "Comparisons"), csv, json, archive, compare, submit)),
-    h("div.row.filters", null, filter, statuses, grouping, shelf),
+    h("div.row.filters", null, filter, statuses, grouping, shelf, order, tickAll),
     card,
   );
   table.hidden = true;
@@ -102,8 +105,8 @@ export async function render(root, params, app) {
 
   function remember() {
     const { q, status, grouped, archived } = state;
-    const order = `${state.down ? "-" : ""}${state.sort}`;
-    keepInAddress({ q, status, group: grouped, archived, sort: order === "-age" ? null : order, pick: [...state.chosen], open: grouped ? [...state.open] : [] });
+    const sorted = orderOf(state);
+    keepInAddress({ q, status, group: grouped, archived, sort: sorted === "-age" ? null : sorted, pick: [...state.chosen], open: grouped ? [...state.open] : [] });
   }
 
   let typing = null;
@@ -133,8 +136,8 @@ export async function render(root, params, app) {
   function header(column) {
     const kind = column.num ? "th.num" : "th";
     if (!column.of) return h(kind, { title: column.hint, dataset: { head: column.id } }, column.title);
-    const order = () => change({ down: state.sort === column.id ? !state.down : column.id !== "name", sort: column.id });
-    return h(kind, { dataset: { column: column.id, head: column.id }, title: column.hint }, h("button", { type: "button", onclick: order }, column.title));
+    const sort = () => change({ down: state.sort === column.id ? !state.down : column.id !== "name", sort: column.id });
+    return h(kind, { dataset: { column: column.id, head: column.id }, title: column.hint }, h("button", { type: "button", onclick: sort }, column.title));
   }
 
   function show() {
@@ -145,6 +148,7 @@ export async function render(root, params, app) {
     put(statuses, choices.map(([status, text, n]) => h("button", { type: "button", ariaPressed: String(state.status === status), onclick: () => change({ status }) }, text, h("span.n", null, String(n)))));
     grouping.ariaPressed = String(state.grouped);
     shelf.ariaPressed = String(state.archived);
+    order.value = orderOf(state);
     setText(shelf, state.archivedRuns ? `Archived ${count(state.archivedRuns)}` : "Archived");
     shelf.hidden = !state.archivedRuns && !state.archived;
     for (const header of headers) {
@@ -198,19 +202,26 @@ export async function render(root, params, app) {
     const n = state.chosen.size;
     compare.disabled = n < 2;
     compare.classList.toggle("primary", n >= 2);
-    setText(compare, n >= 2 ? `Compare ${n}` : "Compare");
+    const ids = listed();
+    const away = n - ids.filter((id) => state.chosen.has(id)).length; // ticked before the filter said otherwise
+    setText(compare, n >= 2 ? `Compare ${n}${away ? `, ${away} not listed` : ""}` : "Compare");
     archive.hidden = !app.token.get() || n === 0;
     setText(archive, n && [...state.chosen].every((id) => state.runs.get(id)?.archived) ? `Take back ${n}` : `Archive ${n}`);
     rows.forEach((row) => row.tick());
-    const listed = [...body.querySelectorAll("tr[data-run]")].map((row) => row.dataset.run);
-    all.checked = listed.length > 0 && listed.every((id) => state.chosen.has(id));
+    all.checked = ids.length > 0 && ids.every((id) => state.chosen.has(id));
+    setText(tickAll, all.checked ? "Tick none" : `Tick all ${count(ids.length)}`);
     if (state.runs.size) remember();
   }
 
   function chooseAll(on) {
-    for (const row of body.querySelectorAll("tr[data-run]")) state.chosen[on ? "add" : "delete"](row.dataset.run);
-    if (state.grouped) for (const row of rows.values()) if (row.runs && row.element.isConnected) row.runs.forEach(({ id }) => state.chosen[on ? "add" : "delete"](id));
+    for (const id of listed()) state.chosen[on ? "add" : "delete"](id);
     chosen();
+  }
+
+  /** Runs that have a row, or are in a group that has. */
+  function listed() {
+    const shown = [...rows.values()].filter((row) => row.element.isConnected);
+    return [...new Set(shown.flatMap((row) => (row.runs ? row.runs.map(({ id }) => id) : row.id)))];
   }
 
   async function load() {
@@ -269,6 +280,9 @@ export async function render(root, params, app) {
   });
   app.stream(null, { run: (run) => hear(run), removed: () => refresh(0), reset: () => refresh(0), state: (name) => name === "live" && failed && refresh(0) });
 }
+
+/** As the address says it: "-age" is the newest first. */
+const orderOf = ({ sort, down }) => `${down ? "-" : ""}${sort}`;
 
 /** Missing values last, whichever way. */
 function compareValues(first, second, down) {

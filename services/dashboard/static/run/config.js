@@ -19,7 +19,7 @@ export function flatten(config, prefix = "", found = {}) {
 export const shown = (value) => (value === undefined ? "–" : value === null ? "not set" : typeof value === "string" ? value : JSON.stringify(value));
 
 export async function configTab(host, runId, app, query) {
-  const [{ config }, { items }, run, starts] = await Promise.all([get(at`runs/${runId}/config`), get("runs", { limit: 200 }), get(at`runs/${runId}`), get(at`runs/${runId}/starts`)]);
+  const [{ config }, { items }, run, starts] = await Promise.all([get(at`runs/${runId}/config`), get("runs", { limit: 500 }), get(at`runs/${runId}`), get(at`runs/${runId}/starts`)]);
   const settings = Object.entries(flatten(config));
   const differs = run.differs ?? {};
   const meanings = new Map(); // key -> what it is
@@ -53,7 +53,7 @@ export async function configTab(host, runId, app, query) {
     return h(
       "div",
       { dataset: { differs: String(differing) }, title: differing ? `Not as in recipe ${run.recipe ?? ""}` : "" },
-      h("dt", null, name, meanings.has(key) && h("span.meaning", null, meanings.get(key))),
+      h("dt", null, h("span.name", null, name), meanings.has(key) && h("span.meaning", null, meanings.get(key))),
       h("dd.mono", { dataset: { empty: String(value === null) } }, shown(value)),
     );
   }
