@@ -5,14 +5,23 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
+import rollout.vouching
+from learner.bench import adapter_holder
+from learner.bench.adapter_holder import AdapterHolder, adapter_shapes
+from learner.ranks.rank import PublishedAdapter
+from learner.supply.publish import publish
 from rewards.errors import WeightMismatch
-from rollout.adapters import PackedTensor, pack, require_loaded
+from rollout.adapters import AdapterState, PackedTensor, digest, load_state, pack, require_loaded
+from rollout.messages import Weights
 from rollout.vouching import vouched
+from tests.support.learner_ranks import importing_ray
 
 
 @pytest.fixture
@@ -86,3 +95,46 @@ def test_what_was_loaded_is_compared_bit_for_bit(dtype: torch.dtype) -> None:
     assert np.isnan(flipped.view(np.float32)[-1]) if dtype is torch.float32 else True
     with pytest.raises(WeightMismatch, match="b in the model is not what was copied into it"):
         require_loaded(held, {**state, "b": PackedTensor(state["b"].dtype, state["b"].shape, flipped)})
+
+
+class Counting(AdapterHolder):
+    """Tells how often it computed a digest."""
+
+    computed = 0
+
+    def load_counted(self, weights: Weights, *, flip: bool = False) -> int:
+        """``flip``: a bit of what was copied into the parameters."""
+
+        def counted(state: AdapterState) -> str:
+            self.computed += 1
+            return digest(state)
+
+        def flipped(module: torch.nn.Module, state: AdapterState) -> None:
+            load_state(module, state)
+            next(module.parameters()).data.view(torch.int16)[-1, -1] ^= 1
+
+        vars(rollout.vouching).update(digest=counted)
+        vars(adapter_holder).update(load_state=flipped if flip else load_state)
+        self.load(weights.refs, weights.digest, 60.0)
+        return self.computed
+
+
+@pytest.mark.slow
+def test_of_a_large_adapter_one_holder_of_a_node_computes_the_digest_and_wrong_weights_are_refused() -> None:
+    def published(shapes: dict[str, tuple[int, int]]) -> Weights:
+        state = pack({name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()})
+        return publish(1, PublishedAdapter(state, digest(state), {}))
+
+    large, small = (adapter_shapes(d_model=256, mlp=512, layers=layers, r=32) for layers in (8, 1))
+    counts = []
+    with importing_ray(cpus=2):
+        for shapes in (large, small):
+            holders: list[Any] = [ray.remote(Counting).remote(shapes) for _ in range(3)]
+            weights = published(shapes)
+            counts.append(sum(ray.get([holder.load_counted.remote(weights) for holder in holders], timeout=120)))
+            others = weights._replace(digest=published(shapes).digest)
+            for wrong, how in ((others, {}), (weights, {"flip": True})):
+                for holder in holders:
+                    with pytest.raises(WeightMismatch):
+                        ray.get(holder.load_counted.remote(wrong, **how), timeout=120)
+    assert counts == [1, 3], "what is small isn't shared, so each computes its own"
