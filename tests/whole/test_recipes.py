@@ -58,8 +58,14 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(folder, folder / "cache", settings=SMALLER)
 
 
+OFTEN = ("llada_gsm8k", "llada_sudoku", "modernbert_sudoku")
+"""A task of texts, one of grids, a masked LM; the others go the same ways."""
+
+
 @pytest.mark.e2e
-@pytest.mark.parametrize("recipe", DATA)
+@pytest.mark.parametrize(
+    "recipe", [recipe if recipe in OFTEN else pytest.param(recipe, marks=pytest.mark.heavy) for recipe in DATA]
+)
 def test_recipe_runs(runs: Runs, shared: Path, tmp_path: Path, recipe: str) -> None:
     model = tmp_path / "model"
     if recipe.startswith("modernbert"):
