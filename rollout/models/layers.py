@@ -93,7 +93,7 @@ Visibility = None | Tensor | Sequences
 def visibility(attention_mask: Tensor | None, dtype: torch.dtype) -> Visibility:
     """What ``attend`` needs of an attention mask [B, L]; computed once per forward.
 
-    dtype: of the queries; FlashAttention, where it is installed, takes 16-bit CUDA tensors only.
+    dtype: of the queries; FlashAttention takes 16-bit CUDA tensors only.
     """
     if attention_mask is None:
         return None
@@ -231,9 +231,22 @@ def sequences(attention_mask: Tensor) -> Sequences:
 
 @functools.cache
 def flash_kernel() -> VarlenKernel | None:
-    """FlashAttention's kernel for variable lengths, or None when the package ``flash-attn`` is not installed."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
+    """torch's FlashAttention for variable lengths, or None where this torch or this GPU hasn't got it."""
+    if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability() < (8, 0):
         return None
-    return flash_attn_varlen_func
+    return varlen_flash
+
+
+def varlen_flash(
+    q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int
+) -> Tensor:
+    """FlashAttention of sequences laid end to end, 16-bit CUDA tensors; fewer heads of keys and values are repeated."""
+    from torch.nn.attention.varlen import varlen_attn  # late: on a CPU nobody wants it
+
+    width = q_THE.shape[-1]
+    # The kernel takes widths that 8 divides. What is added is 0, in keys, values and so in what comes out.
+    q_THE, k_THE, v_THE = (F.pad(x, (0, -width % 8)) for x in (q_THE, k_THE, v_THE))
+    lengths = (starts_q, starts_k, longest_q, longest_k)
+    out = varlen_attn(q_THE, k_THE, v_THE, *lengths, scale=width**-0.5, enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out[..., :width]

@@ -1,12 +1,23 @@
 """Attention of every family: no pad and no neighbour in a packed row is seen, by mask or by FlashAttention's kernel for
 variable lengths; and what the head and the last block are spared."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
-from rollout.models.layers import attend, attend_few, attend_varlen, rotary_tables, rotate, sequences, visibility
+from rollout.models.layers import (
+    attend,
+    attend_few,
+    attend_varlen,
+    rotary_tables,
+    rotate,
+    sequences,
+    varlen_flash,
+    visibility,
+)
 from rollout.models.loading import load_model
 from tests.support.published import FAMILIES, HEAD, random_ids, write_published
 
@@ -146,16 +157,40 @@ def test_attention_of_variable_lengths_is_attention_with_a_mask(name, kv_heads):
     mask = MASKS[name]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     with_mask = attend(*leaves, visibility(mask, torch.float32))
-    varlen = attend_varlen(*leaves, sequences(mask), varlen_loop)
+    by_kernel = attend_varlen(*leaves, sequences(mask), varlen_loop)
     real = mask > 0
-    torch.testing.assert_close(varlen[real], with_mask[real], atol=1e-5, rtol=0)
-    assert (varlen[~real] == 0).all() and with_mask.isfinite().all()
-    factors = torch.randn(varlen[real].shape, generator=generator)
+    torch.testing.assert_close(by_kernel[real], with_mask[real], atol=1e-5, rtol=0)
+    assert (by_kernel[~real] == 0).all() and with_mask.isfinite().all()
+    factors = torch.randn(by_kernel[real].shape, generator=generator)
     by_mask = torch.autograd.grad((with_mask[real] * factors).sum(), leaves)
-    by_varlen = torch.autograd.grad((varlen[real] * factors).sum(), leaves)
+    by_varlen = torch.autograd.grad((by_kernel[real] * factors).sum(), leaves)
     torch.testing.assert_close(by_varlen, by_mask, atol=1e-5, rtol=0)
     if name != "one sequence a row":
-        assert (attend(q, k, v, None)[real] - varlen[real]).abs().max() > 0.05  # control: the mask ignored
+        assert (attend(q, k, v, None)[real] - by_kernel[real]).abs().max() > 0.05  # control: the mask ignored
+
+
+@pytest.mark.parametrize("width", [6, 8])
+def test_torchs_kernel_is_asked_for_attention_of_variable_lengths(width, monkeypatch):
+    """torch has it for CUDA alone: here arguments are bound to its signature, and shapes made on no device."""
+    bound = inspect.signature(varlen.varlen_attn)
+
+    def on_cpu(*args, **kwargs):
+        asked = bound.bind(*args, **kwargs)
+        asked.apply_defaults()
+        q, k, v, *lengths = asked.args
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 8, "what the kernel takes"
+        assert asked.kwargs["enable_gqa"] and asked.kwargs["window_size"] == (-1, -1)
+        return varlen_loop(q * asked.kwargs["scale"] * 8**0.5, k, v, *lengths)
+
+    mask = MASKS["interleaved"]
+    q, k, v = (torch.randn(3, heads, 8, width) for heads in (4, 2, 2))
+    seen = sequences(mask)
+    expected = attend_varlen(q, k, v, seen, varlen_loop)
+    shapes = [torch.empty(len(seen.order_T), heads, width, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
+    starts = seen.starts.to("meta")
+    assert varlen_flash(*shapes, starts, starts, seen.longest, seen.longest).shape == shapes[0].shape
+    monkeypatch.setattr(varlen, "varlen_attn", on_cpu)
+    torch.testing.assert_close(attend_varlen(q, k, v, seen, varlen_flash), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -132,4 +132,4 @@ def test_the_command_runs_steps_and_keeps_their_table(capsys: pytest.CaptureFixt
     assert gpu.main(["--all", "device", "--small", "--out", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "first_minutes.json").read_text())
     assert [row["ended"] for row in stored["rows"] if "ended" in row] == ["well"]
-    assert "| device | flash-attn" in capsys.readouterr().out
+    assert "| device | FlashAttention in torch" in capsys.readouterr().out

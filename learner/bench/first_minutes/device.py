@@ -1,16 +1,14 @@
 """What GPUs are there, and with which libraries."""
 
-from importlib.util import find_spec
-
 import torch
 
 from learner.bench.first_minutes.figures import Figure
 
 
 def measure(*, small: bool) -> list[Figure]:
-    flash = "installed" if find_spec("flash_attn") else "not installed"
+    flash = Figure("FlashAttention in torch", "yes" if torch.backends.cuda.is_flash_attention_available() else "no")
     if small:
-        return [Figure("GPUs", 0), Figure("flash-attn", flash)]
+        return [Figure("GPUs", 0), flash]
     found = torch.cuda.get_device_properties(0)
     count, nccl = torch.cuda.device_count(), ".".join(map(str, torch.cuda.nccl.version()))
     return [
@@ -20,5 +18,5 @@ def measure(*, small: bool) -> list[Figure]:
         ),
         Figure("compute capability", f"{found.major}.{found.minor}", ">= 8.0", "bfloat16 and fused attention"),
         Figure("CUDA, cuDNN, NCCL", f"{torch.version.cuda}, {torch.backends.cudnn.version()}, {nccl}"),
-        Figure("flash-attn", flash),
+        flash,
     ]
