@@ -4,6 +4,7 @@ This module knows nothing of the run's settings: the model class that describes 
 (``learner.settings.run`` supplies it).
 """
 
+import functools
 import json
 import re
 import types
@@ -123,7 +124,7 @@ def apply_override(data: dict[str, Any], argument: str, model: type[BaseModel]) 
             raise ConfigError(f"argument '{argument}' is a recipe: write recipe={argument}")
         raise ConfigError(f"argument '{argument}' is not of the form key.sub=value (see --help for the keys)")
     key = key.strip()
-    field = dict(leaf_fields(model)).get(key)
+    field = _fields_by_key(model).get(key)
     if field is not None and _is_text(field):
         value = None if raw in ("", "null") else raw  # run.name=007 is a name, not a number
     else:
@@ -179,6 +180,11 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, field
         for section in sections:
             yield from leaf_fields(section, f"{prefix}{name}.")
+
+
+@functools.cache  # a comparison asks thousands of times
+def _fields_by_key(model: type[BaseModel]) -> Mapping[str, FieldInfo]:
+    return dict(leaf_fields(model))
 
 
 def section_models(field: FieldInfo) -> tuple[type[BaseModel], ...]:
