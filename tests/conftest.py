@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.support.real_runs import Runs
 from tests.support.store_contents import reading
 
 prepare_process()  # as a command does, and before a test loads torch
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and what tests start would inherit that
 
 DATABASES = ("sqlite", "postgresql")
 

@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
 def test_a_run_goes_on_without_its_terminal_and_saves_when_it_hangs_up(runs: Runs) -> None:
     run_dir = runs["hangup"]
     settings = [*SETTINGS, "run.iterations=10000", "checkpoint.every=10000", "evaluation.every=0"]
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and children inherit that
     run = subprocess.Popen(
         [sys.executable, "-m", "learner.main", *settings, f"run.dir={runs.folder}", "run.name=hangup"],
         cwd=runs.folder,
@@ -35,7 +34,6 @@ def test_a_run_goes_on_without_its_terminal_and_saves_when_it_hangs_up(runs: Run
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    signal.signal(signal.SIGHUP, before)
     try:
         assert run.stdout is not None
         while not run.stdout.readline().startswith(b"iteration 1/"):
