@@ -70,10 +70,13 @@ def local_ray(*, num_cpus: int, **options: Any) -> Iterator[dict[str, str]]:
     try:
         # Half of a Ray, and one whose end is cut short, leave processes behind.
         with uninterrupted(), _authentication(token), loopback_only(), not_for_children():
-            place: dict[str, Any] = {"_node_ip_address": LOOPBACK, "_temp_dir": str(private / "ray")}
-            place["_system_config"] = _SYSTEM_CONFIG
+            own: dict[str, Any] = {
+                "_node_ip_address": LOOPBACK,
+                "_temp_dir": str(private / "ray"),
+                "_system_config": _SYSTEM_CONFIG,
+            }
             with start_errors():
-                ray.init(address="local", num_cpus=num_cpus, runtime_env=for_ray_workers(), **place, **quiet | options)
+                ray.init(address="local", num_cpus=num_cpus, runtime_env=for_ray_workers(), **own, **quiet | options)
         address = ray.get_runtime_context().gcs_address
         assert get_authentication_mode() == AuthenticationMode.TOKEN, "Ray started without a token"
         assert address.startswith(f"{LOOPBACK}:"), f"Ray listens at {address}"

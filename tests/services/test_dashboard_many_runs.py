@@ -12,19 +12,14 @@ import pytest
 from services.dashboard.annotations import Annotations
 from services.dashboard.settings import Settings
 from tests.support import many_runs
-from tests.support.dashboards import Dashboard, dashboard, eventually, is_problem
+from tests.support.dashboards import Dashboard, is_problem
 
 RUNS = 200
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
-    folder = tmp_path_factory.mktemp("many") / "runs"
-    folder.mkdir()
-    many_runs.fill(folder, RUNS)
-    with dashboard(folder) as found:
-        found.client.timeout = httpx.Timeout(300)  # the first answer waits for all stores to be read
-        eventually(lambda: found.get("/api/v1/runs").is_success and found.api("runs", limit=1)["total"] == RUNS, 300)
+    with many_runs.served(tmp_path_factory.mktemp("many") / "runs", RUNS) as found:
         yield found
 
 

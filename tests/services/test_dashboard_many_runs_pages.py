@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import httpx
 import pytest
 
 from tests.support import many_runs
 from tests.support.browsers import Watched, watched
-from tests.support.dashboards import Dashboard, dashboard, eventually
+from tests.support.dashboards import Dashboard
 
 pytestmark = pytest.mark.slow
 
@@ -28,12 +27,7 @@ CUT = """selector => [...document.querySelectorAll(selector)]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
-    folder = tmp_path_factory.mktemp("many pages") / "runs"
-    folder.mkdir()
-    many_runs.fill(folder, RUNS)
-    with dashboard(folder) as found:
-        found.client.timeout = httpx.Timeout(300)  # the first answer waits for all stores to be read
-        eventually(lambda: found.get("/api/v1/runs").is_success and found.api("runs", limit=1)["total"] == RUNS, 300)
+    with many_runs.served(tmp_path_factory.mktemp("many pages") / "runs", RUNS) as found:
         yield found
 
 
@@ -41,10 +35,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
 def phone(request: pytest.FixtureRequest, browser: Any, service: Dashboard) -> Iterator[Watched]:
     with watched(browser, service.url, phone=True, dark=request.param) as page:
         yield page
-
-
-def compare(runs: int, more: str = "") -> str:
-    return "/compare?" + "&".join(f"run={many_runs.name_of(number)}" for number in range(runs)) + more
 
 
 def style_of_swatches(page: Watched) -> dict[str, set[str]]:
@@ -105,7 +95,7 @@ def test_grouped_runs_are_read_sorted_ticked_and_compared_on_a_phone(phone: Watc
 @pytest.mark.parametrize("small", [True, False], ids=["phone", "desktop"])
 def test_a_comparison_of_200_runs_has_a_legend(browser: Any, service: Dashboard, small: bool) -> None:
     with watched(browser, service.url, phone=small, dark=small) as page:
-        page.open(compare(RUNS))
+        page.open(many_runs.comparison_of(RUNS))
         page.shows(".colour-key .entry", "lr 3e-3", limit_s=120)
         for width in (390, 1000) if small else (1280, 1440):
             page.page.set_viewport_size({"width": width, "height": 900})
@@ -131,7 +121,7 @@ def test_a_comparison_of_200_runs_has_a_legend(browser: Any, service: Dashboard,
 def test_many_runs_are_filtered_as_in_the_list(browser: Any, service: Dashboard) -> None:
     runs = 48
     with watched(browser, service.url, phone=True) as page:
-        page.open(compare(runs))
+        page.open(many_runs.comparison_of(runs))
         page.shows(".colour-key .entry", limit_s=60)
         page.page.get_by_label("Filter runs").fill("lr=3e-3 seed=2")
         wanted = {
@@ -159,7 +149,7 @@ def test_curves_of_many_runs_have_no_points_to_draw(browser: Any, service: Dashb
     modes = "plot => [...new Set(plot.data.map((trace) => trace.mode))]"
     plot = "[data-chart='eval/m/solve_rate'] .plot"
     with watched(browser, service.url) as page:
-        page.open(compare(LOOKS + 1))
+        page.open(many_runs.comparison_of(LOOKS + 1))
         page.shows(f"{plot} .main-svg")
         page.wait_until("curves", lambda: page.page.eval_on_selector(plot, "p => p.data.length") == LOOKS + 1)
         assert page.page.eval_on_selector(plot, modes) == ["lines"]

@@ -5,16 +5,21 @@ running, failed or named by hand. Figures and folders are small; what is read of
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import shutil
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from services.store.starts import BEGUN
 from tests.support import realistic_runs
+from tests.support.dashboards import Dashboard, dashboard, eventually
 
 SEEDS = 3
 LRS = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -50,6 +55,22 @@ def fill(folder: Path, runs: int = 200) -> None:
     for number in range(runs):
         _copy(template, folder / name_of(number), number)
     shutil.rmtree(template)
+
+
+@contextlib.contextmanager
+def served(folder: Path, runs: int) -> Iterator[Dashboard]:
+    """A dashboard that lists so many runs, which are made in the new folder."""
+    folder.mkdir()
+    fill(folder, runs)
+    with dashboard(folder) as found:
+        found.client.timeout = httpx.Timeout(300)  # the first answer waits for all stores to be read
+        eventually(lambda: found.get("/api/v1/runs").is_success and found.api("runs", limit=1)["total"] == runs, 300)
+        yield found
+
+
+def comparison_of(runs: int) -> str:
+    """The page that compares the first of them."""
+    return "/compare?" + "&".join(f"run={name_of(number)}" for number in range(runs))
 
 
 def _copy(template: Path, place: Path, number: int) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from tests.support import many_runs
 from tests.support.browsers import chromium, watched
 from tests.support.dashboard_screenshots import take
-from tests.support.dashboards import dashboard
 
-COMPARED = 48
+LISTED, COMPARED = 200, 48
 WIDE = {"width": 1440, "height": 900}
 
 
@@ -20,17 +19,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Screenshots of many runs for the documentation")
     parser.add_argument("--out", type=Path, default=Path("docs/screenshots"))
     out = parser.parse_args().out
-    with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder) / "runs"
-        runs.mkdir()
-        many_runs.fill(runs)
-        with chromium() as browser, dashboard(runs) as service:
-            route = "/compare?" + "&".join(f"run={many_runs.name_of(number)}" for number in range(COMPARED))
-            with watched(browser, service.url) as page:
-                page.page.set_viewport_size(WIDE)
-                take(page, route, "[data-chart='reward/mean'] .main-svg", out / "compare-many.png")
-            with watched(browser, service.url, dark=True, phone=True) as page:
-                take(page, "/runs?group=1", "tr[data-group]", out / "runs-phone.png")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        chromium() as browser,
+        many_runs.served(Path(folder) / "runs", LISTED) as service,
+    ):
+        with watched(browser, service.url) as page:
+            page.page.set_viewport_size(WIDE)
+            route = many_runs.comparison_of(COMPARED)
+            take(page, route, "[data-chart='reward/mean'] .main-svg", out / "compare-many.png")
+        with watched(browser, service.url, dark=True, phone=True) as page:
+            take(page, "/runs?group=1", "tr[data-group]", out / "runs-phone.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 // Methods under one protocol: solve rates with intervals, curves by work and by time, and what each method cost.
 
 import { at, get } from "../api.js";
-import { ChartGroup, DASHES } from "../charts.js";
+import { ChartGroup } from "../charts.js";
+import { styleOf } from "../compare/colours.js";
 import { bytes, count, duration, empty, h, percent, pill, put } from "../dom.js";
 import { saveCsv, saveJson } from "../downloads.js";
 import { emptySeries } from "../series.js";
@@ -51,8 +52,6 @@ async function one(root, name, app) {
   await load();
   if (app.alive()) put(root, top, charts, bottom);
 }
-
-const styleOf = (index) => ({ color: (index % 8) + 1, dash: DASHES[Math.floor(index / 8) % DASHES.length] });
 
 function points(x, y) {
   return { ...emptySeries(), x, y, low: y, high: y };
