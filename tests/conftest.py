@@ -27,6 +27,25 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and w
 DATABASES = ("sqlite", "postgresql")
 
 
+class FailuresAtOnce:
+    """Names a test that fails when it does: pytest tells at the end, which a session that is cut off hasn't."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+            crash = getattr(report.longrepr, "reprcrash", None) or ""
+            text = f"FAILED {report.nodeid} ({report.when}, {report.duration:.0f} s): {crash}"
+            terminal.write_line("\n" + text[:1000])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # with xdist, the process that gathers the reports
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of the engine over vLLM run in its own environment only: `make test-vllm`."""
     if importlib.util.find_spec("vllm") is None:

@@ -104,6 +104,7 @@ def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, b
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_a_jobs_files_are_whole_on_every_node(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(UNPACKED)
     for i in range(1500):

@@ -137,6 +137,7 @@ def learnt(groups, adapter, refs, config):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_a_heads_gradient_does_not_depend_on_the_layout(groups, adapter, refs):
     first, policy, second, values, report = learnt(groups, adapter, refs, config_of())
     # With z = 0 the slope by the last map's bias is the mean of twice the residual, whose rewards cancel in each group.

@@ -577,6 +577,7 @@ def test_remote_errors_come_out_as_themselves() -> None:
         bounded_get(nobody.start.remote(), who="a resource that is not there", timeout_s=0.2)
 
 
+@pytest.mark.heavy
 def test_lost_node(
     cluster: dict[str, str],
     make_pool: Callable[..., RolloutPool],
@@ -601,6 +602,7 @@ def test_lost_node(
         assert content(groups_of(items)) == undisturbed[:2]
 
 
+@pytest.mark.heavy
 def test_whole_groups_stay_where_they_lie(
     cluster: dict[str, str], make_pool: Callable[..., RolloutPool], weights: Callable[[int], Weights]
 ) -> None:

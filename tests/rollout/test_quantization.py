@@ -298,6 +298,7 @@ def test_a_process_imports_bitsandbytes_for_a_quantized_base_only(tiny_model):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_learner_ranks_learn_on_a_quantized_base(tiny_model):
     with importing_ray(cpus=2):
         for kind, ranks, stage, dtype, checkpointing in (

@@ -77,6 +77,7 @@ def test_paused_resized_saved_and_resumed_run_has_the_same_bits(long_runs: Runs,
     assert (over.status, over.result) == ("refused", "the run is over (finished)")
 
 
+@pytest.mark.heavy
 def test_stopped_run_confirms_saves_and_does_not_hear_old_requests_again(
     long_runs: Runs, left_alone: RunDirectory
 ) -> None:
@@ -102,6 +103,7 @@ def test_stopped_run_confirms_saves_and_does_not_hear_old_requests_again(
     assert (ghost.status, ghost.result) == ("expired", "the run was started again before it was done")
 
 
+@pytest.mark.heavy
 def test_stuck_workers_are_told_and_a_locked_store_holds_nothing_up(long_runs: Runs, left_alone: RunDirectory) -> None:
     """The run goes on while its store is locked, and hears again when it is free. While it waits for its workers, it
     tells of them."""

@@ -85,6 +85,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 def test_a_run_that_fails_is_reported_and_the_others_are_run(undisturbed: Path) -> None:
     report = findings(undisturbed)
     assert report["complete"]
@@ -116,6 +117,7 @@ def test_killed_in_the_middle_of_a_run_it_goes_on_and_finds_the_same(
     assert "goes on after iteration" in (folder / "out" / "logs" / f"{REPORTED}.log").read_text()
 
 
+@pytest.mark.heavy
 def test_a_comparison_that_is_over_is_only_reported_again(undisturbed: Path, bases: Path) -> None:
     """But for what failed, which is tried again."""
     before = findings(undisturbed), (undisturbed / "out" / "logs" / f"{REPORTED}.log").stat().st_mtime_ns

@@ -58,6 +58,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # four processes, one after the other
+@pytest.mark.heavy
 def test_killed_and_stopped_evaluations_go_on_to_the_same_result(
     cluster: dict[str, str], tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

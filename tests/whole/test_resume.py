@@ -114,7 +114,12 @@ def stands_still(run: StartedRun) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("how", "cause"), [(signal.SIGKILL, "died"), (signal.SIGSEGV, "died"), (signal.SIGSTOP, "hung")]
+    ("how", "cause"),
+    [
+        (signal.SIGKILL, "died"),
+        pytest.param(signal.SIGSEGV, "died", marks=pytest.mark.heavy),
+        pytest.param(signal.SIGSTOP, "hung", marks=pytest.mark.heavy),
+    ],
 )
 def test_a_lost_learner_rank_costs_an_iteration_and_no_bit(
     runs: Runs, undisturbed: RunDirectory, how: signal.Signals, cause: str
@@ -133,6 +138,7 @@ def test_a_lost_learner_rank_costs_an_iteration_and_no_bit(
     assert store_status(runs[name]) == ("finished", 1)
 
 
+@pytest.mark.heavy
 def test_ranks_that_are_lost_time_and_again_end_the_run_which_can_be_resumed(
     runs: Runs, undisturbed: RunDirectory
 ) -> None:
@@ -204,6 +210,7 @@ def test_stopped_run_saves_its_last_iteration_and_goes_on(
 
 
 @pytest.mark.parametrize("awaited", ["update", "evaluation"])
+@pytest.mark.heavy
 def test_stopped_run_does_not_wait_longer_than_it_was_told(runs: Runs, undisturbed: RunDirectory, awaited: str) -> None:
     name = f"impatient-{awaited}"
     run_dir = runs[name]
@@ -232,6 +239,7 @@ def test_stopped_before_there_is_anything_to_save(runs: Runs) -> None:
     assert store_status(runs["too-early"]) == ("stopped", 1)
 
 
+@pytest.mark.heavy
 def test_stopped_while_ranks_start(runs: Runs) -> None:
     """Patience is over before there is a controller."""
     with runs.started("not-yet", "timeouts.stop=0.1") as run:
@@ -244,6 +252,7 @@ def test_stopped_while_ranks_start(runs: Runs) -> None:
     assert store_status(runs["not-yet"]) == ("stopped", 1)
 
 
+@pytest.mark.heavy
 def test_renamed_run_goes_on_as_the_same_run(runs: Runs, undisturbed: RunDirectory) -> None:
     runs.train("old-name", "run.iterations=4")
     begun = store_events(runs["old-name"])
@@ -272,6 +281,7 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_taken(runs: Ru
     assert_same_run(run_dir, undisturbed)
 
 
+@pytest.mark.heavy
 def test_going_back_with_another_setting_says_so_and_is_another_future(runs: Runs, undisturbed: RunDirectory) -> None:
     """The control of the tests above: the comparison sees it. And the old iteration 6 must not pass for the newest."""
     run_dir = copy_of(undisturbed, "back")
@@ -321,6 +331,7 @@ def test_a_resume_that_is_refused_touches_nothing(runs: Runs, undisturbed: RunDi
     assert everything_in(run_dir) == before
 
 
+@pytest.mark.heavy
 def test_a_resume_that_dies_before_its_first_checkpoint_is_undone(runs: Runs, undisturbed: RunDirectory) -> None:
     run_dir = copy_of(undisturbed, "undone")
     before = everything_in(run_dir)

@@ -60,6 +60,7 @@ def test_the_grader_answers_as_the_page_says(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(1500)
+@pytest.mark.heavy
 def test_every_command_does_what_it_says(folder: Path) -> None:
     answers = [shell(command, folder) for command in commands()[1:]]
     grader, dry_run, training, regraded, evaluation, tried, exported, evaluated_again = answers
