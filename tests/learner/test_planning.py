@@ -569,10 +569,12 @@ def test_each_measured_case_is_of_a_part_without_which_the_plan_is_wrong(name: s
 @pytest.mark.parametrize(
     "name",
     [
-        "one block's forward", "checkpointing", "restricted law", "scored choices", "drawn branches",
+        "one block's forward", "restricted law", "scored choices", "drawn branches",
         *(
             pytest.param(name, marks=pytest.mark.heavy)
-            for name in ("one block's forward, narrow MLP", "activations", "whole law", "laws and a teacher's")
+            for name in (
+                "one block's forward, narrow MLP", "activations", "checkpointing", "whole law", "laws and a teacher's"
+            )
         ),
     ],
 )  # fmt: skip

@@ -5,13 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 FOLDER = Path(__file__).parent
 CASES = sorted(map(str, FOLDER.glob("on_a_pretended_gpu*.py")))
 
 
-@pytest.mark.slow
 def test_sampling_scoring_and_every_method_on_a_pretended_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *CASES]
     done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True, timeout=570)

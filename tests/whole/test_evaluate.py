@@ -160,6 +160,7 @@ def check_whole(report: dict[str, Any], out: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_an_evaluation_of_a_run_gives_the_rates_that_the_run_reported(
     undisturbed: RunDirectory, runs: Any, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 from learner.reporting.metrics_file import read_rows
 from services.store.faults import FAULT
 from tests.support.evaluations import call
-from tests.support.judges import body, by_text, chat, judge_server
+from tests.support.judges import body, by_text, chat, judge_server, slowly
 from tests.support.published import write_published
 from tests.support.real_runs import Runs, store_events, summary
 from tests.whole.test_recipes import SMALLER
@@ -20,7 +20,8 @@ KEY = "sk-very-secret-1234"
 
 def test_a_judged_run(runs: Runs) -> None:
     with judge_server() as server:
-        server.usual, server.faults = by_text("12345123451234512345x"), [body(chat("3"))]  # the first is a trial
+        server.usual = slowly(0.05, by_text("12345123451234512345x"))  # so that graders that ask at once are seen to
+        server.faults = [body(chat("3"))]  # the first is a trial
         judge = [f"task.judge.url={server.url}", "task.judge.model=tiny", "task.judge.rubric=It has many ones."]
         more = ["task.judge.key_variable=JUDGE_KEY", "task.judge.timeout_s=20", "rollout.grade_timeout_s=30"]
         arguments = [*judge, *more, "run.iterations=3", "evaluation.problems=4", "rollout.graders_per_actor=3"]

@@ -20,6 +20,7 @@ was written, and the whole recipe is held to 0.5 over 3 seeds (README, ``make re
 
 @pytest.mark.slow
 @pytest.mark.e2e
+@pytest.mark.heavy
 @pytest.mark.timeout(1500)
 def test_twenty_iterations_teach_what_the_base_does_not_show(tmp_path: Path) -> None:
     runs = Runs(tmp_path, tmp_path / "cache", settings=SETTINGS)

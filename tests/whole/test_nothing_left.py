@@ -60,7 +60,9 @@ WORKING = ("gcs_server", "raylet", "RuntimeEnvAgent", "ray::LearnerRank", "ray::
 STARTING = ("gcs_server", "raylet/raylet")
 
 
-@pytest.mark.parametrize("awaited", [WORKING, STARTING], ids=["in an iteration", "while Ray starts"])
+@pytest.mark.parametrize(
+    "awaited", [WORKING, pytest.param(STARTING, marks=pytest.mark.heavy)], ids=["in an iteration", "while Ray starts"]
+)
 def test_two_ctrl_c_leave_no_process(
     awaited: tuple[str, ...], runs: Runs, family: Family, tiny_model: str, tmp_path: Path
 ) -> None:

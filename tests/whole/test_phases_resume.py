@@ -8,7 +8,7 @@ import pytest
 from rollout.adapters import digest, read_peft_folder
 from tests.support.real_runs import Runs, rows, saved_iterations, summary, training_rows, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 PHASES = ("objective.type=dtm", "objective.phase_iterations=3", "objective.buffer_prompts=6", "objective.ema=0.5")
 PHASES += ("objective.completions=16", "learner.updates_per_batch=2", "rollout.prompts_per_iteration=2")

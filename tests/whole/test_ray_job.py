@@ -149,7 +149,7 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module", params=["disabled", "token"])
+@pytest.fixture(scope="module", params=[pytest.param("disabled", marks=pytest.mark.heavy), "token"])
 def head(request: pytest.FixtureRequest) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="unmask-", dir="/tmp"))  # short: sockets lie in it
     started = Head(folder, token=request.param == "token")
@@ -191,6 +191,7 @@ def test_submitted_run_leaves_everything_where_the_user_asked(
     assert not (checkout / "runs").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("head", ["disabled"], indirect=True)
 def test_a_ray_that_lets_everybody_in_is_refused(head: Head, checkout: Path, runs: Runs, tmp_path: Path) -> None:
     told = []

@@ -58,8 +58,8 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(folder, folder / "cache", settings=SMALLER)
 
 
-OFTEN = ("llada_gsm8k", "llada_sudoku", "modernbert_sudoku")
-"""A task of texts, one of grids, a masked LM; the others go the same ways."""
+OFTEN = ("llada_gsm8k", "modernbert_sudoku")
+"""A task of texts on a LLaDA, one of grids on a masked LM; the others go the same ways."""
 
 
 @pytest.mark.e2e

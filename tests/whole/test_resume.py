@@ -230,6 +230,7 @@ def test_stopped_run_does_not_wait_longer_than_it_was_told(runs: Runs, undisturb
         assert_same_run(run_dir, undisturbed)
 
 
+@pytest.mark.heavy
 def test_stopped_before_there_is_anything_to_save(runs: Runs) -> None:
     with runs.started("too-early", "model.base.sft_steps=5000") as run:
         run.wait_for("progress of the base", lambda: "base: step" in run.output())

@@ -61,6 +61,7 @@ def test_paused_saved_stopped_and_resumed_run_has_the_same_bits(sft_runs: Runs) 
     assert (over.status, over.result) == ("refused", "the run is over (finished)")
 
 
+@pytest.mark.heavy
 def test_a_lost_rank_costs_a_few_updates_and_no_bit(sft_runs: Runs) -> None:  # noqa: F811
     sft_runs.train("whole", *LONG)
     with sft_runs.started("rank-lost", *LONG) as run:

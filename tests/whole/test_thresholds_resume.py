@@ -9,7 +9,7 @@ import pytest
 from rollout.adapters import digest, head_tensors, read_peft_folder, unpack
 from tests.support.real_runs import Runs, rows, saved_iterations, summary, training_rows, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 SETTINGS = (
     *("objective.type=diffpo", "objective.threshold_lr=0.05", "rollout.sampler.threshold=[0.2,0.5,0.9]"),
