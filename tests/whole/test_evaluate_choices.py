@@ -21,7 +21,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("hellaswag", marks=pytest.mark.heavy), "commonsense_qa"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ROWS)
 def test_multiple_choice_is_evaluated(name: str, tmp_path: Path, tiny_model: str) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(ROWS[name]) + "\n" for _ in range(3)))

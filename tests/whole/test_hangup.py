@@ -19,7 +19,7 @@ from tests.support.real_runs import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 
 def test_a_run_goes_on_without_its_terminal_and_saves_when_it_hangs_up(runs: Runs) -> None:

@@ -48,6 +48,7 @@ def test_a_judge_that_does_not_answer(runs: Runs) -> None:
     assert "error: judge tiny at http://127.0.0.1:9/v1: ConnectError" in run.output() and "Ray" not in run.output()
 
 
+@pytest.mark.heavy
 def test_a_judged_evaluation(tmp_path: Path, tiny_model: str) -> None:
     """Completions without a score are counted, and keep the mean of the judge's part from being one."""
     rows = tmp_path / "rows.jsonl"

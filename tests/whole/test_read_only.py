@@ -46,6 +46,7 @@ def test_the_folders_can_t_be_written(folders: dict[str, str]) -> None:
         assert done.returncode != 0 and "denied" in done.stderr
 
 
+@pytest.mark.heavy
 def test_a_run_needs_no_folder_but_its_own_once_its_base_is_built(
     runs: Runs, tmp_path: Path, folders: dict[str, str]
 ) -> None:
