@@ -55,7 +55,8 @@ def test_the_base_gets_as_many_completions_as_the_training_took_forwards(tmp_pat
     assert "took 32 forwards, as many as 3 completions" in told and "seeds" not in told
     # 4 / (2 / 16) = 32 forwards for a right one before, 4 / 0.875 after: 32 / (32 - 4.57) pays.
     assert "takes 32.0 forwards from the base and 4.6 from a trained policy" in told
-    assert told.rstrip().endswith("training has paid after 1 right ones.")
+    assert "training has paid after 1 right ones." in told
+    assert told.rstrip().endswith("come 10 right ones from the base, and 63 when the first tenth is spent on training.")
 
 
 def test_more_than_was_drawn_is_said(tmp_path: Path) -> None:
