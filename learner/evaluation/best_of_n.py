@@ -184,8 +184,8 @@ def _pays(base: Sampled, trained: Sequence[Sampled], spent: Sequence[float]) -> 
         return f"{told}."
     T = float(np.mean(spent))
     return (
-        f"{told}, so training has paid after {T / (cost_before - cost_after):.0f} right ones. Of ten times the forwards "
-        f"that training took come {10 * T / cost_before:,.0f} right ones from the base, and {9 * T / cost_after:,.0f} "
+        f"{told}, so training has paid after {T / (cost_before - cost_after):.0f} right ones. Of ten times the "
+        f"forwards of training come {10 * T / cost_before:,.0f} right ones from the base, and {9 * T / cost_after:,.0f} "
         "when the first tenth is spent on training."
     )
 
