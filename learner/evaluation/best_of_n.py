@@ -185,8 +185,8 @@ def _pays(base: Sampled, trained: Sequence[Sampled], spent: Sequence[float]) -> 
     T = float(np.mean(spent))
     return (
         f"{told}, so training has paid after {T / (cost_before - cost_after):.0f} right ones. Of ten times the "
-        f"forwards of training come {10 * T / cost_before:,.0f} right ones from the base, and {9 * T / cost_after:,.0f} "
-        "when the first tenth is spent on training."
+        f"forwards of training come {10 * T / cost_before:,.0f} right ones from the base, and "
+        f"{9 * T / cost_after:,.0f} when the first tenth is spent on training."
     )
 
 
