@@ -282,7 +282,6 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_taken(runs: Ru
     assert_same_run(run_dir, undisturbed)
 
 
-@pytest.mark.heavy
 def test_going_back_with_another_setting_says_so_and_is_another_future(runs: Runs, undisturbed: RunDirectory) -> None:
     """The control of the tests above: the comparison sees it. And the old iteration 6 must not pass for the newest."""
     run_dir = copy_of(undisturbed, "back")
