@@ -61,21 +61,30 @@ async def measure(service: Dashboard, runs: int, streams: int, seconds: float) -
 
 
 def compare(service: Dashboard, runs: int) -> None:
-    """A comparison of so many runs, three times: from the address to what can be used, and the service's CPU."""
-    route = "/compare?" + "&".join(f"run=load-{number:03d}" for number in range(runs))
+    """A comparison of so many runs: when it can be used, the service's CPU. Three times by its address, in a browser
+    that knows nothing yet, and three times from the list, where they were ticked for two seconds."""
+    names = [f"load-{number:03d}" for number in range(runs)]
+    routes = {
+        "by its address": ("/runs", "/compare?" + "&".join(f"run={name}" for name in names)),
+        "from the list": ("/runs?" + "&".join(f"pick={name}" for name in names), None),
+    }
     with chromium() as browser:
-        for _ in range(3):
+        for way, (before, route) in [each for each in routes.items() for _ in range(3)]:
             with watched(browser, service.url) as page:
-                page.open("/runs")
+                page.open(before)
                 page.shows("tr[data-run]")
+                page.page.wait_for_timeout(0 if route else 2000)
                 begin, used = time.perf_counter(), cpu_s(service.process.pid)
-                page.open(route)
+                if route:
+                    page.open(route)
+                else:
+                    page.page.click(".compare-chosen")
                 page.shows(f".legend tbody tr:nth-child({runs})")
                 table = time.perf_counter() - begin
                 page.shows("[data-chart='reward/mean'] .main-svg")
                 curves = time.perf_counter() - begin
                 took = cpu_s(service.process.pid) - used
-                print(f"comparison of {runs}: table {ms(table)}, curves {ms(curves)}, CPU of the service {ms(took)}")
+                print(f"comparison of {runs} {way}: table {ms(table)}, curves {ms(curves)}, service's CPU {ms(took)}")
 
 
 def cpu_s(pid: int) -> float:

@@ -16,7 +16,7 @@ const FEW_POINTS = 30;
 const MANY_SERIES = 32; // beyond, points are neither told apart nor drawn in time
 let plotly = null;
 
-/** Plotly, loaded from this service when the first chart needs it. */
+/** Plotly, loaded from this service (index.html has it fetched ahead, since it is large). */
 export function loadPlotly() {
   plotly ??= new Promise((resolve, reject) => {
     const script = h("script", { src: PLOTLY.href });
@@ -61,6 +61,7 @@ export const DASHES = ["solid", "dash", "dot", "dashdot"];
  */
 export class ChartGroup {
   constructor({ onZoom, onLog } = {}) {
+    loadPlotly().catch(() => {}); // a chart says so when it draws
     this.onLog = onLog;
     this.charts = [];
     this.span = 0;
@@ -110,8 +111,7 @@ export class ChartGroup {
     const [first, last] = [Math.min(this.extent[0], ...ends), Math.max(this.extent[1], ...ends)];
     if (first === this.extent[0] && last === this.extent[1]) return;
     this.extent = [first, last];
-    clearTimeout(this.widening);
-    this.widening = setTimeout(() => this.charts.forEach((chart) => chart.changed()), 30);
+    for (const chart of this.charts) chart.redraw(); // in the same frame as the series that widen it
   }
 
   /** The x range of every chart. */
@@ -136,7 +136,6 @@ export class ChartGroup {
 
   close() {
     this.visible.disconnect();
-    clearTimeout(this.widening);
     for (const chart of this.charts) chart.close();
     this.charts = [];
   }
@@ -180,8 +179,12 @@ class Chart {
   }
 
   changed() {
-    this.stale = true;
     this.showReadout();
+    this.redraw();
+  }
+
+  redraw() {
+    this.stale = true;
     if (this.seen) this.draw();
   }
 
@@ -209,6 +212,7 @@ class Chart {
       this.stale = false;
       const data = this.spec.series.filter((series) => series.data.x.length);
       this.none.hidden = data.length > 0;
+      if (!data.length && !this.drawn) return;
       const traces = this.spec.kind === "stacked" ? this.areas(data) : data.flatMap((series) => this.lines(series));
       const config = { displayModeBar: false, responsive: false, doubleClick: false, showTips: false };
       await Plotly.react(this.plot, traces, this.layout(), config);

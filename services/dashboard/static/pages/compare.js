@@ -253,6 +253,8 @@ export async function render(root, params, app) {
       if (missing.length) await fetchInto(item, missing);
       feeding ??= setTimeout(() => ((feeding = null), app.alive() && feedAll()), 100 + 20 * runs.length); // curves come as they arrive, which is work for each of them
     }));
+    clearTimeout(feeding);
+    feeding = null;
     if (app.alive()) feedAll();
   }
 

@@ -2,6 +2,7 @@
 
 import { keepInAddress, oneOf } from "../address.js";
 import { get, url } from "../api.js";
+import { loadPlotly } from "../charts.js";
 import { count, empty, failure, h, loading, number, put, setText } from "../dom.js";
 import { annotate, openAnnotation } from "../annotate.js";
 import { cursorKeys } from "../rows.js";
@@ -200,6 +201,7 @@ export async function render(root, params, app) {
 
   function chosen() {
     const n = state.chosen.size;
+    if (n) loadPlotly().catch(() => {}); // a comparison is near, whose charts would wait for it
     compare.disabled = n < 2;
     compare.classList.toggle("primary", n >= 2);
     const ids = listed();
