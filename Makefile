@@ -34,7 +34,7 @@ PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/cons
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench gpu bench-vllm constraints audit models clean
+.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench gpu bench-vllm chaos constraints audit models clean
 
 setup: $(STAMP)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from learner.runs.life import show_life
 from learner.runs.stopping import exit_status, interrupting
 from learner.settings.command import SettingsParser
 from learner.settings.run import check_paths, dump_config, help_text, in_ray_job, load_config
@@ -33,7 +34,9 @@ def _command(argv: Sequence[str] | None) -> int:
     if config.run.restarts and not options.dry_run:
         from learner.control.supervisor import supervise
 
-        return supervise(config.run, "run", config.task.name, options.settings)
+        silent_s = config.timeouts.heartbeat
+        return supervise(config.run, "run", config.task.name, options.settings, silent_s=silent_s)
+    show_life()
     with interrupting():
         from learner.control.launch import run  # torch and Ray take seconds to import
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from learner.finetuning.settings import check_paths, help_text, load_sft_config
+from learner.runs.life import show_life
 from learner.runs.stopping import exit_status, interrupting
 from learner.settings.command import SettingsParser
 from learner.settings.run import dump_config, in_ray_job
@@ -37,7 +38,8 @@ def _command(argv: Sequence[str] | None) -> int:
     if config.run.restarts:
         from learner.control.supervisor import supervise
 
-        return supervise(config.run, "sft", "sft", options.settings)
+        return supervise(config.run, "sft", "sft", options.settings, silent_s=config.timeouts.heartbeat)
+    show_life()
     with interrupting():
         from learner.finetuning.run import run  # torch and Ray take seconds to import
 

@@ -1,11 +1,14 @@
 """A run that is started again when its process dies: ``run.restarts``.
 
 The process that was called only looks after another one, which does the work: it passes on the signals that ask for an
-end, and starts the run again, from its newest checkpoint, when that process was killed or ended with an error. What
-another start can't mend ends it: wrong settings, or somebody who asked for the end.
+end, and starts the run again, from its newest checkpoint, when that process was killed, ended with an error, or gives
+no sign of life any more. What another start can't mend ends it: wrong settings, or somebody who asked for the end.
+Settings that were good once are refused later because of what is around them, a cluster whose head is down for one:
+that is waited for.
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from types import FrameType
 from typing import Literal
 
 from learner.runs.directory import new_name
+from learner.runs.life import LifeLine
 from learner.settings.saved import run_of, run_to_resume
 from learner.settings.sections import RunPlace
 from rewards.parent import die_with_parent
@@ -23,38 +27,54 @@ _PAUSE_S = 2.0
 """Before a restart; twice as long when the start before it ended soon, too."""
 _LONGEST_PAUSE_S = 60.0
 _SOON_S = 30.0
-_LOOK_S = 60.0
+_LOOK_S = 1.0
+_KILLED_S = 60.0
+_REFUSED = 2
+_REFUSED_S = 1800.0
+"""For so long a start that goes on with a run may be refused: a cluster's head is back by then, or needs somebody."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_NO_RESTART = (0, 2, *(128 + signum for signum in _PASSED_ON), 141)
-"""Done; wrong settings; asked to stop; nobody reads any more."""
+_NO_RESTART = (0, *(128 + signum for signum in _PASSED_ON), 141)
+"""Done; asked to stop; nobody reads any more."""
 
 
-def supervise(place: RunPlace, kind: Literal["run", "sft"], label: str, arguments: Sequence[str]) -> int:
+def supervise(
+    place: RunPlace, kind: Literal["run", "sft"], label: str, arguments: Sequence[str], *, silent_s: float
+) -> int:
     """Run the command of this kind of run with these arguments, and again when it dies, ``place.restarts`` times at
-    most. Returns the exit status of the last one, as a shell has it.
+    most; starts that are refused don't count. Returns the exit status of the last one, as a shell has it.
 
     Args:
         label: goes into the name of a run that is given none.
         arguments: of the command, without the program.
+        silent_s: seconds that the process may stay without a sign of life; then it is killed.
     """
     module = "learner.main" if kind == "run" else "learner.sft"
     first, again = _places(place, kind, label)
-    ended_soon = 0
+    ended_soon, worked = 0, 0
+    worked_until = time.monotonic()
     with _Passing() as passing:
-        for number in range(place.restarts + 1):
-            given = [*arguments, "run.restarts=0", *(again if number else first)]
+        while True:
+            given = [*arguments, "run.restarts=0", *(again if worked else first)]
             began = time.monotonic()
-            status = passing.run([sys.executable, "-m", module, *given])
-            if status in _NO_RESTART or passing.asked or number == place.restarts:
+            status = passing.run([sys.executable, "-m", module, *given], silent_s)
+            ended = time.monotonic()
+            if status in _NO_RESTART or passing.asked:
                 return status
-            ended_soon = ended_soon + 1 if time.monotonic() - began < _SOON_S else 0
+            if status == _REFUSED:
+                if not worked or ended - worked_until > _REFUSED_S:
+                    return status
+                left = f"for {_REFUSED_S - (ended - worked_until):.0f} s at most"
+            else:
+                worked, worked_until = worked + 1, ended
+                if worked > place.restarts:
+                    return status
+                left = f"{place.restarts - worked + 1} restarts left"
+            ended_soon = ended_soon + 1 if ended - began < _SOON_S else 0
             pause_s = min(_PAUSE_S * 2**ended_soon, _LONGEST_PAUSE_S)
             how = signal.Signals(status - 128).name if status > 128 else f"exit status {status}"
-            left = place.restarts - number
-            print(f"the run ended with {how}: it is started again in {pause_s:g} s ({left} restarts left)", flush=True)
+            print(f"the run ended with {how}: it is started again in {pause_s:g} s ({left})", flush=True)
             if passing.pause(pause_s):
                 return status
-    raise AssertionError("the last start returns")
 
 
 def _places(place: RunPlace, kind: Literal["run", "sft"], label: str) -> tuple[list[str], list[str]]:
@@ -79,16 +99,30 @@ class _Passing:
     def __init__(self) -> None:
         self._working: subprocess.Popen[bytes] | None = None
 
-    def run(self, command: Sequence[str]) -> int:
-        """Its exit status, as a shell has it. It dies with this process, however that ends."""
-        # A session of its own: what the terminal sends goes through us, once.
-        self._working = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
-        if self.asked:  # just before
-            self._working.send_signal(signal.SIGTERM)
-        status = None
-        while status is None:  # as long as the run lasts; its own waits end
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = self._working.wait(timeout=_LOOK_S)
+    def run(self, command: Sequence[str], silent_s: float) -> int:
+        """Its exit status, as a shell has it. It dies with this process, however that ends, and when it is silent for
+        longer than ``silent_s``."""
+        with LifeLine() as line:
+            # A session of its own: what the terminal sends goes through us, once.
+            self._working = subprocess.Popen(
+                command,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+                pass_fds=(line.theirs,),
+                env=os.environ | line.environment,
+            )
+            line.let_go()
+            if self.asked:  # just before
+                self._working.send_signal(signal.SIGTERM)
+            while (status := self._working.poll()) is None:  # as long as the run lasts; its own waits end
+                if line.silent_s(_LOOK_S) > silent_s:
+                    print(
+                        f"the run gave no sign of life for {silent_s:g} s (timeouts.heartbeat): it is killed",
+                        flush=True,
+                    )
+                    self._working.kill()
+                    status = self._working.wait(timeout=_KILLED_S)
+                    break
         self._working = None
         return 128 - status if status < 0 else status
 

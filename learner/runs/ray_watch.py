@@ -2,9 +2,9 @@
 raylet.
 
 Ray doesn't tell a driver that one of them has died. A driver whose raylet is dead is ended by Ray at its next call; one
-whose GCS is dead, after a minute, in the middle of anything. So a thread looks for itself, and whoever asked is told at
-once, in that thread: this is the time to save what must not be lost. From then on no wait of ours (``rollout.waits``)
-asks Ray any more.
+whose GCS is dead, after a minute, in the middle of anything; one whose raylet hangs, never. So a thread looks for
+itself, and whoever asked is told at once, in that thread: this is the time to save what must not be lost. From then on
+no wait of ours (``rollout.waits``) asks Ray any more.
 """
 
 import os
@@ -24,7 +24,7 @@ from rollout.given_up import give_ray_up, ray_given_up
 
 _LOOK_S = 1.0
 _AWAY_S = 15.0
-"""For so long a GCS may give no answer: one elsewhere may start again. After a minute Ray ends its drivers."""
+"""For so long either may give no answer: a GCS elsewhere may start again. After a minute Ray ends its drivers."""
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _LEAVE_S = 15.0
 
@@ -50,7 +50,7 @@ class RayWatch:
             end = os.pidfd_open(pid)
             self._ends.register(end, select.POLLIN)
             self._names[end] = f"Ray's {name} (process {pid})"
-        self._gcs = ray.get_runtime_context().gcs_address
+        self._asked = {"GCS": ray.get_runtime_context().gcs_address, "raylet": _raylet_address()}
         self._thread.start()
         return self
 
@@ -65,16 +65,17 @@ class RayWatch:
             os.close(end)
 
     def _look(self) -> None:
-        answered = time.monotonic()
+        answered = dict.fromkeys(self._asked, time.monotonic())
         while not self._over.is_set():
             if ended := self._ends.poll(_LOOK_S * 1000):
                 self._lost(f"{self._names[ended[0][0]]} has died, and nothing works without it")
                 return
-            if answer(self._gcs, token_header()) not in _NO_ANSWER:
-                answered = time.monotonic()
-            elif time.monotonic() - answered > _AWAY_S:
-                self._lost(f"Ray's GCS at {self._gcs} doesn't answer any more, and nothing works without it")
-                return
+            for name, address in self._asked.items():
+                if answer(address, token_header()) not in _NO_ANSWER:  # "no such question" is one too
+                    answered[name] = time.monotonic()
+                elif time.monotonic() - answered[name] > _AWAY_S:
+                    self._lost(f"Ray's {name} at {address} doesn't answer any more, and nothing works without it")
+                    return
 
     def _lost(self, why: str) -> None:
         give_ray_up(why)
@@ -85,3 +86,11 @@ class RayWatch:
             time.sleep(_LEAVE_S)  # the main thread may be inside Ray, and never come back
             print(f"error: {why}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _raylet_address() -> str:
+    """Where the raylet of this node listens for others."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    host = node["NodeManagerAddress"]
+    return f"[{host}]:{node['NodeManagerPort']}" if ":" in host else f"{host}:{node['NodeManagerPort']}"

@@ -376,7 +376,8 @@ class TimeoutsSection(Section):
     start: PositiveFloat = 300.0
     """Seconds for a process to start and load its model."""
     heartbeat: PositiveFloat = 60.0
-    """Seconds that the process of an actor or rank may stay without answering; then it is killed and replaced."""
+    """Seconds that the process of an actor or rank may stay without answering, or with run.restarts the run's own; then
+    it is killed and replaced."""
     resize: PositiveFloat = 120.0
     """Seconds for actors that are added to a run to be ready; the old number is kept otherwise."""
     evaluate: PositiveFloat = 1800.0

@@ -57,7 +57,7 @@ class SimulationConfig(RunConfig):
     replace_s: NonNegative = 60.0
     """From an actor's death, as the controller sees it, until another one is ready."""
     hangs: Fraction = 0.0
-    """Share of failures in which a busy actor hangs instead of dying; timeouts.lease finds it."""
+    """Share of failures in which a busy actor hangs instead of dying; timeouts.heartbeat finds it."""
     slow: Fraction = 0.0
     """Share of the actors that are slow."""
     slow_by: Annotated[float, Field(ge=1)] = 3.0
@@ -111,7 +111,8 @@ def help_text() -> str:
         "",
         "All keys of learner.main are settings too. These matter: rollout.max_staleness, prompts_per_iteration, "
         "groups_per_lease,",
-        "buffer_groups and second_lease_after_s, timeouts.lease, run.seed. docs/simulation.md says what is computed.",
+        "buffer_groups and second_lease_after_s, timeouts.lease and timeouts.heartbeat, run.seed. docs/simulation.md "
+        "says what is computed.",
     ]
     return "\n".join(lines) + "\n"
 

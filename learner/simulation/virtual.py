@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,8 @@ class _Actor:
     """Times that of the others."""
     turn: int = 0
     """Counts what it began; an event of an earlier turn is void."""
+    pace_s: float | None = None
+    """Seconds for a group of its newest lease; what isn't known is thought the best (``RolloutPool._idle_places``)."""
     version: int | None = None
     lease: Lease | None = None
     policy_version: int = 0
@@ -69,7 +71,8 @@ class SimulatedPool:
         self.actors = [
             _Actor(i, i // config.actors_per_node, config.slow_by if is_slow else 1.0) for i, is_slow in enumerate(slow)
         ]
-        self._idle = deque(self.actors)
+        self._idle: dict[int, _Actor] = {}
+        self._fastest: list[tuple[float, int]] = []  # of the idle ones, and some that are so no more
         self._queue: list[tuple[float, int, str, int, int]] = []  # when, order, what, actor, its turn
         self._order = itertools.count()
         self._killed: list[ActorLost] = []
@@ -79,6 +82,7 @@ class SimulatedPool:
         """Seconds that the controller worked on deliveries."""
         self.failures = 0
         for actor in self.actors:
+            self._rest(actor)
             self._live(actor)
 
     def idle(self) -> int:
@@ -93,8 +97,8 @@ class SimulatedPool:
         *,
         limit_s: float = math.inf,
     ) -> None:
-        """The actor that has been idle longest takes the lease."""
-        actor = self._idle.popleft()
+        """The fastest idle actor takes the lease."""
+        actor = self._take()
         actor.lease, actor.began, actor.policy_version = lease, self._clock.now, weights.version
         share = len(lease.groups) / self._config.rollout.groups_per_lease
         work = self._times.lease_s * share * self._draws.draw() * actor.pace
@@ -121,12 +125,14 @@ class SimulatedPool:
             if what == "back":
                 assert actor.away_since is not None
                 actor.away, actor.away_since = actor.away + when - actor.away_since, None
-                self._idle.append(actor)
+                self._rest(actor)
                 self._live(actor)
             elif what == "done" and turn == actor.turn and actor.hung_since is None:
                 events.append(self._deliver(actor, when))
             elif what == "fails" and turn == actor.turn:
                 events += self._fail(actor, when)
+            elif what == "silent" and turn == actor.turn:
+                events += self._lose(actor, when, "gave no sign of life")
         return events
 
     def kill_lease(self, lease_id: int) -> None:
@@ -170,7 +176,8 @@ class SimulatedPool:
         assert actor.lease is not None
         lease, actor.lease = actor.lease, None
         actor.worked += when - actor.began
-        self._idle.append(actor)
+        actor.pace_s = (when - actor.began) / len(lease.groups)
+        self._rest(actor)
         self._spend(len(lease.groups) / self._config.controller_groups_per_s)
         groups = tuple(GroupReport(s.group_id, s.problem.id, 0, 0, 0, 0, None) for s in lease.groups)
         report = LeaseReport(
@@ -189,7 +196,8 @@ class SimulatedPool:
     def _fail(self, actor: _Actor, when: float) -> list[ActorLost]:
         self.failures += 1
         if actor.lease is not None and self._faults.random() < self._config.hangs:
-            actor.hung_since = when  # nobody notices before the lease's time is over
+            actor.hung_since = when
+            self._push(when + self._config.timeouts.heartbeat, "silent", actor)
             self._push(actor.began + self._config.timeouts.lease, "look", actor)
             return []
         return self._lose(actor, when, "died")
@@ -198,13 +206,25 @@ class SimulatedPool:
         lost = ActorLost(f"rollout-{actor.number}", None if actor.lease is None else actor.lease.lease_id, how)
         gone = when if actor.hung_since is None else actor.hung_since
         if actor.lease is None:
-            self._idle.remove(actor)
+            del self._idle[actor.number]
         else:
             actor.worked += gone - actor.began
-        actor.lease, actor.version, actor.hung_since, actor.away_since = None, None, None, gone
+        actor.lease, actor.version, actor.pace_s, actor.hung_since, actor.away_since = None, None, None, None, gone
         actor.turn += 1
         self._push(when + self._config.replace_s, "back", actor)
         return [lost]
+
+    def _rest(self, actor: _Actor) -> None:
+        self._idle[actor.number] = actor
+        heapq.heappush(self._fastest, (actor.pace_s or 0.0, actor.number))
+
+    def _take(self) -> _Actor:
+        while True:
+            pace_s, number = heapq.heappop(self._fastest)
+            actor = self._idle.get(number)
+            if actor is not None and (actor.pace_s or 0.0) == pace_s:
+                del self._idle[number]
+                return actor
 
     def _live(self, actor: _Actor) -> None:
         mean = self._config.mean_time_between_failures_s

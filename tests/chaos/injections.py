@@ -15,7 +15,6 @@ from tests.support.real_runs import (
     iterations,
     session_members,
     store_events,
-    wait_until,
     workers_of,
 )
 
@@ -26,7 +25,8 @@ HOW = {
     "hangs": signal.SIGSTOP,
 }
 LIMIT_S = 240.0
-"""Until work goes on after a fault."""
+"""Until work has to go on after a fault."""
+_LOOK_S = 0.1
 
 
 def _members(run: StartedRun) -> list[int]:
@@ -63,9 +63,6 @@ TARGETS: dict[str, Callable[[StartedRun], list[int]]] = {
     "gcs": _program("gcs_server"),
     "raylet": _program("raylet/raylet"),
 }
-HANGING = ("actor", "rank", "grader")
-"""What is killed and replaced when it hangs, at no cost but time. Nobody watches the controller and Ray's own processes
-from outside."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +75,26 @@ class Injected:
     """The newest finished one then."""
     noticed_s: float | None
     """Until an event told of it; None where none did."""
-    went_on_s: float
-    """Until another iteration than those before it was finished."""
+    went_on_s: float | None
+    """Until another iteration than those before it was finished, or the run; None when that didn't come."""
     repeated: int
     """Iterations, finished before, that were done again."""
 
 
 def inject(run: StartedRun, part: str, how: str, draw: random.Random) -> Injected | None:
-    """Do it, and wait until work has gone on; None where there was no such process, or the run ended meanwhile."""
+    """Do it, and wait until work has gone on; None where there was no such process."""
     if not (found := TARGETS[part](run)):
         return None
     before, begin = _last(run), time.time()
     os.kill(draw.choice(found), HOW[how])
     # Two more iterations: the first may have been on its way.
-    wait_until(lambda: _last(run) >= before + 2 or run.popen.poll() is not None, f"work after {part} {how}", LIMIT_S)
-    if _last(run) < before + 2:
-        return None
-    went_on = time.time()
+    while not (done := _last(run) >= before + 2) and run.popen.poll() is None and time.time() - begin < LIMIT_S:
+        time.sleep(_LOOK_S)
+    went_on_s = time.time() - begin if done or run.popen.poll() == 0 else None
     told = [event["time"] for event in store_events(run.dir) if event["level"] != "info" and event["time"] >= begin]
     resumed = [event for event in store_events(run.dir) if event["kind"] == "resume" and event["time"] >= begin]
     again = before - _resumed_after(resumed) if resumed else 0
-    noticed_s = min(told) - begin if told else None
-    return Injected(part, how, before, noticed_s, went_on - begin, max(0, again))
+    return Injected(part, how, before, min(told) - begin if told else None, went_on_s, max(0, again))
 
 
 def _last(run: StartedRun) -> int:

@@ -74,14 +74,24 @@ def test_failures_cost_what_is_in_flight_and_no_more() -> None:
     some = figures(4, *settings)
     assert some.failures > 3 and some.leases_again > 0 and some.actors_away > 0.05
     assert 0.3 * without.groups_per_s < some.groups_per_s < without.groups_per_s
-    hung = figures(4, *settings, "hangs=1", "timeouts.lease=20")
-    assert hung.groups_per_s < some.groups_per_s, "a hang is found after the lease's time only"
+    hung = figures(4, *settings, "hangs=1", "timeouts.heartbeat=20")
+    assert hung.groups_per_s < some.groups_per_s, "a hang is found after a while only"
     assert hung.actors_away > some.actors_away
+    by_the_lease = figures(4, *settings, "hangs=1", "timeouts.heartbeat=600", "timeouts.lease=20")
+    late = figures(4, *settings, "hangs=1", "timeouts.heartbeat=600", "timeouts.lease=600")
+    assert late.groups_per_s < 0.5 * by_the_lease.groups_per_s < hung.groups_per_s
+
+
+def test_the_fastest_idle_actor_gets_the_next_lease() -> None:
+    """Of two actors that both could do an iteration's only lease, the slow one does one and then none."""
+    settings = ("rollout.prompts_per_iteration=2", "rollout.groups_per_lease=2", "slow=0.5", "slow_by=10", "run.seed=1")
+    both, fast = figures(2, *settings), figures(1, *settings[:2])
+    assert both.groups_per_s > 0.9 * fast.groups_per_s
 
 
 def test_second_leases_help_against_slow_actors() -> None:
     slow = ("rollout.max_staleness=1", "slow=0.3", "slow_by=10")
-    assert figures(10, *slow, "rollout.second_lease_after_s=2").groups_per_s > 1.3 * figures(10, *slow).groups_per_s
+    assert figures(5, *slow, "rollout.second_lease_after_s=2").groups_per_s > 1.3 * figures(5, *slow).groups_per_s
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,15 @@ def test_a_dead_ray_ends_the_run_at_once_with_all_that_it_learned(
     assert_ledger_balances(runs[name])
 
 
-def test_a_ray_that_hangs_does_too(runs: Runs) -> None:
-    with runs.started("hanging-gcs", "checkpoint.every=10000", "run.iterations=5000", "evaluation.every=0") as run:
+@pytest.mark.parametrize(("process", "called"), [("gcs_server", "Ray's GCS"), ("raylet/raylet", "Ray's raylet")])
+def test_a_ray_that_hangs_does_too(runs: Runs, process: str, called: str) -> None:
+    name = f"hanging-{process.partition('/')[0].replace('_', '-')}"
+    with runs.started(name, "checkpoint.every=10000", "run.iterations=5000", "evaluation.every=0") as run:
         run.wait_for_row(3)
-        send(signal.SIGSTOP, [core_process(run, "gcs_server")])
+        send(signal.SIGSTOP, [core_process(run, process)])
         assert ended_after(run) < SILENT_S
-    assert "doesn't answer any more" in run.output() and "Traceback" not in run.output()
+    assert f"{called} at" in run.output() and "doesn't answer any more" in run.output()
+    assert "Traceback" not in run.output()
     assert saved_iterations(run.dir) == [iterations(run.dir)[-1]] and store_status(run.dir) == ("failed", 1)
 
 

@@ -44,6 +44,17 @@ def test_a_killed_run_goes_on_by_itself(runs: Runs, undisturbed: RunDirectory) -
     assert (fault["data"]["part"], fault["data"]["cause"]) == ("controller", "died")
 
 
+def test_one_that_hangs_does_too(runs: Runs, undisturbed: RunDirectory) -> None:
+    with runs.started("frozen", "run.restarts=1", "checkpoint.every=2", "timeouts.heartbeat=10") as run:
+        run.wait_for_row(3)
+        (pid,) = workers_of(run)
+        os.kill(pid, signal.SIGSTOP)
+        assert run.wait() == 0, run.output()
+    assert "the run gave no sign of life for 10 s" in run.output()
+    assert rows(runs["frozen"]) == rows(undisturbed) and adapter_digest(runs["frozen"]) == adapter_digest(undisturbed)
+    assert store_status(runs["frozen"]) == ("finished", 2)
+
+
 def test_it_is_not_started_more_often_than_that(runs: Runs) -> None:
     with runs.started("killed-again", "run.restarts=1", "run.iterations=300") as run:
         run.wait_for_row(1)
