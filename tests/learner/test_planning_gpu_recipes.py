@@ -2,14 +2,16 @@
 checkpoint takes in the memory of a node."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from learner.planning import shapes
 from learner.planning.fit import plan_run
-from learner.planning.hardware import Hardware
-from learner.planning.memory import GIB, PROCESS_ALLOWANCE
+from learner.planning.hardware import GPUS, Hardware
+from learner.planning.memory import GIB, PROCESS_ALLOWANCE, ProcessMemory, rank_memory
 from learner.settings.arguments import recipe_names
 from learner.settings.run import load_config
 
@@ -70,3 +72,47 @@ def test_plain_attention_keeps_its_scores():
     # Of 31 blocks at every token; of the last one where 4 views ask for 3 each, which have a place in every view's row.
     assert kept[1] - kept[0] == (31 * (4 * 640) + 4 * 12) * 2 * 2 * 32 * 640
     assert "plain attention" in "".join(plain.assumptions) and plain.actor.peak >= fused.actor.peak
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+PLAIN, TWO_VIEWS = "model.quantization=null", "learner.activation_checkpointing=false learner.views_per_forward=2"
+SHARING = (
+    ("A100", "recipe=llada_gsm8k"),
+    ("4090", "recipe=llada_gsm8k_24gb"),
+    ("4090", f"recipe=llada_gsm8k_24gb {PLAIN}"),
+    ("4090", f"recipe=llada_gsm8k_24gb {TWO_VIEWS}"),
+    ("4090", f"recipe=llada_gsm8k_24gb {PLAIN} {TWO_VIEWS}"),
+)
+"""Runs whose ranks and actors share GPUs: on which, and their arguments."""
+
+
+def row_of_sharing(gpu: str, arguments: str, prompt: int = 256) -> str:
+    """A row of the table in docs/planning.md of one process for rank and actor."""
+    config = load_config(arguments.split())
+    memory = int(GPUS[gpu].memory_gib * GIB)
+    shape, on = shapes.model_shape(config), Hardware("cuda", config.learner.ranks, memory, gpu, "a test")
+    plan = plan_run(config, shape, on, prompt=prompt, prompt_source="a test")
+    actor = plan.actor
+    base, adapter = (next(i.bytes for i in actor.resident if i.name == name) for name in ("base weights", "adapter"))
+
+    def one(rank: ProcessMemory) -> int:
+        return sum(i.bytes for i in rank.resident) + adapter + max(p.dynamic + p.allocator for p in (rank, actor))
+
+    def said(needed: Callable[[ProcessMemory], int]) -> str:
+        views = config.learner.views_per_forward
+        size = needed(rank_memory(config, shape, device="cuda", prompt=prompt, views=views))
+        most = 0
+        while needed(rank_memory(config, shape, device="cuda", prompt=prompt, views=most + 1)) <= memory:
+            most += 1
+        fits = f"{most} views" if size <= memory else "doesn't fit"
+        return f"{size / GIB:.1f} GiB; {fits}"
+
+    cells = (said(lambda rank: rank.peak + actor.peak), said(one), said(lambda rank: rank.peak + actor.peak - base))
+    return f"| `{arguments}` | {gpu} | {' | '.join(cells)} | {plan.time.run / 3600:.1f} |"
+
+
+def test_the_page_tells_what_one_process_for_rank_and_actor_would_need():
+    page = PAGE.read_text(encoding="utf-8")
+    for gpu, arguments in SHARING:
+        assert row_of_sharing(gpu, arguments) in page
+        assert row_of_sharing(gpu, arguments, prompt=320) not in page, "control: other figures"
