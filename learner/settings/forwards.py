@@ -5,9 +5,9 @@ steps, all together, and learns from G completions of Q prompts in U updates of 
 
     S  +  U v (3 + reference + teacher)  +  (U - 1) v old  +  G (2 measured + U remeasured + valued)  +  U Q prompts
 
-``reference``, ``teacher``, ``old``, ``measured``, ``remeasured``, ``valued`` and ``prompts`` are what the objective says
-that it needs (``learner.settings.objective``); where it measures before each update, ``measured`` counts U times. Evaluations, and
-second passes that only save memory, are left out: they are no property of a method.
+``reference``, ``teacher``, ``old``, ``measured``, ``remeasured``, ``valued`` and ``prompts`` are what the objective
+says that it needs (``learner.settings.objective``); where it measures before each update, ``measured`` counts U times.
+Evaluations, and second passes that only save memory, are left out: they are no property of a method.
 """
 
 from collections.abc import Sequence
