@@ -239,19 +239,20 @@ def test_settings_that_can_t_work_are_refused():
 # ---- recordings
 
 
-def unbiased_recording() -> MethodCase:
-    """The recording of two processes as if unbiased centering had been on: by the code's formulas in float64, with a
-    softmax over a process' rows of the bound of the loss' own scores less that of the rollout; its gradient by plain
-    autograd. (The code's own recording of this centering isn't here.)"""
+def recording(**centering) -> MethodCase:
+    """The recording of two processes as if this centering had been on: unbiased, a softmax over a process' rows of the
+    bound of the loss' own scores less that of the rollout, by the code's formulas in float64; or none at all. Its
+    gradient is by plain autograd. (The code's own recordings of these aren't here.)"""
     case = read_method_case(FOLDER, "03_wdce_group_spans_two_ranks")
-    raw = {**case.raw["config"], "advantage_centering_unbias": True, "centering_strength": 0.7}
+    raw = {**case.raw["config"], "centering_strength": 0.7, **centering}
     arrays, P, C, Q, B, K = dict(case.arrays.by_name), case.settings.P, case.settings.C, 2, 4, 4
     m_QKB = arrays["loss_m"].astype(float).reshape(Q, K, B)
     ce_QKB = arrays["token_ce"].astype(float).reshape(Q, K, B, C).sum(-1)
     theta_QB = -(C / m_QKB * ce_QKB).mean(1)
     powers_QB = np.exp(theta_QB - arrays["elbo_cur"].astype(float).reshape(Q, B))
     centre_QB = powers_QB / powers_QB.sum(1, keepdims=True)
-    weight_QB = arrays["w_plus"].astype(float).reshape(Q, B) - 0.7 * centre_QB
+    strength = 0.7 if raw["advantage_centering"] else 0.0
+    weight_QB = arrays["w_plus"].astype(float).reshape(Q, B) - strength * centre_QB
     arrays |= {
         "elbo_theta": theta_QB[None],
         "centering_factor": np.tile(centre_QB, K)[None],
@@ -267,11 +268,13 @@ def unbiased_recording() -> MethodCase:
         policy.use("cur")
         logp = policy.model(input_ids=inputs).logits[:, P:].log_softmax(-1).gather(2, ids)[..., 0]
         arrays |= {f"grad/{name}": g for name, g in policy.gradient(-(share * logp).sum()).items()}
+    if not strength:
+        del arrays["centering_factor"], arrays["elbo_theta"]
     return dataclasses.replace(case, raw={**case.raw, "config": raw}, arrays=Arrays(arrays))
 
 
 def test_unbiased_centering_as_the_code_has_it(monkeypatch):
-    case = unbiased_recording()
+    case = recording(advantage_centering_unbias=True)
     found = recorded_dmpo.check(case, FP32)
     assert all(measurement.passed for measurement in found)
     assert any(measurement.where.startswith("elbo_theta") for measurement in found)
@@ -282,6 +285,13 @@ def test_unbiased_centering_as_the_code_has_it(monkeypatch):
     ):
         monkeypatch.setattr(Dmpo, "weights", wrong)
         assert {m.quantity for m in recorded_dmpo.check(case, FP32) if not m.passed} == {"weights"}, "control"
+
+
+def test_no_centering_as_the_code_has_it(monkeypatch):
+    case = recording(advantage_centering=False)
+    assert all(measurement.passed for measurement in recorded_dmpo.check(case, FP32))
+    monkeypatch.setattr(Dmpo, "weights", lambda self, d, r, c=None: dataclasses_weights(self, d, r, c, strength=0.7))
+    assert {m.quantity for m in recorded_dmpo.check(case, FP32) if not m.passed} == {"weights"}, "control"
 
 
 WRONG = {

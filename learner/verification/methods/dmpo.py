@@ -35,15 +35,20 @@ class Config(BaseModel):
     loss_antithetic: bool
     loss: Literal["wdce"]
     loss_mask_non_eos: Literal[False] = False
-    advantage_centering: Literal[True] = True
+    advantage_centering: bool = True
     advantage_centering_unbias: bool = False
     advantage_centering_neg: bool
     centering_strength: NonNegativeFloat
 
     @property
+    def strength(self) -> float:
+        """Without centering nothing is taken from the weights, and what would be wasn't recorded."""
+        return self.centering_strength if self.advantage_centering else 0.0
+
+    @property
     def centering(self) -> Literal["negative", "mean", "unbiased"]:
         """The trainer asks for the unbiased one first."""
-        if self.advantage_centering_unbias:
+        if self.advantage_centering_unbias and self.advantage_centering:
             return "unbiased"
         return "negative" if self.advantage_centering_neg else "mean"
 
@@ -71,7 +76,7 @@ def check(case: MethodCase, meter: Meter) -> list[Measurement]:
             measured_samples=s.config.measured,
             antithetic=s.config.loss_antithetic,
             centering=s.config.centering,
-            centering_strength=s.config.centering_strength,
+            centering_strength=s.config.strength,
         )
     )
     reward_R = np.nan_to_num(take("rewards_per_func", (R, None))) @ take("reward_weights", (None,))
@@ -143,10 +148,10 @@ class _Check:
         ]
         if self.settings.config.centering == "unbiased":
             return compared
-        for name, by_group in (
-            ("centering_factor", [weights.centre_G for weights in found]),
-            ("row_weight", [weights.final_G for weights in found]),
-        ):
+        ours = {"row_weight": [weights.final_G for weights in found]}
+        if self.settings.config.advantage_centering:
+            ours["centering_factor"] = [weights.centre_G for weights in found]
+        for name, by_group in ours.items():
             recorded_R = take(name, (None, len(coefficient_Q), None))[0][:, : self.settings.rows_per_process].ravel()
             compared.append(self.meter.elements("weights", np.concatenate(by_group), recorded_R, name))
         return compared
@@ -161,7 +166,7 @@ class _Check:
         theta_B = np.bincount(row_N - rows.start, self.case.settings.C * batch.weight * logp_N, minlength=B)
         recorded_B = take("elbo_theta", (None, Q, B))[of_call]
         centre_B = self.objective.weights(np.zeros(B), np.zeros(B), moved_G=recorded_B - take("elbo_cur", (R,))[rows])
-        final_B = take("w_plus", (R,))[rows] - s.centering_strength * centre_B.centre_G
+        final_B = take("w_plus", (R,))[rows] - s.strength * centre_B.centre_G
         return [
             self.meter.elements("ELBO", theta_B, recorded_B, f"elbo_theta[{update}, {process}]"),
             *(
