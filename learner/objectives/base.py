@@ -102,6 +102,8 @@ class RowSums(NamedTuple):
     policy: tuple[np.ndarray, ...]
     reference: tuple[np.ndarray, ...]
     """Of the base without adapter."""
+    present: tuple[np.ndarray, ...] = ()
+    """Of the policy just before the update, over the ``remeasured`` views; () where there are none."""
 
 
 class FinalCredit(NamedTuple):
@@ -157,6 +159,16 @@ class Weighed(Objective, Protocol):
 
     def weigh(self, groups: Sequence[TrajectoryGroup], credit: Sequence[np.ndarray], sums: RowSums) -> FinalCredit:
         """The final credit; pure."""
+
+
+@runtime_checkable
+class Remeasured(Weighed, Protocol):
+    """A method that measures once per batch, whose credit may also need what the policy has become since: it is
+    measured before every update on views of that update, beside what the batch began with."""
+
+    def remeasured(self, index: int, group: TrajectoryGroup, context: UpdateContext) -> Sequence[Unit]:
+        """The views of the coming update that the policy is measured on, of the group at ``index``; none at all where
+        that isn't needed."""
 
 
 @runtime_checkable

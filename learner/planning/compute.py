@@ -113,6 +113,7 @@ def work_of(config: RunConfig, model: ModelShape, *, prompt: int) -> Work:
     without_gradient += (
         2 * cost.measured / (cost.views * (1 if cost.measured_each_update else learner.updates_per_batch))
     )
+    without_gradient += cost.remeasured / cost.views
     without_gradient += cost.valued / (cost.views * learner.updates_per_batch)
     without_gradient += cost.prompts / (cost.views * rollout.group_size)
     per_rank = math.ceil(learned * cost.views / learner.ranks)

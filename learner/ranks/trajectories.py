@@ -5,6 +5,7 @@ Shapes: N scored positions and Z views of one forward, R completions of the upda
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from learner.likelihood.scorer import PolicyScores, Scores, joined, score
-from learner.likelihood.views import Law, View, ViewBatch, build_batch, pad_view
+from learner.likelihood.views import Law, Unit, View, ViewBatch, build_batch, pad_view
 from learner.objectives import make_objective
-from learner.objectives.base import FinalCredit, RowSums, UpdateContext, Valued, Weighed
+from learner.objectives.base import FinalCredit, Remeasured, RowSums, UpdateContext, Valued, Weighed
 from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
 from learner.planning.remedy import remedy
@@ -175,10 +176,17 @@ class LearnerRank(Rank):
         if not isinstance(objective, Weighed):
             return FinalCredit(objective.credit(seen), Statistics())
         assert not (objective.needs.old and objective.measures_each_update), "old scores are of views planned ahead"
+        context = self._context(groups, update_index)
         if update_index == 0 or objective.measures_each_update:
-            self._sums = self._measure(objective, groups, update_index)
+            wanted = [objective.measured(index, group, context) for index, group in enumerate(groups)]
+            self._sums = RowSums(*self._measure(wanted, groups, (True, False)))
         assert self._sums is not None, "a batch begins with its first update"
-        return objective.weigh(seen, objective.credit(seen), self._sums)
+        sums = self._sums
+        if isinstance(objective, Remeasured):
+            again = [objective.remeasured(index, group, context) for index, group in enumerate(groups)]
+            if any(again):
+                sums = sums._replace(present=self._measure(again, groups, (True,))[0])
+        return objective.weigh(seen, objective.credit(seen), sums)
 
     def _credit_by_values(
         self, objective: Valued, groups: list[TrajectoryGroup], seen: list[TrajectoryGroup], update_index: int
@@ -215,26 +223,26 @@ class LearnerRank(Rank):
     def _context(self, groups: Sequence[TrajectoryGroup], update_index: int) -> UpdateContext:
         return UpdateContext(self.config.run.seed, update_index, len(groups), (self.family.eos_token_id,), self._phase)
 
-    def _measure(self, objective: Weighed, groups: list[TrajectoryGroup], update_index: int) -> RowSums:
-        """Sums of weighted log-probs of each completion, under the present policy and the base, over all ranks."""
-        context = self._context(groups, update_index)
-        units = [unit for index, group in enumerate(groups) for unit in objective.measured(index, group, context)]
+    def _measure(
+        self, wanted: Sequence[Sequence[Unit]], groups: list[TrajectoryGroup], adapted: tuple[bool, ...]
+    ) -> list[tuple[np.ndarray, ...]]:
+        """For each of ``adapted`` (true: the present policy, false: the base) [G] float64 of each group, the sums of
+        weighted log-probs of each completion over the group's units, over all ranks."""
+        units = [unit for of_group in wanted for unit in of_group]
         per_forward = self.config.learner.views_per_forward
         starts = np.cumsum([0, *(group.size for group in groups)])
-        sums_2R = np.zeros((2, int(starts[-1])))
+        sums_AR = np.zeros((len(adapted), int(starts[-1])))
         for forward in deal(units, self.world, per_forward, pad=(pad_view(groups[0]),))[self.rank]:
             for batch in self._passes(forward, groups):
                 row_Z = np.array([starts[view.group] + view.row for view in batch.views])
-                with torch.no_grad():
-                    policy = self._score([batch]).logp_N
-                    with self.engine.module.disable_adapter():
-                        reference = self._score([batch]).logp_N
-                for sums_R, logp_N in zip(sums_2R, (policy, reference), strict=True):
+                for sums_R, with_adapter in zip(sums_AR, adapted, strict=True):
+                    off = nullcontext() if with_adapter else self.engine.module.disable_adapter()
+                    with torch.no_grad(), off:
+                        logp_N = self._score([batch]).logp_N
                     np.add.at(sums_R, row_Z[batch.view_of_score], batch.weight * logp_N.double().cpu().numpy())
-        shared = torch.from_numpy(sums_2R).to(next(self.engine.module.parameters()).device)
+        shared = torch.from_numpy(sums_AR).to(next(self.engine.module.parameters()).device)
         torch.distributed.all_reduce(shared)
-        policy_R, reference_R = (np.split(sums_R, starts[1:-1]) for sums_R in shared.cpu().numpy())
-        return RowSums(tuple(policy_R), tuple(reference_R))
+        return [tuple(np.split(sums_R, starts[1:-1])) for sums_R in shared.cpu().numpy()]
 
     def _scored_now(self, plan: UpdatePlan, groups: list[TrajectoryGroup]) -> list[Scores]:
         """Each of this rank's forwards of a later update, under the present weights."""

@@ -46,6 +46,8 @@ class Cost:
     """Views measured when a batch begins, each one forward with and one without adapter, without gradient."""
     measured_each_update: bool = False
     """Whether they are measured again before every later update."""
+    remeasured: int = 0
+    """Views of every update that the policy alone is measured on before it, each one forward without gradient."""
     valued: int = 0
     """Views whose values the method's head says when a batch begins, each one forward without gradient."""
     prompts: bool = False

@@ -25,16 +25,20 @@ METHODS = {
     "wd1": 2,  # neither
     "espo": 3,  # old and reference
     "dmpo": 2,  # measures once a batch
+    "dmpo_unbiased": 2,  # and the policy alone before each update
     "rspo": 2,  # measures before each update
     "trafl": 2,  # reference, and a head that reads the prompts before each update
 }
 """Updates per batch."""
-ROUGHLY = ("espo", "dmpo")
+ROUGHLY = ("espo", "dmpo", "dmpo_unbiased")
 """A drawn mask of everything has no complement to score, so that copies differ by a few views."""
 
 
 def config_of(method: str) -> RunConfig:
-    return settings(objective__type=method, learner__updates_per_batch=METHODS[method], **BATCH)
+    form = {"objective__type": method}
+    if method == "dmpo_unbiased":
+        form = {"objective__type": "dmpo", "objective__centering": "unbiased"}
+    return settings(**form, learner__updates_per_batch=METHODS[method], **BATCH)
 
 
 BATCH = {"rollout__prompts_per_iteration": 4, "rollout__group_size": 4, "rollout__groups_per_lease": 4}
@@ -114,7 +118,7 @@ def test_an_iteration_costs_what_its_model_does(
     assert worked <= planned_cost(config), "what is planned is the most that it can be"
     # The control: a cost that leaves out what is scored without gradient is another one, where there is some.
     cost = config.objective.cost(config.rollout.sampler.spec())
-    for field in ("old", "reference", "measured", "prompts"):
+    for field in ("old", "reference", "measured", "remeasured", "prompts"):
         if getattr(cost, field):
             less = dataclasses.replace(cost, **{field: 0})
             monkeypatch.setattr(type(config.objective), "cost", lambda self, sampler, less=less: less)

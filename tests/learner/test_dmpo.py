@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
-from learner.objectives.base import RowSums, UpdateContext, Weighed
+from learner.objectives.base import Remeasured, RowSums, UpdateContext, Weighed
 from learner.objectives.copies import copies
 from learner.objectives.dmpo import Dmpo, effective_share
 from learner.settings.methods.bounds import DmpoConfig
+from learner.verification.cases import Arrays
 from learner.verification.measurement import Meter
 from learner.verification.methods import dmpo as recorded_dmpo
-from learner.verification.methods.case import read_method_case
+from learner.verification.methods.case import MethodCase, read_method_case, recorded_policy
 from tests.support.hand_made import GOLDEN, make_group
 from tests.support.one_step_tables import EOS, build
 
 FP32 = Meter("cpu", "float32")
 FOLDER = GOLDEN / "methods" / "dmpo"
+CONTEXT = UpdateContext(1, 0, 1, (EOS,))
 
 
 def weights(difference, reward, **config):
@@ -94,7 +96,7 @@ def test_laws_of_the_masks(antithetic):
     """Rates are uniform on [low, 1]; each of a pair covers what the other leaves."""
     objective = Dmpo(DmpoConfig(antithetic=antithetic, rate_low=0.2))
     group = group_of([0.0] * 400, C=20)
-    context = UpdateContext(1, 0, 1, (EOS,))
+    context = CONTEXT
     before = np.random.get_state()[1].copy()
     mask_GRC = objective.draw(group, 4, context, "masks")
     np.testing.assert_array_equal(before, np.random.get_state()[1])
@@ -113,7 +115,7 @@ def test_laws_of_the_masks(antithetic):
 def test_a_rows_measured_sum_is_its_bound_and_unmasked_copies_score_nothing():
     objective = Dmpo(DmpoConfig())
     group = group_of([0.0, 1.0])
-    units = objective.measured(0, group, UpdateContext(1, 0, 1, (EOS,)))
+    units = objective.measured(0, group, CONTEXT)
     assert [{view.row for view in unit} for unit in units] == [{0}, {1}]
     for unit in units:
         assert sum(view.weight * view.scored_n.size for view in unit) == pytest.approx(6 * len(unit) / 4)
@@ -180,6 +182,54 @@ def test_its_own_completions_weighted_draw_the_policy_to_the_target():
     assert abs(np.bincount(group, blind.plus_G) - target).max() > 0.02, "control: without d the target is another"
 
 
+def test_unbiased_centering_leaves_the_gradient_of_a_policy_that_has_moved():
+    """With every completion as often as the old policy writes it, u is the present policy's probability over the old
+    one's, and what it takes off adds up to 0; what a mean takes off doesn't."""
+    rng = np.random.default_rng(6)
+    base, reward, logits = rng.dirichlet(np.ones(4)), rng.random(4), rng.normal(size=4)
+    present = np.exp(logits) / np.exp(logits).sum()
+    group = np.repeat(np.arange(4), [5, 2, 2, 1])
+    old = np.bincount(group) / group.size
+    score_G4 = np.eye(4)[group] - present  # the slope of each completion's log-prob by the logits
+    slopes = {}
+    for centering, strength in (("mean", 0.0), ("unbiased", 1.0), ("mean", 1.0)):
+        objective = Dmpo(DmpoConfig(alpha=0.5, centering=centering, centering_strength=strength))
+        d_G, moved_G = np.log(base / old)[group], np.log(present / old)[group]
+        found = objective.weights(d_G, reward[group], moved_G=moved_G)
+        slopes[centering, strength] = -found.final_G @ score_G4
+    target = base * np.exp(reward / 0.5)
+    np.testing.assert_allclose(slopes["mean", 0.0], present - target / target.sum(), atol=1e-12)
+    np.testing.assert_allclose(slopes["unbiased", 1.0], slopes["mean", 0.0], atol=1e-12)
+    assert abs(slopes["mean", 1.0] - slopes["mean", 0.0]).max() > 0.1, "control"
+
+
+def test_unbiased_centering_measures_the_copies_of_the_loss_before_every_update():
+    objective, group = Dmpo(DmpoConfig(centering="unbiased", alpha=0.5)), group_of([0.0, 1.0, 0.5])
+    assert isinstance(objective, Remeasured) and not Dmpo(DmpoConfig()).remeasured(0, group, CONTEXT)
+    for update in range(2):
+        context = dataclasses.replace(CONTEXT, update_index=update)
+        units = objective.remeasured(0, group, context)
+        scored = [view for unit in objective.wanted(0, group, np.ones(3), context).units for view in unit]
+        measured = [view for unit in units for view in unit]
+        assert [(v.row, v.hidden_C.tolist()) for v in measured] == [(v.row, v.hidden_C.tolist()) for v in scored]
+        assert sum(v.weight * v.scored_n.size for v in units[0]) == pytest.approx(6 * len(units[0]) / 4)
+
+    begun, base, present = np.array([-3.0, -4.0, -5.0]), np.array([-3.5, -4.0, -4.0]), np.array([-3.2, -3.0, -5.5])
+    sums = RowSums((begun,), (base,), (present,))
+    (final_G,) = objective.weigh([group], objective.credit([group]), sums).by_group
+    plus_G = objective.weights(base - begun, np.array([0.0, 1.0, 0.5])).plus_G
+    u_G = np.exp(present - begun) / np.exp(present - begun).sum()
+    np.testing.assert_allclose(final_G, plus_G - u_G, rtol=1e-12)
+    np.testing.assert_allclose(objective.credit([group])[0].sum(), 0, atol=1e-12)
+    assert abs(final_G - (plus_G - 1 / 3)).max() > 0.1, "control: the mean is another"
+
+
+def test_what_unbiased_centering_costs():
+    sampler = group_of([0.0]).sampler
+    plain, unbiased = (DmpoConfig(samples=6, centering=c).cost(sampler) for c in ("negative", "unbiased"))
+    assert unbiased == dataclasses.replace(plain, remeasured=6)
+
+
 def test_settings_that_can_t_work_are_refused():
     sampler = group_of([0.0]).sampler
     assert DmpoConfig(samples=3).refuses(sampler) == ["objective.samples=3 is odd, and antithetic copies are pairs"]
@@ -187,6 +237,61 @@ def test_settings_that_can_t_work_are_refused():
 
 
 # ---- recordings
+
+
+def recording(**centering) -> MethodCase:
+    """The recording of two processes as if this centering had been on: unbiased, a softmax over a process' rows of the
+    bound of the loss' own scores less that of the rollout, by the code's formulas in float64; or none at all. Its
+    gradient is by plain autograd. (The code's own recordings of these aren't here.)"""
+    case = read_method_case(FOLDER, "03_wdce_group_spans_two_ranks")
+    raw = {**case.raw["config"], "centering_strength": 0.7, **centering}
+    arrays, P, C, Q, B, K = dict(case.arrays.by_name), case.settings.P, case.settings.C, 2, 4, 4
+    m_QKB = arrays["loss_m"].astype(float).reshape(Q, K, B)
+    ce_QKB = arrays["token_ce"].astype(float).reshape(Q, K, B, C).sum(-1)
+    theta_QB = -(C / m_QKB * ce_QKB).mean(1)
+    powers_QB = np.exp(theta_QB - arrays["elbo_cur"].astype(float).reshape(Q, B))
+    centre_QB = powers_QB / powers_QB.sum(1, keepdims=True)
+    strength = 0.7 if raw["advantage_centering"] else 0.0
+    weight_QB = arrays["w_plus"].astype(float).reshape(Q, B) - strength * centre_QB
+    arrays |= {
+        "elbo_theta": theta_QB[None],
+        "centering_factor": np.tile(centre_QB, K)[None],
+        "row_weight": np.tile(weight_QB, K)[None],
+        "losses": (ce_QKB / m_QKB * weight_QB[:, None]).sum((1, 2))[None] / K,
+    }
+    inputs = torch.from_numpy(arrays["loss_inputs"]).reshape(Q * K * B, P + C)
+    ids = torch.from_numpy(arrays["completion_ids"]).reshape(Q, 1, B, C).expand(Q, K, B, C).reshape(-1, C, 1)
+    share = torch.from_numpy(
+        (weight_QB[:, None] / m_QKB / K).reshape(-1, 1) * (arrays["loss_inputs"][0, ..., P:] == 2).reshape(-1, C)
+    )
+    with recorded_policy(case, FP32) as policy:
+        policy.use("cur")
+        logp = policy.model(input_ids=inputs).logits[:, P:].log_softmax(-1).gather(2, ids)[..., 0]
+        arrays |= {f"grad/{name}": g for name, g in policy.gradient(-(share * logp).sum()).items()}
+    if not strength:
+        del arrays["centering_factor"], arrays["elbo_theta"]
+    return dataclasses.replace(case, raw={**case.raw, "config": raw}, arrays=Arrays(arrays))
+
+
+def test_unbiased_centering_as_the_code_has_it(monkeypatch):
+    case = recording(advantage_centering_unbias=True)
+    found = recorded_dmpo.check(case, FP32)
+    assert all(measurement.passed for measurement in found)
+    assert any(measurement.where.startswith("elbo_theta") for measurement in found)
+    assert np.ptp(case.arrays.by_name["centering_factor"]) > 0.5, "far from the mean"
+    for wrong in (
+        lambda self, d, r, c=None, moved_G=None: RIGHT(self, d, r, c),
+        lambda self, d, r, c=None, moved_G=None: RIGHT(self, d, r, c, None if moved_G is None else -moved_G),
+    ):
+        monkeypatch.setattr(Dmpo, "weights", wrong)
+        assert {m.quantity for m in recorded_dmpo.check(case, FP32) if not m.passed} == {"weights"}, "control"
+
+
+def test_no_centering_as_the_code_has_it(monkeypatch):
+    case = recording(advantage_centering=False)
+    assert all(measurement.passed for measurement in recorded_dmpo.check(case, FP32))
+    monkeypatch.setattr(Dmpo, "weights", lambda self, d, r, c=None: dataclasses_weights(self, d, r, c, strength=0.7))
+    assert {m.quantity for m in recorded_dmpo.check(case, FP32) if not m.passed} == {"weights"}, "control"
 
 
 WRONG = {

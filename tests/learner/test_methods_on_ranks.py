@@ -11,7 +11,7 @@ from learner.ranks.plan import UpdatePlan, plan_update
 from rollout.adapters import AdapterState, digest
 from rollout.models.family import policy_adapter
 from rollout.trajectory import TrajectoryGroup
-from tests.support.every_method import METHODS, Drawing, at, draw_batches, drawing_of, variant
+from tests.support.every_method import METHODS, Drawing, at, draw_batches, drawing_of, section
 from tests.support.learner_ranks import (
     ProbedGroup,
     importing_ray,
@@ -96,7 +96,7 @@ def test_gradients_do_not_depend_on_the_layout(groups, tiny_model, adapter, batc
         errors[*layout, "second"] = relative(expected[1], second)
     print(method, {layout: f"{error:.1e}" for layout, error in errors.items()})
     assert relative(*expected) > 0.1, "control: the second update has views of its own"
-    assert max(errors.values()) <= 1e-5, "largest seen: 2e-6, of a second update"
+    assert max(errors.values()) <= 1e-5, "largest seen: 4e-6, of a second update"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -120,7 +120,7 @@ def test_after_a_checkpoint_the_next_batch_is_learnt_from_bit_for_bit(groups, ad
     for index in updates:
         group.update(refs, index, LR)
     saved, shards = group.publish().state, group.export()
-    phase = group.phase_state() if variant(method)().phases() else None
+    phase = group.phase_state() if section(method).phases() else None
     later = refs[2:]
     went_on = [group.update(later, index, LR).loss for index in updates]
     through = group.publish().digest

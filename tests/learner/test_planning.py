@@ -17,7 +17,7 @@ from learner.main import main as learner_main
 from learner.planning import activations, hardware, memory, scored, shapes
 from learner.planning.activations import Trunk
 from learner.planning.check import check_memory
-from learner.planning.compute import branched_positions
+from learner.planning.compute import branched_positions, work_of
 from learner.planning.fit import plan_run
 from learner.planning.hardware import Hardware
 from learner.planning.memory import GIB, actor_memory, rank_memory, trajectory_bytes
@@ -303,6 +303,15 @@ def test_work_of_the_published_recipe() -> None:
     more = planned_run("learner.activation_checkpointing=true").work
     assert more.learner.recompute > more.learner.forward * 0.98
     assert planned_run("objective.beta=0.1").work.reference.forward > 0
+
+
+def test_work_of_what_is_measured_before_every_update() -> None:
+    """Four copies once per batch, with and without adapter; and four of each of two updates, without the base."""
+    dmpo = [setting for setting in AGRPO if not setting.startswith("objective.")]
+    dmpo += ["objective.type=dmpo", "learner.updates_per_batch=2"]
+    configs = [load_config([*dmpo, *more]) for more in ((), ("objective.centering=unbiased",))]
+    once, again = (work_of(config, shapes.model_shape(config), prompt=256).reference.forward for config in configs)
+    assert again == pytest.approx(2 * once)
 
 
 def test_asynchronous_iterations_take_as_long_as_their_slower_half() -> None:

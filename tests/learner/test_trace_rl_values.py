@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from learner.likelihood.scorer import PolicyScores, Scores
+from learner.likelihood.views import View
 from learner.objectives.advantages import backed_up
 from learner.objectives.base import UpdateContext, Valued
 from learner.objectives.trace_rl import TraceRl
 from learner.settings.methods.states import TraceRlConfig
 from rollout.trajectory import SamplerSpec
+from tests.support.hand_made import GOLDEN, make_group
 from tests.support.one_step_tables import EOS, C, build
 from tests.support.state_tables import path_logp, state_logp, state_table, walked_group
 
@@ -194,6 +196,76 @@ def test_a_value_of_the_state_leaves_the_expected_gradient_and_one_of_the_drawn_
     plain = expected(lambda batch: torch.zeros(len(batch.targets), dtype=torch.float64))
     np.testing.assert_allclose(expected(of_state), plain, atol=1e-13)
     assert np.linalg.norm(expected(of_token) - plain) > 0.1 * np.linalg.norm(plain), "control"
+
+
+# ---- a recording
+
+
+class Recording:
+    """What the code's value model made of 4 completions: 45 tokens of 13 views, which are a block model's and so score
+    several steps at once. Its discount and lambda are 1."""
+
+    P, C = 8, 14
+
+    def __init__(self) -> None:
+        with np.load(GOLDEN / "methods" / "tracerl" / "value_gae_1_1.npz") as file:
+            self.arrays = {name: file[name] for name in file.files}
+        self.row_Z, self.scored_ZC = self.arrays["seq_ids"], self.arrays["ex_p_mask"][:, self.P :]
+        first_R = np.unique(self.row_Z, return_index=True)[1]
+        self.group = make_group(
+            self.arrays["ex_input_ids"][first_R, self.P : self.P + self.C],
+            self.arrays["step_map_all"] - 1,
+            steps=self.C,
+            drawn=np.stack([self.scored_ZC[self.row_Z == row].any(axis=0) for row in range(4)]),
+        )
+
+    def by_token(self, name: str) -> np.ndarray:
+        """[4, C] float64, 0 where nothing is scored."""
+        found_RC = np.zeros((4, self.C))
+        np.add.at(found_RC, self.row_Z, np.where(self.scored_ZC, self.arrays[name][:, self.P :], 0.0))
+        return found_RC
+
+    def credited(self, objective: TraceRl) -> tuple[np.ndarray, np.ndarray]:
+        """[4, C] each: every token's advantage, and what its value is to be."""
+        old_RC, group = self.by_token("old_values"), self.group
+        read = itertools.chain(*objective.views(0, group, np.zeros(4), CONTEXT.eos_ids))
+        values_M = np.array([old_RC[view.row, view.scored_n].mean() for view in read])
+        credit_GS = objective.credit_by_values(0, group, self.arrays["rewards"].astype(float), values_M, CONTEXT)
+        advantage_RC, due_RC = np.zeros((2, 4, self.C))
+        for (view,) in objective.wanted(0, group, credit_GS, CONTEXT).units:
+            at = (view.row, view.scored_n)
+            advantage_RC[at], due_RC[at] = view.credit - old_RC[at], view.value
+        return advantage_RC, due_RC
+
+    def losses(self, objective: TraceRl) -> list[float]:
+        """Of each micro-batch of two views: a sum over tokens, over the padded length and the views."""
+        found = []
+        for row, scored_C, *values_NC in zip(
+            self.row_Z, self.scored_ZC, self.arrays["old_values"], self.arrays["new_values"], strict=True
+        ):
+            at = np.flatnonzero(scored_C)
+            view = View(0, int(row), scored_C, at, 0.0, 1.0, value=float(self.arrays["rewards"][row]))
+            old_N, new_N = (torch.from_numpy(values_C[self.P :][at].astype(float)) for values_C in values_NC)
+            batch = dataclasses.replace(
+                build([(view,)], [self.group]), credit=old_N.numpy()
+            )  # no advantage: values alone
+            zeros_N = torch.zeros(at.size, dtype=torch.float64)
+            new, old = (Scores(zeros_N, torch.ones_like(zeros_N), value_N=values_N) for values_N in (new_N, old_N))
+            found.append(float(objective.loss(PolicyScores(new, old), batch)[0]) * at.size / self.C)
+        return [float(np.mean(found[start : start + 2])) for start in range(0, len(found), 2)]
+
+
+def test_recorded_values_make_the_recorded_advantages_returns_and_losses():
+    record, objective = Recording(), values_of(value_clip=0.2)
+    advantage_RC, due_RC = record.credited(objective)
+    np.testing.assert_allclose(advantage_RC, record.by_token("advantages"), atol=1e-6)
+    np.testing.assert_allclose(due_RC, record.by_token("returns"), atol=0)
+    recorded = record.arrays["loss_per_micro_batch"]
+    np.testing.assert_allclose(record.losses(objective), recorded, atol=1e-7)
+
+    for wrong in (values_of(value_lambda=0.9), values_of(value_discount=0.9)):
+        assert abs(record.credited(wrong)[0] - record.by_token("advantages")).max() > 0.05, "control"
+    assert abs(np.subtract(record.losses(values_of(value_clip=0.01)), recorded)).max() > 1e-3, "control: the clip"
 
 
 # ---- settings

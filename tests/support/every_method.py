@@ -22,18 +22,22 @@ VARIANTS: dict[str, type[ObjectiveSection]] = {
     v.model_fields["type"].default: v for v in get_args(get_args(ObjectiveConfig)[0])
 }
 FORMS = {
+    "agrpo_fills": ("agrpo", {"draws": "once", "baseline": "fills", "beta": 0}),
     "diffpo_thresholds": ("diffpo", {"threshold_lr": 0.02}),
     "diffpo_weights": ("diffpo", {"importance": "completion", "importance_cap": 1e4, "beta": 0}),
+    "dmpo_unbiased": ("dmpo", {"centering": "unbiased", "alpha": 0.5}),
+    "egspo_alone": ("egspo", {"lam": 0}),
     "trace_rl_values": ("trace_rl", {"value_lr": 0.02, "value_lambda": 0.5}),
+    "trafl_profiled": ("trafl", {"normaliser": "profiled"}),
 }
-"""Methods with optional parts that the ranks have work with: the type, and what is set."""
+"""Methods with optional parts that ranks or forwards have other work with: the type, and what is set."""
 THRESHOLDS = (0.013, 0.0145, 0.5)
 METHODS = sorted([*VARIANTS, *FORMS])
 
 
 def at(method: str, ranks: int = 1, stage: int = 0, views: int = 16) -> RunConfig:
     """With a strong KL term where the method has one, so that it matters in the first update too."""
-    kl = {"objective__beta": 1.0} if "beta" in variant(method).model_fields else {}
+    kl = {"objective__beta": 1.0} if "beta" in type(section(method)).model_fields else {}
     layout = {"learner__ranks": ranks, "learner__zero_stage": stage, "learner__views_per_forward": views}
     spec = sampler_of(method)
     sampler = {f"rollout__sampler__{key}": getattr(spec, key) for key in ("block_length", "position_rule", "steps")}
@@ -44,15 +48,17 @@ def at(method: str, ranks: int = 1, stage: int = 0, views: int = 16) -> RunConfi
     return settings(**form, learner__updates_per_batch=2, **sampler, **layout)
 
 
-def variant(method: str) -> type[ObjectiveSection]:
-    return VARIANTS[FORMS.get(method, (method, {}))[0]]
+def section(method: str) -> ObjectiveSection:
+    """Its settings, without the KL term."""
+    kind, changes = FORMS.get(method, (method, {}))
+    return VARIANTS[kind](**changes)
 
 
 def sampler_of(method: str) -> SamplerSpec:
     """The one of all tests, or one token a step from left to right where the method asks for that."""
     if "threshold_lr" in FORMS.get(method, (method, {}))[1]:
         return dataclasses.replace(SAMPLER, threshold=THRESHOLDS)
-    if not variant(method)().refuses(SAMPLER):
+    if not section(method).refuses(SAMPLER):
         return SAMPLER
     return dataclasses.replace(SAMPLER, position_rule="left_to_right", steps=SAMPLER.completion_length)
 
@@ -61,7 +67,7 @@ Drawing = tuple[SamplerSpec, BranchSpec | None]
 
 
 def drawing_of(method: str) -> Drawing:
-    return sampler_of(method), variant(method)().branches(sampler_of(method))
+    return sampler_of(method), section(method).branches(sampler_of(method))
 
 
 def draw_batches(model_path: str, adapter: AdapterState) -> dict[Drawing, list[TrajectoryGroup]]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from learner.likelihood.scorer import PolicyScores, Scores, score
 from learner.likelihood.views import Unit, View, ViewBatch, build_batch
 from learner.objectives import make_objective
-from learner.objectives.base import Objective, RowSums, UpdateContext, Wanted, Weighed
+from learner.objectives.base import Objective, Remeasured, RowSums, UpdateContext, Wanted, Weighed
 from learner.objectives.statistics import Statistics
 from learner.ranks import group as learner_group
 from learner.ranks.group import LearnerGroup
@@ -139,20 +139,29 @@ def plain_gradient(
         ids = {"mask_id": family.mask_token_id, "pad_id": family.pad_token_id}
         return build_batch(unit, groups, **ids, law=objective.needs.law, unit_sizes=[len(unit)])
 
-    def without_adapter(batch: ViewBatch) -> Scores:
-        with torch.no_grad(), model.disable_adapter():
+    def with_adapter(batch: ViewBatch) -> Scores:
+        with torch.no_grad():
             return score(model, batch, family=family)
+
+    def without_adapter(batch: ViewBatch) -> Scores:
+        with model.disable_adapter():
+            return with_adapter(batch)
+
+    def sums_of(wanted: list[Sequence[Unit]], scored: Callable[[ViewBatch], Scores]) -> tuple[np.ndarray, ...]:
+        sums = tuple(np.zeros(group.size) for group in groups)
+        for sums_G, units in zip(sums, wanted, strict=True):
+            for batch in map(built, units):
+                rows_N = np.array([view.row for view in batch.views])[batch.view_of_score]
+                np.add.at(sums_G, rows_N, batch.weight * scored(batch).logp_N.double().numpy())
+        return sums
 
     credit = objective.credit(groups)
     if isinstance(objective, Weighed):
-        sums = RowSums(*(tuple(np.zeros(group.size) for group in groups) for _ in range(2)))
-        for index, group in enumerate(groups):
-            for batch in map(built, objective.measured(index, group, context)):
-                with torch.no_grad():
-                    found = score(model, batch, family=family), without_adapter(batch)
-                rows_N = np.array([view.row for view in batch.views])[batch.view_of_score]
-                for of_policy, scores in zip(sums, found, strict=True):
-                    np.add.at(of_policy[index], rows_N, batch.weight * scores.logp_N.double().numpy())
+        units = [objective.measured(index, group, context) for index, group in enumerate(groups)]
+        sums = RowSums(sums_of(units, with_adapter), sums_of(units, without_adapter))
+        if isinstance(objective, Remeasured):
+            again = [objective.remeasured(index, group, context) for index, group in enumerate(groups)]
+            sums = sums._replace(present=sums_of(again, with_adapter) if any(again) else ())
         credit = objective.weigh(groups, credit, sums).by_group
     credited = enumerate(zip(groups, credit, strict=True))
     wanted = [objective.wanted(index, group, credit_G, context) for index, (group, credit_G) in credited]

@@ -55,7 +55,7 @@ def measured_sums(
     for index, group in enumerate(groups):
         batch = build(objective.measured(index, group, context()), groups)
         row_N = np.array([view.row for view in batch.views])[batch.view_of_score]
-        for found, theta in zip(sums, (policy, reference), strict=True):
+        for found, theta in zip(sums[:2], (policy, reference), strict=True):
             np.add.at(found[index], row_N, batch.weight * table_logp(theta, batch).detach().numpy())
     return sums
 

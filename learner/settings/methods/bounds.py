@@ -173,8 +173,9 @@ class DmpoConfig(ObjectiveSection):
     """Draw copies in pairs of a mask and its complement."""
     rate_low: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Smallest mask rate; the largest is 1."""
-    centering: Literal["negative", "mean"] = "negative"
-    """What is taken from the weights w+: those of the negated reward, or their own mean."""
+    centering: Literal["negative", "mean", "unbiased"] = "negative"
+    """What is taken from the weights w+: those of the negated reward, their own mean, or weights of how far the policy
+    has moved since the batch began, which is measured before every update."""
     centering_strength: NonNegative = 1.0
     """How much of it."""
     ess_target: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -189,6 +190,7 @@ class DmpoConfig(ObjectiveSection):
             deviation=uniform_deviation(C) * (1 - self.rate_low),
             balanced="completion" if self.antithetic else None,
             measured=self.measured_samples,
+            remeasured=self.samples if self.centering == "unbiased" else 0,
         )
 
     def refuses(self, sampler: SamplerSpec) -> list[str]:

@@ -1,8 +1,9 @@
 """Recorded cases of DMPO's trainer, computed again with this code base.
 
 The recorded masks, weights, completions and rewards are inputs; the bounds of policy and base, the weights made of
-them, log-probs, losses and gradients are compared. What the trainer takes over the rows of a process (one coefficient
-of an adaptive case, its logged effective sample size) is given, or left out: here it is a group's.
+them, log-probs, losses and gradients are compared. What the trainer takes over the rows of a process is a group's here:
+the coefficient of an adaptive case is given, the logged effective sample size left out, and the softmax of unbiased
+centering is taken over the rows of a process as if they were one group.
 
 Shapes: R rows, P prompt tokens, C completion positions, K masked copies, U updates and Q processes, B rows of one.
 """
@@ -13,7 +14,7 @@ import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 from learner.likelihood.scorer import PolicyScores, Scores
-from learner.likelihood.views import View
+from learner.likelihood.views import View, ViewBatch
 from learner.objectives.copies import copies
 from learner.objectives.dmpo import Dmpo
 from learner.settings.methods.bounds import DmpoConfig
@@ -34,10 +35,22 @@ class Config(BaseModel):
     loss_antithetic: bool
     loss: Literal["wdce"]
     loss_mask_non_eos: Literal[False] = False
-    advantage_centering: Literal[True] = True
-    advantage_centering_unbias: Literal[False] = False
+    advantage_centering: bool = True
+    advantage_centering_unbias: bool = False
     advantage_centering_neg: bool
     centering_strength: NonNegativeFloat
+
+    @property
+    def strength(self) -> float:
+        """Without centering nothing is taken from the weights, and what would be wasn't recorded."""
+        return self.centering_strength if self.advantage_centering else 0.0
+
+    @property
+    def centering(self) -> Literal["negative", "mean", "unbiased"]:
+        """The trainer asks for the unbiased one first."""
+        if self.advantage_centering_unbias and self.advantage_centering:
+            return "unbiased"
+        return "negative" if self.advantage_centering_neg else "mean"
 
 
 class DmpoSettings(BaseModel):
@@ -62,8 +75,8 @@ def check(case: MethodCase, meter: Meter) -> list[Measurement]:
             samples=s.config.samples,
             measured_samples=s.config.measured,
             antithetic=s.config.loss_antithetic,
-            centering="negative" if s.config.advantage_centering_neg else "mean",
-            centering_strength=s.config.centering_strength,
+            centering=s.config.centering,
+            centering_strength=s.config.strength,
         )
     )
     reward_R = np.nan_to_num(take("rewards_per_func", (R, None))) @ take("reward_weights", (None,))
@@ -128,14 +141,38 @@ class _Check:
             )
             for of in rows
         ]
-        final_R = np.concatenate([weights.final_G for weights in found])
-        centre_R = take("centering_factor", (None, self.settings.num_processes, None))[0][:, : R // len(coefficient_Q)]
-        strength = self.settings.config.centering_strength
         plus_R = np.concatenate([weights.plus_G for weights in found])
-        return [
+        compared = [
             self.meter.elements("weights", plus_R, take("w_plus", (R,))),
-            self.meter.elements("weights", (plus_R - final_R) / (strength or 1.0), centre_R.ravel()),
             self.meter.elements("weights", [weights.ess for weights in found], take("ess_per_group", (len(rows),))),
+        ]
+        if self.settings.config.centering == "unbiased":
+            return compared
+        ours = {"row_weight": [weights.final_G for weights in found]}
+        if self.settings.config.advantage_centering:
+            ours["centering_factor"] = [weights.centre_G for weights in found]
+        for name, by_group in ours.items():
+            recorded_R = take(name, (None, len(coefficient_Q), None))[0][:, : self.settings.rows_per_process].ravel()
+            compared.append(self.meter.elements("weights", np.concatenate(by_group), recorded_R, name))
+        return compared
+
+    def moved(self, scores: Scores, batch: ViewBatch, update: int, process: int) -> list[Measurement]:
+        """Of unbiased centering: the bounds of a loss' own scores, and what they take from the weights."""
+        take, R, B = self.case.arrays.take, len(self.case.completion_ids), self.settings.rows_per_process
+        Q, K, s = self.settings.num_processes, self.settings.config.samples, self.settings.config
+        rows, of_call = slice(process * B, (process + 1) * B), (update, process)
+        row_N = np.array([view.group * self.case.settings.G + view.row for view in batch.views])[batch.view_of_score]
+        logp_N = scores.logp_N.detach().double().cpu().numpy()
+        theta_B = np.bincount(row_N - rows.start, self.case.settings.C * batch.weight * logp_N, minlength=B)
+        recorded_B = take("elbo_theta", (None, Q, B))[of_call]
+        centre_B = self.objective.weights(np.zeros(B), np.zeros(B), moved_G=recorded_B - take("elbo_cur", (R,))[rows])
+        final_B = take("w_plus", (R,))[rows] - s.strength * centre_B.centre_G
+        return [
+            self.meter.elements("ELBO", theta_B, recorded_B, f"elbo_theta[{update}, {process}]"),
+            *(
+                self.meter.elements("weights", ours_B, take(name, (None, Q, K * B))[of_call][:B], name)
+                for name, ours_B in (("centering_factor", centre_B.centre_G), ("row_weight", final_B))
+            ),
         ]
 
     def losses(self) -> list[Measurement]:
@@ -164,6 +201,8 @@ class _Check:
                 self.meter.elements("ELBO log-probs", -logp_N, recorded_N, f"token_ce{where}"),
                 self.meter.scaled("ELBO loss", loss.item(), loss_UQ[u, q], f"losses{where}"),
             ]
+            if self.settings.config.centering == "unbiased":
+                found += self.moved(scores, batch, u, q)
             for name, part in self.policy.gradient(loss).items():
                 gradient[name] += part
         return [
