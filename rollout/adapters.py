@@ -82,11 +82,34 @@ def without_head(state: AdapterState) -> AdapterState:
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, PackedTensor]:
-    """Copy tensors of any dtype and device into packed form, sorted by name."""
-    packed = {}
+    """Copy tensors of any dtype and device into packed form, sorted by name. Those that lie elsewhere than on the CPU
+    share the memory into which they were copied."""
+    came = _on_cpu(tensors)
+    return {name: _packed(came[name].clone() if _is_here(tensors[name]) else came[name]) for name in sorted(tensors)}
+
+
+def _is_here(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _elsewhere(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of the tensors that are not on the CPU, sorted: those of one device and dtype together."""
+    found: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name in sorted(tensors):
-        packed[name] = _packed(tensors[name].detach().to("cpu", copy=True))
-    return packed
+        if not _is_here(tensors[name]):
+            found.setdefault((tensors[name].device, tensors[name].dtype), []).append(name)
+    return list(found.values())
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors where they are on the CPU, else copies there. What is elsewhere is laid end to end there, and comes
+    in one copy for each dtype: the host waits for the device once, not once for each tensor."""
+    came = {name: tensor.detach() for name, tensor in tensors.items() if _is_here(tensor)}
+    for names in _elsewhere(tensors):
+        flat = torch.cat([tensors[name].detach().reshape(-1) for name in names]).to("cpu")
+        parts = flat.split([tensors[name].numel() for name in names])
+        came |= {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+    return came
 
 
 def _packed(tensor: torch.Tensor) -> PackedTensor:
@@ -118,10 +141,10 @@ def digest(state: AdapterState) -> str:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The digest of these tensors, packed; what lies in the CPU's memory is hashed where it is, the rest one by one."""
+    """The digest of these tensors, packed; what lies in the CPU's memory is hashed where it is."""
     sha = hashlib.sha256()
-    for name in sorted(tensors):
-        _hash(sha, name, _packed(tensors[name].detach().to("cpu")))
+    for name, tensor in sorted(_on_cpu(tensors).items()):
+        _hash(sha, name, _packed(tensor))
     return sha.hexdigest()
 
 
@@ -167,7 +190,12 @@ def load_state(model: torch.nn.Module, state: AdapterState) -> None:
             raise WeightMismatch(f"{name} is {theirs.dtype} {theirs.shape} in the adapter and {held} in this model")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(_readable(state[name]))
+            if _is_here(parameter):
+                parameter.copy_(_readable(state[name]))
+        for names in _elsewhere(own):  # end to end in one copy, as they come back in ``_on_cpu``
+            flat = torch.cat([_readable(state[name]).reshape(-1) for name in names]).to(own[names[0]].device)
+            for name, part in zip(names, flat.split([own[name].numel() for name in names]), strict=True):
+                own[name].copy_(part.view(own[name].shape))
 
 
 def require_loaded(tensors: Mapping[str, torch.Tensor], state: AdapterState) -> None:
@@ -178,9 +206,8 @@ def require_loaded(tensors: Mapping[str, torch.Tensor], state: AdapterState) -> 
     """
     if odd := set(tensors) ^ set(state):
         raise WeightMismatch(f"what the model holds and what was copied into it disagree about {min(odd)}")
-    for name in sorted(state):
-        held = _packed(tensors[name].detach().to("cpu"))
-        theirs = state[name]
+    for name, tensor in sorted(_on_cpu(tensors).items()):
+        held, theirs = _packed(tensor), state[name]
         if (held.dtype, held.shape) != (theirs.dtype, theirs.shape) or not np.array_equal(held.data, theirs.data):
             raise WeightMismatch(f"{name} in the model is not what was copied into it")
 

@@ -281,12 +281,7 @@ class Controller(Training):
             **{f"machine/ledger_{name}": float(value) for name, value in recoveries.items()},
             "machine/grader_failures": float(self.feed.grader_failures),
         }
-        if max(staleness) == 0:
-            first = reports[0].statistics
-            metrics["log_ratio/unupdated_abs_max"] = first.maxima.get("log_ratio/abs_max", 0.0)
-            if beyond := first.means.get("ratio/beyond_clip"):
-                metrics["ratio/unupdated_beyond_clip"] = beyond[0] / beyond[1]
-        return metrics
+        return {**metrics, **unupdated_metrics(reports[0].statistics)} if max(staleness) == 0 else metrics
 
     def _check_agreement(self, iteration: int, items: Sequence[ReplayItem], reports: Sequence[UpdateReport]) -> None:
         unupdated = reports[0].statistics.maxima.get("log_ratio/abs_max", 0.0)
@@ -330,3 +325,15 @@ class Controller(Training):
     def _groups(self, refs: Sequence[ray.ObjectRef[TrajectoryGroup]]) -> list[TrajectoryGroup]:
         limit = self.config.timeouts.publish
         return bounded_get(refs, who="the replay buffer's objects", timeout_s=limit)
+
+
+def unupdated_metrics(first: Statistics) -> dict[str, float]:
+    """How far learner and rollout disagree about the same weights, by the first update of batches that these drew.
+
+    Args:
+        first: the figures of that update. Of a method without a clipped ratio there is no share beyond the clip.
+    """
+    metrics = {"log_ratio/unupdated_abs_max": first.maxima.get("log_ratio/abs_max", 0.0)}
+    if "ratio/beyond_clip" in (figures := first.values()):
+        metrics["ratio/unupdated_beyond_clip"] = figures["ratio/beyond_clip"]
+    return metrics

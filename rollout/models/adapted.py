@@ -2,8 +2,11 @@
 
 y = x W^T + b + scale (x A^T) B^T. The low-rank part is added up inside the product with B, so it costs no pass of its
 own over y; a scale of 1 costs nothing; the A's of maps that read the same input are one product; and the backward adds
-up the input's gradient inside its products too. Actor and learner both compute by this, so they round alike; but for
-weights that ZeRO-3 cuts up and gathers in the forward of the module that owns them alone: those are computed by PEFT.
+up the input's gradient inside its products too. The frozen weights stay a product for each map: on a CPU they lie in
+the checkpoint's file, mapped once for all processes of a node, and end to end they would be a copy in each; quantized
+ones are stored map by map; and the last block asks for its queries at fewer rows. Actor and learner both compute by
+this, so they round alike; but for weights that ZeRO-3 cuts up and gathers in the forward of the module that owns them
+alone: those are computed by PEFT.
 
 Shapes: T tokens, I inputs, O outputs of a map, R ranks of all maps together.
 """

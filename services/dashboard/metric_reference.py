@@ -148,7 +148,7 @@ _HEALTH = (
         "ratio/unupdated_beyond_clip",
         "policy health",
         "The same about weights that weren't updated in between: what rounding alone would clip.",
-        "0 in float32; below a percent in bfloat16.",
+        "0 in float32. Below a percent in bfloat16 is expected; it was never measured on a GPU.",
         "Percents: part of the gradient is lost to rounding. Wider clip, or learner.dtype=float32.",
     ),
     Metric(

@@ -5,7 +5,8 @@ Values are those of the CPU, bit for bit, since the CPU computes them.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -16,8 +17,20 @@ from learner.finetuning.rank import SftRank, UpdateBatch
 from learner.finetuning.settings import SftConfig, load_sft_config
 from learner.objectives import make_objective
 from learner.ranks.rank import lora_spec
+from rewards.errors import WeightMismatch
 from rewards.task import Problem
-from rollout.adapters import HEAD, AdapterState, adapter_parameters, digest, load_state, pack
+from rollout.adapters import (
+    HEAD,
+    AdapterState,
+    PackedTensor,
+    adapter_parameters,
+    digest,
+    digest_of,
+    load_state,
+    pack,
+    require_loaded,
+    write_peft_folder,
+)
 from rollout.engines.torch import TorchEngine
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
@@ -154,6 +167,54 @@ def test_evaluation_takes_an_adapter_with_its_head_and_decodes_the_same(gpu, pol
     for each in engines:
         each.without_adapter()
     assert (drawn(engines[0], EVALUATED[name])[0][0].completion_ids != expected[0].completion_ids).any(), "control"
+
+
+# ---- adapters
+
+
+def waited(work: Callable[[], object]) -> int:
+    with counted() as counts:
+        work()
+    return len(counts.syncs)
+
+
+def test_an_adapter_comes_and_goes_in_one_copy_for_each_dtype(gpu, policies, tmp_path):
+    here, there = (engine(policies["llada"], device).model for device in ("cpu", gpu))
+    state = acting_adapter(here)
+    load_state(here, state)
+    head = {HEAD + name: p.bfloat16() for name, p in head_net(8, 4, 3).named_parameters()}  # of another dtype
+    expected = {**adapter_parameters(here), **head}
+    held = {**adapter_parameters(there), **{name: tensor.to(gpu) for name, tensor in head.items()}}
+    published = {**state, **pack(head)}
+    assert waited(lambda: load_state(there, published)) == 1
+    assert waited(lambda: require_loaded(held, published)) == 2
+    assert waited(lambda: digest_of(held)) == 2
+    packed: dict[str, PackedTensor] = {}
+    assert waited(lambda: packed.update(pack(held))) == 2
+    assert waited(lambda: [pack({name: tensor}) for name, tensor in held.items()]) == len(held) > 20, "control"
+
+    assert digest(packed) == digest_of(held) == digest_of(expected) == digest(pack(expected)) == digest(published)
+    for name, tensor in expected.items():
+        alone = tensor.detach().contiguous().view(torch.uint8).numpy()
+        assert packed[name].data.tobytes() == alone.tobytes() and packed[name].shape == tensor.shape
+    files = [tmp_path / "here", tmp_path / "there"]
+    for folder, written in zip(files, (pack(expected), packed), strict=True):
+        folder.mkdir()
+        write_peft_folder(folder, written, {})
+    for file in files[0].iterdir():
+        assert file.read_bytes() == (files[1] / file.name).read_bytes()
+
+
+def test_one_flipped_bit_on_the_gpu_is_found(gpu, policies):
+    model = engine(policies["llada"], gpu).model
+    state = acting_adapter(model)
+    load_state(model, state)
+    last = adapter_parameters(model)[max(state)]
+    last.inner.view(torch.int32)[-1, -1] ^= 1
+    with pytest.raises(WeightMismatch, match=f"{re.escape(max(state))} in the model is not what was copied"):
+        require_loaded(adapter_parameters(model), state)
+    load_state(model, state)
+    require_loaded(adapter_parameters(model), state)
 
 
 # ---- learning

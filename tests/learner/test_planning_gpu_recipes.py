@@ -36,6 +36,14 @@ def test_a_recipe_computes_activations_twice_only_where_it_must(recipe):
     assert learner.activation_checkpointing != fits_without
 
 
+def test_the_recipe_for_24_gb_expands_its_base_once_for_eight_views():
+    """Each forward, recompute and backward expands the 4-bit weights anew, however many rows it has."""
+    as_shipped, singly = planned("llada_gsm8k_24gb"), planned("llada_gsm8k_24gb", "learner.views_per_forward=1")
+    assert as_shipped.config.model.quantization == "nf4" and as_shipped.fits
+    assert as_shipped.config.learner.views_per_forward == 8
+    assert as_shipped.rank.peak > singly.rank.peak, "control: the plan knows of it, and it fits all the same"
+
+
 def test_rank_and_actor_of_one_gpu_take_turns_in_a_synchronous_run():
     turns, together = planned("llada_gsm8k"), planned("llada_gsm8k", "rollout.max_staleness=1")
     whole = planned("llada_gsm8k", "resources.gpus_per_rank=1", "resources.gpus_per_actor=1")

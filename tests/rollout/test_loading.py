@@ -7,7 +7,7 @@ import torch
 
 from rewards.errors import ConfigError
 from rollout.models.llada import LLaDAConfig, LLaDAModelLM
-from rollout.models.loading import load_model
+from rollout.models.loading import load_model, recompute_activations
 from rollout.models.tokenizer import build_tokenizer
 
 
@@ -66,3 +66,36 @@ def test_a_gpu_gets_each_tensor_from_the_file(checkpoint: Path, monkeypatch: pyt
     on_gpu, on_cpu = asked
     assert on_gpu["device_map"] == {"": torch.device("cuda")} and on_gpu["dtype"] == "bfloat16"
     assert "device_map" not in on_cpu, "control"
+
+
+def test_sums_of_bfloat16_products_stay_in_fp32_on_a_gpu(checkpoint: Path) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = True  # as torch begins
+        assert matmul.allow_bf16_reduced_precision_reduction, "control"
+        load_model(checkpoint, "bfloat16")
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def test_recomputing_activations_keeps_no_state_of_the_generators(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[None] = []
+    read = torch.get_rng_state
+
+    def counted() -> torch.Tensor:
+        saved.append(None)
+        return read()
+
+    monkeypatch.setattr(torch, "get_rng_state", counted)
+    model = load_model(checkpoint).train()
+    found = []
+    for enable in (recompute_activations, lambda model: model.gradient_checkpointing_enable()):
+        enable(model)
+        before = len(saved)
+        model(input_ids=torch.arange(4)[None], logit_rows=torch.arange(2)).logits.sum().backward()
+        found.append(len(saved) - before)
+    assert found[0] == 0 < found[1], "control: transformers' own way keeps it"

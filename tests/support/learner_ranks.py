@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as load_safetensors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from learner.likelihood.scorer import PolicyScores, Scores, score
 from learner.likelihood.views import Unit, View, ViewBatch, build_batch
@@ -18,9 +20,10 @@ from learner.objectives import make_objective
 from learner.objectives.base import Objective, Remeasured, RowSums, UpdateContext, Wanted, Weighed
 from learner.objectives.statistics import Statistics
 from learner.ranks import group as learner_group
+from learner.ranks import rank as learner_rank
 from learner.ranks.group import LearnerGroup
 from learner.ranks.heads import PromptHead
-from learner.ranks.optim import inner_optimizer
+from learner.ranks.optim import deepspeed_config, inner_optimizer
 from learner.ranks.rank import lora_spec
 from learner.ranks.trajectories import LearnerRank
 from learner.runs.local_ray import local_ray
@@ -234,6 +237,17 @@ class ProbedRank(LearnerRank):
         counts, self.counts = self.counts, Counter()
         return dict(counts)
 
+    def tell_deepspeed(self, changes: Mapping[str, Any]) -> None:
+        """Settings of its own at the next starts, over those that a rank gives it."""
+        vars(learner_rank)["deepspeed_config"] = lambda **given: {**deepspeed_config(**given), **changes}
+
+    def reduced_in_an_update(self, refs: Sequence[Any], lr: float) -> dict[tuple[str, str], int]:
+        """How often whole gradients crossed ranks, by collective and dtype."""
+        with _Reductions() as seen:
+            self.update(refs, 0, lr)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in adapter_parameters(self.engine.module).values())
+        return dict(Counter((name, dtype) for name, dtype, size in seen.found if size >= trained // 2))
+
     def step_after_every_backward(self, refs: Sequence[Any], lr: float) -> int:
         """Control: an update as the reference runs under DeepSpeed, where every backward is followed by a step.
         Returns the number of backwards."""
@@ -263,6 +277,22 @@ class ProbedRank(LearnerRank):
             return self.gradient(refs, 0)
         finally:
             self.objective = ours
+
+
+class _Reductions(TorchDispatchMode):
+    """Sums over ranks, as torch hands them to the backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str, int]] = []
+        """collective, dtype, numbers in it"""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "reduce" in func.name():
+            given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            dtype = str(given[0].dtype).removeprefix("torch.")
+            self.found.append((func.name(), dtype, max(tensor.numel() for tensor in given)))
+        return func(*args, **(kwargs or {}))
 
 
 class _DividedPerMicroBatch:

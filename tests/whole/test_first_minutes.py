@@ -87,7 +87,7 @@ def test_the_page_has_the_estimates_that_are_printed() -> None:
     """One line a GPU: forward, denoising step and tokens of the engine; the learner's forward and backward, without
     and with recomputed activations, and an update."""
     assert estimates.MEMORY_TB_S.keys() == GPUS.keys()
-    for gpu_name in ("H100", "A100", "4090"):
+    for gpu_name in ("H200", "H100", "A100", "4090"):
         forward = estimates.forward_s(gpu_name, speed.ENGINE)
         step = forward + estimates.OUTSIDE_S
         plain, again = (estimates.learner_s(gpu_name, speed.LEARNER, recomputed=r) for r in (False, True))
