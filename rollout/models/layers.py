@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rollout.models.adapted import products
 
-# (q [T, H, E], k, v, starts of q [S + 1], starts of k, longest q, longest k) -> [T, H, E]
+# (q [T or N, H, E], k [T, H, E], v, starts of q [S + 1], starts of k, longest q, longest k) -> as q
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
@@ -159,9 +159,10 @@ def attention(
         norms: of each head's query and key before they are turned; none of either without.
     """
     length, head_width = cos_LE.shape
-    # Queries of the asked rows alone, where a row of the batch has a place for each; but for the kernel of variable
-    # lengths, which takes as many queries as keys.
-    few_N = None if isinstance(seen, Sequences) or asked_N is None or len(asked_N) > length else asked_N
+    # Queries of the asked rows alone, where a row of the batch has a place for each. The kernel of variable lengths
+    # needs none.
+    fit = asked_N is not None and (isinstance(seen, Sequences) or len(asked_N) <= length)
+    few_N = asked_N if fit else None
     if apart:
         made = [*products(at_rows(h_BLD, few_N), maps[0]), *products(h_BLD, *maps[1:])]
     else:
@@ -175,14 +176,15 @@ def attention(
     del k_BLHE
     if few_N is None:
         return at_rows(attend(rotate(q.transpose(1, 2), cos_LE, sin_LE), k_BHLE, v_BHLE, seen), asked_N)
-    assert not isinstance(seen, Sequences)
     at_N = few_N % length
     q_NHE = rotate(q, cos_LE[at_N].unsqueeze(1), sin_LE[at_N].unsqueeze(1))
     return attend_few(q_NHE, k_BHLE, v_BHLE, seen, few_N)
 
 
-def attend_few(q_NHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Tensor | None, rows_N: Tensor) -> Tensor:
+def attend_few(q_NHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Visibility, rows_N: Tensor) -> Tensor:
     """``attend`` for the queries at these flat indices ``b * L + l`` alone, [N, H * E]."""
+    if isinstance(seen, Sequences):
+        return attend_few_varlen(q_NHE, k_BHLE, v_BHLE, seen, rows_N, varlen_flash)
     rows, _, length, _ = k_BHLE.shape
     queries = len(rows_N)
     # How many of them a row has isn't known without waiting for a GPU. So each has a place of its own in every row.
@@ -210,12 +212,25 @@ def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Visibility) -> 
 def attend_varlen(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Sequences, kernel: VarlenKernel) -> Tensor:
     """The same by a kernel that takes sequences laid end to end, and repeats keys and values itself."""
     rows, _, length, _ = q_BHLE.shape
-    q_THE, k_THE, v_THE = (
-        x.transpose(1, 2).flatten(0, 1).index_select(0, seen.order_T) for x in (q_BHLE, k_BHLE, v_BHLE)
-    )
+    q_THE, k_THE, v_THE = (_end_to_end(x, seen) for x in (q_BHLE, k_BHLE, v_BHLE))
     out_THE = kernel(q_THE, k_THE, v_THE, seen.starts, seen.starts, seen.longest, seen.longest)
-    out_THE = torch.empty_like(out_THE).index_copy_(0, seen.order_T, out_THE)
-    return out_THE.view(rows, length, -1)
+    return torch.empty_like(out_THE).index_copy_(0, seen.order_T, out_THE).view(rows, length, -1)
+
+
+def attend_few_varlen(
+    q_NHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Sequences, rows_N: Tensor, kernel: VarlenKernel
+) -> Tensor:
+    """``attend_few`` by such a kernel, which gets the queries sorted by sequence."""
+    place_N, order_N = seen.order_T.argsort().index_select(0, rows_N).sort()
+    starts = torch.searchsorted(place_N, seen.starts.long(), out_int32=True)
+    k_THE, v_THE = _end_to_end(k_BHLE, seen), _end_to_end(v_BHLE, seen)
+    # Rows may repeat, so one sequence may have all queries: how many isn't known without waiting for a GPU.
+    out_NHE = kernel(q_NHE.index_select(0, order_N), k_THE, v_THE, starts, seen.starts, len(rows_N), seen.longest)
+    return torch.empty_like(out_NHE).index_copy_(0, order_N, out_NHE).flatten(1)
+
+
+def _end_to_end(x_BHLE: Tensor, seen: Sequences) -> Tensor:
+    return x_BHLE.transpose(1, 2).flatten(0, 1).index_select(0, seen.order_T)
 
 
 def sequences(attention_mask: Tensor) -> Sequences:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
+from rollout.models import decoder, llada
 from rollout.models.layers import (
     attend,
     attend_few,
+    attend_few_varlen,
     attend_varlen,
     rotary_tables,
     rotate,
@@ -122,6 +124,23 @@ def test_the_last_block_at_asked_rows_is_the_block_at_all(folder, name, rows):
     torch.testing.assert_close((again, recomputed), (found, ours), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rows", ["few", "many"])
+def test_a_model_learns_the_same_by_attention_of_variable_lengths(folder, rows, monkeypatch):
+    """In fp32, which the kernel on CUDA doesn't take, so that nothing is rounded."""
+    model, ids, mask, at = load_model(folder), random_ids(3, 8), MASKS["packed"], torch.tensor(ROWS[rows])
+    at = at[(mask > 0).flatten()[at]]
+    expected, gradient = trained(model, ids, mask, at, asked=True)
+    for trunk in (llada, decoder):
+        monkeypatch.setattr(trunk, "visibility", lambda mask, dtype: sequences(mask))
+    with pytest.raises(RuntimeError):  # control: here torch has no such kernel, so it is asked
+        trained(model, ids, mask, at, asked=True)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    found, ours = trained(model, ids, mask, at, asked=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for weights, slope in gradient.items():
+        torch.testing.assert_close(ours[weights], slope, atol=1e-3, rtol=1e-3, msg=weights)
+
+
 def test_the_last_block_runs_on_the_asked_rows_only(model, family):
     """Its norm before the MLP is given them alone; other blocks', and its own when no row is named, all positions."""
     name = "ff_norm" if family == "llada" else "post_attention_layernorm"
@@ -190,6 +209,24 @@ def test_attention_of_few_queries_is_attention_at_these_rows(name, kv_heads):
     q_NHE = q.transpose(1, 2).flatten(0, 1)[rows]
     torch.testing.assert_close(attend_few(q_NHE, k, v, seen, rows), whole, atol=1e-6, rtol=0)
     assert (attend_few(q_NHE, k, v, seen, rows.flip(0)) - whole).abs().max() > 0.05, "control: of other rows"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", MASKS)
+def test_few_queries_of_variable_lengths_are_those_of_a_mask(name, rows):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 8, 6, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    rows_N = torch.tensor(ROWS[rows])
+    rows_N = rows_N[(MASKS[name] > 0).flatten()[rows_N]]  # at pads both mean nothing
+    whole = attend(q, k, v, visibility(MASKS[name], torch.float32)).flatten(0, 1)[rows_N]
+    few = (q.transpose(1, 2).flatten(0, 1)[rows_N], k, v, sequences(MASKS[name]))
+    found = attend_few_varlen(*few, rows_N, varlen_loop)
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+    factors = torch.randn(found.shape, generator=generator)
+    slopes = [torch.autograd.grad((out * factors).sum(), (q, k, v)) for out in (found, whole)]
+    torch.testing.assert_close(*slopes, atol=1e-5, rtol=0)
+    other = attend_few_varlen(*few, (rows_N + 8) % 24, varlen_loop)
+    assert (other - whole).abs().max() > 0.05, "control: of other rows"
 
 
 def test_a_mask_of_zeros_and_ones_keeps_its_cheap_form():
