@@ -8,8 +8,8 @@ what costs time there is counted.
 - **Syncs**: where the host waits for the GPU: a value that is read, a copy between the two, and operations whose
   result's shape depends on values. Each names the line of ours that asked for it.
 
-``is_cuda`` is false of these tensors, and their device's type is not "cuda": code must ask for what it needs. What 16-bit
-models do on CUDA alone, FlashAttention of sequences, they do within ``flash_attention()``.
+``is_cuda`` is false of these tensors, and their device's type is not "cuda": code must ask for what it needs. What
+16-bit models do on CUDA alone, FlashAttention of sequences, they do within ``flash_attention()``.
 """
 
 import itertools
