@@ -6,8 +6,8 @@ nobody else. So 1 for a token and 0 for a pad means one sequence a row, and None
 A forward that is asked for logits of a few rows needs, of its last block, every position's key and value, and all else
 at these rows alone (``through``).
 
-Shapes: B rows, L positions, D model width, H query heads, E head width, T tokens in all (pads left out), S sequences in
-all, N asked rows.
+Shapes: B rows, L positions, D model width, H query heads, E head width, T = B * L tokens in all, pads too, S sequences
+in all, N asked rows.
 """
 
 import functools
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rollout.models.adapted import products
 
-# (q [T, H, E], k, v, starts of q [S + 1], starts of k, longest q, longest k) -> [T, H, E]
+# (q [T or N, H, E], k [T, H, E], v, starts of q [S + 1], starts of k, longest q, longest k) -> as q
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
@@ -76,13 +76,14 @@ def rotate(x_BHLE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The tokens of a batch without its pads, one sequence after the other."""
+    """The tokens of a batch, one sequence after the other; the pads of a row are one as well, which nobody reads."""
 
     order_T: Tensor
     """[T] int64, flat index ``b * L + l`` of each token."""
     starts: Tensor
-    """[S + 1] int32, where in ``order_T`` each sequence starts, and T."""
+    """[S + 1] int32, where in ``order_T`` each sequence starts, and T. One may be empty."""
     longest: int
+    """none is longer"""
 
 
 # Who sees whom, as the attention kernel wants it: nothing to hide; SDPA's mask, bool, true where a key may be seen,
@@ -97,9 +98,9 @@ def visibility(attention_mask: Tensor | None, dtype: torch.dtype) -> Visibility:
     """
     if attention_mask is None:
         return None
-    fits_kernel = attention_mask.is_cuda and dtype in (torch.float16, torch.bfloat16)
+    fits_kernel = dtype in (torch.float16, torch.bfloat16) and has_varlen_flash(attention_mask.device)
     # The kernel's backward adds up in no fixed order.
-    if fits_kernel and not torch.are_deterministic_algorithms_enabled() and flash_kernel() is not None:
+    if fits_kernel and not torch.are_deterministic_algorithms_enabled():
         return sequences(attention_mask)
     if attention_mask.dtype == torch.bool or int(attention_mask.max()) <= 1:
         # A row of nothing but pads sees itself: softmax over no key at all would be NaN, and a NaN row poisons the
@@ -158,9 +159,10 @@ def attention(
         norms: of each head's query and key before they are turned; none of either without.
     """
     length, head_width = cos_LE.shape
-    # Queries of the asked rows alone, where a row of the batch has a place for each; but for the kernel of variable
-    # lengths, which takes as many queries as keys.
-    few_N = None if isinstance(seen, Sequences) or asked_N is None or len(asked_N) > length else asked_N
+    # Queries of the asked rows alone, where a row of the batch has a place for each. The kernel of variable lengths
+    # needs none.
+    fit = asked_N is not None and (isinstance(seen, Sequences) or len(asked_N) <= length)
+    few_N = asked_N if fit else None
     if apart:
         made = [*products(at_rows(h_BLD, few_N), maps[0]), *products(h_BLD, *maps[1:])]
     else:
@@ -174,14 +176,15 @@ def attention(
     del k_BLHE
     if few_N is None:
         return at_rows(attend(rotate(q.transpose(1, 2), cos_LE, sin_LE), k_BHLE, v_BHLE, seen), asked_N)
-    assert not isinstance(seen, Sequences)
     at_N = few_N % length
     q_NHE = rotate(q, cos_LE[at_N].unsqueeze(1), sin_LE[at_N].unsqueeze(1))
     return attend_few(q_NHE, k_BHLE, v_BHLE, seen, few_N)
 
 
-def attend_few(q_NHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Tensor | None, rows_N: Tensor) -> Tensor:
+def attend_few(q_NHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Visibility, rows_N: Tensor) -> Tensor:
     """``attend`` for the queries at these flat indices ``b * L + l`` alone, [N, H * E]."""
+    if isinstance(seen, Sequences):
+        return attend_few_varlen(q_NHE, k_BHLE, v_BHLE, seen, rows_N, varlen_flash)
     rows, _, length, _ = k_BHLE.shape
     queries = len(rows_N)
     # How many of them a row has isn't known without waiting for a GPU. So each has a place of its own in every row.
@@ -196,9 +199,7 @@ def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Visibility) -> 
     """Softmax attention without order, [B, L, H * E], L being the queries'. Keys and values may have fewer heads than
     queries. What comes out at pads is finite and means nothing."""
     if isinstance(seen, Sequences):
-        kernel = flash_kernel()
-        assert kernel is not None
-        return attend_varlen(q_BHLE, k_BHLE, v_BHLE, seen, kernel)
+        return attend_varlen(q_BHLE, k_BHLE, v_BHLE, seen, varlen_flash)
     groups = q_BHLE.shape[1] // k_BHLE.shape[1]
     if groups > 1:
         # Repeating keys and values works with every attention kernel; the kernels' own GQA switch does not.
@@ -209,32 +210,55 @@ def attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Visibility) -> 
 
 
 def attend_varlen(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Sequences, kernel: VarlenKernel) -> Tensor:
-    """The same by a kernel that takes sequences laid end to end, and repeats keys and values itself; 0 at pads."""
-    rows, heads, length, width = q_BHLE.shape
-    q_THE, k_THE, v_THE = (
-        x.transpose(1, 2).flatten(0, 1).index_select(0, seen.order_T) for x in (q_BHLE, k_BHLE, v_BHLE)
-    )
+    """The same by a kernel that takes sequences laid end to end, and repeats keys and values itself."""
+    rows, _, length, _ = q_BHLE.shape
+    q_THE, k_THE, v_THE = (_end_to_end(x, seen) for x in (q_BHLE, k_BHLE, v_BHLE))
     out_THE = kernel(q_THE, k_THE, v_THE, seen.starts, seen.starts, seen.longest, seen.longest)
-    out = out_THE.new_zeros(rows * length, heads * width).index_copy(0, seen.order_T, out_THE.flatten(1))
-    return out.view(rows, length, heads * width)
+    return torch.empty_like(out_THE).index_copy_(0, seen.order_T, out_THE).view(rows, length, -1)
+
+
+def attend_few_varlen(
+    q_NHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, seen: Sequences, rows_N: Tensor, kernel: VarlenKernel
+) -> Tensor:
+    """``attend_few`` by such a kernel, which gets the queries sorted by sequence."""
+    place_N, order_N = seen.order_T.argsort().index_select(0, rows_N).sort()
+    starts = torch.searchsorted(place_N, seen.starts.long(), out_int32=True)
+    k_THE, v_THE = _end_to_end(k_BHLE, seen), _end_to_end(v_BHLE, seen)
+    # Rows may repeat, so one sequence may have all queries: how many isn't known without waiting for a GPU.
+    out_NHE = kernel(q_NHE.index_select(0, order_N), k_THE, v_THE, starts, seen.starts, len(rows_N), seen.longest)
+    return torch.empty_like(out_NHE).index_copy_(0, order_N, out_NHE).flatten(1)
+
+
+def _end_to_end(x_BHLE: Tensor, seen: Sequences) -> Tensor:
+    return x_BHLE.transpose(1, 2).flatten(0, 1).index_select(0, seen.order_T)
 
 
 def sequences(attention_mask: Tensor) -> Sequences:
-    """The sequences of an attention mask [B, L], which need not be contiguous, by row and then by number."""
-    mask_BL = attention_mask.long()
-    first_number_B = torch.arange(len(mask_BL), device=mask_BL.device) * (mask_BL.max() + 1)
-    real_T = mask_BL.flatten().nonzero().squeeze(1)
-    number_T, order_T = (mask_BL + first_number_B[:, None]).flatten()[real_T].sort(stable=True)
-    _, length_S = number_T.unique_consecutive(return_counts=True)
-    return Sequences(real_T[order_T], F.pad(length_S.cumsum(0), (1, 0)).int(), int(length_S.max()))
+    """The sequences of an attention mask [B, L], which need not be contiguous, by row and then by number; a row's pads
+    come first.
+
+    Nobody waits for a GPU where the mask is bool, 2 sequences a row; where it has numbers, once, for how many there
+    are.
+    """
+    rows, length = attention_mask.shape
+    number_BL, order_BL = attention_mask.long().sort(dim=1, stable=True)
+    first_B = torch.arange(0, rows * length, length, device=order_BL.device)
+    if attention_mask.dtype == torch.bool:
+        pads_B = length - number_BL.sum(1)
+        starts = torch.stack([first_B, first_B + pads_B], dim=1).flatten()
+    else:
+        begins_BL = F.pad(number_BL.diff(dim=1) > 0, (1, 0), value=True)
+        starts = begins_BL.flatten().nonzero().squeeze(1)
+    order_T = (order_BL + first_B.unsqueeze(1)).flatten()
+    return Sequences(order_T, F.pad(starts, (0, 1), value=rows * length).int(), length)
 
 
 @functools.cache
-def flash_kernel() -> VarlenKernel | None:
-    """torch's FlashAttention for variable lengths, or None where this torch or this GPU hasn't got it."""
-    if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability() < (8, 0):
-        return None
-    return varlen_flash
+def has_varlen_flash(device: torch.device) -> bool:
+    """Whether this torch has FlashAttention for variable lengths on this device."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_flash(
@@ -244,9 +268,10 @@ def varlen_flash(
     from torch.nn.attention.varlen import varlen_attn  # late: on a CPU nobody wants it
 
     width = q_THE.shape[-1]
-    # The kernel takes widths that 8 divides. What is added is 0, in keys, values and so in what comes out.
-    q_THE, k_THE, v_THE = (F.pad(x, (0, -width % 8)) for x in (q_THE, k_THE, v_THE))
-    lengths = (starts_q, starts_k, longest_q, longest_k)
+    if width % 8:  # the kernel takes widths that 8 divides; what is added is 0, in keys, values and what comes out
+        q_THE, k_THE, v_THE = (F.pad(x, (0, -width % 8)) for x in (q_THE, k_THE, v_THE))
+    # Told that no sequence has more than one query, it takes it that each has one.
+    lengths = (starts_q, starts_k, max(longest_q, 2), longest_k)
     out = varlen_attn(q_THE, k_THE, v_THE, *lengths, scale=width**-0.5, enable_gqa=True)
     assert isinstance(out, Tensor)
     return out[..., :width]

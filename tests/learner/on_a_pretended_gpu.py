@@ -7,6 +7,8 @@ Values are those of the CPU, bit for bit, since the CPU computes them.
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from rollout.adapters import (
     write_peft_folder,
 )
 from rollout.engines.torch import TorchEngine
+from rollout.models import layers
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
@@ -40,7 +43,7 @@ from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.every_method import METHODS, Drawing, at, batch_of, draw_batches, drawing_of, loss_of, update_of
 from tests.support.hand_made import acting_adapter
 from tests.support.learner_ranks import SAMPLER, random_adapter, settings
-from tests.support.pretended_gpu import Counts, MixedDevices, counted, pretended_gpu
+from tests.support.pretended_gpu import Counts, MixedDevices, counted, flash_attention, pretended_gpu
 from tests.support.small_policies import FAMILIES, write_policy
 
 SAMPLERS = {
@@ -118,8 +121,9 @@ def test_what_is_waited_for_is_counted(gpu):
 # ---- sampling
 
 
-def engine(path: str, device: torch.device | str) -> TorchEngine:
-    return TorchEngine(model_path=path, lora=LoraSpec(r=4, alpha=8.0), max_rows=16, threads=1, device=str(device))
+def engine(path: str, device: torch.device | str, dtype: str = "float32") -> TorchEngine:
+    lora = LoraSpec(r=4, alpha=8.0)
+    return TorchEngine(model_path=path, lora=lora, max_rows=16, threads=1, device=str(device), dtype=dtype)
 
 
 def drawn(sampled: TorchEngine, sampler: SamplerSpec) -> tuple[list[TrajectoryGroup], Counts, int]:
@@ -139,6 +143,30 @@ def test_sampling_waits_a_few_times_a_step_and_draws_the_same(gpu, policies, nam
     for ours, theirs in zip(found, expected, strict=True):
         for field in ("completion_ids", "unmask_step", "logp", "logp_raw", "entropy", "support_ids", "position_logp"):
             np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), err_msg=field)
+
+
+@contextmanager
+def sequences_numbered() -> Iterator[None]:
+    """A deliberate mistake: how many sequences the pads make is read from the GPU."""
+    found = layers.sequences
+    with mock.patch.object(layers, "sequences", lambda mask: found(mask.long())):
+        yield
+
+
+def test_sampling_by_flash_attention_waits_no_more(gpu, policies):
+    """In bf16, as on CUDA, whose kernel takes padded rows as sequences."""
+    sampler = dataclasses.replace(SAMPLERS["decoupled_confidence"], steps=4)
+    with flash_attention():
+        expected, _, _ = drawn(engine(policies["llada"], "cpu", "bfloat16"), sampler)
+        on_gpu = engine(policies["llada"], gpu, "bfloat16")
+        found, counts, steps = drawn(on_gpu, sampler)
+        with sequences_numbered():
+            _, more, _ = drawn(on_gpu, sampler)
+    assert counts.by_kernel["varlen attention"] >= steps and not counts.by_kernel["attention"], "else it wasn't taken"
+    assert len(counts.syncs) <= MOST_SYNCS_OF_A_STEP * steps < len(more.syncs), "and control: " + counts.told()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.completion_ids, theirs.completion_ids)
+        np.testing.assert_array_equal(ours.logp, theirs.logp)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llada"])
@@ -221,12 +249,17 @@ def test_one_flipped_bit_on_the_gpu_is_found(gpu, policies):
 
 
 def gradients(
-    path: str, device: torch.device | str, method: str, adapter: AdapterState, groups: list[TrajectoryGroup]
+    path: str,
+    device: torch.device | str,
+    method: str,
+    adapter: AdapterState,
+    groups: list[TrajectoryGroup],
+    dtype: str = "float32",
 ) -> tuple[dict[str, torch.Tensor], Counts, int]:
     """Of an update's forwards, one after the other; and what was waited for before each backward."""
     config = at(method)
     family, objective = policy_adapter(path), make_objective(config.objective)
-    model = attach_lora(load_model(path), family, lora_spec(config)).to(device).train()
+    model = attach_lora(load_model(path, dtype), family, lora_spec(config)).to(device).train()
     load_state(model, adapter)
     plan = update_of(objective, family, groups)
     before = Counts()
@@ -234,6 +267,7 @@ def gradients(
         with counted() as counts:
             loss = loss_of(model, batch_of(forward, objective, family, groups), objective, family)
         before.syncs += counts.syncs
+        before.by_kernel += counts.by_kernel
         (loss / plan.normaliser).backward()
     found = {name: p.grad.cpu() for name, p in adapter_parameters(model).items() if p.grad is not None}
     return found, before, len(plan.forwards[0])
@@ -246,6 +280,20 @@ def test_every_method_learns_on_one_device(gpu, tiny_model, adapter, batches, me
     found, before, forwards = gradients(tiny_model, gpu, method, adapter, groups)
     assert not none.syncs and expected, "control: the CPU waits for nobody"
     assert len(before.syncs) <= MORE.get(method, MOST_SYNCS_OF_A_FORWARD) * forwards, before.told()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=0, rtol=0)
+
+
+def test_learning_by_flash_attention_waits_no_more(gpu, tiny_model, batches):
+    groups, dtype = batches[drawing_of("diffu_grpo")], "bfloat16"
+    adapter = random_adapter(tiny_model, settings(learner__dtype=dtype, learner__zero_stage=1))
+    with flash_attention():
+        expected, _, _ = gradients(tiny_model, "cpu", "diffu_grpo", adapter, groups, dtype)
+        found, before, forwards = gradients(tiny_model, gpu, "diffu_grpo", adapter, groups, dtype)
+        with sequences_numbered():
+            _, more, _ = gradients(tiny_model, gpu, "diffu_grpo", adapter, groups, dtype)
+    assert before.by_kernel["varlen attention"] and not before.by_kernel["attention"], "else it wasn't taken"
+    assert len(before.syncs) <= MOST_SYNCS_OF_A_FORWARD * forwards < len(more.syncs), "and control: " + before.told()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=0, rtol=0)
 

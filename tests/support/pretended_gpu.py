@@ -8,24 +8,30 @@ what costs time there is counted.
 - **Syncs**: where the host waits for the GPU: a value that is read, a copy between the two, and operations whose
   result's shape depends on values. Each names the line of ours that asked for it.
 
-``is_cuda`` is false of these tensors, and their device's type is not "cuda": code must ask for what it needs.
+``is_cuda`` is false of these tensors, and their device's type is not "cuda": code must ask for what it needs. What
+16-bit models do on CUDA alone, FlashAttention of sequences, they do within ``flash_attention()``.
 """
 
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rollout.models import layers
+from tests.support.varlen import varlen_attn
 
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / name) + "/" for name in ("learner", "rollout", "rewards", "services"))
@@ -126,6 +132,17 @@ def pretended_gpu() -> Iterator[torch.device]:
 
 
 @contextmanager
+def flash_attention() -> Iterator[None]:
+    """Within, 16-bit models attend to sequences by FlashAttention, as on CUDA: one kernel. So they do on the CPU, for
+    comparison. Without it neither has that kernel."""
+    with (
+        mock.patch.object(layers, "has_varlen_flash", lambda device: True),
+        mock.patch.object(varlen, "varlen_attn", _varlen_attention),
+    ):
+        yield
+
+
+@contextmanager
 def counted() -> Iterator[Counts]:
     """What is launched and waited for within."""
     counts = Counts()
@@ -165,30 +182,39 @@ class _Whole(TorchFunctionMode):
 
 def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
     _one_device(F.scaled_dot_product_attention, [q, k, v, *([] if attn_mask is None else [attn_mask])])
-    return _FusedAttention.apply(q, k, v, attn_mask, options)  # type: ignore[no-any-return, no-untyped-call]
+    for counts in _counting:
+        counts.masked_attention += attn_mask is not None
+    mask = None if attn_mask is None else attn_mask.inner
+    return _fused("attention", lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=mask, **options), q, k, v)
+
+
+def _varlen_attention(q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, *longest: int, **options: Any) -> Any:
+    if not isinstance(q, PretendedTensor):
+        return varlen_attn(q, k, v, starts_q, starts_k, *longest, **options)
+    _one_device(varlen.varlen_attn, [q, k, v, starts_q, starts_k])
+    assert q.dtype in (torch.float16, torch.bfloat16), f"FlashAttention of {q.dtype}"
+    lengths = (starts_q.inner, starts_k.inner, *longest)
+    return _fused("varlen attention", lambda *qkv: varlen_attn(*qkv, *lengths, **options), q, k, v)
+
+
+def _fused(name: str, compute: Callable[..., torch.Tensor], q: Any, k: Any, v: Any) -> torch.Tensor:
+    return _FusedAttention.apply(q, k, v, name, compute)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, attn_mask: Any, options: Any) -> torch.Tensor:
+    def forward(ctx: Any, q: Any, k: Any, v: Any, name: str, compute: Any) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.mask, ctx.options = attn_mask, options
-        for counts in _counting:
-            counts.masked_attention += attn_mask is not None
-        return _launched("attention", _attend(q.inner, k.inner, v.inner, attn_mask, options))
+        ctx.name, ctx.compute = name, compute
+        return _launched(name, compute(q.inner, k.inner, v.inner))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         inner = [x.inner.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
-            out = _attend(*inner, ctx.mask, ctx.options)
+            out = ctx.compute(*inner)
         found = torch.autograd.grad(out, inner, slopes[0].inner)
-        return *(_launched("attention backward", slope) for slope in found), None, None
-
-
-def _attend(q: Any, k: Any, v: Any, attn_mask: Any, options: Any) -> torch.Tensor:
-    mask = None if attn_mask is None else attn_mask.inner
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        return *(_launched(f"{ctx.name} backward", slope) for slope in found), None, None
 
 
 def _launched(name: str, inner: torch.Tensor) -> PretendedTensor:
