@@ -328,7 +328,7 @@ def _rewards(grades: Sequence[GradeResult], names: Sequence[str]) -> np.ndarray:
 def _branch_grades(
     group: TrajectoryGroup, rows: Sequence[_Grades], names: Sequence[str], *, beside: int
 ) -> dict[str, Any]:
-    """The fields of the group that hold the grades of its branches, 0 for states that a completion never reached, and in
+    """The fields of the group that hold the grades of its branches, 0 for states that a completion never reached and in
     the ``beside`` last parts of a reward, which the task doesn't give."""
     if group.branch_ids is None or group.branch_step is None:
         return {}
