@@ -6,7 +6,7 @@ Whoever has a grader can draw n completions and keep the best, without training.
 counts two) are turned into completions of the base: with N problems, T forwards of training and f of a completion, n is
 T / (N f), and one more for the trained policy's own. The base's figures are pass@n and best@n of its samples.
 
-Two tables say more of each policy. Of equally many completions: how many are right and different, for each problem and
+Two more tables say more of each policy. Of equally many completions: how many are right and different, for each problem and
 over all, and the reward at equal diversity, of the best few that lie at least ``APART`` from each other. And how much
 is right greedily, by the evaluations of the run itself, from its first iteration to its last.
 
@@ -178,7 +178,7 @@ def variety(base: Sampled, runs: Mapping[Path, Sampled]) -> str:
     """Markdown, of as many completions of a problem as each policy has."""
     k = min(one.samples for one in (base, *runs.values()))
     lines = [
-        f"Of {k} completions of each problem. At equal diversity: the best {DIVERSE} that are {APART:g} edits a character"
+        f"Of {k} completions of each problem. At equal diversity: the best {DIVERSE} that are {APART:g} edits a letter"
         " or more from each other; one that isn't there counts 0.",
         "",
         "| | right and different, a problem | right and different, in all | reward at equal diversity |",
