@@ -288,7 +288,7 @@ class RolloutActor:
             correct=correct_G,
             actor_id=self._actor_id,
             counters={**group.counters, **counters},
-            **_branch_grades(group, grades, names),
+            **_branch_grades(group, grades, names, beside=len(parts) - len(names)),
         )
         graded.validate()
         return graded
@@ -325,15 +325,18 @@ def _rewards(grades: Sequence[GradeResult], names: Sequence[str]) -> np.ndarray:
     return np.array(values, dtype=np.float32).reshape(len(grades), len(names))
 
 
-def _branch_grades(group: TrajectoryGroup, rows: Sequence[_Grades], names: Sequence[str]) -> dict[str, Any]:
-    """The fields of the group that hold the grades of its branches, 0 for states that a completion never reached."""
+def _branch_grades(
+    group: TrajectoryGroup, rows: Sequence[_Grades], names: Sequence[str], *, beside: int
+) -> dict[str, Any]:
+    """The fields of the group that hold the grades of its branches, 0 for states that a completion never reached and in
+    the ``beside`` last parts of a reward, which the task doesn't give."""
     if group.branch_ids is None or group.branch_step is None:
         return {}
     grades = [grade for row in rows for grade in row.branches]
     shape = group.branch_ids.shape[:3]
-    rewards, correct = np.zeros((*shape, len(names)), np.float32), np.zeros(shape, np.bool_)
+    rewards, correct = np.zeros((*shape, len(names) + beside), np.float32), np.zeros(shape, np.bool_)
     at = np.broadcast_to((group.branch_step >= 0)[:, :, None], shape)
-    rewards[at], correct[at] = _rewards(grades, names), [grade.correct for grade in grades]
+    rewards[at, : len(names)], correct[at] = _rewards(grades, names), [grade.correct for grade in grades]
     return {"branch_rewards": rewards, "branch_correct": correct}
 
 

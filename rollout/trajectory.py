@@ -187,7 +187,7 @@ class TrajectoryGroup:
     """[G, S, Z, C] float32, log-prob of drawn fills under the law they were drawn from, 0 where nothing was filled;
     None for greedy ones."""
     branch_rewards: np.ndarray | None = None
-    """[G, S, Z, R] float32."""
+    """[G, S, Z, R] float32; 0 in the part of diversity, which is of completions alone."""
     branch_correct: np.ndarray | None = None
     """[G, S, Z] bool."""
     threshold: np.ndarray | None = None

@@ -6,6 +6,10 @@ Whoever has a grader can draw n completions and keep the best, without training.
 counts two) are turned into completions of the base: with N problems, T forwards of training and f of a completion, n is
 T / (N f), and one more for the trained policy's own. The base's figures are pass@n and best@n of its samples.
 
+Two more tables say more of each policy. Of equally many completions: how many are right and different, for each problem and
+over all, and the reward at equal diversity, of the best few that lie at least ``APART`` from each other. And how much
+is right greedily, by the evaluations of the run itself, from its first iteration to its last.
+
 RUNs differ in their seeds only. Each has an evaluation with samples (``learner.evaluate --run RUN base=false
 decode.samples=16``); the newest counts. Shapes: Q runs, N problems, S samples, R resamples.
 """
@@ -20,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from learner.evaluation.intervals import best_of_k, pass_at_k, percentile_interval
+from learner.evaluation.intervals import best_of_k, pass_at_k, percentile_interval, wilson
 from learner.evaluation.results import read_chunks, rewards_of
+from learner.evaluation.variety import diverse_best, expected_distinct
 from learner.reporting.metrics_file import read_rows
 from learner.runs.directory import RunDirectory
 from learner.runs.stopping import exit_status
@@ -32,6 +37,9 @@ from rollout.seeds import numpy_generator
 
 RESAMPLES = 10_000
 TRAINED_BEST_OF = 4
+GREEDY = "eval/m/solve_rate"
+DIVERSE, APART = 4, 0.5
+"""So many completions of a problem, each at least so many edits per character from the others."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,9 @@ class Sampled:
     """Right completions of each problem."""
     rewards: tuple[tuple[float, ...], ...]
     """Of each completion of each problem."""
+    texts: tuple[tuple[str, ...], ...]
+    """The completions themselves."""
+    correct: tuple[tuple[int, ...], ...]
     figures: Mapping[str, Any]
     """As results.json has them."""
     sampler: Mapping[str, Any]
@@ -58,6 +69,18 @@ class Sampled:
     def best_at(self, k: int) -> np.ndarray:
         """[N]."""
         return np.array([best_of_k(rewards, k) for rewards in self.rewards])
+
+    def right_texts(self) -> list[list[str]]:
+        """Of each problem, those that are right, as often as they were written."""
+        both = zip(self.texts, self.correct, strict=True)
+        return [[text for text, right in zip(*of_one, strict=True) if right] for of_one in both]
+
+    def diverse_best(self, k: int) -> np.ndarray:
+        """[N], of k completions at a time."""
+        blocks = range(0, self.samples - k + 1, k)
+        both = list(zip(self.texts, self.rewards, strict=True))
+        found = [[diverse_best(t[at : at + k], r[at : at + k], DIVERSE, APART) for at in blocks] for t, r in both]
+        return np.array(found).mean(axis=1)
 
 
 def read_sampled(folder: Path, policy: str) -> Sampled:
@@ -79,6 +102,8 @@ def read_sampled(folder: Path, policy: str) -> Sampled:
         problems=tuple(problem["id"] for problem in problems),
         right_N=np.array([sum(problem["correct"]) for problem in problems]),
         rewards=tuple(tuple(rewards_of(problem)) for problem in problems),
+        texts=tuple(tuple(problem["completions"]) for problem in problems),
+        correct=tuple(tuple(problem["correct"]) for problem in problems),
         figures=cell[policy],
         sampler=sampler,
     )
@@ -149,6 +174,50 @@ def comparison(base: Sampled, runs: Mapping[Path, Sampled]) -> str:
     return "\n".join([*lines, _pays(base, list(runs.values()), list(spent.values())), ""])
 
 
+def variety(base: Sampled, runs: Mapping[Path, Sampled]) -> str:
+    """Markdown, of as many completions of a problem as each policy has."""
+    k = min(one.samples for one in (base, *runs.values()))
+    lines = [
+        f"Of {k} completions of each problem. At equal diversity: the best {DIVERSE} that are {APART:g} edits a letter"
+        " or more from each other; one that isn't there counts 0.",
+        "",
+        "| | right and different, a problem | right and different, in all | reward at equal diversity |",
+        "|---|---|---|---|",
+    ]
+    for name, one in {"base": base, **{run.name: trained for run, trained in runs.items()}}.items():
+        right, samples = one.right_texts(), one.samples
+        each_N = np.array([expected_distinct([texts], samples, k) for texts in right])
+        cells = [_estimate(each_N[None], ".2f"), f"{expected_distinct(right, samples, k):.1f}"]
+        lines.append(f"| {name} | {' | '.join([*cells, _estimate(one.diverse_best(k)[None], '.2f')])} |")
+    return "\n".join([*lines, ""])
+
+
+def greedily(runs: Iterable[Path]) -> str:
+    """Markdown: what is right greedily by the runs' own evaluations, at the full number of steps; empty where a run has
+    none. The interval of the mean is wide enough for runs that all solve the same problems: its variance is that over
+    runs plus that of one run over problems."""
+    lines, last = ["| | right before | right after |", "|---|---|---|"], []
+    for run in runs:
+        path = RunDirectory(run).metrics_path
+        rows = [row for row in (read_rows(path) if path.is_file() else []) if GREEDY in row and "eval/problems" in row]
+        if not rows:
+            return ""
+        N = int(rows[-1]["eval/problems"])
+        before, after = rows[0][GREEDY], rows[-1][GREEDY]
+        cells = [
+            f"{rate:.3f} [{low:.3f}, {high:.3f}]"
+            for rate in (before, after)
+            for low, high in [wilson(round(rate * N), N)]
+        ]
+        lines.append(f"| {run.name} | {' | '.join(cells)} |")
+        last.append(after)
+    if (Q := len(last)) > 1:
+        mean = float(np.mean(last))
+        half = 1.96 * float(np.sqrt(np.var(last, ddof=1) / Q + mean * (1 - mean) / N))
+        lines.append(f"| mean | | {mean:.3f} [{max(0.0, mean - half):.3f}, {min(1.0, mean + half):.3f}] |")
+    return "\n".join([f"Greedily, {N} problems; 95 % intervals.", "", *lines, ""])
+
+
 def _row(name: str, right: list[np.ndarray], reward: list[np.ndarray], written: Sequence[Sampled] = ()) -> str:
     cells = [_estimate(np.stack(right), ".3f"), _estimate(np.stack(reward), ".2f")]
     for figure in ("distinct_share", "distance", "distance_between_problems"):
@@ -210,7 +279,8 @@ def _command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--base", type=Path, required=True, help="evaluation with samples of the base")
     options = parser.parse_args(argv)
     base = read_sampled(options.base, "base")
-    print(comparison(base, {run: newest_sampled(run) for run in options.runs}))
+    runs = {run: newest_sampled(run) for run in options.runs}
+    print("\n".join([comparison(base, runs), variety(base, runs), greedily(runs)]))
     return 0
 
 

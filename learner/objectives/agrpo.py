@@ -23,7 +23,9 @@ Two options of ours change the noise of the gradient and not its expectation (do
   own (``GreedyBranches``; of the last branched state up to there, where not all are), and s_t how far R_t foretells R:
   the slope of R - Rbar by R_t - Rbar over the update's *other* groups, held back to 0 as by one more group. What is
   taken off is a function of the state before the step, of other completions and of other groups, none of which depends
-  on what the step draws, so it changes no expectation; and no factor (G-1)/G is left.
+  on what the step draws, so it changes no expectation; and no factor (G-1)/G is left. The part of
+  ``reward.diversity_weight`` lies between completions: R and Rbar in the first two terms have it, R_t and what R_t is
+  compared with don't.
 
 On the policy that drew the batch, with a position rule that doesn't look at the policy or whose choice is scored, and
 the ``all`` step range, its expectation is the gradient of expected reward times -(G-1)/(G m). After an update, or on
@@ -56,7 +58,7 @@ from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.states import AgrpoConfig
 from rollout.copies import in_one_copy
-from rollout.trajectory import TrajectoryGroup
+from rollout.trajectory import DIVERSITY, TrajectoryGroup
 
 
 class Agrpo:
@@ -185,11 +187,7 @@ def step_advantages(groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]
         DataError: when a reward isn't finite.
     """
     advantage_QG = [leave_one_out_advantages(group.rewards) for group in groups]
-    # What the fill of a step has above the others' mean: its reward above the completion's, and the completion's.
-    above_QGm = [
-        _fills_by_step(group) - total_rewards(group.rewards)[:, None] + advantage_G[:, None]
-        for group, advantage_G in zip(groups, advantage_QG, strict=True)
-    ]
+    above_QGm = [_fills_above_others(group) for group in groups]
     square_Qm = np.array([(above_Gm**2).sum(axis=0) for above_Gm in above_QGm])
     product_Qm = np.array(
         [advantage_G @ above_Gm for above_Gm, advantage_G in zip(above_QGm, advantage_QG, strict=True)]
@@ -201,6 +199,15 @@ def step_advantages(groups: Sequence[TrajectoryGroup]) -> tuple[np.ndarray, ...]
         slope_m = products_Qm.sum(axis=0) / (others_Qm.sum(axis=0) + held_back) if held_back else 0.0
         credit.append(advantage_G[:, None] - slope_m * above_Gm)
     return tuple(credit)
+
+
+def _fills_above_others(group: TrajectoryGroup) -> np.ndarray:
+    """[G, m] float64, what the likeliest fill before each step has above the mean of the other completions, in what the
+    task rewards: how far the others are apart depends on what this completion draws, and would bias its baseline."""
+    rewards_GR = group.rewards[:, [name != DIVERSITY for name in group.reward_names]]
+    # The fill's reward above the completion's, and the completion's above the others' mean.
+    own_G, advantage_G = total_rewards(rewards_GR), leave_one_out_advantages(rewards_GR)
+    return _fills_by_step(group) - own_G[:, None] + advantage_G[:, None]
 
 
 def _fills_by_step(group: TrajectoryGroup) -> np.ndarray:

@@ -35,7 +35,7 @@ from learner.reporting.reporter import Reporter
 from rewards.infill import GAP
 from rewards.task import Problem, Task
 from rollout.models.encoding import completion_text, context_texts
-from rollout.trajectory import TrajectoryGroup
+from rollout.trajectory import DIVERSITY, TrajectoryGroup
 
 VERSION = 1
 ORDER_BINS = (256, 128)
@@ -196,12 +196,13 @@ def branches_of(group: TrajectoryGroup, row: int, tokenizer: PreTrainedTokenizer
     for s, z in np.ndindex(group.branch_correct.shape[1:]):
         if (step := int(group.branch_step[row, s])) < 0:
             continue
-        rewards = zip(group.reward_names, group.branch_rewards[row, s, z].tolist(), strict=True)
+        rewards = dict(zip(group.reward_names, group.branch_rewards[row, s, z].tolist(), strict=True))
+        rewards.pop(DIVERSITY, None)  # of completions alone
         branch = {
             "step": step,
             "completion": completion_text(tokenizer, group.branch_ids[row, s, z].tolist(), group.place(row)),
             "correct": bool(group.branch_correct[row, s, z]),
-            "rewards": dict(rewards),
+            "rewards": rewards,
         }
         if group.branch_logp is not None:
             branch["logp"] = float(group.branch_logp[row, s, z].sum(dtype=np.float64))

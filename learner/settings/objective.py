@@ -99,6 +99,9 @@ class ObjectiveSection(Section):
     """Completions of a prompt that the method needs at least."""
     takes_greedy: ClassVar[bool] = False
     """Whether completions of a prompt may all be the same."""
+    fills_leave_out_diversity: ClassVar[bool] = False
+    """Whether branches are compared by what the task rewards alone, so that completions may have a part for their
+    diversity (``reward.diversity_weight``) beside it."""
     method: ClassVar[str]
     """Where the class is that does it, as module:Class; nothing that torch needs is loaded with the settings."""
     fixed: ClassVar[tuple[str, ...]] = ()

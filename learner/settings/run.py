@@ -283,10 +283,12 @@ def _reward_problems(config: RunConfig) -> list[str]:
             f"{config.objective.type} takes each as it is; leave it at total"
         )
     branched = config.objective.branches(sampler.spec()) is not None
-    if branched and (reward.speed_weight or reward.diversity_weight or reward.normalise == "components"):
+    diverse = reward.diversity_weight and not config.objective.fills_leave_out_diversity
+    if branched and (reward.speed_weight or diverse or reward.normalise == "components"):
+        diversity = " and reward.diversity_weight" if diverse else ""
         problems.append(
             f"objective.type={config.objective.type} compares completions with branches, which are graded by the task "
-            "alone; leave reward.speed_weight and reward.diversity_weight at 0 and reward.normalise at total"
+            f"alone; leave reward.speed_weight{diversity} at 0 and reward.normalise at total"
         )
     return problems
 

@@ -1,6 +1,7 @@
 """AGRPO's steps taken once and its baseline by fills: less noise, and the gradient of expected reward as before."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from learner.verification.enumeration import (
     THREE_POSITIONS,
     TWO_TOKENS_A_STEP,
     Toy,
+    enumerate_trajectories,
     exact_gradient,
+    independent_law,
     relative_error,
 )
 from rollout.seeds import numpy_generator
-from rollout.trajectory import GreedyBranches, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import DIVERSITY, GreedyBranches, SamplerSpec, TrajectoryGroup
 from tests.support.branched_tables import in_order, mean_gradient, rows_of, with_branches
 from tests.support.hand_made import random_group
 from tests.support.one_step_tables import planned_gradient
@@ -194,6 +197,66 @@ def test_control_slopes_of_the_own_group_are_biased() -> None:
 
     found = mean_gradient(toy, Own(AgrpoConfig(draws="once", k=toy.steps, baseline="fills")), everything)
     assert relative_error(found, exact_gradient(toy) * 2) > 0.05
+
+
+APART = 0.5
+"""Weight of the part of diversity."""
+
+
+def distances(ids_nC: np.ndarray) -> np.ndarray:
+    """[n, n], the share of positions in which two completions differ."""
+    return np.asarray((ids_nC[:, None] != ids_nC).mean(axis=-1))
+
+
+def with_diversity(group: TrajectoryGroup, name: str = DIVERSITY) -> TrajectoryGroup:
+    """As an actor adds the part: fills have 0 in it."""
+    assert group.branch_rewards is not None
+    apart_G = APART * distances(group.completion_ids).sum(axis=1) / (group.size - 1)
+    return dataclasses.replace(
+        group,
+        reward_names=(*group.reward_names, name),
+        rewards=np.column_stack([group.rewards, apart_G.astype(np.float32)]),
+        branch_rewards=np.pad(group.branch_rewards, [(0, 0)] * 3 + [(0, 1)]),
+    )
+
+
+def gradient_with_diversity(toy: Toy, size: int) -> np.ndarray:
+    """By central differences, of expected reward plus what docs/methods.md says that the part comes to: half its
+    weight, times (G-2)/(G-1), times the mean distance of two completions; shape of the table, over m."""
+    paths, theta, eps = enumerate_trajectories(toy), toy.parameters, 1e-5
+    reward_n, apart_nn = paths.rewards().sum(axis=1), distances(paths.ids)
+
+    def value(theta: np.ndarray) -> float:
+        law_n = independent_law(toy, theta, paths)
+        return float(law_n @ reward_n + APART / 2 * (size - 2) / (size - 1) * (law_n @ apart_nn @ law_n))
+
+    gradient = np.zeros_like(theta)
+    for index in np.ndindex(theta.shape):
+        step = np.zeros_like(theta)
+        step[index] = eps
+        gradient[index] = (value(theta + step) - value(theta - step)) / (2 * eps)
+    return gradient / toy.steps
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_fills_know_nothing_of_diversity_and_leave_its_gradient(size: int) -> None:
+    toy = SMALLEST
+    everything, rest = in_order(toy, toy.steps), [with_diversity(group) for group in others(toy, toy.steps)]
+    objective = Agrpo(AgrpoConfig(draws="once", k=toy.steps, baseline="fills"))
+    found = mean_gradient(toy, objective, everything, others=rest, size=size, rewarded=with_diversity)
+    exact = gradient_with_diversity(toy, size)
+    assert relative_error(found, exact) < 1e-6
+    if size == 3:  # of two, each is as far from the other, and the part says nothing
+        assert relative_error(exact_gradient(toy) * 2, exact) > 0.02, "diversity matters"
+
+
+def test_control_a_fill_above_others_that_have_diversity_is_biased() -> None:
+    toy = SMALLEST
+    unknown = partial(with_diversity, name="apart")  # a part like any other
+    rest = [unknown(group) for group in others(toy, toy.steps)]
+    objective = Agrpo(AgrpoConfig(draws="once", k=toy.steps, baseline="fills"))
+    found = mean_gradient(toy, objective, in_order(toy, toy.steps), others=rest, size=3, rewarded=unknown)
+    assert relative_error(found, gradient_with_diversity(toy, 3)) > 0.005
 
 
 def test_a_group_alone_has_the_mean_of_the_others() -> None:

@@ -6,13 +6,23 @@ from typing import Any
 
 import pytest
 
-from learner.evaluation.best_of_n import comparison, newest_sampled, read_sampled, training_forwards
+from learner.evaluation.best_of_n import (
+    GREEDY,
+    comparison,
+    greedily,
+    newest_sampled,
+    read_sampled,
+    training_forwards,
+    variety,
+)
 from rewards.errors import ConfigError
 
 SAMPLER = {"steps": 4, "position_rule": "random", "temperature": 1.0, "completion_length": 8}
 
 
-def write_evaluation(folder: Path, policy: str, right: list[list[int]], **figures: Any) -> Path:
+def write_evaluation(
+    folder: Path, policy: str, right: list[list[int]], texts: list[str] | None = None, **figures: Any
+) -> Path:
     """Two problems a chunk; the reward is 1 more than the verdict. The chunks are not in order, and one comes twice; a
     cell of another sampler has the same label."""
     folder.mkdir(parents=True)
@@ -21,7 +31,12 @@ def write_evaluation(folder: Path, policy: str, right: list[list[int]], **figure
     cell = {"key": f"{label} 0123", "decoding": "sampled", "samples": 4, policy: about, **SAMPLER}
     (folder / "results.json").write_text(json.dumps({"cells": [{"decoding": "greedy", policy: {}}, cell]}))
     problems = [
-        {"id": f"p{n}", "correct": of_one, "components": {"a": of_one, "b": [1.0] * 4}}
+        {
+            "id": f"p{n}",
+            "correct": of_one,
+            "components": {"a": of_one, "b": [1.0] * 4},
+            "completions": texts or list("abcd"),
+        }
         for n, of_one in enumerate(right)
     ]
     chunk = {"cell": cell["key"], "policy": policy, "grader_failures": 0, "generate_s": 1.0}
@@ -57,6 +72,33 @@ def test_the_base_gets_as_many_completions_as_the_training_took_forwards(tmp_pat
     assert "takes 32.0 forwards from the base and 4.6 from a trained policy" in told
     assert "training has paid after 1 right ones." in told
     assert told.rstrip().endswith("come 10 right ones from the base, and 63 when the first tenth is spent on training.")
+
+
+def test_right_and_different_ones_and_reward_at_equal_diversity(tmp_path: Path) -> None:
+    right = [[1, 1, 0, 0]] * 4
+    base = read_sampled(write_evaluation(tmp_path / "base", "base", right), "base")
+    same = write_run(tmp_path / "same", right, [1.0], texts=["a"] * 4)
+    told = variety(base, {same: newest_sampled(same)}).splitlines()
+    assert told[0].startswith("Of 4 completions of each problem")
+    # "a" and "b" are right in all four problems, and "c" and "d" wrong: rewards 2, 2, 1, 1.
+    assert told[-2:] == [
+        "| base | 2.00 [2.00, 2.00] | 2.0 | 1.50 [1.50, 1.50] |",
+        "| same | 1.00 [1.00, 1.00] | 1.0 | 0.50 [0.50, 0.50] |",
+    ]
+
+
+def test_greedy_rates_have_intervals_over_problems_and_seeds(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("a", "b")]
+    for run, after in zip(runs, (0.5, 0.7), strict=True):
+        run.mkdir()
+        rows = [{"iteration": n, GREEDY: rate, "eval/problems": 100.0} for n, rate in ((0, 0.1), (9, after))]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = greedily(runs).splitlines()
+    assert told[-3].startswith("| a | 0.100 [0.055, 0.174] | 0.500 [0.404, 0.596] |")
+    # A variance of 0.02 over two runs, and 0.24 over 100 problems.
+    half = 1.96 * (0.02 / 2 + 0.24 / 100) ** 0.5
+    assert told[-1] == f"| mean | | 0.600 [{0.6 - half:.3f}, {0.6 + half:.3f}] |"
+    assert greedily([*runs, tmp_path]) == "", "no evaluation of its own"
 
 
 def test_more_than_was_drawn_is_said(tmp_path: Path) -> None:

@@ -67,12 +67,19 @@ def test_tokens_per_forward_are_those_of_the_text():
         (["rollout.sampler.threshold=0.9"], "isn't scored"),
         (["objective.type=d2", "rollout.sampler.threshold=0.9"], "isn't scored"),
         (["objective.type=egspo", "reward.normalise=components"], "graded by the task alone"),
+        (["objective.type=egspo", "reward.diversity_weight=1"], "reward.diversity_weight at 0"),
+        (["objective.baseline=fills", "reward.speed_weight=1"], "leave reward.speed_weight at 0"),
         (["objective.type=dtm", "reward.normalise=components"], "objective.type=dtm takes each as it is"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(arguments, words):
     with pytest.raises(ConfigError, match=words):
         load_config(arguments)
+
+
+def test_fills_of_agrpo_may_stand_beside_diversity():
+    config = load_config(["objective.baseline=fills", "reward.diversity_weight=0.5"])
+    assert config.reward.diversity_weight == 0.5
 
 
 def test_methods_that_don_t_score_the_path_take_a_threshold():

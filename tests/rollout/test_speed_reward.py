@@ -15,7 +15,7 @@ from rollout.code import code_identity
 from rollout.engines.torch import TorchEngine
 from rollout.messages import Weights
 from rollout.models.encoding import completion_texts, load_tokenizer
-from rollout.trajectory import GroupSpec, Lease, SamplerSpec, TrajectoryGroup
+from rollout.trajectory import BranchSpec, GreedyBranches, GroupSpec, Lease, SamplerSpec, TrajectoryGroup
 from tests.support.learner_ranks import importing_ray
 
 pytestmark = pytest.mark.slow
@@ -58,14 +58,18 @@ def actor_of(model: str, speed_weight: float, task: str = "Vowels", diversity_we
 
 
 def drawn(
-    model: str, speed_weight: float, threshold: float | None, diversity_weight: float = 0.0
+    model: str,
+    speed_weight: float,
+    threshold: float | None,
+    diversity_weight: float = 0.0,
+    branches: BranchSpec | None = None,
 ) -> list[TrajectoryGroup]:
     """A group in which all is right, and one in which nothing is."""
     actor = actor_of(model, speed_weight, diversity_weight=diversity_weight)
     actor.start()
     groups = [GroupSpec(i, Problem(f"p{i}", {"right": i == 0}), 4, seed=i) for i in range(2)]
     sampler = SamplerSpec(12, 12, 6, "random", temperature=1.0, threshold=threshold)
-    _, *found = actor.run_lease(Lease(0, tuple(groups)), sampler, Weights(-1, "", []))
+    _, *found = actor.run_lease(Lease(0, tuple(groups)), sampler, Weights(-1, "", []), branches)
     return found
 
 
@@ -94,6 +98,14 @@ def test_diversity_is_a_part_of_the_reward(tiny_model: str) -> None:
             apart = [distance(text, other) for other in texts[:row] + texts[row + 1 :]]
             assert group.rewards[row, 1] == pytest.approx(0.5 * np.mean(apart), rel=1e-6)
         assert group.rewards[:, 1].max() > 0
+
+
+def test_fills_have_none_of_it(tiny_model: str) -> None:
+    for group in drawn(tiny_model, 0.0, None, diversity_weight=0.5, branches=GreedyBranches(2, evenly=True)):
+        assert group.branch_rewards is not None and group.branch_step is not None
+        assert group.branch_rewards.shape[3] == 2 and not group.branch_rewards[..., 1].any()
+        texts = completion_texts(load_tokenizer(tiny_model), group)
+        assert group.rewards[:, 1].any() or len(set(texts)) == 1
 
 
 def test_a_task_with_a_part_of_that_name_is_refused(tiny_model: str) -> None:

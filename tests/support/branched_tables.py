@@ -5,7 +5,7 @@ Shapes: G completions of a group, S branched states, C completion positions, n t
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -91,18 +91,25 @@ def rows_of(everything: TrajectoryGroup, rows: Sequence[int]) -> TrajectoryGroup
 
 
 def mean_gradient(
-    toy: Toy, objective: Objective, everything: TrajectoryGroup, *, others: Sequence[TrajectoryGroup] = ()
+    toy: Toy,
+    objective: Objective,
+    everything: TrajectoryGroup,
+    *,
+    others: Sequence[TrajectoryGroup] = (),
+    size: int = 2,
+    rewarded: Callable[[TrajectoryGroup], TrajectoryGroup] = lambda group: group,
 ) -> np.ndarray:
-    """Minus the gradient of the loss, averaged over all groups of two by their probability; shape of the table.
+    """Minus the gradient of the loss, averaged over all groups of ``size`` by their probability; shape of the table.
 
     Args:
         everything: all trajectories of the toy.
         others: further groups of the update, which are credited with it and not learned from.
+        rewarded: gives a group what its completions are rewarded for together.
     """
     law_n = independent_law(toy, toy.parameters, enumerate_trajectories(toy))
     views, groups, divisor = [], [], 0.0
-    for index, rows in enumerate(itertools.product(range(len(law_n)), repeat=2)):
-        group = rows_of(everything, rows)
+    for index, rows in enumerate(itertools.product(range(len(law_n)), repeat=size)):
+        group = rewarded(rows_of(everything, rows))
         credit, *_ = objective.credit([group, *others])
         wanted = objective.wanted(index, group, credit, CONTEXT)
         chance = float(law_n[list(rows)].prod())

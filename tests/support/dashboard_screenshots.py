@@ -1,8 +1,10 @@
 """Takes the screenshots of docs/, and the moving pictures of the README.
 
     python -m tests.support.dashboard_screenshots RUNS RUN OTHER [--out docs/screenshots]
+    python -m tests.support.dashboard_screenshots RUNS RUN --picture NAME
 
 RUNS is a folder of runs; RUN one that has samples, evaluations and preferably still trains; OTHER is compared with it.
+The second form takes nothing but RUN's moving picture, by another name; it needs no browser.
 """
 
 import argparse
@@ -40,6 +42,14 @@ def base_and_trained(service: Dashboard, run: str) -> tuple[int, int]:
     raise SystemExit(f"run {run} kept no problem that only its trained model solves")
 
 
+def take_picture(service: Dashboard, run: str, out: Path, name: str) -> None:
+    """The moving picture of a held-out problem, base beside trained, in both themes."""
+    base, trained = base_and_trained(service, run)
+    for file, theme in ((f"{name}.svg", "light"), (f"{name}-dark.svg", "dark")):
+        picture = service.get(f"/api/v1/runs/{run}/samples/{base}/animation", beside=trained, theme=theme)
+        (out / file).write_text(picture.text)
+
+
 def take(page: Watched, route: str, content: str, file: Path) -> None:
     page.open(route)
     page.shows(content)
@@ -52,17 +62,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Screenshots of the dashboard for the documentation")
     parser.add_argument("runs", type=Path)
     parser.add_argument("run")
-    parser.add_argument("other")
+    parser.add_argument("other", nargs="?")
+    parser.add_argument("--picture", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("docs/screenshots"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.picture is not None:
+        with dashboard(asked.runs) as service:
+            take_picture(service, asked.run, asked.out, asked.picture)
+        return
+    if asked.other is None:
+        parser.error("give OTHER too, or --picture NAME")
     run = f"/run/{asked.run}"
     with chromium() as browser, dashboard(asked.runs) as service:
         play = playback_route(service, asked.run)
         base, trained = base_and_trained(service, asked.run)
-        for name, theme in (("playback", "light"), ("playback-dark", "dark")):
-            picture = service.get(f"/api/v1/runs/{asked.run}/samples/{base}/animation", beside=trained, theme=theme)
-            (asked.out / f"{name}.svg").write_text(picture.text)
+        take_picture(service, asked.run, asked.out, "playback")
         shots = [
             ("runs", "/runs", f"tr[data-run='{asked.run}'] svg.spark"),
             ("run", run, "[data-chart=reward] .main-svg"),

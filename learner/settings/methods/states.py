@@ -19,6 +19,7 @@ class AgrpoConfig(ObjectiveSection):
     """AGRPO (arXiv 2510.04019)."""
 
     method: ClassVar[str] = "learner.objectives.agrpo:Agrpo"
+    fills_leave_out_diversity: ClassVar[bool] = True
     type: Literal["agrpo"] = "agrpo"
     """The method."""
     k: PositiveInt = 4
@@ -37,7 +38,8 @@ class AgrpoConfig(ObjectiveSection):
     that has one, on average. strata are those of repeated draws; once, low_discrepancy spreads over the group."""
     baseline: Literal["group", "fills"] = "group"
     """What is taken from the reward. group: the mean over the completions of the prompt, as published; fills (ours): in
-    part the reward of the likeliest fill of the state before the step, as far as that foretells the reward."""
+    part the reward of the likeliest fill of the state before the step, as far as that foretells the reward; a part for
+    diversity (reward.diversity_weight) is not of fills, and is compared with the others' alone."""
     fills: PositiveInt = 8
     """States of each completion whose likeliest fills are graded, evenly spaced, with baseline=fills."""
     step_range: Literal["all", "until_last_token"] = "all"
