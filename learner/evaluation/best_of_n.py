@@ -6,9 +6,9 @@ Whoever has a grader can draw n completions and keep the best, without training.
 counts two) are turned into completions of the base: with N problems, T forwards of training and f of a completion, n is
 T / (N f), and one more for the trained policy's own. The base's figures are pass@n and best@n of its samples.
 
-Two more tables say more of each policy. Of equally many completions: how many are right and different, for each problem and
-over all, and the reward at equal diversity, of the best few that lie at least ``APART`` from each other. And how much
-is right greedily, by the evaluations of the run itself, from its first iteration to its last.
+Two more tables follow. Of equally many completions of each policy: how many are right and different, for a problem and
+in all, and the reward at equal diversity, that of the best few that lie at least ``APART`` from each other. And how
+much is right greedily, by the first and last evaluation that a run made of itself.
 
 RUNs differ in their seeds only. Each has an evaluation with samples (``learner.evaluate --run RUN base=false
 decode.samples=16``); the newest counts. Shapes: Q runs, N problems, S samples, R resamples.
