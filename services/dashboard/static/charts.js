@@ -24,18 +24,15 @@ export function loadPlotly() {
     // an error in the console. Its own few rules go into the element that index.html has for them.
     const create = document.createElement;
     document.createElement = (tag, ...rest) => create.call(document, tag === "style" ? "template" : tag, ...rest);
-    const loaded = () => delete document.createElement;
-    script.onload = () => {
-      loaded();
-      resolve(window.Plotly);
-    };
-    script.onerror = () => {
-      loaded();
-      plotly = null;
-      reject(new Error("The chart library did not load from this service."));
-    };
+    script.onload = () => resolve(window.Plotly);
+    script.onerror = () => reject(new Error("The chart library did not load from this service."));
     document.head.append(script);
-  });
+  })
+    .catch((error) => {
+      plotly = null;
+      throw error;
+    })
+    .finally(() => delete document.createElement);
   return plotly;
 }
 
