@@ -77,6 +77,12 @@ def test_every_node_starts_with_a_token_and_the_environment_on_path(cluster: dic
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
 
 
+def test_spot_nodes_tell_ray_of_their_end(cluster: dict[str, Any]) -> None:
+    last = cluster["worker_start_ray_commands"][-1]
+    assert "~/unmask/deploy/spot_notice.sh" in last and "RAY_AUTH_MODE=token" in last and last.endswith("&")
+    assert (ROOT / "deploy" / "spot_notice.sh").stat().st_mode & 0o100, "it can't be executed"
+
+
 def test_machines_of_ones_own_have_a_section_that_passes_too(cluster: dict[str, Any]) -> None:
     made = on_premises(switch(FILE.read_text()))
     prepared = check_with_ray(made)
