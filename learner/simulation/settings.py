@@ -46,8 +46,9 @@ class SimulationConfig(RunConfig):
     """Size of the adapter."""
     group_mb: NonNegative | None = None
     """Size of a group in the object store; null: as learner.plan estimates it."""
-    controller_groups_per_s: PositiveFloat = 500.0
-    """Groups that the controller passes on when it does nothing else (python -m learner.bench.control measures it)."""
+    controller_groups_per_s: PositiveFloat = 250.0
+    """Groups that the controller passes on when it does nothing else (python -m learner.bench.control measures it: 126
+    to 294 on two cores that actors and ranks used too)."""
     link_mb_s: PositiveFloat = 1250.0
     """What the link of a node carries; 1250: 10 Gbit/s."""
     actors_per_node: PositiveInt = 8
