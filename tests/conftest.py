@@ -22,7 +22,9 @@ from tests.support.real_runs import Runs
 from tests.support.store_contents import reading
 
 prepare_process()  # as a command does, and before a test loads torch
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and what tests start would inherit that
+# Under nohup, or in a shell's background, they are ignored, and what tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATABASES = ("sqlite", "postgresql")
 
