@@ -25,7 +25,7 @@ from tests.support.real_runs import LEDGER_STATES, Runs, adapter_digest, rows, t
 FAULTS_A_ROUND = 8
 ROUND_S = 900.0
 """For a run to end after its last fault."""
-SETTINGS = ("recipe=smoke", "run.iterations=240", "rollout.actors={min: 1, max: 2}", "checkpoint.every=20")
+SETTINGS = ("recipe=smoke", "rollout.actors={min: 1, max: 2}", "checkpoint.every=20")
 SETTINGS += ("evaluation.every=0",)
 SETTINGS += ("evaluation.step_divisors=[1]", "evaluation.problems=8", "samples_per_iteration=0")
 SETTINGS += ("timeouts.heartbeat=5", "rollout.grade_timeout_s=3", "timeouts.lease=60")
@@ -103,11 +103,13 @@ def soak(
     minutes: float,
     methods: Sequence[str] = tuple(METHODS),
     count: int = FAULTS_A_ROUND,
+    iterations: int = 240,
     cache: Path | None = None,
     each: bool = False,
 ) -> tuple[list[Injected], list[str]]:
     """The faults that were done, and what was lost."""
-    runs = Runs(folder, cache or Path("~/.cache/unmask").expanduser(), settings=SETTINGS)
+    settings = (*SETTINGS, f"run.iterations={iterations}")
+    runs = Runs(folder, cache or Path("~/.cache/unmask").expanduser(), settings=settings)
     draw, begin = random.Random(seed), time.monotonic()
     faults: Iterator[tuple[str, str]] = iter(ALL) if each else draws(draw)
     number, count = 0, len(ALL) if each else count

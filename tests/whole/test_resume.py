@@ -94,6 +94,20 @@ def test_rollout_actor_killed_over_its_work(runs: Runs, undisturbed: RunDirector
     assert [event["text"] for event in store_events(runs["actor"]) if event["kind"] == "fault"], "nothing was reported"
 
 
+@pytest.mark.heavy
+def test_a_straggler_s_lease_is_given_a_second_time(runs: Runs, undisturbed: RunDirectory) -> None:
+    more = ("rollout.actors=2", "rollout.second_lease_after_s=6", "timeouts.heartbeat=240")
+    with runs.started("straggler", *more) as run:
+        run.wait_for_row(2)
+        stall(run)  # longer than its lease needs, and shorter than what counts as hung
+        assert run.wait() == 0, run.output()
+    assert_same_run(runs["straggler"], undisturbed)
+    assert_ledger_balances(runs["straggler"])
+    last = training_rows(runs["straggler"])[-1]
+    assert last["machine/ledger_second"] >= 1 and last["machine/ledger_failed"] == 0
+    assert training_rows(undisturbed)[-1]["machine/ledger_second"] == 0
+
+
 def stall(run: StartedRun) -> int:
     """Stop the first rollout actor when the run can't go on without the lease that it holds, or is given."""
     victim = run.actors()[0]
