@@ -3,6 +3,7 @@
 A copy from ordinary memory makes the host wait for a GPU, which then has nothing queued: several arrays go in one.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,3 +16,12 @@ def in_one_copy(device: torch.device, *arrays: np.ndarray | None, dtype: torch.d
     sent = torch.from_numpy(np.concatenate([array.ravel() for array in given])).to(dtype).to(device)
     parts = iter(sent.split([array.size for array in given]))
     return tuple(None if array is None else next(parts).view(array.shape) for array in arrays)
+
+
+def indices_and_values(
+    device: torch.device, indices: Sequence[np.ndarray], values: Sequence[np.ndarray], *, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Integer arrays as int64, then the others as ``dtype``, all in one copy, which is of float64: integers below 2**53
+    stay what they are."""
+    sent = in_one_copy(device, *indices, *values, dtype=torch.float64)
+    return *(index.long() for index in sent[: len(indices)]), *(value.to(dtype) for value in sent[len(indices) :])

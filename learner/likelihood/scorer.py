@@ -71,9 +71,8 @@ class PolicyScores(NamedTuple):
     teacher: Scores | None = None
     """Of the weights that the method's phase began with."""
 
-    def at(self, index_n: np.ndarray) -> "PolicyScores":
+    def at(self, at_n: torch.Tensor) -> "PolicyScores":
         """Of these scores alone, [n] int64; of the raw law."""
-        at_n = torch.from_numpy(index_n).to(self.policy.logp_N.device)
         old, reference, teacher = (None if scores is None else scores.at(at_n) for scores in self[1:])
         return PolicyScores(self.policy.at(at_n), old, reference, teacher)
 

@@ -31,7 +31,7 @@ from learner.likelihood.views import Law, ViewBatch
 from learner.objectives.advantages import group_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.copies import copies, independent_masks
-from learner.objectives.elbo import unit_sums
+from learner.objectives.elbo import Units
 from learner.objectives.ratio import clipped_terms, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.bounds import BgpoConfig
@@ -63,8 +63,9 @@ class Bgpo:
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over copies, and their figures."""
         assert scores.old is not None, "a ratio needs the old log-probs"
-        d_U = unit_sums(scores.policy.logp_N - scores.old.logp_N, batch)
-        advantage_U = torch.tensor([view.credit for view in batch.first_views], dtype=d_U.dtype, device=d_U.device)
+        logp_N = scores.policy.logp_N
+        units = Units.of(batch, logp_N.device)
+        d_U, advantage_U = units.sums(logp_N - scores.old.logp_N), units.credit_U
         terms = clipped_terms(
             d_U,
             advantage_U,

@@ -37,6 +37,7 @@ from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.one_step import CoupledGrpoConfig
+from rollout.copies import indices_and_values
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -73,19 +74,17 @@ class CoupledGrpo:
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over units of their mean l_j, or over tokens of l_j; and their figures."""
-        config, tokens, old = self.config, batch_tokens(batch), scores.old
+        config, tokens, old = self.config, batch_tokens(batch, scores.policy.logp_N), scores.old
         assert old is not None, "a ratio needs the old log-probs"
-        logp_T = tokens.logp(scores.policy, batch)
-        advantage_T = torch.as_tensor(tokens.credit_T, dtype=logp_T.dtype, device=logp_T.device)
-        log_ratio_T = logp_T - tokens.logp(old, batch)
-        terms = clipped_terms(log_ratio_T, advantage_T, clip=(config.clip_low, config.clip_high))
+        logp_T = tokens.logp(scores.policy)
+        log_ratio_T = logp_T - tokens.logp(old)
+        terms = clipped_terms(log_ratio_T, tokens.credit_T, clip=(config.clip_low, config.clip_high))
         if self.needs.reference:
             assert scores.reference is not None, "beta > 0 needs the reference's log-probs"
-            terms = terms.with_kl(k3(logp_T, tokens.logp(scores.reference, batch)), config.beta)
+            terms = terms.with_kl(k3(logp_T, tokens.logp(scores.reference)), config.beta)
         loss_T = terms.loss_N
         if config.average == "sequence":
-            length_T = np.bincount(tokens.unit_T)[tokens.unit_T]
-            loss_T = loss_T / torch.as_tensor(length_T, dtype=logp_T.dtype, device=logp_T.device)
+            loss_T = loss_T / tokens.length_T
         return loss_T.sum(), ratio_statistics(terms.log_ratio_N, terms.averages, count="scored_tokens")
 
 
@@ -103,24 +102,25 @@ def coupled_unit(index: int, row: int, mask_C: np.ndarray, rate: float, length: 
 
 
 class Tokens(NamedTuple):
-    """The tokens of a batch, by unit, then by position; each has a score in several of its unit's views."""
+    """The tokens of a batch, by unit, then by position; each has a score in several of its unit's views. All on the
+    scores' device, and in their dtype where they are no indices."""
 
-    unit_T: np.ndarray
-    """[T] int64"""
-    credit_T: np.ndarray
-    """[T] float64"""
-    of_score_N: np.ndarray
+    of_score_N: torch.Tensor
     """[N] int64, the token of each score."""
+    weight_N: torch.Tensor
+    """[N], of each score"""
+    credit_T: torch.Tensor
+    """[T]"""
+    length_T: torch.Tensor
+    """[T], how many tokens the unit has."""
 
-    def logp(self, scores: Scores, batch: ViewBatch) -> torch.Tensor:
+    def logp(self, scores: Scores) -> torch.Tensor:
         """[T], the weighted sum of each token's scores."""
-        logp_N = scores.logp_N
-        weight_N = torch.as_tensor(batch.weight, dtype=logp_N.dtype, device=logp_N.device)
-        of_score_N = torch.from_numpy(self.of_score_N).to(logp_N.device)
-        return logp_N.new_zeros(self.unit_T.size).index_add(0, of_score_N, weight_N * logp_N)
+        return torch.zeros_like(self.credit_T).index_add(0, self.of_score_N, self.weight_N * scores.logp_N)
 
 
-def batch_tokens(batch: ViewBatch) -> Tokens:
-    """Which scores of a batch are of the same token."""
+def batch_tokens(batch: ViewBatch, logp_N: torch.Tensor) -> Tokens:
+    """Which scores of a batch are of the same token, for scores like ``logp_N``."""
     unit_T, first_T, of_score_N = batch.tokens()
-    return Tokens(unit_T, batch.credit[first_T], of_score_N)
+    values = [batch.weight, batch.credit[first_T], np.bincount(unit_T)[unit_T]]
+    return Tokens(*indices_and_values(logp_N.device, [of_score_N], values, dtype=logp_N.dtype))

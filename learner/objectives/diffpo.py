@@ -54,6 +54,7 @@ from learner.objectives.one_step import draw_prompt_masks
 from learner.objectives.ratio import clipped_terms, clipped_token_loss, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.states import DiffpoConfig
+from rollout.copies import indices_and_values
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -121,11 +122,9 @@ class Diffpo:
         value_Z, config = scores.policy.value_Z, self.config
         assert value_Z is not None and batch.threshold_logp is not None, "thresholds are drawn where they are learned"
         first_U = np.unique(batch.unit_of_view, return_index=True)[1]
-        drawn_U, credit_U = (
-            torch.as_tensor(array, dtype=value_Z.dtype, device=value_Z.device)
-            for array in (batch.threshold_logp[first_U], np.array([view.credit for view in batch.first_views]))
-        )
-        log_ratio_U = value_Z[torch.from_numpy(first_U).to(value_Z.device)] - drawn_U
+        values = [batch.threshold_logp[first_U], np.array([view.credit for view in batch.first_views])]
+        at_U, drawn_U, credit_U = indices_and_values(value_Z.device, [first_U], values, dtype=value_Z.dtype)
+        log_ratio_U = value_Z[at_U] - drawn_U
         terms = clipped_terms(log_ratio_U, credit_U, clip=(config.clip_low, config.clip_high))
         figures = ratio_statistics(log_ratio_U, terms.averages, prefix="threshold/", count="scored_thresholds")
         return terms.loss_N.sum(), figures

@@ -36,6 +36,7 @@ from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.branches import DispoConfig
+from rollout.copies import in_one_copy, indices_and_values
 from rollout.trajectory import TrajectoryGroup
 
 _STEP = 1
@@ -102,13 +103,11 @@ class Dispo:
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The base's loss of its units, and the loss of fills of the others; and the figures of both."""
-        losses, figures = [], []
-        for part, loss in ((0, self.base.loss), (_STEP, self.fill_loss)):
-            if (found := batch.of_part(part)) is not None:
-                own, at_n = found
-                value, statistics = loss(scores.at(at_n), own)
-                losses.append(value)
-                figures.append(statistics)
+        of_parts = ((self.base.loss, batch.of_part(0)), (self.fill_loss, batch.of_part(_STEP)))
+        there = [(loss, *found) for loss, found in of_parts if found is not None]
+        places = in_one_copy(scores.policy.logp_N.device, *(at_n for _, _, at_n in there))
+        found = [loss(scores.at(at_n), own) for (loss, own, _), at_n in zip(there, places, strict=True)]
+        losses, figures = zip(*found, strict=True)
         return sum(losses[1:], losses[0]), Statistics.merged(figures)
 
     def fill_loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
@@ -117,21 +116,21 @@ class Dispo:
         assert scores.old is not None, "a ratio needs the old log-probs"
         first, Z = batch.first_views, config.samples
         number_F = np.concatenate([np.repeat(np.arange(Z), view.scored_n.size) for view in batch.views])
-        fill_S = torch.from_numpy(batch.unit_of_score * Z + number_F).to(logp_S.device)
+        credits = [view.fills.credit_F for view in first if view.fills is not None]
+        values = [np.concatenate(credits), np.repeat([view.weight for view in first], Z)]
+        fill_S, credit_F, weight_F = indices_and_values(
+            logp_S.device, [batch.unit_of_score * Z + number_F], values, dtype=torch.float64
+        )
 
         def of_fills(value_S: torch.Tensor) -> torch.Tensor:
             """[F], the mean over prompt masks of the sums over a fill's tokens."""
-            zeros_F = torch.zeros(len(first) * Z, dtype=torch.float64, device=value_S.device)
-            return zeros_F.index_add(0, fill_S, value_S.double()) / config.prompt_masks
+            return torch.zeros_like(credit_F).index_add(0, fill_S, value_S.double()) / config.prompt_masks
 
-        credits = [view.fills.credit_F for view in first if view.fills is not None]
-        credit_F = torch.from_numpy(np.concatenate(credits)).to(logp_S.device)
-        weight_F = torch.tensor([view.weight for view in first], dtype=torch.float64).repeat_interleave(Z)
         terms = clipped_terms(of_fills(logp_S - scores.old.logp_N), credit_F, clip=(config.clip_low, config.clip_high))
         if config.beta > 0:
             assert scores.reference is not None, "beta > 0 needs the reference's log-probs"
             terms = terms.with_kl(of_fills(k3(logp_S, scores.reference.logp_N)), config.beta)
-        loss = (weight_F.to(logp_S.device) * terms.loss_N).sum()
+        loss = (weight_F * terms.loss_N).sum()
         return loss.to(logp_S.dtype), ratio_statistics(
             terms.log_ratio_N, terms.averages, prefix="fill_", count="scored_fills"
         )

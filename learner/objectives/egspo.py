@@ -49,13 +49,28 @@ from learner.objectives.ratio import ClippedTerms, clipped_terms, k3, ratio_stat
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.branches import EgspoConfig
 from rewards.errors import DataError
+from rollout.copies import indices_and_values
 from rollout.sampling.branches import highest_entropy_steps, last_branch_step
 from rollout.trajectory import TrajectoryGroup
+
+
+class Steps(NamedTuple):
+    """What is known of a batch's views, each a step, on the scores' device and in their dtype."""
+
+    of_score_N: torch.Tensor
+    """[N] int64, the view of each score."""
+    rollout_logp_N: torch.Tensor
+    """[N], what the rollout recorded."""
+    credit_Z: torch.Tensor
+    """[Z]"""
+    size_Z: torch.Tensor
+    """[Z], how many scores the view has."""
 
 
 class StepTerms(NamedTuple):
     """Of a batch's views, each [Z]."""
 
+    steps: Steps
     logp_Z: torch.Tensor
     clipped: ClippedTerms
     """The ratio, and the loss with the KL, not yet divided by the tokens of a step."""
@@ -145,28 +160,27 @@ class Egspo:
         """What the loss of each view is made of; ratios are those of the whole step."""
         config, policy, reference = self.config, scores.policy, scores.reference
         assert batch.logp is not None, "every view is a recorded state"
-        logp_N = policy.logp_N
-        old_N = torch.as_tensor(batch.logp, dtype=logp_N.dtype, device=logp_N.device)
-        credit_Z = torch.tensor([view.credit for view in batch.views], dtype=logp_N.dtype, device=logp_N.device)
-        logp_Z = self.of_steps(logp_N, batch)
-        log_ratio_Z = self.of_steps(logp_N - old_N, batch)
-        clipped = clipped_terms(log_ratio_Z, credit_Z, clip=(config.clip_low, config.clip_high))
+        logp_N, view_N = policy.logp_N, batch.view_of_score
+        values = [batch.logp, np.array([view.credit for view in batch.views]), np.bincount(view_N)]
+        steps = Steps(*indices_and_values(logp_N.device, [view_N], values, dtype=logp_N.dtype))
+        logp_Z = self.of_steps(logp_N, steps)
+        log_ratio_Z = self.of_steps(logp_N - steps.rollout_logp_N, steps)
+        clipped = clipped_terms(log_ratio_Z, steps.credit_Z, clip=(config.clip_low, config.clip_high))
         if self.needs.reference:
             assert reference is not None, "beta > 0 needs the reference's log-probs"
             if config.kl == "exact":
                 assert policy.law_NV is not None and reference.law_NV is not None
                 kl_N = whole_kl(policy.law_NV, reference.law_NV)
-                kl_Z = self.of_steps(kl_N if config.aggregate == "sum" else kl_N / policy.law_NV.shape[1], batch)
+                kl_Z = self.of_steps(kl_N if config.aggregate == "sum" else kl_N / policy.law_NV.shape[1], steps)
             else:
-                kl_Z = k3(logp_Z, self.of_steps(reference.logp_N, batch))
+                kl_Z = k3(logp_Z, self.of_steps(reference.logp_N, steps))
             clipped = clipped.with_kl(kl_Z, config.beta)
-        return StepTerms(logp_Z, clipped)
+        return StepTerms(steps, logp_Z, clipped)
 
-    def of_steps(self, value_N: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
+    def of_steps(self, value_N: torch.Tensor, steps: Steps) -> torch.Tensor:
         """[Z], the sum, or mean, of each view's values."""
-        view_N = torch.from_numpy(batch.view_of_score).to(value_N.device)
-        sum_Z = torch.zeros(len(batch.views), dtype=value_N.dtype, device=value_N.device).index_add(0, view_N, value_N)
-        return sum_Z if self.config.aggregate == "sum" else sum_Z / torch.bincount(view_N)
+        sum_Z = value_N.new_zeros(steps.size_Z.numel()).index_add(0, steps.of_score_N, value_N)
+        return sum_Z if self.config.aggregate == "sum" else sum_Z / steps.size_Z
 
 
 def whole_kl(law_NV: torch.Tensor, reference_law_NV: torch.Tensor) -> torch.Tensor:

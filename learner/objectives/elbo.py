@@ -20,13 +20,14 @@ Shapes: N scores and U units of a batch, C completion positions.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from learner.likelihood.scorer import PolicyScores
 from learner.likelihood.views import ViewBatch
 from learner.objectives.ratio import ClippedTerms, clipped_terms, ratio_statistics
 from learner.objectives.statistics import Statistics
-from rollout.copies import in_one_copy
+from rollout.copies import indices_and_values
 
 
 class BoundTerms(NamedTuple):
@@ -52,19 +53,39 @@ def bound_terms(scores: PolicyScores, batch: ViewBatch, *, clip: tuple[float, fl
     """The terms of each unit; ``clip``: (low, high) widths."""
     assert scores.old is not None, "a ratio needs the old log-probs"
     logp_N = scores.policy.logp_N
-    credit_U = torch.tensor([view.credit for view in batch.first_views], dtype=torch.float64, device=logp_N.device)
-    log_ratio_U = exponent * unit_sums(logp_N - scores.old.logp_N, batch)
+    units = Units.of(batch, logp_N.device)
+    log_ratio_U = exponent * units.sums(logp_N - scores.old.logp_N)
     k2_per_token_U = None
     if scores.reference is not None:
-        k2_per_token_U = unit_sums(logp_N - scores.reference.logp_N, batch).square() / (2 * completion_length(batch))
-    return BoundTerms(unit_sums(logp_N, batch), clipped_terms(log_ratio_U, credit_U, clip=clip), k2_per_token_U)
+        k2_per_token_U = units.sums(logp_N - scores.reference.logp_N).square() / (2 * completion_length(batch))
+    return BoundTerms(units.sums(logp_N), clipped_terms(log_ratio_U, units.credit_U, clip=clip), k2_per_token_U)
+
+
+class Units(NamedTuple):
+    """What is known of a batch's units, on the device of its scores."""
+
+    of_score_N: torch.Tensor
+    """[N] int64, each score's unit."""
+    weight_N: torch.Tensor
+    """[N] float64"""
+    credit_U: torch.Tensor
+    """[U] float64"""
+
+    @staticmethod
+    def of(batch: ViewBatch, device: torch.device) -> "Units":
+        """Those of ``batch``, in one copy."""
+        credit_U = np.array([view.credit for view in batch.first_views])
+        values = [batch.weight, credit_U]
+        return Units(*indices_and_values(device, [batch.unit_of_score], values, dtype=torch.float64))
+
+    def sums(self, value_N: torch.Tensor) -> torch.Tensor:
+        """[U] float64, the sum of weight * value over each unit's scores: of log-probs, the units' bounds."""
+        return torch.zeros_like(self.credit_U).index_add(0, self.of_score_N, self.weight_N * value_N)
 
 
 def unit_sums(value_N: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
-    """[U] float64, the sum of weight * value over each unit's scores: of log-probs, the units' bounds."""
-    unit_N, weight_N = in_one_copy(value_N.device, batch.unit_of_score, batch.weight, dtype=torch.float64)
-    sums_U = torch.zeros(int(batch.unit_of_view[-1]) + 1, dtype=torch.float64, device=value_N.device)
-    return sums_U.index_add(0, unit_N.long(), weight_N * value_N)
+    """``Units.sums`` of one value of each score."""
+    return Units.of(batch, value_N.device).sums(value_N)
 
 
 def completion_length(batch: ViewBatch) -> int:

@@ -67,12 +67,8 @@ class JustGrpo:
 
     def loss(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
         """The sum over tokens of l_j; and their figures."""
-        config, logp_N = self.config, scores.policy.logp_N
-        assert batch.logp is not None, "every view is a recorded state"
-        rollout_logp_N = torch.as_tensor(batch.logp, dtype=logp_N.dtype, device=logp_N.device)
-        return clipped_token_loss(
-            scores, rollout_logp_N, batch, clip=(config.clip_low, config.clip_high), beta=config.beta
-        )
+        config = self.config
+        return clipped_token_loss(scores, None, batch, clip=(config.clip_low, config.clip_high), beta=config.beta)
 
 
 def least_confident(entropy_C: np.ndarray, drawn_C: np.ndarray, block_length: int, per_block: int) -> np.ndarray:

@@ -62,16 +62,19 @@ def k3(logp_N: torch.Tensor, reference_logp_N: torch.Tensor) -> torch.Tensor:
 
 
 def clipped_token_loss(
-    scores: PolicyScores, old_logp_N: torch.Tensor, batch: ViewBatch, *, clip: tuple[float, float], beta: float
+    scores: PolicyScores, old_logp_N: torch.Tensor | None, batch: ViewBatch, *, clip: tuple[float, float], beta: float
 ) -> tuple[torch.Tensor, Statistics]:
     """The sum over tokens of weight times (clipped surrogate + beta * k3 against the reference); and their figures.
 
     Args:
-        old_logp_N: [N], what the ratio is taken against.
+        old_logp_N: [N], what the ratio is taken against; None for what the rollout recorded.
         beta: above 0 only with the reference's scores.
     """
     logp_N = scores.policy.logp_N
-    advantage_N, weight_N = in_one_copy(logp_N.device, batch.credit, batch.weight, dtype=logp_N.dtype)
+    known = (batch.credit, batch.weight, batch.logp if old_logp_N is None else None)
+    advantage_N, weight_N, rollout_logp_N = in_one_copy(logp_N.device, *known, dtype=logp_N.dtype)
+    old_logp_N = rollout_logp_N if old_logp_N is None else old_logp_N
+    assert old_logp_N is not None, "every view is a recorded state"
     terms = clipped_terms(logp_N - old_logp_N, advantage_N, clip=clip)
     if beta > 0:
         assert scores.reference is not None, "beta > 0 needs the reference's log-probs"

@@ -47,6 +47,7 @@ from learner.objectives.advantages import group_advantages
 from learner.objectives.base import Needs, UpdateContext, Wanted
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.bounds import SpgConfig
+from rollout.copies import in_one_copy, indices_and_values
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -90,8 +91,8 @@ class Spg:
         """The sum over units of -A ell len, and its figures."""
         logp_N = scores.policy.logp_N
         elbo_U, eubo_U = bounds(logp_N, batch, beta=self.config.eubo_beta)
-        credit_U = logp_N.new_tensor([view.credit for view in batch.first_views])
-        length_U = logp_N.new_tensor(lengths(batch))
+        credits = np.array([view.credit for view in batch.first_views])
+        credit_U, length_U = in_one_copy(logp_N.device, credits, lengths(batch), dtype=logp_N.dtype)
         ell_U = self.likelihood(elbo_U, eubo_U, credit_U)
         elbo, eubo = torch.stack([elbo_U.detach().sum(), eubo_U.detach().sum()]).tolist()
         units = float(elbo_U.numel())
@@ -157,22 +158,27 @@ def bounds(logp_N: torch.Tensor, batch: ViewBatch, *, beta: float) -> tuple[torc
     views_U, scores_Z = np.bincount(batch.unit_of_view), np.bincount(view_N, minlength=batch.unit_of_view.size)
     # Of a text with gaps a mask may hide only what doesn't exist: such a view says nothing of the likelihood per token.
     scored_U = np.bincount(batch.unit_of_view, scores_Z > 0)
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        dtype = logp_N.dtype if array.dtype.kind == "f" else torch.int64
-        return torch.as_tensor(array, dtype=dtype, device=logp_N.device)
-
-    def summed(terms: torch.Tensor, unit: np.ndarray) -> torch.Tensor:
-        return logp_N.new_zeros(views_U.size).index_add(0, tensor(unit), terms)
-
-    elbo_U = summed(logp_N * tensor(1.0 / (scores_Z[view_N] * scored_U[unit_N])), unit_N)
     unit_T, _, token_N = batch.tokens()
     place_N = view_N - np.flatnonzero(np.diff(batch.unit_of_view, prepend=-1))[unit_N]
     log_a_TK = logp_N.new_full((unit_T.size, int(views_U.max())), -torch.inf)
-    terms_N = beta * logp_N + tensor(np.log(batch.weight))
-    log_a_TK = log_a_TK.index_put((tensor(token_N), tensor(place_N)), terms_N)
-    log_a_T = log_a_TK.logsumexp(1) - tensor(np.log(views_U[unit_T]))
-    return elbo_U, summed(log_a_T, unit_T) / tensor(beta * np.bincount(unit_T, minlength=views_U.size).clip(min=1))
+    to_unit_N, to_unit_T, to_token_N, to_place_N, share_N, log_weight_N, log_views_T, divisor_U = indices_and_values(
+        logp_N.device,
+        [unit_N, unit_T, token_N, place_N],
+        [
+            1.0 / (scores_Z[view_N] * scored_U[unit_N]),
+            np.log(batch.weight),
+            np.log(views_U[unit_T]),
+            beta * np.bincount(unit_T, minlength=views_U.size).clip(min=1),
+        ],
+        dtype=logp_N.dtype,
+    )
+
+    def summed(terms: torch.Tensor, to_unit: torch.Tensor) -> torch.Tensor:
+        return logp_N.new_zeros(views_U.size).index_add(0, to_unit, terms)
+
+    log_a_TK = log_a_TK.index_put((to_token_N, to_place_N), beta * logp_N + log_weight_N)
+    log_a_T = log_a_TK.logsumexp(1) - log_views_T
+    return summed(logp_N * share_N, to_unit_N), summed(log_a_T, to_unit_T) / divisor_U
 
 
 def lengths(batch: ViewBatch) -> np.ndarray:

@@ -54,6 +54,7 @@ from learner.objectives.merged_steps import merged_step_views
 from learner.objectives.ratio import clipped_terms, k3, ratio_statistics
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.states import TraceRlConfig
+from rollout.copies import in_one_copy
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -137,11 +138,11 @@ class TraceRl:
         """The sum over views; and the figures of their tokens."""
         config, logp_N, old = self.config, scores.policy.logp_N, scores.old
         assert old is not None, "a ratio needs the old log-probs"
-        n_N = np.bincount(batch.view_of_score)[batch.view_of_score]
-        advantage_N, share_N = (
-            torch.as_tensor(array, dtype=logp_N.dtype, device=logp_N.device) for array in (batch.credit, 1.0 / n_N)
-        )
-        if config.value_lr is not None:
+        n_N, valued = np.bincount(batch.view_of_score)[batch.view_of_score], config.value_lr is not None
+        due = np.array([view.value for view in batch.views])[batch.view_of_score] if valued else None
+        known = (batch.credit, 1.0 / n_N, due)
+        advantage_N, share_N, due_N = in_one_copy(logp_N.device, *known, dtype=logp_N.dtype)
+        if valued:
             assert old.value_N is not None, "the old weights' values are the baseline"
             advantage_N = advantage_N - old.value_N
         log_ratio_N = logp_N - old.logp_N
@@ -151,17 +152,15 @@ class TraceRl:
             kl_N = k3(logp_N, old.logp_N) if config.kl == "k3" else log_ratio_N
             loss, averages = loss + config.beta * kl_N.sum(), {**averages, "kl": kl_N}
         statistics = ratio_statistics(log_ratio_N, averages, count="scored_tokens")
-        if config.value_lr is None:
+        if not valued:
             return loss, statistics
-        errors_N, figures = self._value_errors(scores, batch)
+        errors_N, figures = self._value_errors(scores, due_N)
         return loss + (share_N * errors_N).sum(), Statistics.merged([statistics, figures])
 
-    def _value_errors(self, scores: PolicyScores, batch: ViewBatch) -> tuple[torch.Tensor, Statistics]:
-        """[N], half the squared error of each token's value, clipped; and its figures."""
+    def _value_errors(self, scores: PolicyScores, due_N: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
+        """[N], half the squared error of each token's value, which is to be ``due_N``, clipped; and its figures."""
         assert scores.policy.value_N is not None and scores.old is not None and scores.old.value_N is not None
         value_N, old_N, clip = scores.policy.value_N, scores.old.value_N, self.config.value_clip
-        due_Z = torch.tensor([view.value for view in batch.views], dtype=value_N.dtype, device=value_N.device)
-        due_N = due_Z[torch.from_numpy(batch.view_of_score).to(value_N.device)]
         near_N = old_N + (value_N - old_N).clamp(-clip, clip)
         plain_N, clipped_N = (value_N - due_N).square(), (near_N - due_N).square()
         sums = torch.stack([value_N.sum(), plain_N.sum(), due_N.square().sum()]).tolist()

@@ -39,6 +39,7 @@ from learner.objectives.base import HeadSpec, Needs, UpdateContext, Wanted
 from learner.objectives.copies import copies, independent_masks, paired_masks
 from learner.objectives.statistics import Statistics
 from learner.settings.methods.bounds import TraflConfig
+from rollout.copies import indices_and_values
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -78,24 +79,26 @@ class Trafl:
         assert scores.reference is not None, "distances are from the base"
         learned = self.config.normaliser == "learned"
         K = int((batch.unit_of_view == 0).sum()) if learned else self.config.samples
-        log_ratio_SK = self._log_ratios(scores.policy.logp_N, scores.reference.logp_N, batch).reshape(-1, K)
-        device = log_ratio_SK.device
-        credit_S = torch.tensor([view.credit for view in batch.views[::K]], dtype=torch.float64, device=device)
+        logp_N, unit_S = scores.policy.logp_N, batch.unit_of_view[::K]
+        credits = np.array([view.credit for view in batch.views[::K]])
+        view_N, to_unit_S, weight_N, credit_S, size_S = indices_and_values(
+            logp_N.device,
+            [batch.view_of_score, unit_S],
+            [batch.weight, credits, np.bincount(unit_S)[unit_S]],
+            dtype=torch.float64,
+        )
+        sums_Z = torch.zeros(len(batch.views), dtype=torch.float64, device=logp_N.device)
+        sums_Z = sums_Z.index_add(0, view_N, weight_N * (logp_N - scores.reference.logp_N).double())
+        log_ratio_SK = (self.config.samples * sums_Z).reshape(-1, K)
         rest_SK = log_ratio_SK - credit_S[:, None]
         if learned:
             assert scores.policy.value_Z is not None, "the normaliser is the head's"
             z_SK = scores.policy.value_Z.double().reshape(-1, K)
         else:
-            z_SK = -_unit_means(rest_SK.detach(), torch.from_numpy(batch.unit_of_view[::K]).to(device))
+            z_SK = -_unit_means(rest_SK.detach(), to_unit_S, size_S)
         delta_SK = rest_SK + z_SK
         loss = self._squares(delta_SK).sum()
         return loss, self._figures(log_ratio_SK, credit_S, z_SK, delta_SK, batch)
-
-    def _log_ratios(self, logp_N: torch.Tensor, reference_N: torch.Tensor, batch: ViewBatch) -> torch.Tensor:
-        """[Z] float64, each mask's s_policy - s_base."""
-        view_N, weight_N = (torch.from_numpy(array).to(logp_N.device) for array in (batch.view_of_score, batch.weight))
-        sums_Z = torch.zeros(len(batch.views), dtype=torch.float64, device=logp_N.device)
-        return self.config.samples * sums_Z.index_add(0, view_N, weight_N * (logp_N - reference_N).double())
 
     def _squares(self, delta_SK: torch.Tensor) -> torch.Tensor:
         """[S], each completion's squared delta."""
@@ -135,7 +138,7 @@ class Trafl:
         )
 
 
-def _unit_means(value_SK: torch.Tensor, unit_S: torch.Tensor) -> torch.Tensor:
-    """[S, K], for each completion the mean over its unit's."""
-    sums_UK = value_SK.new_zeros(int(unit_S.max()) + 1, value_SK.shape[1]).index_add(0, unit_S, value_SK)
-    return (sums_UK / torch.bincount(unit_S)[:, None])[unit_S]
+def _unit_means(value_SK: torch.Tensor, unit_S: torch.Tensor, size_S: torch.Tensor) -> torch.Tensor:
+    """[S, K], for each completion the mean over its unit's, which are ``size_S``."""
+    sums_UK = torch.zeros_like(value_SK).index_add(0, unit_S, value_SK)  # units are no more than completions
+    return sums_UK[unit_S] / size_S[:, None]

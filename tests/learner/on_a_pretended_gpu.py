@@ -65,9 +65,8 @@ EVALUATED = {
 MOST_SYNCS_OF_A_STEP = 8
 MOST_SYNCS_OF_A_FORWARD = 4
 """Before the backward is queued."""
-MORE = {"bgpo": 5, "just_grpo": 5, "trafl": 6, "espo": 7, "gdpo": 7, "trace_rl_values": 7, "diffpo_thresholds": 8}
-MORE |= {"egspo": 8, "egspo_alone": 8, "trafl_profiled": 9, "coupled_grpo": 11, "dispo": 12, "spg": 12}
-"""Of methods that wait more often: their sums over units, fills or tokens send an index each."""
+MORE = {"diffpo_thresholds": 6, "dispo": 7}
+"""Of methods whose loss has two parts: each sends its arrays and reads its figures."""
 
 
 @pytest.fixture(scope="module")

@@ -232,7 +232,7 @@ MISTAKES: list[tuple[str, Any, str, Any]] = [
         "05_egspo_standard_returns_nokl_dynlambda",
         Egspo,
         "of_steps",
-        lambda self, value, batch: value[: len(batch.views)],
+        lambda self, value, steps: value[: steps.size_Z.numel()],
     ),
     ("05_egspo_standard_returns_nokl_dynlambda", Egspo, "fill_rewards", lambda self, group: 0 * group.branch_step),
     ("06_egspo_K1_old_ignored", Egspo, "fill_rewards", lambda self, group: 1 + 0 * group.branch_step),

@@ -129,11 +129,11 @@ class _Call:
     def log_probs(self, scores: PolicyScores, batch: ViewBatch) -> list[Measurement]:
         """Of each view's scores, of the text's tokens under each set of weights; the ratios."""
         B, C = self.text_BC.shape
-        tokens = batch_tokens(batch)
+        tokens = batch_tokens(batch, scores.policy.logp_N)
         scored_3BC = self.hidden[1] & self.text_BC
         view_Z, row_Z = zip(*((v, b) for b in range(B) for v in range(3) if scored_3BC[v, b].any()), strict=True)
         at_N = (np.array(view_Z)[batch.view_of_score], np.array(row_Z)[batch.view_of_score], batch.position)
-        new_T, old_T = (tokens.logp(s, batch).detach().cpu().numpy() for s in (scores.policy, scores.old) if s)
+        new_T, old_T = (tokens.logp(s).detach().cpu().numpy() for s in (scores.policy, scores.old) if s)
         views_N = self._take("view_logps", 3, B, C)[at_N]
         new, ratio = (self._take(name, B, C)[self.text_BC] for name in ("new_logps", "ratio"))
         found = [
@@ -144,7 +144,7 @@ class _Call:
         if self.settings.mu > 1:
             found.append(self._compare("token log-probs", old_T, self._of_rollout("old_logps"), "old_logps"))
         if scores.reference is not None:
-            reference_T = tokens.logp(scores.reference, batch).cpu().numpy()
+            reference_T = tokens.logp(scores.reference).cpu().numpy()
             found.append(self._compare("token log-probs", reference_T, self._of_rollout("ref_logps"), "ref_logps"))
         return found
 

@@ -274,11 +274,10 @@ class _Call:
             self.compare("loss", loss, "losses"),
         ]
         if scores.reference is not None:
-            reference_Z = objective.of_steps(scores.reference.logp_N, batch)
+            reference_Z = objective.of_steps(scores.reference.logp_N, terms.steps)
             found.append(self.compare("token log-probs", reference_Z, "logp_ref_call"))
         if self.record.K > 1:
-            assert batch.logp is not None
-            old_Z = objective.of_steps(torch.from_numpy(batch.logp), batch)
+            old_Z = objective.of_steps(terms.steps.rollout_logp_N, terms.steps)
             found.append(self.compare("token log-probs", old_Z, "logp_old_call"))
         return loss
 
