@@ -39,8 +39,8 @@ UNPARSABLE = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryErro
 numbers are too long to be written down."""
 
 LIMITS = Limits(cpu_seconds=8, seconds=15.0)
-"""For one program with all its tests; the slowest reference solution takes 2.2 s of CPU time, and up to 7 s on the same
-machine while others use its cores. (The published HumanEval harness allows 3 s of wall-clock time, by which a busy
+"""For one program with all its tests; the slowest reference solution takes 2.2 s of CPU time, and took 7 s on
+cores that others used too. (The published HumanEval harness allows 3 s of wall-clock time, by which a busy
 machine changes verdicts; here that ends only what waits.)"""
 
 _MARK = re.compile(r"(`{3,}|~{3,})[ \t]*([A-Za-z0-9_+.-]*)")

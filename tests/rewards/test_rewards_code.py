@@ -338,7 +338,7 @@ def test_mutants_of_them_fail(shared: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mbpp_sanitized.jsonl.gz", "HumanEval.jsonl.gz"])
 def test_all_reference_solutions_pass_and_their_mutants_fail(shared: Path, name: str) -> None:
-    patient = replace(LIMITS, seconds=200.0, cpu_seconds=60)  # the slowest took 2 to 7 s of CPU time on one machine
+    patient = replace(LIMITS, seconds=200.0, cpu_seconds=60)  # the slowest took 2 to 7 s of CPU time
     for task, row, solution in references(shared, name):
         written = row["prompt"] + solution if task is HUMANEVAL else solution
         passed = run_program(task.job(row, code_in(fenced(written), task.wanted(row))), patient)
