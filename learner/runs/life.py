@@ -23,6 +23,7 @@ class LifeLine:
 
     def __enter__(self) -> "LifeLine":
         self._ours, self.theirs = os.pipe()
+        self._end = os.fdopen(self.theirs, "wb", buffering=0)  # a number may be another file's by the second close
         os.set_blocking(self.theirs, False)  # who writes mustn't wait for one that is stopped and doesn't read
         self.environment = {_VARIABLE: str(self.theirs)}
         self._seen: float | None = None
@@ -34,8 +35,7 @@ class LifeLine:
 
     def let_go(self) -> None:
         """The process has its end now."""
-        with contextlib.suppress(OSError):  # that was done before
-            os.close(self.theirs)
+        self._end.close()
 
     def silent_s(self, wait_s: float) -> float:
         """Seconds since its last sign, when ``wait_s`` more are over or one comes; 0 until the first: a process that

@@ -19,7 +19,7 @@ import grpc
 import ray
 
 from learner.runs.local_ray import core_processes, token_header
-from learner.runs.session import answer
+from learner.runs.session import answer, host_port
 from rollout.given_up import give_ray_up, ray_given_up
 
 _LOOK_S = 1.0
@@ -92,5 +92,4 @@ def _raylet_address() -> str:
     """Where the raylet of this node listens for others."""
     here = ray.get_runtime_context().get_node_id()
     (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
-    host = node["NodeManagerAddress"]
-    return f"[{host}]:{node['NodeManagerPort']}" if ":" in host else f"{host}:{node['NodeManagerPort']}"
+    return host_port(node["NodeManagerAddress"], node["NodeManagerPort"])

@@ -87,7 +87,7 @@ def check_cluster(wanted: str | None, *, insecure: bool) -> None:
         raise ConfigError(f"the Ray address {address} must be auto, local or host:port")
     if _is_loopback(address) and not _only_on_loopback(address):
         host = get_node_ip_address()  # Ray's own word for it
-    reached = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    reached = host_port(host, port)
     try:
         socket.create_connection((host, port), timeout=_KNOCK_LIMIT_S).close()
     except OSError as error:
@@ -200,6 +200,11 @@ def _is_loopback(address: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name
         return False
+
+
+def host_port(host: str, port: int) -> str:
+    """One address of both, as gRPC wants it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
