@@ -78,7 +78,7 @@ $(VLLM_STAMP): pyproject.toml
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -m vllm tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -n $(WORKERS) --dist loadgroup -m vllm tests/vllm
 
 # What a step costs through vLLM, beside the embedded engine.
 bench-vllm: $(VLLM_STAMP)

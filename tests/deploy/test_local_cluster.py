@@ -51,7 +51,9 @@ def dashboard_status(port: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("auth_mode, nodes, status", [("token", 3, 401), ("disabled", 1, 200)])
+@pytest.mark.parametrize(
+    "auth_mode, nodes, status", [("token", 3, 401), pytest.param("disabled", 1, 200, marks=pytest.mark.heavy)]
+)
 def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
     folder: Path, auth_mode: str, nodes: int, status: int
 ) -> None:
@@ -87,6 +89,7 @@ def test_local_cluster_has_its_nodes_and_stops_without_a_trace(
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
+@pytest.mark.heavy
 def test_training_runs_on_a_cluster_with_actors_on_several_nodes(folder: Path, bases: Path, tmp_path: Path) -> None:
     local = LocalCluster(folder, PORT, CPUS_PER_NODE="1", UNMASK_CACHE=str(bases))
     try:

@@ -164,6 +164,7 @@ def others(toy: Toy, states: int) -> list[TrajectoryGroup]:
 
 @pytest.mark.parametrize("states", ["all", "every other"])
 @pytest.mark.parametrize("toy", TOYS, ids=str)
+@pytest.mark.slow
 def test_fills_leave_the_gradient_of_expected_reward(toy: Toy, states: str) -> None:
     count = toy.steps if states == "all" else max(1, toy.steps // 2)
     objective = Agrpo(AgrpoConfig(draws="once", k=toy.steps, baseline="fills"))

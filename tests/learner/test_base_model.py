@@ -256,6 +256,7 @@ def hold(lock: Path, *told: str) -> "subprocess.Popen[str]":
     return holder
 
 
+@pytest.mark.slow
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     lock = tmp_path / "base.lock"
     holder = hold(lock, "0", "then silent")
@@ -269,6 +270,7 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.slow
 def test_a_builder_that_shows_life_is_waited_for(tmp_path):
     lock = tmp_path / "base.lock"
     holder = hold(lock, "3")

@@ -55,6 +55,7 @@ def write_run(run: Path, right: list[list[int]], forwards: list[float], **figure
     return run
 
 
+@pytest.mark.slow
 def test_the_base_gets_as_many_completions_as_the_training_took_forwards(tmp_path: Path) -> None:
     seldom, often = [[0, 0, 0, 1], [0] * 4, [0, 1, 0, 0], [0] * 4], [[1, 1, 1, 0], [1] * 4, [1, 0, 1, 1], [1] * 4]
     base = read_sampled(write_evaluation(tmp_path / "base", "base", seldom), "base")

@@ -228,6 +228,7 @@ def test_findings_of_other_settings_are_refused_and_more_seeds_are_not(tmp_path:
         assert found_cells(config, tmp_path) == {}, "not whole: it is made from the run again"
 
 
+@pytest.mark.slow
 def test_the_runs_of_known_results_are_not_run_again(tmp_path: Path) -> None:
     """A committed comparison gets more seeds, or another method, for the price of these alone."""
     config = plan("seeds=[0]")
@@ -269,6 +270,7 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> 
 # ---- the report
 
 
+@pytest.mark.slow
 def test_report_of_nothing_of_a_part_and_of_all(tmp_path: Path) -> None:
     config = plan("statistics.resamples=200")
     found = all_done(config, {"agrpo": 0.75, "wd1": 0.5})
@@ -289,6 +291,7 @@ def test_report_of_nothing_of_a_part_and_of_all(tmp_path: Path) -> None:
     assert comparison_report(config, dict(reversed(found.items()))) == whole, "the order of runs changes nothing"
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_reported_and_the_others_stay() -> None:
     config = plan("statistics.resamples=200")
     found = all_done(config, {"agrpo": 0.75, "wd1": 0.5})

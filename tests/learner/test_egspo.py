@@ -161,6 +161,7 @@ def expected_gradient(toy: Toy, config: EgspoConfig) -> np.ndarray:
 
 
 @pytest.mark.parametrize("toy", [SMALLEST, RANDOM_ORDER, RETIRING, BLOCKS, TWO_TOKENS_A_STEP], ids=str)
+@pytest.mark.slow
 def test_all_steps_of_egspo_have_the_gradient_of_expected_reward(toy: Toy) -> None:
     config = EgspoConfig(k=toy.steps, lam=0, beta=0)
     exact = exact_gradient(toy) / toy.per_step  # 1/steps times (G-1)/G times the gradient of expected reward
@@ -170,6 +171,7 @@ def test_all_steps_of_egspo_have_the_gradient_of_expected_reward(toy: Toy) -> No
 
 
 @pytest.mark.parametrize("toy", [SMALLEST, BLOCKS, TWO_TOKENS_A_STEP], ids=str)
+@pytest.mark.slow
 def test_what_a_step_gained_changes_no_expectation_but_the_mean_at_equal_rank_does(toy: Toy) -> None:
     exact, lam = exact_gradient(toy) / toy.per_step, 0.5
     settings: dict[str, Any] = {"k": toy.steps, "lam": lam, "beta": 0}

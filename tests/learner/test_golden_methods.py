@@ -70,6 +70,7 @@ def test_the_recorded_cases_pass(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.slow
 def test_control_a_record_that_is_off_is_found(case, copy):
     """A reward, a loss and an entry of the gradient."""
     if case.name == "05_training_loop_phases":
@@ -113,6 +114,7 @@ def test_control_a_record_that_is_off_is_found(case, copy):
         ("wd1/05", "ce_loss", lambda a: a.__imul__(1.00001), "loss"),
     ],
 )
+@pytest.mark.slow
 def test_one_array_that_is_off_is_found(copy, name, array, change, quantity):
     spoiled = copy(find(name))
     edit(spoiled, lambda arrays: change(arrays[array]))

@@ -31,7 +31,9 @@ def cluster() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=pytest.mark.heavy) if one == "llada_moe" else one for one in TARGETS]
+)
 def test_zero_3_with_recomputed_activations_gives_the_plain_gradient(family, tmp_path):
     write_published(tmp_path, family)
     model_path = str(tmp_path)

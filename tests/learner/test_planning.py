@@ -454,6 +454,7 @@ def test_wrong_arguments_are_one_sentence(arguments: list[str], says: str, capsy
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if not name.startswith("sft")])
+@pytest.mark.slow
 def test_every_recipe_can_be_planned(recipe: str, capsys: Any) -> None:
     assert plan.main([f"recipe={recipe}", "--gpus", "8", "--memory", "80GiB"]) == 0
     assert "it fits" in capsys.readouterr().out
@@ -578,11 +579,12 @@ def test_each_measured_case_is_of_a_part_without_which_the_plan_is_wrong(name: s
 @pytest.mark.parametrize(
     "name",
     [
-        "one block's forward", "restricted law", "scored choices", "drawn branches",
+        "one block's forward", "restricted law", "scored choices",
         *(
             pytest.param(name, marks=pytest.mark.heavy)
             for name in (
-                "one block's forward, narrow MLP", "activations", "checkpointing", "whole law", "laws and a teacher's"
+                "one block's forward, narrow MLP", "activations", "checkpointing", "whole law", "laws and a teacher's",
+                "drawn branches",
             )
         ),
     ],

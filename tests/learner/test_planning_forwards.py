@@ -106,6 +106,7 @@ def planned_and_real(form: str, views: int) -> tuple[LargestForward, int, int]:
 
 @pytest.mark.parametrize("views", [2, 8, 12, 16])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_the_largest_forward_of_a_run(form: str, views: int) -> None:
     planned, most_views, most_positions = planned_and_real(form, views)
     print(f"{form}, {views}: views {planned.views} {most_views}, positions {planned.positions} {most_positions}")

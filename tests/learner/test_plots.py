@@ -47,6 +47,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 45])
+@pytest.mark.slow
 def test_every_theme_is_drawn(write, iterations):
     written = plot_run(write([row(i) for i in range(1, iterations + 1)]))
     assert names(written) == [*THEMES, "overview"]
@@ -89,6 +90,7 @@ def test_no_run_is_one_sentence(tmp_path, capsys):
     assert main([]) == 2
 
 
+@pytest.mark.slow
 def test_as_a_command_matplotlib_needs_no_display_and_is_loaded_late(write):
     folder = write([row(1)])
     command = [sys.executable, "-m", "learner.reporting.plots", str(folder)]

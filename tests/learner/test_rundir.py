@@ -177,6 +177,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     run = RunDirectory.create(tmp_path, "x")
     run.write_config("{}")

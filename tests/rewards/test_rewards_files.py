@@ -282,6 +282,7 @@ except MemoryError:
 """
 
 
+@pytest.mark.slow
 def test_a_line_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
     packer = zlib.compressobj(1, wbits=31)
     block = b"a" * 2**20

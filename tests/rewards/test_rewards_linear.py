@@ -103,6 +103,7 @@ NO_CODE = [name for name in BUILT_IN if name not in ("mbpp", "humaneval")]
 
 
 @pytest.mark.parametrize("name", [*NO_CODE, "code"])
+@pytest.mark.slow
 def test_a_verdict_takes_time_linear_in_the_text(name: str) -> None:
     grade = grader(name)
     assert [fault for parts in hostile() if (fault := too_slow(grade, parts))] == []

@@ -67,6 +67,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS.keys())
+@pytest.mark.slow
 def test_a_template_that_needs_too_much_is_named(low_limits: None, template: str) -> None:
     with pytest.raises(ConfigError, match="chat template of models/foreign needs more than .* CPU time") as caught:
         encode_prompt(tokenizer(template), MESSAGES[1:])
@@ -91,6 +92,7 @@ def test_a_template_that_waits_for_a_certain_prompt_is_caught_there(low_limits: 
             assert trap.decode(encode_prompt(trap, messages)) == content
 
 
+@pytest.mark.slow
 def test_the_limits_are_what_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the same templates are rendered where the limits are higher."""
     loops = tokenizer("{% for a in range(20000) %}{% for b in range(200) %}{% endfor %}{% endfor %}x")

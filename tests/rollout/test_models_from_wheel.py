@@ -57,6 +57,7 @@ def small_wheel(folder: Path, weights: bytes) -> tuple[Source, Path]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("zipped", [True, False], ids=["zipped", "legacy"])
+@pytest.mark.slow
 def test_the_folder_holds_the_wheels_model(tmp_path, zipped):
     original = small_bert()
     others = {"bert.embeddings.position_ids": torch.arange(64)[None], "cls.species.weight": torch.ones(6, 32)}
@@ -156,6 +157,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_pickle_can_only_compute(tmp_path):
     (tmp_path / "file").write_text("")
 

@@ -120,6 +120,7 @@ class Counting(AdapterHolder):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_of_a_large_adapter_one_holder_of_a_node_computes_the_digest_and_wrong_weights_are_refused() -> None:
     def published(shapes: dict[str, tuple[int, int]]) -> Weights:
         state = pack({name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()})

@@ -62,6 +62,7 @@ def broken(folder: Path, number: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_pages_of_a_damaged_run_answer(service: Dashboard) -> None:
     found = {run["id"]: run for run in service.api("runs", limit=200)["items"]}
     assert found["good"]["status"] == "finished"

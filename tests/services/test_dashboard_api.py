@@ -38,6 +38,7 @@ def service(shared_place: Place) -> Iterator[Dashboard]:
 # ---- runs
 
 
+@pytest.mark.slow
 def test_list_shows_runs_newest_first_with_their_figures(service: Dashboard, shared_place: Place) -> None:
     answer = service.api("runs")
     assert [run["id"] for run in answer["items"]] == ["long", "countdown-1", SQL, HTML, "two", "one"]

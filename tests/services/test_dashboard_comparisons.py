@@ -39,6 +39,7 @@ def leave_comparisons(runs: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_what_is_no_comparison_is_none(tmp_path: Path) -> None:
     leave_comparisons(tmp_path)
     read = {name: read_comparison(path) for name, path in comparison_files(tmp_path).items()}
@@ -71,6 +72,7 @@ def test_what_is_no_evaluation_is_none(tmp_path: Path) -> None:
     assert evaluations(tmp_path / "nowhere") == []
 
 
+@pytest.mark.slow
 def test_a_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
     config = plan("statistics.resamples=200")
     written(tmp_path, config, {})

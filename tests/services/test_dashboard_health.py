@@ -34,6 +34,7 @@ def several(shared_place: Place) -> Iterator[Dashboard]:
 # ---- stores that can't be read: files, each by itself
 
 
+@pytest.mark.slow
 def test_a_corrupt_store_is_said_and_recovers(tmp_path: Path) -> None:
     write_run(tmp_path, "good")
     write_run(tmp_path, "bad")
@@ -56,6 +57,7 @@ def test_a_corrupt_store_is_said_and_recovers(tmp_path: Path) -> None:
         assert service.api("runs/bad/metrics", name="loss")["series"]["loss"]["iteration"] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_locked_store_is_said_and_recovers(tmp_path: Path) -> None:
     write_run(tmp_path, "one")
     lock = sqlite3.connect(tmp_path / "one" / "store.sqlite", isolation_level=None)
@@ -75,6 +77,7 @@ def test_a_locked_store_is_said_and_recovers(tmp_path: Path) -> None:
 # ---- stores that can't be read: one for all
 
 
+@pytest.mark.slow
 def test_locked_tables_are_said_and_recover(tmp_path: Path, postgresql: Server) -> None:
     with postgresql.database() as url:
         write_run(Place(tmp_path, url), "one")
@@ -121,6 +124,7 @@ def test_a_server_that_goes_is_said_and_comes_back(tmp_path: Path) -> None:
 # ---- both
 
 
+@pytest.mark.slow
 def test_runs_appear_and_vanish_without_a_restart(place: Place) -> None:
     write_run(place, "early")
     with dashboard(place) as service:
@@ -136,6 +140,7 @@ def test_runs_appear_and_vanish_without_a_restart(place: Place) -> None:
 # ---- Prometheus and health
 
 
+@pytest.mark.slow
 def test_prometheus_figures(several: Dashboard) -> None:
     text = several.get("/metrics").text
     for line in (
@@ -155,6 +160,7 @@ def test_prometheus_figures(several: Dashboard) -> None:
     assert f'run="{ODD}"' in text  # as text: the format's own escapes are for quotes, backslashes and newlines
 
 
+@pytest.mark.slow
 def test_prometheus_labels_stay_bounded(store_url: str, tmp_path: Path) -> None:
     with writer(Place(tmp_path, store_url), "run-000") as store:
         store.metrics(1, {"loss": 1.0})

@@ -166,6 +166,7 @@ def test_deleted_and_unknown_runs_are_explained(browser: Any, tmp_path: Path) ->
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
+@pytest.mark.heavy
 def test_curves_move_while_a_run_trains(browser: Any, runs: Runs) -> None:
     with dashboard(runs.folder) as service, watched(browser, service.url) as page:
         page.open("/runs")

@@ -32,6 +32,7 @@ def annotate(service: Dashboard, name: str, **told: Any) -> httpx.Response:
     return service.client.patch(f"/api/v1/runs/{name}/annotation", json=told, headers=headers)
 
 
+@pytest.mark.slow
 def test_runs_are_found_by_setting(service: Dashboard) -> None:
     wanted = {many_runs.name_of(n) for n in range(RUNS) if many_runs.settings_of(n)["learner.lr"] == 0.003}
     assert set(names(service, q="lr=0.003")) == set(names(service, q="learner.lr=3e-3 sudoku")) == wanted

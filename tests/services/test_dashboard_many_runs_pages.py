@@ -52,6 +52,7 @@ def style_of_swatches(page: Watched) -> dict[str, set[str]]:
 # ---- runs
 
 
+@pytest.mark.heavy
 def test_grouped_runs_are_read_sorted_ticked_and_compared_on_a_phone(phone: Watched) -> None:
     phone.open("/runs")
     phone.shows("tr[data-run]")
@@ -93,6 +94,7 @@ def test_grouped_runs_are_read_sorted_ticked_and_compared_on_a_phone(phone: Watc
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["phone", "desktop"])
+@pytest.mark.heavy
 def test_a_comparison_of_200_runs_has_a_legend(browser: Any, service: Dashboard, small: bool) -> None:
     with watched(browser, service.url, phone=small, dark=small) as page:
         page.open(many_runs.comparison_of(RUNS))

@@ -43,6 +43,7 @@ def test_token_file_is_made_once_for_the_owner_only(tmp_path: Path) -> None:
     ("content", "mode", "sentence"),
     [(GOOD_TOKEN, 0o644, "can be read by others"), ("tiny", 0o600, "shorter than 32"), ("", 0o600, "shorter than 32")],
 )
+@pytest.mark.slow
 def test_an_unsafe_token_file_is_refused(tmp_path: Path, content: str, mode: int, sentence: str) -> None:
     path = tmp_path / "token"
     path.write_text(content)
@@ -94,6 +95,7 @@ def test_a_token_that_nobody_can_send_or_everybody_guess_is_refused(tmp_path: Pa
     check_binding(Settings(runs_dir=tmp_path), "a" * 32)
 
 
+@pytest.mark.slow
 def test_neither_token_nor_password_is_in_a_command_line(service: Dashboard, tmp_path: Path) -> None:
     with dashboard(tmp_path, UNMASK_DASHBOARD_TOKEN=GOOD_TOKEN) as other:
         assert "services.dashboard" in command_line(other.process.pid)
@@ -122,6 +124,7 @@ def test_token_appears_nowhere_but_in_its_file(service: Dashboard) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+@pytest.mark.slow
 def test_other_addresses_than_loopback_need_a_token_of_the_environment(tmp_path: Path, host: str) -> None:
     options = ("--runs", str(tmp_path), "--port", "0", "--host", host)
     status, said = refused(*options)
@@ -164,6 +167,7 @@ def test_own_host_names_are_served(service: Dashboard, host: str) -> None:
     assert service.client.get("/api/v1/runs", headers={"Host": host}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_said_or_passed_over(service: Dashboard, tmp_path: Path) -> None:
     options = ("--runs", str(tmp_path), "--port", str(service.port))
     status, said = refused(*options)

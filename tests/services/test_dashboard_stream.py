@@ -91,6 +91,7 @@ def take(events: Iterator[Received], name: str, count: int) -> list[Received]:
     raise AssertionError(f"the stream ended after {len(found)} {name} events")
 
 
+@pytest.mark.slow
 def test_a_client_sees_how_things_stand_and_then_every_change(service: Dashboard, shared_place: Place) -> None:
     with following(service, shared_place, "seen") as store:
         store.metrics(1, figures(1))
@@ -146,6 +147,7 @@ def test_a_stream_cut_anywhere_goes_on_without_loss_or_repeats(service: Dashboar
             assert next(events).name == "run"
 
 
+@pytest.mark.slow
 def test_a_restarted_service_goes_on_where_the_client_was(place: Place) -> None:
     with writer(place, "one") as store:
         store.metrics(1, {"loss": 1.0})
@@ -201,6 +203,7 @@ def test_all_runs_are_followed_by_one_stream(service: Dashboard, shared_place: P
         assert take(events, "removed", 1)[0].data == {"id": "old"}
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_for_a_while_is_said_and_nothing_is_lost(tmp_path: Path, postgresql: Server) -> None:
     """PostgreSQL: its tables are locked, then its connections cut, as a restart does. Files: test_dashboard_health."""
     with postgresql.database() as url:

@@ -33,6 +33,7 @@ def test_retired_workers_are_shown_and_not_counted(place: Place) -> None:
         assert 'unmask_run_workers{role="rollout",run="shrinks",status="idle"} 1.0' in text
 
 
+@pytest.mark.slow
 def test_workers_of_an_earlier_process_are_retired(place: Place) -> None:
     with writer(place, "resumed") as store:
         for name in ("rollout-0", "rollout-1"):

@@ -144,6 +144,7 @@ LINES = {
 }
 
 
+@pytest.mark.slow
 def test_the_good_run_is_shown_and_the_others_say_what_they_are(service: Dashboard) -> None:
     began = time.monotonic()
     found = {run["id"]: run for run in service.api("runs", limit=200)["items"]}

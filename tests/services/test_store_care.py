@@ -28,6 +28,7 @@ def test_old_samples_go_by_kind(pair, capsys, store_url):
     assert [(row["iteration"], row["kind"]) for row in kept] == [(10, "train"), (9, "train"), (8, "train"), (0, "base")]
 
 
+@pytest.mark.slow
 def test_old_rows_give_way_to_their_buckets(pair, store_url, capsys):
     writer, reader = pair
     put_walk(writer, 2000)

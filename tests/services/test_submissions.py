@@ -124,6 +124,7 @@ def test_list_settles_what_has_come_to_an_end_and_asks_ray_once(ray: StandIn, tm
         assert singly(service, 5) == listed(service) == found
 
 
+@pytest.mark.slow
 def test_cost_of_a_list_is_bounded(ray: StandIn, tmp_path: Path) -> None:
     names = [f"run-{number:02d}" for number in range(LOGS + 2)]
     ray.jobs = {f"job-{name}": "FAILED" for name in names}
@@ -144,6 +145,7 @@ def test_ray_that_is_gone_leaves_a_list(ray: StandIn, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ask", [listed, partial(singly, count=2)], ids=["list", "single"])
+@pytest.mark.slow
 def test_run_that_dies_at_once_has_been_there(
     ray: StandIn, tmp_path: Path, ask: Callable[[Dashboard], dict[str, tuple[str, str]]]
 ) -> None:

@@ -151,6 +151,7 @@ def test_memory_sees_an_array_that_is_freed_again():
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_memory_of_a_step_is_measured_in_a_fresh_process():
     shape = Shape(20_000, d_model=32, layers=1, heads=2, mlp=32, rows=8, lora_r=2)
     logits = shape.rows * shape.length * shape.vocabulary * 4
@@ -280,6 +281,7 @@ def test_the_gpu_script_says_that_there_is_no_gpu():
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_the_control_path_runs_small(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "learner.bench.control", "--small", "--out", str(tmp_path)],

@@ -28,8 +28,9 @@ def test_the_workflow_calls_the_script_that_submissions_pass() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = workflow["jobs"]["test"]["steps"]
     assert [step["run"].split()[-1] for step in steps if "run" in step] == [".ci/run"]
-    heavy = workflow["jobs"]["heavy"]["steps"]
-    assert [step["run"].split()[-2:] for step in heavy if "run" in step] == [[".ci/run", "heavy"]]
+    for part in ("heavy", "vllm"):
+        others = workflow["jobs"][part]["steps"]
+        assert [step["run"].split()[-2:] for step in others if "run" in step] == [[".ci/run", part]]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     (python,) = (step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", ""))
     assert python == "3.11"

@@ -307,6 +307,7 @@ def test_addresses_that_nobody_answers_at_are_told_in_one_sentence(monkeypatch: 
 
 @pytest.mark.slow
 @pytest.mark.e2e
+@pytest.mark.heavy
 def test_nobody_gets_into_a_run(runs: Runs, tmp_path: Path) -> None:
     """Two ranks, an actor, Ray: everything that a whole run opens, while it works."""
     arguments = ("learner.ranks=2", "run.iterations=5000")
@@ -319,6 +320,7 @@ def test_nobody_gets_into_a_run(runs: Runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_the_benchmark_of_the_control_path_has_a_closed_ray() -> None:
     code = f"""
     import threading

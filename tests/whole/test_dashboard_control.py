@@ -279,6 +279,7 @@ for _ in range(jobs.CALLS + 1):
 # ---- real runs
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(900)

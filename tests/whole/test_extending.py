@@ -82,6 +82,7 @@ def run(copy: Path, *command: str) -> str:
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_the_worked_example_runs_with_two_files_touched(extended):
     assert "with objective.type=one_pass: REINFORCE" in run(extended, "-m", "learner.main", "--help")
     assert "one_pass with 1 views of each" in run(

@@ -63,6 +63,7 @@ STARTING = ("gcs_server", "raylet/raylet")
 @pytest.mark.parametrize(
     "awaited", [WORKING, pytest.param(STARTING, marks=pytest.mark.heavy)], ids=["in an iteration", "while Ray starts"]
 )
+@pytest.mark.heavy
 def test_two_ctrl_c_leave_no_process(
     awaited: tuple[str, ...], runs: Runs, family: Family, tiny_model: str, tmp_path: Path
 ) -> None:

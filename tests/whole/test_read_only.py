@@ -67,6 +67,7 @@ def test_a_run_needs_no_folder_but_its_own_once_its_base_is_built(
     assert iterations(run) == [1]
 
 
+@pytest.mark.heavy
 def test_an_op_that_is_built_where_nothing_can_be_written_is_refused(
     tiny_model: str, tmp_path: Path, folders: dict[str, str]
 ) -> None:

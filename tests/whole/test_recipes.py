@@ -58,7 +58,7 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(folder, folder / "cache", settings=SMALLER)
 
 
-OFTEN = ("llada_gsm8k", "modernbert_sudoku")
+OFTEN = ("llada_gsm8k",)
 """A task of texts on a LLaDA, one of grids on a masked LM; the others go the same ways."""
 
 
@@ -84,6 +84,7 @@ def test_recipe_runs(runs: Runs, shared: Path, tmp_path: Path, recipe: str) -> N
 
 
 @pytest.mark.e2e
+@pytest.mark.heavy
 def test_fine_tuning_recipe_runs(tmp_path: Path) -> None:
     """On rows with s1K's columns: s1K itself isn't among the shared data."""
     write_published(tmp_path / "model", "llada", max_sequence_length=8192)
@@ -104,6 +105,7 @@ def test_fine_tuning_recipe_runs(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("recipe", OF_WHEELS)
+@pytest.mark.heavy
 def test_recipe_of_a_model_in_a_wheel_runs(runs: Runs, tmp_path: Path, recipe: str) -> None:
     """With a small model of the same layout; the wheels themselves: test_models_from_wheel.py."""
     kind, words = OF_WHEELS[recipe]

@@ -173,6 +173,7 @@ def test_ranks_that_are_lost_time_and_again_end_the_run_which_can_be_resumed(
     assert rows(runs["ranks-gone"]) == rows(undisturbed)
 
 
+@pytest.mark.heavy
 def test_asynchronous_run_killed_goes_on_within_its_bounds(runs: Runs) -> None:
     run_dir, settings = runs["async"], ("rollout.max_staleness=1", "checkpoint.every=2")
     with runs.started("async", *settings) as run:
@@ -296,6 +297,7 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_taken(runs: Ru
     assert_same_run(run_dir, undisturbed)
 
 
+@pytest.mark.heavy
 def test_going_back_with_another_setting_says_so_and_is_another_future(runs: Runs, undisturbed: RunDirectory) -> None:
     """The control of the tests above: the comparison sees it. And the old iteration 6 must not pass for the newest."""
     run_dir = copy_of(undisturbed, "back")

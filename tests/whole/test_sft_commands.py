@@ -17,6 +17,7 @@ LONG = ("sft.epochs=16", "sft.evaluate_every=0", "checkpoint.every=100")
 UPDATES = 96
 
 
+@pytest.mark.heavy
 def test_paused_saved_stopped_and_resumed_run_has_the_same_bits(sft_runs: Runs) -> None:  # noqa: F811
     sft_runs.train("left-alone", *LONG)
     alone = sft_runs["left-alone"]

@@ -59,6 +59,7 @@ def test_a_run_finds_it_in_the_working_directory(folder: Path, tiny_model: str) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.heavy
 def test_a_run_fills_gaps(tmp_path: Path, tiny_model: str) -> None:
     """With its playback."""
     (tmp_path / "gapped.py").write_text(Path(gapped.__file__).read_text())

@@ -360,6 +360,7 @@ def test_the_command_as_json(copy, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_the_command_as_a_table(copy):
     folder = copy("06_kl")
     edit(folder / "06_kl.npz", lambda arrays: arrays["importance_weights"].__imul__(1.01))
