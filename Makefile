@@ -34,7 +34,7 @@ PINNED := PIP_CONSTRAINT=deploy/constraints.txt PIP_BUILD_CONSTRAINT=deploy/cons
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm lint format reproduce bench gpu bench-vllm chaos constraints audit models clean
+.PHONY: setup run dashboard test test-fast test-slow test-heavy test-vllm test-vllm-heavy lint format reproduce bench gpu bench-vllm chaos constraints audit models clean
 
 setup: $(STAMP)
 
@@ -78,7 +78,11 @@ $(VLLM_STAMP): pyproject.toml
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -n $(WORKERS) --dist loadgroup -m vllm tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -m "vllm and not heavy" tests/vllm
+
+# The run that learns, too: with its base a quarter of an hour more.
+test-vllm-heavy: test-vllm
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -m "vllm and heavy" tests/vllm
 
 # What a step costs through vLLM, beside the embedded engine.
 bench-vllm: $(VLLM_STAMP)

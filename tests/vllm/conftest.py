@@ -4,7 +4,6 @@ import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,15 +43,6 @@ class Pair:
     def load(self, version: int, adapter: dict[str, PackedTensor]) -> None:
         for engine in (self.torch, self.vllm):
             engine.load_adapter(version, adapter, digest(adapter))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each family's tests in one worker of ``--dist loadgroup``, so that its engines start once; the others file by
-    file."""
-    for item in items:
-        if isinstance(item, pytest.Function) and item.path.parent == Path(__file__).parent:
-            of_test = item.callspec.params if hasattr(item, "callspec") else {}
-            item.add_marker(pytest.mark.xdist_group(str(of_test.get("pair", item.path.stem))))
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
