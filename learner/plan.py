@@ -87,6 +87,8 @@ def _on_gpus(config: RunConfig, found: hardware.Hardware) -> tuple[RunConfig, st
     of_rank = of_actor = min(1.0, found.gpus / (ranks + actors))
     if ranks > 1 and of_rank <= 0.5 and found.gpus > 0.6 * ranks:  # NCCL wants no two ranks on one GPU
         of_rank, of_actor = 0.6, min(1.0, (found.gpus - 0.6 * ranks) / actors)
+    if config.resources.one_process:
+        of_rank = of_actor = min(1.0, found.gpus / ranks) / 2
     changes = {"gpus_per_rank": of_rank, "gpus_per_actor": of_actor}
     resources = config.resources.model_copy(update=changes)
     device = config.learner.model_copy(update={"device": "auto"})

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from rewards.errors import ConfigError, DataError, TrajectoryError, UnmaskError, WaitTimeout, WeightMismatch, WorkerLost
 from rewards.task import Problem
@@ -46,6 +47,7 @@ class RolloutPool:
         start_timeout_s: seconds for an actor to load its model, and for ``least`` of them to be there.
         max_restarts: replacements in a row without any work delivered, per actor, before the pool gives up.
         heartbeat_s: seconds that an actor's process may stay without answering; then it is replaced.
+        placement: bundles for them, one each, where they were reserved.
     """
 
     actor_class: type = RolloutActor
@@ -64,8 +66,9 @@ class RolloutPool:
         max_restarts: int,
         least: int | None = None,
         heartbeat_s: float = 60.0,
+        placement: PlacementGroup | None = None,
     ) -> None:
-        self._starter = Starter(self.actor_class, settings, dict(resources), dict(environment), start_timeout_s)
+        self._starter = Starter(self.actor_class, settings, resources, environment, start_timeout_s, placement)
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
         self._least = least

@@ -6,7 +6,8 @@ from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
-from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn, PlacementGroupSchedulingStrategy
 
 from rollout.given_up import require_ray
 from rollout.places import Place
@@ -35,6 +36,8 @@ class Starter:
     resources: Mapping[str, float]
     environment: Mapping[str, str]
     limit_s: float
+    placement: PlacementGroup | None = None
+    """In whose bundles they are started, one in each; None: wherever there is room."""
     avoided: set[str] = field(default_factory=set)
     """Nodes where none is started as long as there is room elsewhere."""
 
@@ -42,7 +45,9 @@ class Starter:
         """A new actor in this place, which has ``limit_s`` seconds to start, once Ray has found room for it."""
         custom = {name: amount for name, amount in self.resources.items() if name not in ("CPU", "GPU")}
         strategy: Any = "SPREAD"
-        if self.avoided:
+        if self.placement is not None:
+            strategy = PlacementGroupSchedulingStrategy(self.placement)
+        elif self.avoided:
             strategy = NodeLabelSchedulingStrategy({}, soft={_NODE: NotIn(*sorted(self.avoided))})
         # Ray neither restarts the actor nor repeats its tasks: that is decided, and counted, by pool and ledger.
         actor_class = with_pulse(self.actor_class).options(
@@ -62,7 +67,7 @@ class Starter:
         short = [
             f"{name} ({amount:g} asked for by each, {free.get(name, 0):g} of {total.get(name, 0):g} free)"
             for name, amount in self.resources.items()
-            if free.get(name, 0) < amount
+            if free.get(name, 0) < amount and self.placement is None
         ]
         if short:
             why = f"the cluster is short of {', '.join(short)}; start fewer actors or learner ranks, or add nodes"

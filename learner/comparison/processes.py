@@ -21,7 +21,7 @@ STOP_GRACE_S = 120.0
 """For a run that is asked to stop: it ends its update and saves."""
 _POLL_S = 0.5
 _MEMORY_EVERY_S = 2.0
-_RANK = b"ray::LearnerRank"
+_RANKS = (b"ray::LearnerRank", b"ray::OneProcess")
 
 
 class RunFailed(UnmaskError):
@@ -133,7 +133,7 @@ def _peak_of_ranks(leader: int) -> int:
     for pid in _members(leader):
         with contextlib.suppress(OSError):
             folder = Path(f"/proc/{pid}")
-            if (folder / "cmdline").read_bytes().startswith(_RANK):
+            if (folder / "cmdline").read_bytes().startswith(_RANKS):
                 marks = [line for line in (folder / "status").read_text().splitlines() if line.startswith("VmHWM:")]
                 peaks += [int(line.split()[1]) * 1024 for line in marks]
     return max(peaks)

@@ -26,6 +26,7 @@ from learner.objectives.base import FinalCredit
 from learner.objectives.rewards import seen_rewards
 from learner.objectives.statistics import Statistics
 from learner.ranks.group import GroupState, LearnerGroup, group_state, reserve_ranks
+from learner.ranks.one_process import OneProcessPool
 from learner.ranks.plan import plan_update
 from learner.ranks.rank import PublishedAdapter, UpdateReport, lora_spec
 from learner.reporting.playback import PlaybackRecorder
@@ -96,8 +97,12 @@ class Controller(Training):
         if resumed is not None:
             ledger.restore(resumed.progress.ledger)
         self._model_path, self._first_adapter = model_path, subject.adapter
-        self._placement = reserve_ranks(config, self._enforce_stop)
-        pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed)
+        self._placement, of_pool = reserve_ranks(config, self._enforce_stop), None
+        self._hosts: list[Any] | None = None
+        """the processes of ranks that are actors too"""
+        if config.resources.one_process:
+            self._placement, of_pool = None, self._placement
+        pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed, placement=of_pool)
         closing.callback(pool.close)
         self.workers.pool = pool
         self.actors = ActorCount(config, pool)
@@ -174,9 +179,19 @@ class Controller(Training):
 
     def _start_ranks(self, state: GroupState | None) -> LearnerGroup:
         placement, self._placement = self._placement, None
+        if isinstance(pool := self.workers.pool, OneProcessPool):
+            pool.renew(self._hosts or ())
+            pool.wait_ready(self._watch)
+            self._hosts = pool.hosts()
         adapter, shards = (self._first_adapter, None) if state is None else (state.adapter.state, state.shards)
         learner = LearnerGroup(
-            self.config, self._model_path, adapter=adapter, shards=shards, on_tick=self._watch, placement=placement
+            self.config,
+            self._model_path,
+            adapter=adapter,
+            shards=shards,
+            on_tick=self._watch,
+            placement=placement,
+            hosts=self._hosts,
         )
         if self.phases is not None:
             learner.enter_phase(self.phases.of(self.progress.iteration), state.phase if state is not None else None)

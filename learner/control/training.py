@@ -31,6 +31,7 @@ from learner.supply.actor_count import ActorCount
 from rewards.errors import TrainingDiverged, UnmaskError, WorkerLost, first_line
 from rollout.adapters import AdapterState, write_peft_folder
 from rollout.trajectory import TrajectoryGroup
+from services.store.faults import Cause
 
 MAX_LOSSES = 3
 """Times in a row that ranks are replaced without an iteration in between."""
@@ -136,9 +137,9 @@ class Training(ABC):
                 self.state, self._stands_at = state, self.progress
         self.save()
 
-    def ray_lost(self, why: str) -> None:
+    def ray_lost(self, why: str, cause: Cause, silent_s: float) -> None:
         """In another thread: Ray is gone, and may end this process with it. What the controller holds is written."""
-        self.reporter.fault("ray", "died", why)
+        self.reporter.fault("ray", cause, why, silent_s=silent_s)
         self.save_at_the_end()
         self.reporter.store.status("failed")
         self.reporter.flush()
@@ -169,8 +170,7 @@ class Training(ABC):
         )
         path = checkpoints.save(self.run_dir.checkpoints_dir, saved)
         discard(self.run_dir)
-        best = progress.best.get("iteration")
-        keep = self.config.checkpoint.keep
+        keep, best = self.config.checkpoint.keep, progress.best.get("iteration")
         gone = checkpoints.prune(self.run_dir.checkpoints_dir, keep=keep, best_iteration=best)
         self.saved = standing
         store = self.reporter.store

@@ -78,7 +78,8 @@ def evaluate(config: EvaluateConfig, run_dir: Path | None) -> int:
         status = 0
         if work.missing:
             # Ranks are no part of an evaluation; what a run gives them is not asked of Ray here.
-            resources = config.resources.model_copy(update={"cpus_per_rank": 0.0, "gpus_per_rank": 0.0})
+            without_ranks = {"cpus_per_rank": 0.0, "gpus_per_rank": 0.0, "one_process": False}
+            resources = config.resources.model_copy(update=without_ranks)
             config = config.model_copy(update={"resources": resources})
             if (judge := tried_judge(config.task.judge, problems)) is not None:
                 _say("info", "judge", judge)

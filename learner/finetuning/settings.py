@@ -173,6 +173,10 @@ def _data_problems(config: SftConfig) -> list[str]:
 
 def _sft_problems(config: SftConfig) -> list[str]:
     sft, longest = config.sft, config.data.max_tokens
+    if config.resources.one_process:
+        return [
+            "resources.one_process=true is for ranks that share a GPU with actors, and fine-tuning has none; drop it"
+        ]
     if sft.eos_tokens is None and sft.packing:
         return [
             "sft.packing=true has nothing to pack when sft.eos_tokens=null fills every row with EOS; "

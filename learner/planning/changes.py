@@ -42,7 +42,7 @@ def first_change(config: RunConfig, model: ModelShape, *, prompt: int, process: 
     needs = Needs(config, model, Hardware("cuda", 0, None, None, "the GPU that was full"), prompt)
     unlimited = Budget(None, "not asked for")
     rank, actor = (
-        Budget(each.peak - each.dynamic // 2, "less than planned") if each.name == process else unlimited
+        Budget(each.peak - each.dynamic // 2, "less than planned") if process in each.name else unlimited
         for each in (needs.rank(), needs.actor())
     )
     return next(changes_of(Needs(config, model, needs.hardware, prompt, (rank, actor))), None)
@@ -87,11 +87,21 @@ def _zero(needs: Needs) -> dict[str, Any]:
     learner = needs.config.learner
     if learner.ranks == 1 or learner.zero_stage == 3 or needs.config.model.quantization:
         return {}
+    highest = learner.zero_stage
     for stage in range(learner.zero_stage + 1, 4):
         changed = needs.with_config({"learner.zero_stage": stage})
-        if changed is not None and changed.excess() == 0:
-            return {"learner.zero_stage": stage}
-    return {"learner.zero_stage": 3}
+        if changed is not None:
+            highest = stage
+            if changed.excess() == 0:
+                break
+    return {"learner.zero_stage": highest} if highest > learner.zero_stage else {}
+
+
+def _one_process(needs: Needs) -> dict[str, Any]:
+    """Of ranks and actors that share GPUs; not where the budgets of one kind were given, which aren't those of both."""
+    resources = needs.config.resources
+    shared = 0 < resources.gpus_per_rank < 1 and 0 < resources.gpus_per_actor < 1
+    return {"resources.one_process": True} if shared and not needs.one_process and needs.given is None else {}
 
 
 def _bfloat16(needs: Needs) -> dict[str, Any]:
@@ -108,18 +118,19 @@ def _quantized(needs: Needs) -> dict[str, Any]:
 
 
 _Make = Callable[[Needs], dict[str, Any]]
-_TRIED: tuple[_Make, ...] = (_checkpointing, _views, _rows, _zero, _bfloat16, _quantized)
+_TRIED: tuple[_Make, ...] = (_checkpointing, _views, _rows, _zero, _one_process, _bfloat16, _quantized)
 
 
 def _more_hardware(needs: Needs) -> Iterator[Change]:
     """A whole GPU for every process; then larger ones, or more."""
     resources = needs.config.resources
     shared = [key for key in ("gpus_per_rank", "gpus_per_actor") if 0 < getattr(resources, key) < 1]
-    if shared and (whole := needs.with_config({f"resources.{key}": 1.0 for key in shared})) is not None:
+    share = 0.5 if needs.one_process else 1.0
+    if shared and (whole := needs.with_config({f"resources.{key}": share for key in shared})) is not None:
         largest = max(whole.rank(), whole.actor(), key=lambda process: process.peak)
         _, gpus = required_resources(whole.config)
         if not whole.excess():
-            settings = tuple(f"resources.{key}=1" for key in shared)
+            settings = tuple(f"resources.{key}={share:g}" for key in shared)
             fits = not any(whole.problems())
             yield Change(settings if fits else (*settings, f"on {gpus:g} GPUs"), largest.name, largest.peak, True)
             return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from learner.planning.changes import Change, changes_of
 from learner.planning.compute import Duration, Work, duration, too_slow, work_of
 from learner.planning.hardware import CPU_FLOPS_PER_THREAD, GPUS, Hardware
-from learner.planning.memory import ProcessMemory, rank_memory
+from learner.planning.memory import ProcessMemory
 from learner.planning.needs import Budget, Needs
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig
@@ -84,7 +84,7 @@ def plan_run(
     time = duration(config, work, **speeds, utilisation=utilisation)
     problems = tuple(plans.problems())
     checkpointing = config.learner.activation_checkpointing
-    other = rank_memory(config, model, device=plans.rank_device, prompt=prompt, checkpointing=not checkpointing)
+    other = plans.rank(checkpointing=not checkpointing)
     return RunPlan(
         config=config,
         model=model,

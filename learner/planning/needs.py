@@ -7,6 +7,7 @@ from typing import Any
 from learner.planning.compute import Work
 from learner.planning.hardware import Hardware
 from learner.planning.memory import GIB, Device, ProcessMemory, actor_memory, rank_memory
+from learner.planning.one_process import one_process_memory
 from learner.planning.scored import completions_learned
 from learner.planning.shapes import ModelShape
 from learner.settings.run import RunConfig, required_resources
@@ -37,16 +38,25 @@ class Needs:
         given: tuple[Budget, Budget] | None = None,
     ) -> None:
         self.config, self.model, self.hardware, self.prompt = config, model, hardware, prompt
-        self._given = given
+        self.given = given
         resources = config.resources
+        self.one_process = resources.one_process
         self.rank_device: Device = "cuda" if resources.gpus_per_rank > 0 else "cpu"
         self.actor_device: Device = "cuda" if resources.gpus_per_actor > 0 else "cpu"
 
-    def rank(self, views: int | None = None) -> ProcessMemory:
-        return rank_memory(self.config, self.model, device=self.rank_device, prompt=self.prompt, views=views)
+    def rank(self, views: int | None = None, *, checkpointing: bool | None = None) -> ProcessMemory:
+        if self.one_process:
+            return self._both(views=views, checkpointing=checkpointing)
+        where: Any = {"device": self.rank_device, "prompt": self.prompt}
+        return rank_memory(self.config, self.model, views=views, checkpointing=checkpointing, **where)
 
     def actor(self, rows: int | None = None) -> ProcessMemory:
+        if self.one_process:
+            return self._both(rows=rows)
         return actor_memory(self.config, self.model, device=self.actor_device, prompt=self.prompt, rows=rows)
+
+    def _both(self, **sizes: Any) -> ProcessMemory:
+        return one_process_memory(self.config, self.model, device=self.rank_device, prompt=self.prompt, **sizes)
 
     def with_config(self, changes: dict[str, Any]) -> "Needs | None":
         """The same with other settings; None where they contradict the rest."""
@@ -58,20 +68,20 @@ class Needs:
                 section = section[name]
             section[last] = value
         try:
-            return Needs(type(self.config).model_validate(data), self.model, self.hardware, self.prompt, self._given)
+            return Needs(type(self.config).model_validate(data), self.model, self.hardware, self.prompt, self.given)
         except (ConfigError, ValueError):
             return None
 
     def budgets(self) -> tuple[Budget, Budget]:
         """Of a rank and of an actor."""
-        if self._given is not None:
-            return self._given
+        if self.given is not None:
+            return self.given
         config, memory = self.config, self.hardware.memory
         found = []
         of_actor = config.rollout.vllm.memory_share if config.rollout.engine == "vllm" else 1.0
         for device, gpus, part in (
-            (self.rank_device, config.resources.gpus_per_rank, 1.0),
-            (self.actor_device, config.resources.gpus_per_actor, of_actor),
+            (self.rank_device, config.resources.of("rank")[1], 1.0),
+            (self.actor_device, config.resources.of("actor")[1], of_actor),
         ):
             if memory is None or (device == "cuda") != (self.hardware.device == "cuda"):
                 found.append(Budget(None, "memory unknown"))
@@ -80,7 +90,7 @@ class Needs:
                 says = f"{share:g} of a GPU's {memory / GIB:.1f} GiB" if share < 1 else "one GPU"
                 found.append(Budget(int(memory * share), says))
             else:
-                mine = "rank" if not found else "actor"
+                mine = "rank" if not found or self.one_process else "actor"
                 count = config.learner.ranks if mine == "rank" else config.rollout.wanted_actors
                 left = memory - (self.node_total() - self._own(mine))
                 mapped = (self.rank() if mine == "rank" else self.actor()).mapped
@@ -101,7 +111,7 @@ class Needs:
             if hardware.memory is not None and total > hardware.memory:
                 yield f"all processes together need {gib(total)}, and there are {gib(hardware.memory)}"
             return
-        for process, budget in zip((self.rank(), self.actor()), self.budgets(), strict=True):
+        for process, budget in self._budgeted():
             if budget.bytes is not None and process.peak > budget.bytes:
                 yield f"a {process.name} needs {gib(process.peak)} and has {gib(budget.bytes)} ({budget.says})"
 
@@ -109,8 +119,9 @@ class Needs:
         """Bytes beyond the budgets, of all kinds of process together."""
         if self.hardware.device == "cpu":
             return max(0, self.node_total() - (self.hardware.memory or self.node_total()))
-        pairs = zip((self.rank(), self.actor()), self.budgets(), strict=True)
-        return sum(max(0, process.peak - budget.bytes) for process, budget in pairs if budget.bytes is not None)
+        return sum(
+            max(0, process.peak - budget.bytes) for process, budget in self._budgeted() if budget.bytes is not None
+        )
 
     def node_total(self) -> int:
         """Of all processes that work on CPUs; what they map of one file counts once."""
@@ -124,7 +135,7 @@ class Needs:
     def node_bytes(self, work: Work) -> int:
         config = self.config
         ranks, actors = config.learner.ranks, config.rollout.wanted_actors
-        beside = ranks * self.rank().host_bytes + actors * self.actor().host_bytes
+        beside = ranks * self.rank().host_bytes + (0 if self.one_process else actors * self.actor().host_bytes)
         own = self._own("rank") + self._own("actor") + beside
         return own + self.mapped() + work.buffered + self.sandboxed_bytes()
 
@@ -144,10 +155,17 @@ class Needs:
         upper = self.config.rollout.groups_per_lease * self.config.rollout.group_size
         return None if bytes_ is None else _largest(lambda n: self.actor(n).peak <= bytes_, upper)
 
+    def _budgeted(self) -> list[tuple[ProcessMemory, Budget]]:
+        """Each kind of process, and what it may use."""
+        pairs = list(zip((self.rank(), self.actor()), self.budgets(), strict=True))
+        return pairs[:1] if self.one_process else pairs
+
     def _own(self, kind: str) -> int:
         """Of all processes of a kind that work on CPUs, without what others have mapped too."""
         if kind == "rank":
             return self.config.learner.ranks * self.rank().own if self.rank_device == "cpu" else 0
+        if self.one_process:
+            return 0
         return self.config.rollout.wanted_actors * self.actor().own if self.actor_device == "cpu" else 0
 
 

@@ -86,11 +86,15 @@ def _memory(plan: RunPlan) -> list[str]:
     learner = config.learner
     told = "with" if learner.activation_checkpointing else "without"
     views = f"views_per_forward {learner.views_per_forward}, {told} activation checkpointing"
+    if config.resources.one_process:
+        views += f", max_rows {config.rollout.max_rows}"
     lines = _process(plan.rank, plan.rank_budget, views)
     other = "without" if learner.activation_checkpointing else "with"
     lines += [_row(f"  {other} checkpointing: peak", plan.rank_other.peak, _activations(plan.rank_other))]
-    engine = "" if config.rollout.engine == "torch" else f"{config.rollout.engine}, "
-    lines += ["", *_process(plan.actor, plan.actor_budget, f"{engine}max_rows {config.rollout.max_rows}"), ""]
+    if not config.resources.one_process:
+        engine = "" if config.rollout.engine == "torch" else f"{config.rollout.engine}, "
+        lines += ["", *_process(plan.actor, plan.actor_budget, f"{engine}max_rows {config.rollout.max_rows}")]
+    lines.append("")
     if plan.rank.device == plan.actor.device == "cpu":
         many = f"{learner.ranks} ranks and {config.rollout.wanted_actors} actors"
         lines.append(_row("all processes", plan.cpu_bytes, many))

@@ -64,8 +64,8 @@ def reserve_ranks(config: GroupConfig, on_tick: Callable[[], None] = lambda: Non
     Raises:
         WaitTimeout: when the cluster can't hold the ranks within ``timeouts.start``, naming what is missing.
     """
-    resources, timeout_s = config.resources, config.timeouts.start
-    bundle = {"CPU": resources.cpus_per_rank, "GPU": resources.gpus_per_rank}
+    timeout_s = config.timeouts.start
+    bundle = dict(zip(("CPU", "GPU"), config.resources.of("rank"), strict=True))
     bundle = {name: amount for name, amount in bundle.items() if amount > 0}
     if not bundle:
         return None
@@ -88,6 +88,14 @@ def reserve_ranks(config: GroupConfig, on_tick: Callable[[], None] = lambda: Non
     return placement
 
 
+def rank_environment(config: GroupConfig) -> dict[str, str]:
+    """Variables of a rank's process."""
+    # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
+    threads = str(config.resources.threads_per_process)
+    environment = {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    return environment | rank_manners(config).environment()
+
+
 class LearnerGroup:
     """Starts the ranks and speaks to all of them at once. Every call is bounded.
 
@@ -97,9 +105,11 @@ class LearnerGroup:
         adapter: weights to start from; None for a fresh adapter.
         shards: each rank's optimizer state from a checkpoint, in rank order; None for a fresh optimizer.
         on_tick: called every second of a wait for the ranks, their start included, in the thread that waits; when it
-            raises StopRequested, the ranks are killed.
+            raises StopRequested, the ranks are killed, but no hosts.
         rank_type: what the ranks learn from; None for groups of trajectories.
         placement: what ``reserve_ranks`` gave, and the group's to give back; None reserves here.
+        hosts: one ``learner.ranks.one_process.OneProcess`` for each rank, which becomes that rank too and stays the
+            caller's to end; None for processes of the group's own.
 
     Raises:
         WaitTimeout: when the cluster can't hold the ranks, naming what is missing.
@@ -116,6 +126,7 @@ class LearnerGroup:
         on_tick: Callable[[], None] = lambda: None,
         rank_type: type[Rank] | None = None,
         placement: PlacementGroup | None = None,
+        hosts: Sequence[Any] | None = None,
     ) -> None:
         self.config, self._on_tick = config, on_tick
         self.doing: tuple[str, float] | None = None
@@ -123,10 +134,14 @@ class LearnerGroup:
         self.heard: float | None = None
         """When all ranks last answered, Unix seconds."""
         self._rank_type = rank_type or LearnerRank
-        self._placement = placement or reserve_ranks(config, on_tick)
+        self._hosted = hosts is not None
+        self._placement = placement if placement or self._hosted else reserve_ranks(config, on_tick)
         try:
-            self._ranks = [self._launch(model_path, rank) for rank in range(config.learner.ranks)]
+            self._ranks = list(hosts or (self._launch(model_path, rank) for rank in range(config.learner.ranks)))
             self._pulses: list[Pulse] = []
+            if self._hosted:
+                become = [each.become.remote(config, model_path, rank) for rank, each in enumerate(self._ranks)]
+                self._answers(become, "become", config.timeouts.start, on_tick)
             self.descriptions = self._start(adapter, shards)
             # Not while they start: to load a model may hold Python's lock for long.
             self._pulses = [Pulse(rank, config.timeouts.heartbeat) for rank in self._ranks]
@@ -187,8 +202,8 @@ class LearnerGroup:
         return not self._ranks
 
     def close(self) -> None:
-        """End the ranks and give their resources back."""
-        for actor in getattr(self, "_ranks", []):
+        """End the ranks and give their resources back; hosts are left as they are."""
+        for actor in [] if self._hosted else getattr(self, "_ranks", []):
             end_actor(actor)
         self._ranks, self._pulses = [], []
         if self._placement is not None and not ray_given_up():
@@ -200,31 +215,37 @@ class LearnerGroup:
         strategy: Any = "DEFAULT"
         if self._placement is not None:
             strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
-        # Ray would set OMP_NUM_THREADS=1; torch's deprecation notices about DeepSpeed's calls help no user of ours.
-        threads = str(resources.threads_per_process)
-        environment = {"OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}
         options = {
             "name": None,
             "num_cpus": resources.cpus_per_rank,
             "num_gpus": resources.gpus_per_rank,
             "max_restarts": 0,
             "scheduling_strategy": strategy,
-            "runtime_env": {"env_vars": environment | rank_manners(self.config).environment()},
+            "runtime_env": {"env_vars": rank_environment(self.config)},
         }
         remote = with_pulse(self._rank_type).options(**options)
         return remote.remote(self.config, model_path, rank, self.config.learner.ranks)
 
     def _start(self, adapter: AdapterState | None, shards: Sequence[bytes] | None) -> list[dict[str, Any]]:
         timeout_s = self.config.timeouts.start
-        nodes = self._answers([rank.node_address.remote() for rank in self._ranks], "address", timeout_s, self._on_tick)
-        place = self._ranks[0].listen.remote(meeting_host(nodes))
+        addresses = [self._asked(rank, "node_address") for rank in self._ranks]
+        nodes = self._answers(addresses, "address", timeout_s, self._on_tick)
+        place = self._asked(self._ranks[0], "listen", meeting_host(nodes))
         address = self._answers([place], "listen", timeout_s, self._on_tick)[0]
         given = shards if shards is not None else [None] * len(self._ranks)
-        starts = [actor.start.remote(address, adapter, shard) for actor, shard in zip(self._ranks, given, strict=True)]
+        starts = [
+            self._asked(actor, "start", address, adapter, shard)
+            for actor, shard in zip(self._ranks, given, strict=True)
+        ]
         return self._answers(starts, "start", timeout_s, self._on_tick)
 
+    def _asked(self, actor: Any, method: str, *args: Any) -> ray.ObjectRef[Any]:
+        if self._hosted:
+            return actor.as_rank.remote(method, *args)
+        return getattr(actor, method).remote(*args)
+
     def _all(self, method: str, *args: Any, limit: float, on_tick: Callable[[], None] | None = None) -> list[Any]:
-        refs = [getattr(actor, method).remote(*args) for actor in self._ranks]
+        refs = [self._asked(actor, method, *args) for actor in self._ranks]
         self.doing = method, time.time()
         try:
             return self._answers(refs, method, limit, on_tick or self._on_tick)

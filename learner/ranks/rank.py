@@ -19,6 +19,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 import numpy as np
 import ray
 import torch
+from peft import PeftModel
 from safetensors.torch import save as save_safetensors
 
 from learner.objectives.statistics import Statistics
@@ -140,21 +141,16 @@ class Plan(Protocol):
 
 def lora_spec(config: GroupConfig) -> LoraSpec:
     """The shape of this run's adapter, the same in learner and actors."""
+    lora = config.lora
+    targets = None if lora.target_modules is None else tuple(lora.target_modules)
     seed = derive_seed(config.run.seed, "lora")
-    targets = config.lora.target_modules
-    return LoraSpec(
-        config.lora.r,
-        config.lora.alpha,
-        config.lora.include_head,
-        init_seed=seed,
-        target_modules=None if targets is None else tuple(targets),
-    )
+    return LoraSpec(lora.r, lora.alpha, lora.include_head, init_seed=seed, target_modules=targets)
 
 
 def rank_manners(config: GroupConfig) -> GpuManners:
     """Of each rank on its GPU, if it has one."""
     learner = config.learner
-    return GpuManners(config.resources.gpus_per_rank, learner.ranks > 1, learner.deterministic)
+    return GpuManners(config.resources.of("rank")[1], learner.ranks > 1, learner.deterministic)
 
 
 def tells_when_full(
@@ -231,9 +227,7 @@ class Rank(ABC):
         )
         learner = self.config.learner
         self.family = policy_adapter(self.model_path)
-        quantization = self.config.model.quantization
-        base = load_model(self.model_path, learner.dtype, quantization=quantization, device=device)
-        model = attach_lora(base, self.family, lora_spec(self.config))
+        model = self._policy(device)
         if learner.activation_checkpointing:
             recompute_activations(model)
         if adapter is not None:
@@ -263,6 +257,12 @@ class Rank(ABC):
             "trained_parameters": trained,
             "usage": process_usage(),
         }
+
+    def _policy(self, device: torch.device) -> PeftModel:
+        """The base with a fresh adapter."""
+        kind = self.config.model.quantization
+        base = load_model(self.model_path, self.config.learner.dtype, quantization=kind, device=device)
+        return attach_lora(base, self.family, lora_spec(self.config))
 
     @tells_when_full
     def update(self, refs: Sequence[Any], update_index: int, lr: float) -> UpdateReport:

@@ -21,6 +21,7 @@ import ray
 from learner.runs.local_ray import core_processes, token_header
 from learner.runs.session import answer, host_port
 from rollout.given_up import give_ray_up, ray_given_up
+from services.store.faults import Cause
 
 _LOOK_S = 1.0
 _AWAY_S = 15.0
@@ -33,10 +34,11 @@ class RayWatch:
     """Watches while entered.
 
     Attributes:
-        on_lost: called once, in another thread, with a sentence that says what has gone.
+        on_lost: called once, in another thread, with a sentence that says what has gone, whether it died or hangs, and
+            for how many seconds it has been silent.
     """
 
-    on_lost: Callable[[str], None] | None = None
+    on_lost: Callable[[str, Cause, float], None] | None = None
 
     def __init__(self) -> None:
         self._over = threading.Event()
@@ -74,14 +76,15 @@ class RayWatch:
                 if answer(address, token_header()) not in _NO_ANSWER:  # "no such question" is one too
                     answered[name] = time.monotonic()
                 elif time.monotonic() - answered[name] > _AWAY_S:
-                    self._lost(f"Ray's {name} at {address} doesn't answer any more, and nothing works without it")
+                    why = f"Ray's {name} at {address} doesn't answer any more, and nothing works without it"
+                    self._lost(why, "hung", time.monotonic() - answered[name])
                     return
 
-    def _lost(self, why: str) -> None:
+    def _lost(self, why: str, cause: Cause = "died", silent_s: float = 0.0) -> None:
         give_ray_up(why)
         try:
             if self.on_lost is not None:
-                self.on_lost(why)
+                self.on_lost(why, cause, silent_s)
         finally:
             time.sleep(_LEAVE_S)  # the main thread may be inside Ray, and never come back
             print(f"error: {why}", file=sys.stderr, flush=True)

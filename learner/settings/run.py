@@ -16,6 +16,7 @@ from pydantic import NonNegativeInt, model_validator
 from learner.settings import arguments as overrides
 from learner.settings.methods.states import AgrpoConfig
 from learner.settings.objectives import ObjectiveConfig
+from learner.settings.one_process import one_process_problems
 from learner.settings.resuming import load_start
 from learner.settings.saved import run_of
 from learner.settings.sections import (
@@ -78,6 +79,7 @@ class RunConfig(Section):
             *_rollout_problems(self),
             *_phase_problems(self),
             *group_problems(self.learner, self.resources),
+            *one_process_problems(self.resources, self.rollout, self.learner),
             *model_problems(self.model, self.learner),
         ]
         if problems:
@@ -220,8 +222,7 @@ def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
 
 def store_problems(store: StoreSection) -> list[str]:
     """What is wrong with the place of the run's records; a password is not repeated."""
-    url = store.url
-    if url is None:
+    if (url := store.url) is None:
         return []
     if not url.startswith(("postgresql://", "sqlite:////")):
         return [f"store.url={url.partition('://')[0]}... is no run store: use postgresql://user@host/database, or null"]
@@ -373,7 +374,7 @@ def group_problems(learner: GroupSection, resources: ResourcesSection) -> list[s
         problems.append(
             "learner.device=cuda needs resources.gpus_per_rank above 0, or Ray hides the GPUs from the ranks"
         )
-    if learner.ranks > 1 and 0 < resources.gpus_per_rank <= 0.5:
+    if learner.ranks > 1 and 0 < resources.gpus_per_rank <= 0.5 and not resources.one_process:
         problems.append(
             f"resources.gpus_per_rank={resources.gpus_per_rank:g} lets two of learner.ranks={learner.ranks} share a "
             "GPU, which NCCL refuses; take more than 0.5 and leave the rest to resources.gpus_per_actor"

@@ -343,6 +343,8 @@ class ResourcesSection(Section):
     """GPUs of a rollout actor; above 0 it samples on cuda."""
     gpus_per_rank: NonNegative = 0.0
     """GPUs of a learner rank."""
+    one_process: bool = False
+    """Each rank and an actor are one process with one base, which asks for what both ask; they take turns."""
     check_memory: bool = True
     """Refuse to start a run that, by its plan (python -m learner.plan), needs more memory than there is, or
     more time for a lease or an update than timeouts.* gives."""
@@ -350,6 +352,12 @@ class ResourcesSection(Section):
     """auto, local or host:port; null: join what RAY_ADDRESS or a Ray job names, otherwise start a local Ray."""
     ray_insecure: bool = False
     """Join a Ray cluster too that has no authentication and can be reached over the network (docs/security.md)."""
+
+    def of(self, kind: Literal["actor", "rank"]) -> tuple[float, float]:
+        """(logical CPUs, GPUs) of the process that a rollout actor or a learner rank is in."""
+        kinds = ("actor", "rank") if self.one_process else (kind,)
+        asked = [sum(getattr(self, f"{unit}_per_{each}") for each in kinds) for unit in ("cpus", "gpus")]
+        return asked[0], asked[1]
 
 
 class StoreSection(Section):

@@ -27,6 +27,8 @@ class ActorCount:
         """Begin with it; the pool goes on while it is polled. Raises ConfigError when there is no room for so many."""
         if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
             raise ConfigError(f"actors={wanted!r} is no number of actors; give one of at least 1")
+        if self._config.resources.one_process:
+            raise ConfigError("with resources.one_process each actor is a learner rank too, whose number can't change")
         try:
             if wanted > self._pool.size:
                 self._check_room(wanted)

@@ -4,7 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ray.util.placement_group import PlacementGroup
+
 from learner.planning.remedy import remedy
+from learner.ranks.group import rank_environment
+from learner.ranks.one_process import OneProcessPool
+from learner.ranks.rank import rank_manners
 from learner.settings.run import RunConfig
 from rollout.actor import ActorSettings
 from rollout.code import code_identity
@@ -18,15 +23,26 @@ from rollout.pool import RolloutPool
 MAX_RESTARTS = 3
 
 
-def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, seed: int) -> RolloutPool:
+def start_actors(
+    config: RunConfig,
+    model_path: str,
+    lora: LoraSpec | None,
+    *,
+    seed: int,
+    placement: PlacementGroup | None = None,
+) -> RolloutPool:
     """A pool whose actors are starting; ``wait_ready`` waits for them.
 
     Args:
         model_path: folder or hub name of the base.
         lora: shape of the adapters that they will load; None for the bare base.
         seed: names the random streams of evaluations.
+        placement: what ``reserve_ranks`` gave, where actors and ranks are one process; the pool's to give back.
     """
     resources = config.resources
+    cpus, gpus = resources.of("actor")
+    # Ray would set OMP_NUM_THREADS=1.
+    environment = {"OMP_NUM_THREADS": str(resources.threads_per_process), **_manners(config).environment()}
     settings = ActorSettings(
         make_engine=_engine(config, model_path, lora),
         task=config.task.name,
@@ -40,16 +56,17 @@ def start_actors(config: RunConfig, model_path: str, lora: LoraSpec | None, *, s
         judge=config.task.judge,
         remedy=partial(remedy, config, "rollout actor"),
     )
-    return RolloutPool(
+    pool = OneProcessPool if resources.one_process else RolloutPool
+    return pool(
         settings,
         size=config.rollout.wanted_actors,
         least=config.rollout.fewest_actors,
-        resources={"CPU": resources.cpus_per_actor, "GPU": resources.gpus_per_actor},
-        # Ray would set OMP_NUM_THREADS=1.
-        environment={"OMP_NUM_THREADS": str(resources.threads_per_process), **_manners(config).environment()},
+        resources={"CPU": cpus, "GPU": gpus},
+        environment=environment | (rank_environment(config) if resources.one_process else {}),
         start_timeout_s=config.timeouts.start,
         max_restarts=MAX_RESTARTS,
         heartbeat_s=config.timeouts.heartbeat,
+        placement=placement,
     )
 
 
@@ -70,5 +87,7 @@ def _engine(config: RunConfig, model_path: str, lora: LoraSpec | None) -> Callab
 
 def _manners(config: RunConfig) -> GpuManners:
     """vLLM has its own, for which ``rollout.vllm.memory_share`` is."""
+    if config.resources.one_process:
+        return rank_manners(config)
     share = config.resources.gpus_per_actor if config.rollout.engine == "torch" else 0.0
     return GpuManners(share, deterministic=config.learner.deterministic)

@@ -283,11 +283,12 @@ def test_taking_the_changes_makes_it_fit() -> None:
 
 
 def test_one_change_that_is_enough_stands_alone() -> None:
-    found = planned_run(
-        "learner.activation_checkpointing=true", "learner.views_per_forward=4", "rollout.max_rows=16",
-        on=dataclasses.replace(GPU, memory=24 * GIB),
-    )  # fmt: skip
-    assert [change.settings for change in found.changes] == [("model.quantization=nf4",)]
+    for ahead, enough in (("0", "resources.one_process=true"), ("1", "model.quantization=nf4")):
+        found = planned_run(
+            "learner.activation_checkpointing=true", "learner.views_per_forward=4", "rollout.max_rows=16",
+            f"rollout.max_staleness={ahead}", on=dataclasses.replace(GPU, memory=24 * GIB),
+        )  # fmt: skip
+        assert [change.settings for change in found.changes] == [(enough,)]
 
 
 def test_too_few_gpus_are_a_problem() -> None:
@@ -419,7 +420,7 @@ def test_the_command_prints_a_plan(capsys: Any) -> None:
 def test_the_command_says_what_to_change(capsys: Any) -> None:
     assert plan.main([*AGRPO, *ON_GPUS, "--gpus", "8", "--gpu", "4090"]) == 1
     out = capsys.readouterr().out
-    assert "DOES NOT FIT" in out and "change first: " in out and "model.quantization=nf4" in out
+    assert "DOES NOT FIT" in out and "change first: " in out and "resources.one_process=true" in out
 
 
 def test_json_holds_the_same(capsys: Any) -> None:

@@ -2,6 +2,7 @@
 checkpoint takes in the memory of a node."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from learner.planning import shapes
+from learner.planning.changes import first_change
 from learner.planning.fit import plan_run
 from learner.planning.hardware import GPUS, Hardware
 from learner.planning.memory import GIB, PROCESS_ALLOWANCE, ProcessMemory, rank_memory
+from learner.planning.report import as_json, render
 from learner.settings.arguments import recipe_names
 from learner.settings.run import load_config
 
@@ -101,10 +104,7 @@ def row_of_sharing(gpu: str, arguments: str, prompt: int = 256) -> str:
     shape, on = shapes.model_shape(config), Hardware("cuda", config.learner.ranks, memory, gpu, "a test")
     plan = plan_run(config, shape, on, prompt=prompt, prompt_source="a test")
     actor = plan.actor
-    base, adapter = (next(i.bytes for i in actor.resident if i.name == name) for name in ("base weights", "adapter"))
-
-    def one(rank: ProcessMemory) -> int:
-        return sum(i.bytes for i in rank.resident) + adapter + max(p.dynamic + p.allocator for p in (rank, actor))
+    base = next(item.bytes for item in actor.resident if item.name == "base weights")
 
     def said(needed: Callable[[ProcessMemory], int]) -> str:
         views = config.learner.views_per_forward
@@ -115,8 +115,58 @@ def row_of_sharing(gpu: str, arguments: str, prompt: int = 256) -> str:
         fits = f"{most} views" if size <= memory else "doesn't fit"
         return f"{size / GIB:.1f} GiB; {fits}"
 
-    cells = (said(lambda rank: rank.peak + actor.peak), said(one), said(lambda rank: rank.peak + actor.peak - base))
+    together = config.resources.model_copy(update={"one_process": True})
+    one = plan_run(config.model_copy(update={"resources": together}), shape, on, prompt=prompt, prompt_source="a test")
+    in_one = f"{one.rank.peak / GIB:.1f} GiB; {one.largest_views} views"
+    assert one.time.run == plan.time.run
+    cells = (said(lambda rank: rank.peak + actor.peak), in_one, said(lambda rank: rank.peak + actor.peak - base))
     return f"| `{arguments}` | {gpu} | {' | '.join(cells)} | {plan.time.run / 3600:.1f} |"
+
+
+def test_what_does_not_fit_in_two_processes_is_told_that_it_does_in_one():
+    """LLaDA-8B as published, in bfloat16, on 24 GB."""
+    changed = planned("llada_gsm8k_24gb", "model.quantization=null")
+    assert not changed.fits and [change.settings for change in changed.changes] == [("resources.one_process=true",)]
+    apart = planned("llada_gsm8k_24gb", "model.quantization=null", "rollout.max_staleness=1", "rollout.actors=1")
+    told = [setting for change in apart.changes for setting in change.settings]
+    assert told and "resources.one_process=true" not in told, "control: an asynchronous run can't"
+    one = planned("llada_gsm8k_24gb", "model.quantization=null", "resources.one_process=true")
+    assert one.fits and one.rank == one.actor and one.rank_budget == one.actor_budget
+    text, told = render(one), json.loads(as_json(one))
+    assert "learner rank and rollout actor" in text and "\nrollout actor" not in text
+    assert told["memory"]["rank"] == told["memory"]["actor"]
+
+
+def test_memory_of_one_process_is_a_ranks_and_an_adapter_while_it_learns():
+    """What is drawn finds nothing kept: with rows enough it is drawing that needs most."""
+    for rows, drawing in (("8", False), ("256", True)):
+        settings = ("model.quantization=null", f"rollout.max_rows={rows}")
+        apart, one = (planned("llada_gsm8k_24gb", *settings, *more) for more in ((), ("resources.one_process=true",)))
+        adapter = next(item.bytes for item in apart.actor.resident if item.name == "adapter")
+        resident = sum(item.bytes for item in apart.rank.resident) + adapter
+        assert sum(item.bytes for item in one.rank.resident) == resident
+        assert one.rank.dynamic == max(apart.rank.dynamic, apart.actor.dynamic)
+        assert (apart.actor.dynamic > apart.rank.dynamic) == drawing, "else both cases are one"
+
+
+def test_what_a_full_gpu_is_told_to_change_first_is_of_the_process_that_both_are():
+    config = load_config(["recipe=llada_gsm8k_24gb", "model.quantization=null", "resources.one_process=true"])
+    apart = load_config(["recipe=llada_gsm8k_24gb", "rollout.max_rows=1"])
+    for process in ("learner rank", "rollout actor"):
+        change = first_change(config, shapes.model_shape(config), prompt=256, process=process)
+        assert change is not None and change.process == "learner rank and rollout actor"
+        change = first_change(apart, shapes.model_shape(apart), prompt=256, process=process)
+        assert change is None or "resources.one_process=true" not in change.settings, "what it needs then isn't known"
+
+
+def test_no_stage_is_named_that_one_process_refuses():
+    """A large adapter: ZeRO 2 and a 4-bit base are enough, and 3 can't be had."""
+    settings = ("resources.one_process=true", "learner.activation_checkpointing=true", "lora.r=1024")
+    config = load_config(["recipe=llada_gsm8k", *settings])
+    on = dataclasses.replace(EIGHT, memory=32 * GIB)
+    changes = plan_run(config, shapes.model_shape(config), on, prompt=256, prompt_source="a test").changes
+    told = [setting for change in changes for setting in change.settings]
+    assert "learner.zero_stage=3" not in told and "model.quantization=nf4" in told and changes[-1].fits
 
 
 def test_the_page_tells_what_one_process_for_rank_and_actor_would_need():

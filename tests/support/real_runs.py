@@ -128,6 +128,10 @@ class StartedRun:
         """Process ids of the learner ranks."""
         return self._processes("ray::LearnerRank")
 
+    def both(self) -> list[int]:
+        """Process ids of those that are rollout actor and learner rank."""
+        return self._processes("ray::OneProcess")
+
     def _processes(self, title: str) -> list[int]:
         return [pid for pid in self.members() if command_line(pid).startswith(title)]
 

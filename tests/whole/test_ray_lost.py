@@ -61,6 +61,8 @@ def test_a_ray_that_hangs_does_too(runs: Runs, process: str, called: str) -> Non
     assert f"{called} at" in run.output() and "doesn't answer any more" in run.output()
     assert "Traceback" not in run.output()
     assert saved_iterations(run.dir) == [iterations(run.dir)[-1]] and store_status(run.dir) == ("failed", 1)
+    (fault,) = [event for event in store_events(run.dir) if event["kind"] == "fault"]
+    assert (fault["data"]["part"], fault["data"]["cause"]) == ("ray", "hung") and fault["data"]["silent_s"] >= 15
 
 
 def ended_after(run: StartedRun) -> float:
