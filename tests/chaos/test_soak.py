@@ -17,7 +17,6 @@ def whole_runs(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @whole_runs
-@pytest.mark.heavy
 def test_faults_at_random_cost_nothing_but_time(tmp_path: Path, bases: Path) -> None:
     done, lost = soak(tmp_path, seed=3, minutes=0.0, methods=("agrpo",), count=3, iterations=60, cache=bases)
     assert lost == [] and len(done) == 3 and verdict(3, done, lost).endswith("3 recoveries, 0 losses: sound")
