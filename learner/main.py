@@ -38,9 +38,10 @@ def _command(argv: Sequence[str] | None) -> int:
         return supervise(config.run, "run", config.task.name, options.settings, silent_s=silent_s)
     show_life()
     with interrupting():
-        from learner.control.launch import run  # torch and Ray take seconds to import
+        from learner.control.controller import Controller  # torch and Ray take seconds to import
+        from learner.control.launch import run
 
-        return run(config, options.settings, dry_run=options.dry_run)
+        return run(config, options.settings, look=Controller.dry_run if options.dry_run else None)
 
 
 def _parser() -> SettingsParser:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from learner.comparison.cells import Cell, Findings, findings_path, found_cells, ready_cells
 from learner.comparison.findings import outcomes, results_of
+from learner.comparison.noise import found_noise, measure_noise
 from learner.comparison.outline import outline_text
 from learner.comparison.plot import plot_comparison
 from learner.comparison.processes import RunFailed, Stopped, lock_of_runs, run_module
@@ -52,6 +53,7 @@ def compare(config: ComparisonConfig, *, parallel: int) -> int:
         try:
             with lock_of_runs(out / "runs.lock", wait_s=config.run_limit_s, stop=stop.is_set) as lock:
                 _run_all(config, out, found, parallel, stop.is_set, lock)
+                measure_noise(config, out, found, stop.is_set, lock)
         except Stopped:
             pass
         _write(config, out, found)
@@ -119,7 +121,7 @@ def run_cell(cell: Cell, out: Path, limit_s: float, stop: Callable[[], bool], lo
 
 
 def _write(config: ComparisonConfig, out: Path, found: dict[str, Findings]) -> None:
-    report = comparison_report(config, found)
+    report = comparison_report(config, found, found_noise(config, out, found))
     atomic_write_text(out / RESULTS, json.dumps(report, indent=1, allow_nan=False) + "\n")
     atomic_write_text(out / TABLE, report_text(report))
     plot_comparison(report, out)

@@ -19,8 +19,8 @@ from rollout.seeds import numpy_generator
 FORMAT = 1
 
 
-def comparison_report(config: ComparisonConfig, found: Found) -> dict[str, Any]:
-    """JSON-able; of the cells that are done."""
+def comparison_report(config: ComparisonConfig, found: Found, noise: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """JSON-able; of the cells that are done. ``noise``: of the methods' gradients, as far as it was measured."""
     cells = [*known_cells(config, found, "tuning"), *known_cells(config, found, "reported")]
     waiting = [cell.name for cell in cells if cell.name not in found]
     untuned = [
@@ -39,6 +39,7 @@ def comparison_report(config: ComparisonConfig, found: Found) -> dict[str, Any]:
                 **_method_report(config, method, done[method], found),
                 "solve_rate": rates[method],
                 "difference": differences[method],
+                "gradient_noise": (noise or {}).get(method),
             }
             for method in config.methods
         },

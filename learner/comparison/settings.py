@@ -71,6 +71,8 @@ class ComparisonConfig(Section):
     """Seeds of the runs that are reported."""
     problems: PositiveInt = 256
     """Held-out problems that each trained adapter is evaluated on."""
+    gradient_batches: NonNegativeInt = 0
+    """Batches by which the noise of each method's gradient is measured, at the base of the first seed; 0: it isn't."""
     curve_points: PositiveInt = 8
     """Evaluations of a run on the way, on evaluation.problems of them."""
     out: UserPath = "runs/comparison"

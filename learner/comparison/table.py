@@ -68,7 +68,9 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
     machine = report["machine"]["methods"]
     equal = min((each["equal_seconds"] for each in machine.values()), default=0.0)
     head = ["method", "iterations", "FE spent a run", "FE of its tuning", "training"]
-    lines = _head([*head, f"solved after {equal:.0f} s", "learner's peak", "gradient norm"])
+    noise = {name: method.get("gradient_noise") or {} for name, method in report["methods"].items()}
+    measured = ["noise / signal", "times FE of an update"] if any(noise.values()) else []
+    lines = _head([*head, f"solved after {equal:.0f} s", "learner's peak", "gradient norm", *measured])
     for name in ranked(report):
         method, its = report["methods"][name], machine[name]
         norm = method["grad_norm"]
@@ -81,6 +83,9 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
             f"{its['solve_rate_at_equal_seconds']:.3f}",
             f"{its['peak_rank_bytes'] / 2**20:,.0f} MiB" if its["peak_rank_bytes"] else "",
             f"{norm['mean']:.3g} ± {norm['deviation']:.2g}" if norm["mean"] and norm["deviation"] else "",
+            *([_noise(noise[name], "value", "interval"), _noise(noise[name], "signal_fe", "signal_fe_interval")])[
+                : len(measured)
+            ],
         ]
         lines.append(_row(cells))
     return lines
@@ -89,6 +94,14 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
 def chosen(point: Mapping[str, Any] | None) -> str:
     """A point of a grid in few words."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in (point or {}).items())
+
+
+def _noise(found: Mapping[str, Any], value: str, interval: str) -> str:
+    """Empty where it wasn't measured; without an end where too few batches were."""
+    if interval not in found:
+        return ""
+    low, high = ("unbounded" if end is None else f"{end:,.3g}" for end in found[interval])
+    return f"above {low}" if found.get(value) is None else f"{found[value]:,.3g} [{low}, {high}]"
 
 
 def _rate(estimate: Mapping[str, Any], form: str) -> str:

@@ -43,7 +43,7 @@ from learner.supply.publish import publish
 from learner.supply.pumping import Answer, pump_until
 from learner.supply.window import Supply
 from rewards.errors import WaitTimeout, first_line
-from rollout.adapters import digest
+from rollout.adapters import AdapterState, digest
 from rollout.ledger import Ledger
 from rollout.messages import BASE_WEIGHTS, GroupRef, Weights
 from rollout.replay import ReplayBuffer, ReplayItem
@@ -142,6 +142,16 @@ class Controller(Training):
             "held_out_problems": len(self.held_out),
         }
         return self._leave(self.adapter.state, self.adapter.peft_config, figures)
+
+    def gradient(self, number: int) -> AdapterState:
+        """Of a batch of its own under the weights that the run begins with, whose step is not taken; of a method that
+        updates several times on a batch, the first update's. ``number``: of the batch, from 0, in order."""
+        self._publish(number, self.adapter)
+        self.feed.issue_through(number)
+        items = self.feed.gather(number, self.weights)
+        gradient = self._meanwhile(partial(self.learner.gradient, self.feed.learned_from(number, items), 0))
+        self.feed.replay.commit(items, number)
+        return gradient
 
     def dry_run(self) -> None:
         """Print two rollouts of the first iteration and the batch's statistics."""

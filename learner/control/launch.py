@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from learner.control.commands import Commands
@@ -19,14 +19,12 @@ from learner.settings.run import DEFAULT_RECIPE, RunConfig, bias_warnings, requi
 from rollout.code import code_identity
 
 
-def run(config: RunConfig, argv: Sequence[str] = (), *, dry_run: bool = False) -> int:
+def run(config: RunConfig, argv: Sequence[str] = (), *, look: Callable[[Controller], None] | None = None) -> int:
     """Train as the settings say and return the process's exit status: 0, or 128 + signal when asked to stop.
-
-    With ``dry_run``, draw and grade the first iteration, print two rollouts and the batch's statistics, and end without
-    a trace.
 
     Args:
         argv: the command's arguments, to be recorded.
+        look: called in place of the training, with actors and ranks ready; the run leaves no trace then.
 
     Raises:
         UnmaskError: whatever ends the run; once it was begun, the run directory then says ``failed``.
@@ -46,7 +44,7 @@ def run(config: RunConfig, argv: Sequence[str] = (), *, dry_run: bool = False) -
     local = not joins(config.resources.ray_address)
     unchecked = check_memory(config, this_machine(config)) if local else None
     with contextlib.ExitStack() as stack:
-        if dry_run:
+        if look is not None:
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="unmask-dry-run-"))
             changes = {"dir": place, "name": "dry-run", "resume": "never", "dashboard": False, "restarts": 0}
             of_its_own = config.store.model_copy(update={"url": None})
@@ -70,10 +68,12 @@ def run(config: RunConfig, argv: Sequence[str] = (), *, dry_run: bool = False) -
         subject = subject_of(config, found)
         if unchecked is not None:
             subject.told.append(("warning", "memory", unchecked))
-        return _train(config, about, found, subject, dry_run)
+        return _train(config, about, found, subject, look)
 
 
-def _train(config: RunConfig, about: About, found: FoundRun, subject: Subject, dry_run: bool) -> int:
+def _train(
+    config: RunConfig, about: About, found: FoundRun, subject: Subject, look: Callable[[Controller], None] | None
+) -> int:
     with contextlib.ExitStack() as stack:
         # A new run is begun before its base is built, for that takes a while and people may look at it; one that goes
         # on, when nothing is left that could refuse it.
@@ -95,9 +95,9 @@ def _train(config: RunConfig, about: About, found: FoundRun, subject: Subject, d
         if unchecked is not None:
             reporter.event("warning", "memory", unchecked)
         start = partial(Controller, config, begun, grounds, stop, commands, closing)
-        if dry_run:
+        if look is not None:
             try:
-                start().dry_run()
+                look(start())
             except StopRequested:
                 return stop.exit_status
             return 0

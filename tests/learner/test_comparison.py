@@ -22,6 +22,7 @@ from learner.comparison.cells import (
     tuning_cells,
 )
 from learner.comparison.findings import outcomes
+from learner.comparison.noise import found_noise
 from learner.comparison.outline import outline_text
 from learner.comparison.plot import PLOT, plot_comparison
 from learner.comparison.processes import RunFailed, Stopped, lock_of_runs, run_module
@@ -299,6 +300,39 @@ def test_a_failed_cell_is_reported_and_the_others_stay() -> None:
     report = comparison_report(config, found | {bad.name: Findings(bad.key, "the disk is full", {})})
     assert report["methods"]["wd1"]["seeds"] == [0] and report["methods"]["agrpo"]["seeds"] == [0, 1]
     assert f"- `{bad.name}`: the disk is full" in report_text(report) and report["complete"]
+
+
+# ---- the noise of gradients
+
+
+def test_noise_is_of_the_settings_and_batches_that_it_was_measured_with(tmp_path: Path) -> None:
+    config = plan("gradient_batches=24", "statistics.resamples=200")
+    found = all_done(config, {"agrpo": 0.75, "wd1": 0.5})
+    figures = {
+        "batches": 24,
+        "value": 3.5,
+        "interval": [2.0, None],
+        "signal_fe": 7000.0,
+        "signal_fe_interval": [4e3, None],
+    }
+    lost = {**figures, "value": None, "interval": [9.0, None]} | {"signal_fe_interval": [18e3, None]}
+    del lost["signal_fe"]
+    (tmp_path / "noise").mkdir()
+    for method, measured in (("agrpo", figures), ("wd1", lost)):
+        key = reported_cells(config, method, found)[0].key
+        (tmp_path / "noise" / f"{method}.json").write_text(json.dumps({"key": key, **measured}))
+    noise = found_noise(config, tmp_path, found)
+    assert noise == {"agrpo": figures, "wd1": lost}
+    text = report_text(comparison_report(config, found, noise))
+    assert "| noise / signal | times FE of an update |" in text
+    assert "| 3.5 [2, unbounded] | 7e+03 [4e+03, unbounded] |" in text and "| above 9 | above 1.8e+04 |" in text
+    assert "noise / signal" not in report_text(comparison_report(config, found))
+    assert found_noise(plan(), tmp_path, found) == {}, "nothing was asked for"
+    assert found_noise(plan("gradient_batches=48"), tmp_path, found) == {}
+    other = plan("gradient_batches=24", "settings=[rollout.sampler.temperature=0.5]")
+    assert found_noise(other, tmp_path, all_done(other, {"agrpo": 0.75, "wd1": 0.5})) == {}
+    (tmp_path / "noise" / "agrpo.json").write_text("{")
+    assert list(found_noise(config, tmp_path, found)) == ["wd1"], "not whole: it is measured again"
 
 
 # ---- processes

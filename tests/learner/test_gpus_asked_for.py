@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from learner.control import launch
+from learner.control.controller import Controller
 from learner.finetuning import run as finetuning
 from learner.finetuning.settings import load_sft_config as load_sft
 from learner.runs.session import check_local_gpus
@@ -29,7 +30,7 @@ def test_a_recipe_that_needs_gpus_is_refused_at_once(recipe: str, dry_run: bool,
     with pytest.raises(
         ConfigError, match=r"more GPUs \(\d+, .* than this machine has \(none\); .*resources\.ray_address"
     ):
-        launch.run(config, dry_run=dry_run)
+        launch.run(config, look=Controller.dry_run if dry_run else None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,6 +43,13 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.bench": [["--wrong"], ["--only", "nothing"]],
     "learner.bench.choice": [["--wrong"]],
     "learner.bench.control": [["--wrong"]],
+    "learner.bench.gradient_noise": [
+        ["--wrong"],
+        ["run.nonsense=1"],
+        ["--batches", "1"],
+        ["objective.type=dtm", "objective.buffer_prompts=16"],
+        ["rollout.max_staleness=1"],
+    ],
     "learner.bench.gpu": [["--wrong"], ["--all", "nothing"]],
     "learner.bench.overlap": [["--wrong"]],
     "learner.bench.packing": [["--wrong"]],

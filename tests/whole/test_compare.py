@@ -34,6 +34,7 @@ seeds: [0]
 tuning_seeds: [100]
 problems: 8
 curve_points: 2
+gradient_batches: 4
 statistics: {resamples: 500}
 """
 TUNED, REPORTED, BROKEN = "agrpo-lr0.001-s100", "agrpo-lr0.001-s0", "broken-lr1e_38-s100"
@@ -94,6 +95,13 @@ def test_a_run_that_fails_is_reported_and_the_others_are_run(undisturbed: Path) 
     agrpo = report["methods"]["agrpo"]
     assert agrpo["seeds"] == [0] and agrpo["failed"] == {}
     assert 0 < agrpo["spent"] <= 1.1 * 2000
+    noise = agrpo["gradient_noise"]
+    assert (
+        noise["batches"] == 4
+        and noise["noise"] > 0
+        and "| noise / signal |" in (undisturbed / "out" / TABLE).read_text()
+    )
+    assert report["methods"]["broken"]["gradient_noise"] is None, "its settings are not known"
     assert report["cells"][REPORTED]["iterations"] == report["cells"][REPORTED]["curve"]["iteration"][-1]
     assert f"- `{BROKEN}`: " in (undisturbed / "out" / TABLE).read_text()
     assert (undisturbed / "out" / PLOT).stat().st_size > 10_000
