@@ -33,7 +33,10 @@ def noise_over_signal(gram_NN: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     noise_R = weights_RN @ squares_N / N - signal_R
     found_R = signal_R > 0
     ratio_R = np.where(found_R, noise_R / np.where(found_R, signal_R, 1.0), np.inf)
-    low, high = percentile_interval(ratio_R[1:]) if found_R.all() else (float(np.quantile(ratio_R[1:], 0.025)), np.inf)
+    if found_R.all():
+        low, high = percentile_interval(ratio_R[1:])
+    else:
+        low, high = float(np.quantile(ratio_R[1:], 0.025, method="lower")), np.inf
     return {
         "batches": N,
         "signal": float(signal_R[0]),
