@@ -115,10 +115,7 @@ class LogitsHead:
         position_N = np.concatenate([asked.position_N, *(f.position_B for f in fills)])
         parts = [asked.position_N.size, *(f.position_B.size for f in fills)]
         logits_NV, *of_fills = self._logits(rows, Asked(row_N, position_N)).split(parts)
-        filled = [
-            fill(logits_BV, f, int(rows.steps_R[f.row]), sampler, self._mask)
-            for f, logits_BV in zip(fills, of_fills, strict=True)
-        ]
+        filled = fill_all(of_fills, fills, [int(rows.steps_R[f.row]) for f in fills], sampler, self._mask)
         return _LocalLook(logits_NV, rows, asked, sampler, self._mask, filled)
 
 
@@ -183,21 +180,51 @@ def draw(
     return drawn, law
 
 
-def fill(logits_BV: torch.Tensor, asked: Fill, step: int, sampler: SamplerSpec, mask: int) -> Filled:
-    """The fills that are asked for, of a row before ``step``; ``logits_BV`` may be written into."""
-    if not asked.keys:
-        logits_BV[:, mask] = -torch.inf
-        return Filled(logits_BV.argmax(-1).to(torch.int32).cpu().numpy()[None], None)
-    raw_BV = without_mask(logits_BV, mask)
-    law = truncate(raw_BV / sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p)
-    positions_B = torch.from_numpy(asked.position_B).to(logits_BV.device)
+def fill_all(
+    of_fills: Sequence[torch.Tensor], fills: Sequence[Fill], steps: Sequence[int], sampler: SamplerSpec, mask: int
+) -> list[Filled]:
+    """All fills that are asked for in a step, sent and told in one copy each. A row's at a time, since what is drawn
+    needs copies of its logits.
+
+    Args:
+        of_fills: [B, V] logits of each fill's positions, which may be written into.
+        steps: that the row of each fill has taken before.
+    """
+    if not fills:
+        return []
+    drawn = [f.position_B for f in fills if f.keys]
+    sent = iter(in_one_copy(of_fills[0].device, *drawn) if drawn else ())
+    made = [
+        _drawn_fill(logits_BV, f.keys, next(sent), step, sampler, mask) if f.keys else _greedy_fill(logits_BV, mask)
+        for logits_BV, f, step in zip(of_fills, fills, steps, strict=True)
+    ]
+    told = iter(torch.cat([each.flatten() for each in made]).cpu().split([each.numel() for each in made]))
+    return [_as_told(next(told).view(each.shape).numpy()) for each in made]
+
+
+def _greedy_fill(logits_BV: torch.Tensor, mask: int) -> torch.Tensor:
+    """[1, 1, B] float64, the likeliest ids."""
+    logits_BV[:, mask] = -torch.inf
+    return logits_BV.argmax(-1).double()[None, None]
+
+
+def _drawn_fill(
+    logits_BV: torch.Tensor, keys: Sequence[int], position_B: torch.Tensor, step: int, sampler: SamplerSpec, mask: int
+) -> torch.Tensor:
+    """[2, Z, B] float64: ids, and their log-probs."""
+    law = truncate(without_mask(logits_BV, mask) / sampler.temperature, top_k=sampler.top_k, top_p=sampler.top_p)
     ids, logp = [], []
-    for key in asked.keys:
-        streams_B = noise.streams(torch.full_like(positions_B, key), torch.full_like(positions_B, step), positions_B)
+    for key in keys:
+        streams_B = noise.streams(torch.full_like(position_B, key), torch.full_like(position_B, step), position_B)
         column_B1 = _noisiest(law, streams_B).unsqueeze(1)
-        ids.append(_token(law, column_B1).to(torch.int32).cpu().numpy())
-        logp.append(law.logp_NK.gather(1, column_B1).squeeze(1).cpu().numpy())
-    return Filled(np.stack(ids), np.minimum(np.stack(logp), 0.0))
+        ids.append(_token(law, column_B1).double())
+        logp.append(law.logp_NK.gather(1, column_B1).squeeze(1).double())
+    return torch.stack([torch.stack(ids), torch.stack(logp)])
+
+
+def _as_told(told: np.ndarray) -> Filled:
+    logp_ZB = None if len(told) == 1 else np.minimum(told[1].astype(np.float32), 0.0)
+    return Filled(told[0].astype(np.int32), logp_ZB)
 
 
 class _LocalLook:

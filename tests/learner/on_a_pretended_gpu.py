@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -39,11 +40,13 @@ from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.models.prompt_head import head_net
-from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
+from rollout.spans import Gap
+from rollout.trajectory import DrawnBranches, GreedyBranches, GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.every_method import METHODS, Drawing, at, batch_of, draw_batches, drawing_of, loss_of, update_of
 from tests.support.hand_made import acting_adapter
 from tests.support.learner_ranks import SAMPLER, random_adapter, settings
 from tests.support.pretended_gpu import Counts, MixedDevices, counted, flash_attention, pretended_gpu
+from tests.support.small_masked_lms import SIZES, write_masked_lm
 from tests.support.small_policies import FAMILIES, write_policy
 
 SAMPLERS = {
@@ -62,6 +65,7 @@ EVALUATED = {
     ),
 }
 """As a run's own evaluation samples (``learner.supply.greedy``)."""
+MASKED = [family for family in SIZES if family not in FAMILIES]
 MOST_SYNCS_OF_A_STEP = 8
 MOST_SYNCS_OF_A_FORWARD = 4
 """Before the backward is queued."""
@@ -77,9 +81,12 @@ def gpu() -> Iterator[torch.device]:
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory) -> dict[str, str]:
-    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    folders = {family: tmp_path_factory.mktemp(family) for family in (*FAMILIES, *MASKED)}
     for family, folder in folders.items():
-        write_policy(folder, family)
+        if family in FAMILIES:
+            write_policy(folder, family)
+        else:
+            write_masked_lm(folder, family)
     return {family: str(folder) for family, folder in folders.items()}
 
 
@@ -125,11 +132,11 @@ def engine(path: str, device: torch.device | str, dtype: str = "float32") -> Tor
     return TorchEngine(model_path=path, lora=lora, max_rows=16, threads=1, device=str(device), dtype=dtype)
 
 
-def drawn(sampled: TorchEngine, sampler: SamplerSpec) -> tuple[list[TrajectoryGroup], Counts, int]:
+def drawn(sampled: TorchEngine, sampler: SamplerSpec, **beside: Any) -> tuple[list[TrajectoryGroup], Counts, int]:
     """Two groups with prompts of two lengths, what it took, and in how many steps of the 16 rows."""
     specs = [GroupSpec(i, Problem(f"p{i}", {}), 8, 5 + i) for i in range(2)]
     with counted() as counts:
-        groups = sampled.generate(specs, [[5, 6, 7], [5, 6, 7, 8, 9]], sampler)
+        groups = sampled.generate(specs, [[5, 6, 7], [5, 6, 7, 8, 9]], sampler, **beside)
     return groups, counts, int(max(group.nfe.max() for group in groups))
 
 
@@ -168,7 +175,26 @@ def test_sampling_by_flash_attention_waits_no_more(gpu, policies):
         np.testing.assert_array_equal(ours.logp, theirs.logp)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llada"])
+BESIDE: dict[str, dict[str, Any]] = {
+    "greedy branches": {"branches": GreedyBranches(3)},
+    "drawn branches": {"branches": DrawnBranches(2, 4.0)},
+    "gaps": {"gaps": [(Gap(1, (3, 5)), Gap(n, (4,))) for n in (3, 5)]},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_branches_and_gaps_are_drawn_on_one_device(gpu, policies, name):
+    expected, none, _ = drawn(engine(policies["llada"], "cpu"), SAMPLER, **BESIDE[name])
+    found, counts, steps = drawn(engine(policies["llada"], gpu), SAMPLER, **BESIDE[name])
+    # A branched row's law is cut by itself, so that its logits are copied for one row at a time: two waits a row, once.
+    once = 2 * 16 if name == "drawn branches" else 0
+    assert not none.syncs and len(counts.syncs) <= MOST_SYNCS_OF_A_STEP * steps + once, counts.told()
+    for ours, theirs in zip(found, expected, strict=True):
+        for field in ("completion_ids", "branch_ids", "branch_logp", "places"):
+            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), err_msg=field)
+
+
+@pytest.mark.parametrize("family", [family for family in (*FAMILIES, *MASKED) if family != "llada"])
 def test_every_family_samples_on_one_device(gpu, policies, family):
     expected, _, _ = drawn(engine(policies[family], "cpu"), SAMPLER)
     found, counts, steps = drawn(engine(policies[family], gpu), SAMPLER)
@@ -255,10 +281,16 @@ def gradients(
     groups: list[TrajectoryGroup],
     dtype: str = "float32",
 ) -> tuple[dict[str, torch.Tensor], Counts, int]:
+    """As ``gradients_of`` a model that is loaded."""
+    model = attach_lora(load_model(path, dtype), policy_adapter(path), lora_spec(at(method))).to(device).train()
+    return gradients_of(model, path, method, adapter, groups)
+
+
+def gradients_of(
+    model: torch.nn.Module, path: str, method: str, adapter: AdapterState, groups: list[TrajectoryGroup]
+) -> tuple[dict[str, torch.Tensor], Counts, int]:
     """Of an update's forwards, one after the other; and what was waited for before each backward."""
-    config = at(method)
-    family, objective = policy_adapter(path), make_objective(config.objective)
-    model = attach_lora(load_model(path, dtype), family, lora_spec(config)).to(device).train()
+    family, objective = policy_adapter(path), make_objective(at(method).objective)
     load_state(model, adapter)
     plan = update_of(objective, family, groups)
     before = Counts()

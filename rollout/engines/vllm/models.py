@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, e
 
 from rollout.engines.vllm import shim
 from rollout.engines.vllm.wire import KEY, RowAnswer, RowAsked, part
-from rollout.sampling.head import chooses_before_drawing, confidence, draw, fill
+from rollout.sampling.head import chooses_before_drawing, confidence, draw, fill_all
 from rollout.sampling.truncation import Law
 from rollout.trajectory import SamplerSpec
 
@@ -101,9 +101,7 @@ def _supports(law: Law, ends: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]
 
 def _fills(row: RowAsked, logits: torch.Tensor, mask: int) -> tuple[Any, ...]:
     of_fills = logits.split([f.position_B.size for f in row.fills]) if row.fills else ()
-    return tuple(
-        fill(logits_BV, f, row.step, row.sampler, mask) for f, logits_BV in zip(row.fills, of_fills, strict=True)
-    )
+    return tuple(fill_all(of_fills, row.fills, [row.step] * len(row.fills), row.sampler, mask))
 
 
 @attn_type("encoder_only")
