@@ -77,6 +77,8 @@ def _command(argv: Sequence[str] | None) -> int:
     from learner.bench.noise import measured  # torch and Ray take seconds to import
     from learner.control.launch import run
 
+    # A batch is what an iteration draws, and a run draws for no more than it has.
+    config = config.model_copy(update={"run": config.run.model_copy(update={"iterations": options.batches})})
     found: dict[str, Any] = {}
     status = run(config, options.settings, look=partial(measured, config, options.batches, found))
     if status == 0:
