@@ -21,7 +21,7 @@ from rollout.models.dream import DreamConfig
 from rollout.models.head import Head
 from rollout.models.llada import LLaDAConfig
 from rollout.models.llada_moe import LLaDAMoEConfig
-from rollout.sampling.head import Fill, chooses_before_drawing, confidence, draw, fill
+from rollout.sampling.head import Fill, chooses_before_drawing, confidence, draw, fill_all
 from rollout.trajectory import SamplerSpec
 from tests.support.small_policies import FAMILIES, write_policy
 
@@ -120,7 +120,7 @@ def test_what_is_packed_is_what_is_unpacked(law: dict[str, Any], keys: tuple[int
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(1))
     drawn, law = draw(logits, np.full(3, asked.key), np.full(3, 3), asked.position_N, spec, 2)
     sure_N = confidence(logits, spec, 2).numpy() if chooses_before_drawing(spec) else None
-    filled = fill(torch.randn(4, 30), asked.fills[0], 3, spec, 2)
+    (filled,) = fill_all([torch.randn(4, 30)], asked.fills[:1], [3], spec, 2)
     support = tuple(found.numpy() for found in law.support()) if spec.truncates else None
     packed = RowAnswer(9, drawn, sure_N, (filled,), support).pack(asked)
     found = RowAnswer.unpack(packed, asked)
