@@ -22,7 +22,7 @@ def measure_noise(config: ComparisonConfig, out: Path, found: Found, stop: Calla
     """
     known = found_noise(config, out, found)
     for method, cell in _measurable(config, found).items():
-        if "failed" not in known.get(method, {"failed": None}):
+        if method in known and "failed" not in known[method]:
             continue
         print(f"{method}: the noise of its gradient, {config.gradient_batches} batches", flush=True)
         file, log = out / "noise" / f"{method}.tmp.json", out / "logs" / f"{method}-noise.log"

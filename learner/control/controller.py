@@ -97,11 +97,11 @@ class Controller(Training):
         if resumed is not None:
             ledger.restore(resumed.progress.ledger)
         self._model_path, self._first_adapter = model_path, subject.adapter
-        self._placement, of_pool = reserve_ranks(config, self._enforce_stop), None
+        placement, together = reserve_ranks(config, self._enforce_stop), config.resources.one_process
+        self._placement = None if together else placement
         self._hosts: list[Any] | None = None
         """the processes of ranks that are actors too"""
-        if config.resources.one_process:
-            self._placement, of_pool = None, self._placement
+        of_pool = placement if together else None
         pool = start_actors(config, model_path, lora_spec(config), seed=config.run.seed, placement=of_pool)
         closing.callback(pool.close)
         self.workers.pool = pool

@@ -62,7 +62,7 @@ def start_actors(
         size=config.rollout.wanted_actors,
         least=config.rollout.fewest_actors,
         resources={"CPU": cpus, "GPU": gpus},
-        environment=environment | (rank_environment(config) if resources.one_process else {}),
+        environment=rank_environment(config) if resources.one_process else environment,
         start_timeout_s=config.timeouts.start,
         max_restarts=MAX_RESTARTS,
         heartbeat_s=config.timeouts.heartbeat,
