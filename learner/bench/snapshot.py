@@ -4,6 +4,7 @@ No Ray: one engine in this process draws, and its model gives the gradients. Sha
 N views of a group, P trained parameters.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,6 +75,45 @@ class GroupGradients:
     """Forward passes that drawing one completion took, on average."""
     correct: float
     """Share of completions with a right verdict."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, out: str, ks: str) -> None:
+    """What a command on a snapshot takes.
+
+    Args:
+        out: what ``--out`` is for.
+        ks: draws per completion, as ``--k`` lists them by default.
+    """
+    parser.add_argument("snapshot", type=Path, help="a checkpoint, or a run directory (its newest checkpoint)")
+    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument("--groups", type=int, default=128, help="prompt groups drawn")
+    parser.add_argument("--k", default=ks, help="draws per completion to compare")
+    parser.add_argument("--view-cost", type=float, default=2.0, help="forward passes that one view costs the learner")
+    parser.add_argument("--seed", type=int, default=0, help="names the groups and the bootstrap")
+    parser.add_argument("--baseline", choices=("group", "fills"), help="objective.baseline; default: the run's")
+    parser.add_argument("--base", help="folder or hub name of the base; default: the one the adapter names")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+
+
+def snapshot_of(arguments: argparse.Namespace) -> tuple[Snapshot, list[int]]:
+    """The snapshot that ``add_arguments``' arguments name, with the baseline that they want, and their draws.
+
+    Raises:
+        ConfigError: for arguments that mean nothing, and as ``read_snapshot``.
+    """
+    if arguments.groups < 2 or arguments.view_cost <= 0:
+        raise ConfigError(f"--groups {arguments.groups} must be 2 or more, --view-cost {arguments.view_cost} above 0")
+    try:
+        ks = sorted({int(k) for k in arguments.k.split(",")})
+    except ValueError:
+        ks = [0]
+    if ks[0] < 1:
+        raise ConfigError(f"--k {arguments.k} is not a list of draws; write --k 1,2,4,8")
+    snapshot = read_snapshot(arguments.snapshot, arguments.base)
+    if arguments.baseline:
+        objective = snapshot.objective.model_copy(update={"baseline": arguments.baseline})
+        snapshot = dataclasses.replace(snapshot, config=snapshot.config.model_copy(update={"objective": objective}))
+    return snapshot, ks
 
 
 def read_snapshot(path: Path, base: str | None = None) -> Snapshot:

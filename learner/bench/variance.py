@@ -30,7 +30,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,13 +39,13 @@ from rich.progress import track
 from rich.table import Table
 
 from learner.bench.estimators import ALL_STEPS, DESIGNS, Estimator, draw_weights, expected_views, weight_covariance
-from learner.bench.snapshot import GroupGradients, Snapshot, group_gradients, read_snapshot
+from learner.bench.snapshot import GroupGradients, Snapshot, add_arguments, group_gradients, snapshot_of
 from learner.bench.variance_plot import plot_variance
 from learner.evaluation.intervals import percentile_interval
 from learner.runs.atomic import atomic_write_text, disk_errors
 from learner.runs.stopping import exit_status
 from rewards.command import Parser
-from rewards.errors import ConfigError, DataError
+from rewards.errors import DataError
 from rollout.seeds import numpy_generator
 
 FLOORS = (0.0, 0.1, 0.2, 0.3)
@@ -129,9 +128,7 @@ def analyse(measured: Measured, own: Estimator, *, view_cost: float, seed: int) 
     N = len(measured.gram_NN)
     if not measured.gram_NN.any():
         raise DataError(f"none of the {N} groups has a signal (a gradient): take another snapshot, or more --groups")
-    # The Bayesian bootstrap (Rubin 1981): no resample leaves a group out altogether, so no ratio divides by 0.
-    weights_RN = N * numpy_generator(seed, "variance bootstrap").dirichlet(np.ones(N), size=RESAMPLES)
-    counts_RN = np.concatenate([np.ones((1, N)), weights_RN])  # the sample itself comes first
+    counts_RN = resamples(N, seed)
     rollout_R = rollout_variance(measured.gram_NN, counts_RN)
     timestep_RE = counts_RN @ measured.timestep_EN.T / N
     views_RE = counts_RN @ measured.views_EN.T / N
@@ -160,8 +157,8 @@ def analyse(measured: Measured, own: Estimator, *, view_cost: float, seed: int) 
             "k": estimator.k,
             "own": estimator == own,
             "largest_weight": float(measured.weight_E[e]),
-            **{name: _interval(values_RE[:, e]) for name, values_RE in figures.items()},
-            "timestep_on_over_off": _interval(timestep_RE[:, e] / timestep_RE[:, pairs[e]]) if e in pairs else None,
+            **{name: interval(values_RE[:, e]) for name, values_RE in figures.items()},
+            "timestep_on_over_off": interval(timestep_RE[:, e] / timestep_RE[:, pairs[e]]) if e in pairs else None,
         }
         for e, estimator in enumerate(measured.estimators)
     ]
@@ -171,13 +168,20 @@ def analyse(measured: Measured, own: Estimator, *, view_cost: float, seed: int) 
         "groups": N,
         "groups_with_signal": int((np.diag(gram_NN) > 0).sum()),
         "solve_rate": float(measured.correct_N.mean()),
-        "rollout_variance": _interval(rollout_R),
+        "rollout_variance": interval(rollout_R),
         "squared_mean_gradient": float(signal),
-        "least_timestep_over_rollout": _interval(counts_RN @ measured.bound_N / N / rollout_R),
+        "least_timestep_over_rollout": interval(counts_RN @ measured.bound_N / N / rollout_R),
         "forwards_per_completion": float(measured.forwards_N.mean()),
         "view_cost": view_cost,
         "estimators": rows,
     }
+
+
+def resamples(groups: int, seed: int) -> np.ndarray:
+    """[R, N] how often each resample takes each group; the sample itself comes first. The Bayesian bootstrap (Rubin
+    1981): no resample leaves a group out altogether, so no ratio divides by 0."""
+    weights_RN = groups * numpy_generator(seed, "variance bootstrap").dirichlet(np.ones(groups), size=RESAMPLES)
+    return np.concatenate([np.ones((1, groups)), weights_RN])
 
 
 def rollout_variance(gram_NN: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
@@ -251,7 +255,7 @@ def table_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{row['views']['value']:.2f}",
             f"{row['largest_weight']:.3g}",
             *(
-                "0" if every and name.startswith("timestep") else _told(row[name])
+                "0" if every and name.startswith("timestep") else told(row[name])
                 for name in (
                     "timestep_over_rollout",
                     "timestep_x_views_ratio",
@@ -273,13 +277,13 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     return [
         f"{snapshot['task']}, iteration {snapshot['iteration']}, sampled solve rate {found['solve_rate']:.3f}: "
         f"{found['groups']} groups, {found['groups_with_signal']} with a signal.",
-        f"Rollout variance of a group's gradient {_told(rollout)}, its squared mean "
+        f"Rollout variance of a group's gradient {told(rollout)}, its squared mean "
         f"{found['squared_mean_gradient']:.3g}; an update has {n} groups and 1/{n} of the variance.",
         f"The best law of independent draws there is (p by the gradient's norm, which isn't known before) would have "
-        f"{_told(found['least_timestep_over_rollout'])} / k of the rollout variance as timestep variance.",
+        f"{told(found['least_timestep_over_rollout'])} / k of the rollout variance as timestep variance.",
         f"* relative to this run's setting. Work of a completion: {found['forwards_per_completion']:g} forwards to "
         f"draw it and {found['view_cost']:g} for each view.",
-        f"Least total variance x work: {name}, {_told(best['total_x_work_ratio'])} of this run's.",
+        f"Least total variance x work: {name}, {told(best['total_x_work_ratio'])} of this run's.",
     ]
 
 
@@ -296,28 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> int:
     parser = Parser("python -m learner.bench.variance", description=__doc__.partition("\n")[0])
-    parser.add_argument("snapshot", type=Path, help="a checkpoint, or a run directory (its newest checkpoint)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for variance.json, .md and .png")
-    parser.add_argument("--groups", type=int, default=128, help="prompt groups drawn")
-    parser.add_argument("--k", default="1,2,4,8", help="draws per completion to compare")
-    parser.add_argument("--view-cost", type=float, default=2.0, help="forward passes that one view costs the learner")
-    parser.add_argument("--seed", type=int, default=0, help="names the groups and the bootstrap")
-    parser.add_argument("--baseline", choices=("group", "fills"), help="objective.baseline; default: the run's")
-    parser.add_argument("--base", help="folder or hub name of the base; default: the one the adapter names")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_arguments(parser, out="folder for variance.json, .md and .png", ks="1,2,4,8")
     arguments = parser.parse_args(argv)
-    if arguments.groups < 2 or arguments.view_cost <= 0:
-        raise ConfigError(f"--groups {arguments.groups} must be 2 or more, --view-cost {arguments.view_cost} above 0")
-    try:
-        ks = sorted({int(k) for k in arguments.k.split(",")})
-    except ValueError:
-        ks = [0]
-    if ks[0] < 1:
-        raise ConfigError(f"--k {arguments.k} is not a list of draws; write --k 1,2,4,8")
-    snapshot = read_snapshot(arguments.snapshot, arguments.base)
-    if arguments.baseline:
-        objective = snapshot.objective.model_copy(update={"baseline": arguments.baseline})
-        snapshot = replace(snapshot, config=snapshot.config.model_copy(update={"objective": objective}))
+    snapshot, ks = snapshot_of(arguments)
     found = report(
         snapshot,
         arguments.groups,
@@ -352,12 +337,14 @@ def _moments(estimator: Estimator, group: GroupGradients) -> tuple[float, float,
     return variance, views, float(draw_weights(estimator, group.table, size_Gm)[live_G].max(initial=0.0))
 
 
-def _interval(values_R: np.ndarray) -> dict[str, float]:
+def interval(values_R: np.ndarray) -> dict[str, float]:
+    """The sample's value, which comes first, and the interval of the resamples."""
     low, high = percentile_interval(values_R[1:])
     return {"value": float(values_R[0]), "low": low, "high": high}
 
 
-def _told(figure: dict[str, float]) -> str:
+def told(figure: dict[str, float]) -> str:
+    """A figure and its interval, as tables have them."""
     value, low, high = (_rounded(figure[key]) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 

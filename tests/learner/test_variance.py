@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from learner.bench import proposals
 from learner.bench.estimators import (
     ALL_STEPS,
     Estimator,
@@ -377,6 +378,13 @@ def test_the_command_writes_table_json_and_plot(run, tmp_path, capsys):
     table = (tmp_path / "out" / "variance.md").read_text()
     assert table.count("\n| ") == 42 and "entropy, floor 0.1 (this run)" in table
     assert "Least total variance x work" in capsys.readouterr().out
+
+
+def test_proposals_are_judged_on_a_run(run, tmp_path, capsys):
+    assert proposals.main([str(run), "--out", str(tmp_path), "--groups", "4", "--k", "1", "--baseline", "fills"]) == 0
+    found = json.loads((tmp_path / "proposals.json").read_text())
+    assert found["snapshot"]["baseline"] == "fills" and len(found["proposals"]) == 2 * len(proposals.LAWS)
+    assert (tmp_path / "proposals.md").read_text() == capsys.readouterr().out
 
 
 def test_groups_are_a_function_of_the_seed(run):

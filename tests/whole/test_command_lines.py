@@ -57,6 +57,7 @@ MISTAKES: dict[str, list[list[str]]] = {
     "learner.bench.scaling": [["--wrong"]],
     "learner.bench.steps": [["--wrong"]],
     "learner.bench.vllm": [["--wrong"]],
+    "learner.bench.proposals": [["--wrong"], ["x", "--out", "y", "--groups", "1"]],
     "learner.bench.variance": [["--wrong"], ["x", "--out", "y", "--groups", "1"], ["x", "--out", "y", "--k", "some"]],
     "rewards.grade": [["--wrong"], [], ["--task", "nothing"]],
     "rewards.throughput": [["--wrong"], []],

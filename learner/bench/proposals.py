@@ -1,0 +1,226 @@
+"""What would better proposals of timesteps gain, and what do a step's neighbours know of its gradient?
+
+    python -m learner.bench.proposals RUN_OR_CHECKPOINT --out DIR [--groups 128] [--k 1,2,4] [--seed 0] ...
+
+AGRPO draws steps by the entropy that the rollout recorded. The best law would follow the norm of each step's gradient,
+which nobody knows before it is computed. Two laws are learned here from past norms: of a step alone, and of a step and
+its entropy. Each is fitted to one half of the groups and judged on the other, and the other way round. Beside them
+stand the laws that the product has, and the norm itself, which no proposal can know: what it gains is the most there is.
+
+A gradient computed at one step could stand in for its neighbours' as far as it points where theirs do. ``alike`` is
+the cosine of two steps' gradients of one completion, so many steps apart, of all pairs together, each per unit of
+advantage; its square is the share of a step's gradient that the best factor of its neighbour's explains.
+
+Figures and intervals are those of ``learner.bench.variance``. Writes proposals.json and proposals.md into DIR. Shapes:
+H groups of G completions, m steps, N views of a group, E estimators, R bootstrap resamples, F features.
+"""
+
+from rollout.process import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before torch is loaded
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from learner.bench.estimators import DESIGNS, Design, Estimator
+from learner.bench.snapshot import GroupGradients, add_arguments, group_gradients, snapshot_of
+from learner.bench.variance import Measured, interval, measure, resamples, rollout_variance, told
+from learner.runs.atomic import atomic_write_text, disk_errors
+from learner.runs.stopping import exit_status
+from rewards.command import Parser
+from rewards.errors import DataError
+
+OWN = "entropy"
+LAWS = {
+    "uniform": ("uniform", 0.0),
+    OWN: ("entropy", 0.1),
+    "norms of the step": ("entropy", 0.1),
+    "norms of step and entropy": ("entropy", 0.1),
+    "the norm itself": ("entropy", 0.0),
+}
+"""Law and floor that an estimator takes; all but the first are in proportion to what the table calls entropy."""
+COMPARED: tuple[Design, ...] = ("group", "once")
+LAGS = (1, 2, 3)
+ENTROPY_OFFSET = 1e-3
+"""Nats, added to a step's entropy before its logarithm is taken."""
+
+
+def unit_norms(group: GroupGradients) -> np.ndarray:
+    """[N] norm of each view's gradient, per unit of advantage."""
+    return np.sqrt(np.diag(group.gram_NN)) / np.abs(group.credit_Gm[group.rows_N, group.steps_N])
+
+
+def learned_norms(groups: Sequence[GroupGradients], *, by_entropy: bool) -> list[np.ndarray]:
+    """[G, m] of each group: the norms that the other half of the groups foretells, the even ones or the odd ones.
+
+    Of a step alone it is the root of its mean squared norm; with entropy, the least squares of the norm's logarithm
+    on the step and on the entropy's logarithm.
+    """
+    m = groups[0].table.eligible_Gm.shape[1]
+    found = []
+    halves = [_fitted([*groups[start::2]], m, by_entropy) for start in (0, 1)]
+    for place, group in enumerate(groups):
+        weights_F = halves[1 - place % 2]
+        logarithm_Gm = np.broadcast_to(weights_F[:m], group.table.eligible_Gm.shape).copy()
+        if by_entropy:
+            logarithm_Gm += weights_F[m] * np.log(group.table.entropy_Gm + ENTROPY_OFFSET)
+        found.append(np.exp(logarithm_Gm))
+    return found
+
+
+def _fitted(groups: Sequence[GroupGradients], m: int, by_entropy: bool) -> np.ndarray:
+    """[m] logarithms of a step's norm, and the factor of the entropy's logarithm behind them where it is asked for."""
+    live = [group for group in groups if len(group.rows_N)]
+    if not live:
+        raise DataError("half of the groups have no signal (no gradient): take another snapshot, or more --groups")
+    steps_V = np.concatenate([group.steps_N for group in live])
+    norms_V = np.concatenate([unit_norms(group) for group in live])
+    shown_Vm = steps_V[:, None] == np.arange(m)
+    seen_m = shown_Vm.sum(axis=0)
+    if not by_entropy:
+        square_m = np.full(m, np.mean(norms_V**2))  # that of all for a step that was never seen
+        square_m[seen_m > 0] = (norms_V**2 @ shown_Vm)[seen_m > 0] / seen_m[seen_m > 0]
+        return np.log(square_m) / 2
+    entropy_V = np.log(
+        np.concatenate([group.table.entropy_Gm[group.rows_N, group.steps_N] for group in live]) + ENTROPY_OFFSET
+    )
+    features_VF = np.concatenate([shown_Vm, entropy_V[:, None]], axis=1).astype(np.float64)
+    ridge_FF = 1e-3 * np.eye(m + 1)
+    logarithm_V = np.log(np.maximum(norms_V, 1e-12))
+    return np.linalg.solve(features_VF.T @ features_VF + ridge_FF, features_VF.T @ logarithm_V)
+
+
+def laws_of(groups: Sequence[GroupGradients]) -> dict[str, list[GroupGradients]]:
+    """The groups under each law of ``LAWS``: what a law is in proportion to takes the place of the entropy."""
+    by_step = learned_norms(groups, by_entropy=False)
+    by_both = learned_norms(groups, by_entropy=True)
+    own = []
+    for group in groups:
+        norms_Gm = np.zeros(group.table.eligible_Gm.shape)
+        norms_Gm[group.rows_N, group.steps_N] = unit_norms(group)
+        own.append(norms_Gm)
+    learned = dict(zip(list(LAWS)[2:], (by_step, by_both, own), strict=True))
+    proportions = {"uniform": None, OWN: None, **learned}
+    return {
+        law: [
+            group if sizes is None else replace(group, table=replace(group.table, entropy_Gm=sizes[place]))
+            for place, group in enumerate(groups)
+        ]
+        for law, sizes in proportions.items()
+    }
+
+
+def alike(groups: Sequence[GroupGradients], lag: int) -> np.ndarray:
+    """[H, 3] of each group: the summed inner products of gradients ``lag`` steps apart of one completion, and the
+    summed squares of the earlier and of the later ones, each per unit of advantage."""
+    sums = []
+    for group in groups:
+        credit_N = group.credit_Gm[group.rows_N, group.steps_N]
+        unit_NN = group.gram_NN / np.outer(credit_N, credit_N)
+        pairs_NN = (group.rows_N[:, None] == group.rows_N) & (group.steps_N[:, None] + lag == group.steps_N)
+        square_N = np.diag(unit_NN)
+        sums.append((unit_NN[pairs_NN].sum(), pairs_NN.sum(axis=1) @ square_N, pairs_NN.sum(axis=0) @ square_N))
+    return np.array(sums, dtype=np.float64)
+
+
+def analyse(groups: Sequence[GroupGradients], ks: Sequence[int], *, view_cost: float, seed: int) -> dict[str, Any]:
+    """All figures with intervals, as plain data. Ratios are to AGRPO's defaults, on the same resamples.
+
+    Args:
+        view_cost: forward passes that a view costs the learner.
+
+    Raises:
+        DataError: when a half of the groups has no gradients.
+    """
+    own = Estimator(*LAWS[OWN], "group", 4)  # type: ignore[arg-type]
+    rows, own_R = [], None
+    counts_RN = resamples(len(groups), seed)
+    for law, drawn in laws_of(groups).items():
+        estimators = [Estimator(*LAWS[law], design, k) for design in COMPARED for k in ks]  # type: ignore[arg-type]
+        measured = measure(drawn, [*estimators, own])
+        figures = _figures(measured, counts_RN, view_cost)
+        if law == OWN:
+            own_R = figures["total_x_work"][:, -1]
+        for e, estimator in enumerate(estimators):
+            rows.append(
+                {"law": law, "design": estimator.design, "k": estimator.k, "weight": float(measured.weight_E[e])}
+                | {name: values_RE[:, e] for name, values_RE in figures.items()}
+            )
+    assert own_R is not None
+    for row in rows:
+        row["total_x_work_ratio"] = row.pop("total_x_work") / own_R
+        row |= {name: interval(value) for name, value in row.items() if isinstance(value, np.ndarray)}
+    cosines = {}
+    for lag in LAGS:
+        sums_R3 = counts_RN @ alike(groups, lag)
+        cosines[str(lag)] = interval(sums_R3[:, 0] / np.sqrt(np.maximum(sums_R3[:, 1] * sums_R3[:, 2], 1e-300)))
+    return {"groups": len(groups), "view_cost": view_cost, "proposals": rows, "alike": cosines}
+
+
+def _figures(measured: Measured, counts_RN: np.ndarray, view_cost: float) -> dict[str, np.ndarray]:
+    """[R, E] each."""
+    H = len(measured.gram_NN)
+    rollout_R1 = rollout_variance(measured.gram_NN, counts_RN)[:, None]
+    timestep_RE, views_RE = counts_RN @ measured.timestep_EN.T / H, counts_RN @ measured.views_EN.T / H
+    forwards_R1 = counts_RN @ measured.forwards_N[:, None] / H
+    return {
+        "views": views_RE,
+        "timestep_over_rollout": timestep_RE / rollout_R1,
+        "total_x_work": (rollout_R1 + timestep_RE) * (forwards_R1 + view_cost * views_RE),
+    }
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['groups']} groups. Total variance x work is relative to AGRPO's defaults.",
+        "",
+        "| steps in proportion to | low disc. | k | views | timestep / rollout variance | total variance x work |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["proposals"]:
+        told_figures = " | ".join(told(row[name]) for name in ("timestep_over_rollout", "total_x_work_ratio"))
+        lines.append(
+            f"| {row['law']} | {DESIGNS[row['design']]} | {row['k']} | {row['views']['value']:.2f} | {told_figures} |"
+        )
+    lines += ["", "| steps apart | cosine of their gradients |", "|---|---|"]
+    lines += [f"| {lag} | {told(cosine)} |" for lag, cosine in found["alike"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when the checkpoint can't be used, 2 for wrong settings."""
+    return exit_status(partial(_command, argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = Parser("python -m learner.bench.proposals", description=__doc__.partition("\n")[0])
+    add_arguments(parser, out="folder for proposals.json and .md", ks="1,2,4")
+    arguments = parser.parse_args(argv)
+    snapshot, ks = snapshot_of(arguments)
+    drawn = group_gradients(snapshot, arguments.groups, seed=arguments.seed, device=arguments.device)
+    groups = [*track(drawn, "groups", total=arguments.groups, console=Console(stderr=True))]
+    found = analyse(groups, ks, view_cost=arguments.view_cost, seed=arguments.seed)
+    found["snapshot"] = {
+        "path": str(snapshot.path),
+        "iteration": snapshot.checkpoint.progress.iteration,
+        "baseline": snapshot.objective.baseline,
+    }
+    with disk_errors(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(arguments.out / "proposals.json", json.dumps(found, indent=2) + "\n")
+    atomic_write_text(arguments.out / "proposals.md", markdown(found))
+    print(markdown(found), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
