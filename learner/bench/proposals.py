@@ -5,7 +5,8 @@
 AGRPO draws steps by the entropy that the rollout recorded. The best law would follow the norm of each step's gradient,
 which nobody knows before it is computed. Two laws are learned here from past norms: of a step alone, and of a step and
 its entropy. Each is fitted to one half of the groups and judged on the other, and the other way round. Beside them
-stand the laws that the product has, and the norm itself, which no proposal can know: what it gains is the most there is.
+stand the laws that the product has, and the norm itself, which no proposal can know: what it gains is the most there
+is.
 
 A gradient computed at one step could stand in for its neighbours' as far as it points where theirs do. ``alike`` is
 the cosine of two steps' gradients of one completion, so many steps apart, of all pairs together, each per unit of
@@ -142,7 +143,8 @@ def analyse(groups: Sequence[GroupGradients], ks: Sequence[int], *, view_cost: f
         DataError: when a half of the groups has no gradients.
     """
     own = Estimator(*LAWS[OWN], "group", 4)  # type: ignore[arg-type]
-    rows, own_R = [], None
+    rows: list[dict[str, Any]] = []
+    own_R = None
     counts_RN = resamples(len(groups), seed)
     for law, drawn in laws_of(groups).items():
         estimators = [Estimator(*LAWS[law], design, k) for design in COMPARED for k in ks]  # type: ignore[arg-type]
