@@ -16,10 +16,18 @@ from learner.settings.methods.bounds import (
 from learner.settings.methods.branches import DispoConfig, EgspoConfig
 from learner.settings.methods.matching import DtmConfig
 from learner.settings.methods.one_step import CoupledGrpoConfig, DiffuGrpoConfig, Wd1Config
-from learner.settings.methods.states import AgrpoConfig, D2Config, DiffpoConfig, JustGrpoConfig, TraceRlConfig
+from learner.settings.methods.states import (
+    AgrpoConfig,
+    AgrpoFillsConfig,
+    D2Config,
+    DiffpoConfig,
+    JustGrpoConfig,
+    TraceRlConfig,
+)
 
 ObjectiveConfig = Annotated[
     AgrpoConfig
+    | AgrpoFillsConfig
     | DiffuGrpoConfig
     | Wd1Config
     | CoupledGrpoConfig

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from learner.settings import arguments as overrides
 from learner.settings.run import DEFAULT_RECIPE, RunConfig
@@ -63,6 +63,15 @@ class SimulationConfig(RunConfig):
     """Share of the actors that are slow."""
     slow_by: Annotated[float, Field(ge=1)] = 3.0
     """How many times as long a slow actor takes."""
+
+    @model_validator(mode="after")
+    def _two_sides(self) -> "SimulationConfig":
+        if self.resources.one_process:
+            raise ConfigError(
+                "resources.one_process=true makes actors and ranks the same processes, which take turns: there is no "
+                "number of actors and no staleness to choose; give resources.one_process=false"
+            )
+        return self
 
     @property
     def leases_per_iteration(self) -> int:

@@ -175,6 +175,8 @@ def test_what_cannot_be_measured_is_said(run: Path, tmp_path: Path) -> None:
         load_simulation(["recipe=smoke"], run)
     with pytest.raises(ConfigError, match="no run's folder"):
         load_simulation([], run / "absent")
+    with pytest.raises(ConfigError, match=r"one_process=true makes.*give resources.one_process=false"):
+        load_simulation(["resources.one_process=true", "rollout.actors=1"], run)
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="0 finished iterations"):
         measured_by(run, load_simulation([], run)[0])

@@ -22,7 +22,6 @@ VARIANTS: dict[str, type[ObjectiveSection]] = {
     v.model_fields["type"].default: v for v in get_args(get_args(ObjectiveConfig)[0])
 }
 FORMS = {
-    "agrpo_fills": ("agrpo", {"draws": "once", "baseline": "fills", "beta": 0}),
     "diffpo_thresholds": ("diffpo", {"threshold_lr": 0.02}),
     "diffpo_weights": ("diffpo", {"importance": "completion", "importance_cap": 1e4, "beta": 0}),
     "dmpo_unbiased": ("dmpo", {"centering": "unbiased", "alpha": 0.5}),

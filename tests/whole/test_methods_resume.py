@@ -15,7 +15,7 @@ BRANCHES = {"branches/reward", "branches/solve_rate", "branches/missing_share"}
 METHODS = {
     "egspo": (("objective.type=egspo", "objective.k=2"), BRANCHES),
     "dispo": (("objective.type=dispo", "objective.degree=1"), BRANCHES),
-    "agrpo_fills": (("objective.draws=once", "objective.baseline=fills", "objective.fills=2"), BRANCHES),
+    "agrpo_fills": (("objective.type=agrpo_fills", "objective.fills=2"), BRANCHES),
     "trafl": (("objective.type=trafl", "objective.head_lr=0.02"), {"normaliser"}),
     "trace_rl_values": (
         ("objective.type=trace_rl", "objective.value_lr=0.02", "objective.value_lambda=0.5"),

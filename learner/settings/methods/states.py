@@ -82,6 +82,20 @@ class AgrpoConfig(ObjectiveSection):
         return problems
 
 
+class AgrpoFillsConfig(AgrpoConfig):
+    """AGRPO with fills (ours): no step is drawn twice, and a step is credited with what came after it. The expected
+    gradient is AGRPO's, with less noise (docs/variance.md, docs/comparison-sudoku.md)."""
+
+    type: Literal["agrpo_fills"] = "agrpo_fills"  # type: ignore[assignment]  # the variant's own name
+    """The method."""
+    k: PositiveInt = 2
+    """Denoising steps taken per completion and update, on average."""
+    draws: Literal["repeated", "once"] = "once"
+    """As AGRPO's."""
+    baseline: Literal["group", "fills"] = "fills"
+    """As AGRPO's."""
+
+
 class D2Config(ObjectiveSection):
     """d2-StepMerge (arXiv 2509.21474): the rollout's steps merged into segments, each scored from its first state."""
 
