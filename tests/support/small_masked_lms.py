@@ -32,6 +32,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {},
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
     "electra": {"embedding_size": 24},
+    "albert": {  # each layer has weights of its own; test_models_albert.py has one for all
+        "embedding_size": 24,
+        "num_hidden_groups": 3,
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+    },
     "esm": {
         "position_embedding_type": "rotary",
         "token_dropout": True,
