@@ -195,8 +195,9 @@ class _Policy(PreTrainedModel):
         architecture = ARCHITECTURES[self.config.model_type]
         self.get_submodule(architecture.head_name).__class__ = Head
         for module in self.modules():
-            if type(module).__name__ == architecture.layer:
-                module.__class__ = _recomputable(type(module))
+            layer: Any = type(module)
+            if layer.__name__ == architecture.layer:
+                module.__class__ = _recomputable(layer)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
