@@ -49,7 +49,10 @@ from rollout.replay import ReplayBuffer, ReplayItem
 from rollout.waits import bounded_get
 
 LIMIT_S = 240.0
-"""For any one wait."""
+"""For any one wait, but for actors to start."""
+START_LIMIT_S = 900.0
+ACTOR_BYTES = 60e6
+"""Of memory that an actor without a model takes."""
 
 TABLES = {
     "Groups through the control path": [
@@ -74,7 +77,7 @@ class Size:
 
 FULL = Size(
     group={"size": 8, "prompt": 256, "completion": 384, "block": 12, "steps": 128, "kept": 150, "vocabulary": 126_464},
-    actors=(1, 4, 16, 64),
+    actors=(1, 4, 16, 64, 256),
     groups_per_lease=(1, 4),
     groups_per_iteration=64,
     iterations=8,
@@ -103,7 +106,10 @@ def run(*, small: bool = False) -> dict[str, Any]:
         work = rank_work(size)
         rows = []
         for actors in size.actors:
-            pool = start_model_free(ModelFreeSettings(size.group), actors, start_timeout_s=LIMIT_S)
+            if actors * ACTOR_BYTES > _available():
+                print(f"control: {actors} actors don't fit into free memory", file=sys.stderr)
+                continue
+            pool = start_model_free(ModelFreeSettings(size.group), actors, start_timeout_s=START_LIMIT_S)
             rows += [pass_groups(pool, each, size) | work for each in size.groups_per_lease]
             pool.close()
         rows += [publish_to(count, size) for count in size.holders]

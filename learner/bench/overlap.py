@@ -2,7 +2,7 @@
 
     python -m learner.bench.overlap [--small] [--out FOLDER]
 
-Two short real runs of one recipe on one cached base, one synchronous and one with rollouts one version ahead, no
+Three short real runs of one recipe on one cached base: synchronous, and with rollouts one and two versions ahead, no
 evaluation in between. From their metrics rows: seconds per consumed completion, the learner's wait for rollouts, the
 update. From the kernel's accounts of the processes: CPU time of the rollout actors and of the ranks between the first
 and the last row; *idle* is the share of that time times the processes (one thread each) in which they used no CPU,
@@ -33,7 +33,8 @@ from rewards.errors import UnmaskError, WaitTimeout
 
 LIMIT_S = 600.0
 COMMON = ("evaluation.every=0", "evaluation.problems=1", "evaluation.step_divisors=[1]", "checkpoint.every=1000")
-MODES = {"synchronous": "rollout.max_staleness=0", "asynchronous": "rollout.max_staleness=1"}
+MODES = {"synchronous": 0, "one version ahead": 1, "two versions ahead": 2}
+"""``rollout.max_staleness`` of each."""
 COLUMNS = [
     "mode", "completions", "ms per completion", "iteration s", "rollout wait s", "update s",
     "actors idle", "ranks idle",
@@ -48,17 +49,17 @@ class Size:
     """Of one iteration."""
 
 
-FULL = Size(("recipe=sudoku", "rollout.actors=1", "rollout.prompts_per_iteration=8"), iterations=9, completions=64)
+FULL = Size(("recipe=sudoku", "rollout.actors=1", "rollout.prompts_per_iteration=8"), iterations=13, completions=64)
 SMALL = Size(("recipe=smoke",), iterations=3, completions=16)
 
 
 def run(*, small: bool = False) -> dict[str, Any]:
-    """Both runs, as ``report`` stores them."""
+    """All runs, as ``report`` stores them."""
     size, about = SMALL if small else FULL, machine(threads=1)
     with tempfile.TemporaryDirectory(prefix="unmask-bench-") as folder:
         rows = [_measure(mode, size, Path(folder)) for mode in MODES]
     ratio = rows[0]["ms per completion"] / rows[1]["ms per completion"]
-    bars = [] if small else [report.bar("synchronous / asynchronous time per completion", ratio, 1.0)]
+    bars = [] if small else [report.bar("synchronous / one version ahead, time per completion", ratio, 1.0)]
     tables = {"Asynchronous against synchronous": COLUMNS}
     return {"benchmark": "overlap", "small": small, "machine": about, "rows": rows, "tables": tables, "bars": bars}
 
@@ -90,10 +91,17 @@ def summarise(
 
 
 def _measure(mode: str, size: Size, folder: Path) -> dict[str, Any]:
-    settings = (*size.settings, *COMMON, MODES[mode], f"run.dir={folder}", f"run.name={mode}")
+    name = f"staleness-{MODES[mode]}"
+    settings = (
+        *size.settings,
+        *COMMON,
+        f"rollout.max_staleness={MODES[mode]}",
+        f"run.dir={folder}",
+        f"run.name={name}",
+    )
     command = [sys.executable, "-m", "learner.main", *settings, f"run.iterations={size.iterations}"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with (folder / f"{mode}.out").open("wb") as output:
+    with (folder / f"{name}.out").open("wb") as output:
         process = subprocess.Popen(
             command, env=kept, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -102,8 +110,8 @@ def _measure(mode: str, size: Size, folder: Path) -> dict[str, Any]:
         deadline = time.monotonic() + LIMIT_S
         while process.poll() is None:
             if time.monotonic() > deadline:
-                raise WaitTimeout(f"the {mode} run did not end within {LIMIT_S:g} s")
-            finished = len(_rows(folder / mode))
+                raise WaitTimeout(f"the run {mode} did not end within {LIMIT_S:g} s")
+            finished = len(_rows(folder / name))
             if finished and finished not in readings:
                 readings[finished] = (time.monotonic(), _cpu_seconds(process.pid))
             time.sleep(0.05)
@@ -111,10 +119,10 @@ def _measure(mode: str, size: Size, folder: Path) -> dict[str, Any]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
-    rows = _rows(folder / mode)
+    rows = _rows(folder / name)
     if process.returncode or len(rows) < size.iterations:
-        printed = (folder / f"{mode}.out").read_text(errors="replace")
-        raise UnmaskError(f"the {mode} run ended with status {process.returncode}: {printed[-2000:]}")
+        printed = (folder / f"{name}.out").read_text(errors="replace")
+        raise UnmaskError(f"the run {mode} ended with status {process.returncode}: {printed[-2000:]}")
     (start, before), (end, after) = readings[min(readings)], readings[max(readings)]
     busy = {side: sum(after[side]) - sum(before[side]) for side in after}
     processes = {side: len(found) for side, found in after.items()}

@@ -2,18 +2,20 @@
 
     python -m learner.bench.proposals RUN_OR_CHECKPOINT --out DIR [--groups 128] [--k 1,2,4] [--seed 0] ...
 
-AGRPO draws steps by the entropy that the rollout recorded. The best law would follow the norm of each step's gradient,
-which nobody knows before it is computed. Two laws are learned here from past norms: of a step alone, and of a step and
-its entropy. Each is fitted to one half of the groups and judged on the other, and the other way round. Beside them
-stand the laws that the product has, and the norm itself, which no proposal can know: what it gains is the most there
-is.
+AGRPO draws steps by the entropy that the rollout recorded. A better law would follow the norm of each step's gradient,
+which nobody knows before it is computed. Two laws are learned here from norms: of a step alone, and of a step and its
+entropy. Each is fitted to one half of the groups and judged on the other, and the other way round. Both halves are of
+one policy; a learner would know the norms of an older one, so what is found here is what learning could gain at best.
+Beside them stand the laws that the product has, and the norm itself, which no proposal can know: of independent draws
+nothing is better. Where steps are taken once, a learned law counts over the whole group, not in a completion alone.
 
-A gradient computed at one step could stand in for its neighbours' as far as it points where theirs do. ``alike`` is
-the cosine of two steps' gradients of one completion, so many steps apart, of all pairs together, each per unit of
-advantage; its square is the share of a step's gradient that the best factor of its neighbour's explains.
+A gradient computed at one step could stand in for its neighbours' as far as it points where theirs do. The cosine is
+that of two steps' gradients of one completion, so many steps apart, of all pairs together, each per unit of advantage;
+its square is the share of a step's gradient that its neighbour's explains, by one factor for all pairs, the best.
 
-Figures and intervals are those of ``learner.bench.variance``. Writes proposals.json and proposals.md into DIR. Shapes:
-H groups of G completions, m steps, N views of a group, E estimators, R bootstrap resamples, F features.
+Figures and intervals are those of ``learner.bench.variance``; the bootstrap doesn't fit the laws again. Writes
+proposals.json and proposals.md into DIR. Shapes: H groups of G completions, m steps, N views of a group, V views of all
+groups, E estimators, R bootstrap resamples, F features.
 """
 
 from rollout.process import prepare_process
@@ -35,36 +37,51 @@ from rich.progress import track
 from learner.bench.estimators import DESIGNS, Design, Estimator
 from learner.bench.snapshot import GroupGradients, add_arguments, group_gradients, snapshot_of
 from learner.bench.variance import Measured, interval, measure, resamples, rollout_variance, told
+from learner.likelihood.timesteps import TimestepSampling
 from learner.runs.atomic import atomic_write_text, disk_errors
 from learner.runs.stopping import exit_status
+from learner.settings.methods.states import AgrpoConfig
 from rewards.command import Parser
-from rewards.errors import DataError
+from rewards.errors import ConfigError, DataError
 
-OWN = "entropy"
-LAWS = {
-    "uniform": ("uniform", 0.0),
-    OWN: ("entropy", 0.1),
-    "norms of the step": ("entropy", 0.1),
-    "norms of step and entropy": ("entropy", 0.1),
-    "the norm itself": ("entropy", 0.0),
+UNIFORM, ENTROPY, STEP, BOTH, ITSELF = (
+    "uniform",
+    "entropy",
+    "norms of the step",
+    "norms of step and entropy",
+    "the norm itself",
+)
+LAWS: dict[str, tuple[TimestepSampling, float]] = {
+    UNIFORM: ("uniform", 0.0),
+    ENTROPY: ("entropy", 0.1),
+    STEP: ("entropy", 0.1),
+    BOTH: ("entropy", 0.1),
+    ITSELF: ("entropy", 0.0),
 }
 """Law and floor that an estimator takes; all but the first are in proportion to what the table calls entropy."""
 COMPARED: tuple[Design, ...] = ("group", "once")
+"""How the draws hang together."""
 LAGS = (1, 2, 3)
+"""Steps between two gradients that are compared."""
 ENTROPY_OFFSET = 1e-3
 """Nats, added to a step's entropy before its logarithm is taken."""
+LEAST_NORM = 1e-3
+"""Of the mean norm; what is below counts as much in a fit of logarithms."""
 
 
 def unit_norms(group: GroupGradients) -> np.ndarray:
-    """[N] norm of each view's gradient, per unit of advantage."""
+    """[N] norm of each view's gradient, per unit of advantage. Without a KL term, whose gradient has no advantage."""
     return np.sqrt(np.diag(group.gram_NN)) / np.abs(group.credit_Gm[group.rows_N, group.steps_N])
 
 
 def learned_norms(groups: Sequence[GroupGradients], *, by_entropy: bool) -> list[np.ndarray]:
-    """[G, m] of each group: the norms that the other half of the groups foretells, the even ones or the odd ones.
+    """[G, m] of each group: the norms that the other half of the groups predicts, the even ones or the odd ones.
 
-    Of a step alone it is the root of its mean squared norm; with entropy, the least squares of the norm's logarithm
-    on the step and on the entropy's logarithm.
+    Of a step alone it is the root of its mean squared norm. With entropy, the least squares of the norm's logarithm on
+    the step and on the entropy's logarithm, times the root of the mean square of what is left.
+
+    Raises:
+        DataError: a half has no gradients.
     """
     m = groups[0].table.eligible_Gm.shape[1]
     found = []
@@ -85,42 +102,61 @@ def _fitted(groups: Sequence[GroupGradients], m: int, by_entropy: bool) -> np.nd
         raise DataError("half of the groups have no signal (no gradient): take another snapshot, or more --groups")
     steps_V = np.concatenate([group.steps_N for group in live])
     norms_V = np.concatenate([unit_norms(group) for group in live])
+    norms_V = np.maximum(norms_V, LEAST_NORM * norms_V.mean())
     shown_Vm = steps_V[:, None] == np.arange(m)
-    seen_m = shown_Vm.sum(axis=0)
     if not by_entropy:
-        square_m = np.full(m, np.mean(norms_V**2))  # that of all for a step that was never seen
-        square_m[seen_m > 0] = (norms_V**2 @ shown_Vm)[seen_m > 0] / seen_m[seen_m > 0]
-        return np.log(square_m) / 2
+        return np.log(_mean_squares(norms_V, shown_Vm)) / 2
     entropy_V = np.log(
         np.concatenate([group.table.entropy_Gm[group.rows_N, group.steps_N] for group in live]) + ENTROPY_OFFSET
     )
     features_VF = np.concatenate([shown_Vm, entropy_V[:, None]], axis=1).astype(np.float64)
+    logarithm_V = np.log(norms_V)
+    centre = logarithm_V.mean()  # what a step that was never seen gets
     ridge_FF = 1e-3 * np.eye(m + 1)
-    logarithm_V = np.log(np.maximum(norms_V, 1e-12))
-    return np.linalg.solve(features_VF.T @ features_VF + ridge_FF, features_VF.T @ logarithm_V)
+    weights_F = np.linalg.solve(features_VF.T @ features_VF + ridge_FF, features_VF.T @ (logarithm_V - centre))
+    left_V = np.exp(logarithm_V - centre - features_VF @ weights_F)
+    weights_F[:m] += centre + np.log(_mean_squares(left_V, shown_Vm)) / 2
+    return weights_F
+
+
+def _mean_squares(values_V: np.ndarray, shown_Vm: np.ndarray) -> np.ndarray:
+    """[m] mean square of each step's values, that of all for a step without any."""
+    seen_m = shown_Vm.sum(axis=0)
+    squares_m = np.full(len(seen_m), np.mean(values_V**2))
+    squares_m[seen_m > 0] = (values_V**2 @ shown_Vm)[seen_m > 0] / seen_m[seen_m > 0]
+    return squares_m
 
 
 def laws_of(groups: Sequence[GroupGradients]) -> dict[str, list[GroupGradients]]:
-    """The groups under each law of ``LAWS``: what a law is in proportion to takes the place of the entropy."""
-    by_step = learned_norms(groups, by_entropy=False)
-    by_both = learned_norms(groups, by_entropy=True)
-    own = []
+    """The groups under each law of ``LAWS``: what a law is in proportion to takes the place of the entropy, and its sum
+    over a completion, which a law loses, is put into the size of the advantage, which steps taken once go by.
+
+    Raises:
+        DataError: a half of the groups has no gradients.
+    """
+    norms = []
     for group in groups:
         norms_Gm = np.zeros(group.table.eligible_Gm.shape)
         norms_Gm[group.rows_N, group.steps_N] = unit_norms(group)
-        own.append(norms_Gm)
-    learned = dict(zip(list(LAWS)[2:], (by_step, by_both, own), strict=True))
-    proportions = {"uniform": None, OWN: None, **learned}
-    return {
-        law: [
-            group if sizes is None else replace(group, table=replace(group.table, entropy_Gm=sizes[place]))
-            for place, group in enumerate(groups)
-        ]
-        for law, sizes in proportions.items()
+        norms.append(norms_Gm)
+    sizes = {
+        STEP: learned_norms(groups, by_entropy=False),
+        BOTH: learned_norms(groups, by_entropy=True),
+        ITSELF: norms,
     }
+    return {law: _under(groups, sizes[law]) if law in sizes else [*groups] for law in LAWS}
 
 
-def alike(groups: Sequence[GroupGradients], lag: int) -> np.ndarray:
+def _under(groups: Sequence[GroupGradients], sizes: Sequence[np.ndarray]) -> list[GroupGradients]:
+    found = []
+    for group, size_Gm in zip(groups, sizes, strict=True):
+        sum_G1 = np.where(group.table.eligible_Gm, size_Gm, 0.0).sum(axis=1, keepdims=True)
+        table = replace(group.table, entropy_Gm=size_Gm)
+        found.append(replace(group, table=table, credit_Gm=group.credit_Gm * sum_G1))
+    return found
+
+
+def cosine_sums(groups: Sequence[GroupGradients], lag: int) -> np.ndarray:
     """[H, 3] of each group: the summed inner products of gradients ``lag`` steps apart of one completion, and the
     summed squares of the earlier and of the later ones, each per unit of advantage."""
     sums = []
@@ -134,46 +170,39 @@ def alike(groups: Sequence[GroupGradients], lag: int) -> np.ndarray:
 
 
 def analyse(groups: Sequence[GroupGradients], ks: Sequence[int], *, view_cost: float, seed: int) -> dict[str, Any]:
-    """All figures with intervals, as plain data. Ratios are to AGRPO's defaults, on the same resamples.
+    """All figures with intervals, as plain data. Ratios are to AGRPO's default draws, on the same resamples.
 
     Args:
+        groups: of an objective without a KL term, in an order that says nothing of them.
         view_cost: forward passes that a view costs the learner.
 
     Raises:
-        DataError: when a half of the groups has no gradients.
+        DataError: a half of the groups has no gradients.
     """
-    own = Estimator(*LAWS[OWN], "group", 4)  # type: ignore[arg-type]
+    counts_RH = resamples(len(groups), seed)
+    default = _figures(measure(groups, [Estimator.of(AgrpoConfig())]), counts_RH, view_cost)["total_x_work"]
     rows: list[dict[str, Any]] = []
-    own_R = None
-    counts_RN = resamples(len(groups), seed)
     for law, drawn in laws_of(groups).items():
-        estimators = [Estimator(*LAWS[law], design, k) for design in COMPARED for k in ks]  # type: ignore[arg-type]
-        measured = measure(drawn, [*estimators, own])
-        figures = _figures(measured, counts_RN, view_cost)
-        if law == OWN:
-            own_R = figures["total_x_work"][:, -1]
+        estimators = [Estimator(*LAWS[law], design, k) for design in COMPARED for k in ks]
+        figures = _figures(measure(drawn, estimators), counts_RH, view_cost)
+        figures["total_x_work_ratio"] = figures.pop("total_x_work") / default
         for e, estimator in enumerate(estimators):
-            rows.append(
-                {"law": law, "design": estimator.design, "k": estimator.k, "weight": float(measured.weight_E[e])}
-                | {name: values_RE[:, e] for name, values_RE in figures.items()}
-            )
-    assert own_R is not None
-    for row in rows:
-        row["total_x_work_ratio"] = row.pop("total_x_work") / own_R
-        row |= {name: interval(value) for name, value in row.items() if isinstance(value, np.ndarray)}
+            about = {"law": law, "design": estimator.design, "k": estimator.k}
+            rows.append(about | {name: interval(values_RE[:, e]) for name, values_RE in figures.items()})
     cosines = {}
     for lag in LAGS:
-        sums_R3 = counts_RN @ alike(groups, lag)
-        cosines[str(lag)] = interval(sums_R3[:, 0] / np.sqrt(np.maximum(sums_R3[:, 1] * sums_R3[:, 2], 1e-300)))
-    return {"groups": len(groups), "view_cost": view_cost, "proposals": rows, "alike": cosines}
+        sums_R3 = counts_RH @ cosine_sums(groups, lag)
+        if sums_R3[0, 1]:
+            cosines[str(lag)] = interval(sums_R3[:, 0] / np.sqrt(sums_R3[:, 1] * sums_R3[:, 2]))
+    return {"groups": len(groups), "view_cost": view_cost, "proposals": rows, "cosines": cosines}
 
 
-def _figures(measured: Measured, counts_RN: np.ndarray, view_cost: float) -> dict[str, np.ndarray]:
+def _figures(measured: Measured, counts_RH: np.ndarray, view_cost: float) -> dict[str, np.ndarray]:
     """[R, E] each."""
     H = len(measured.gram_NN)
-    rollout_R1 = rollout_variance(measured.gram_NN, counts_RN)[:, None]
-    timestep_RE, views_RE = counts_RN @ measured.timestep_EN.T / H, counts_RN @ measured.views_EN.T / H
-    forwards_R1 = counts_RN @ measured.forwards_N[:, None] / H
+    rollout_R1 = rollout_variance(measured.gram_NN, counts_RH)[:, None]
+    timestep_RE, views_RE = counts_RH @ measured.timestep_EN.T / H, counts_RH @ measured.views_EN.T / H
+    forwards_R1 = counts_RH @ measured.forwards_N[:, None] / H
     return {
         "views": views_RE,
         "timestep_over_rollout": timestep_RE / rollout_R1,
@@ -182,8 +211,10 @@ def _figures(measured: Measured, counts_RN: np.ndarray, view_cost: float) -> dic
 
 
 def markdown(found: dict[str, Any]) -> str:
+    """Both tables."""
     lines = [
-        f"{found['groups']} groups. Total variance x work is relative to AGRPO's defaults.",
+        f"{found['groups']} groups, baseline {found['snapshot']['baseline']}. Total variance x work is relative to "
+        "AGRPO's default draws (entropy, floor 0.1, k = 4) with the same baseline.",
         "",
         "| steps in proportion to | low disc. | k | views | timestep / rollout variance | total variance x work |",
         "|---|---|---|---|---|---|",
@@ -194,7 +225,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {row['law']} | {DESIGNS[row['design']]} | {row['k']} | {row['views']['value']:.2f} | {told_figures} |"
         )
     lines += ["", "| steps apart | cosine of their gradients |", "|---|---|"]
-    lines += [f"| {lag} | {told(cosine)} |" for lag, cosine in found["alike"].items()]
+    lines += [f"| {lag} | {told(cosine)} |" for lag, cosine in found["cosines"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -208,6 +239,11 @@ def _command(argv: Sequence[str] | None) -> int:
     add_arguments(parser, out="folder for proposals.json and .md", ks="1,2,4")
     arguments = parser.parse_args(argv)
     snapshot, ks = snapshot_of(arguments)
+    if snapshot.objective.beta > 0:
+        raise ConfigError(
+            f"{snapshot.path} was trained with objective.beta={snapshot.objective.beta:g}, and the gradient of a KL "
+            "term has no advantage that norms could be taken per; give a run with objective.beta=0"
+        )
     drawn = group_gradients(snapshot, arguments.groups, seed=arguments.seed, device=arguments.device)
     groups = [*track(drawn, "groups", total=arguments.groups, console=Console(stderr=True))]
     found = analyse(groups, ks, view_cost=arguments.view_cost, seed=arguments.seed)

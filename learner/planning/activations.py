@@ -62,7 +62,7 @@ def kept_by_block(trunk: Trunk, *, first: bool = False, last: bool = False) -> i
     if model.kind == "encoder":
         adapters = e * r * sum(one.used for one in model.maps if one.adapted)
         attention = 4 * e * q + 4 * model.heads + 2 * e * trunk.cells + 2 * e * q * model.fused_qkv
-        mlp = e * f * (4 if model.gated else 2 + 3 * model.gelu_by_steps)
+        mlp = e * f * (4 if model.gated else 2 + 3 * model.unfused_gelu)  # x/2, tanh, 1 + tanh
         masks = trunk.rows * trunk.length**2 * e if model.window_mask else 0
         return T * ((1 if first else 2) * (e * d + 8) + 2 * e * d + attention + mlp + adapters) + masks
     asked, queries, places = _asked(trunk) if last else (T, T, T)
@@ -124,6 +124,7 @@ def working_backward(trunk: Trunk, *, checkpointing: bool) -> int:
     tensors, computed again. What the last block kept is gone when another's turn comes."""
     model, e, T = trunk.model, trunk.itemsize, trunk.tokens
     f = model.mlp * (model.active_experts or 1) * (2 if model.kind == "encoder" and model.gated else 1)
+    f += model.mlp * model.unfused_gelu
     asked, _, places = _asked(trunk)
     of_mlp, of_attention = e * (2 * f + 3 * model.width), e * 2 * (model.heads * model.head_width + model.width)
     last = max(asked * of_mlp, T * of_attention, 8 * places * trunk.cells)

@@ -68,7 +68,7 @@ class ModelShape:
     """Each head's queries and keys are normalised before they are turned."""
     window_mask: bool = False
     """Attention gets an [L, L] mask (sliding windows)."""
-    gelu_by_steps: bool = False
+    unfused_gelu: bool = False
     """The MLP's activation is made by several kernels (``gelu_new`` of transformers), and each keeps what it made."""
     own_weights: int | None = None
     """Blocks that have weights of their own, where the others are these once more; null: all."""
@@ -262,7 +262,7 @@ def masked_lm_shape(raw: dict[str, Any]) -> ModelShape:
         other_parameters=0,
         gated=2 * hidden in ups or sum(one.outputs == hidden and one.inputs == d for one in maps[4:]) > 1,
         fused_qkv=fused,
-        gelu_by_steps=getattr(config, "hidden_act", None) == "gelu_new",
+        unfused_gelu=getattr(config, "hidden_act", None) == "gelu_new",
         window_mask="sliding_attention" in (getattr(config, "layer_types", None) or ()),
     )
     return replace(shape, other_parameters=sum(p.numel() for p in model.parameters()) - shape.parameters)

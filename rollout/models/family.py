@@ -142,6 +142,11 @@ def _masked_lm(model_path: str | Path, raw: dict[str, Any]) -> PolicyAdapter:
         raise ConfigError(f"{model_path} has is_decoder=true in its config.json and sees the past only; set it false")
     if model_type == "esm" and raw.get("position_embedding_type") != "rotary":
         raise ConfigError(f"{model_path} is an ESM-1, whose positions are not rotary; of this family take ESM-2")
+    if raw.get("inner_group_num", 1) != 1:
+        raise ConfigError(
+            f"{model_path} has inner_group_num={raw['inner_group_num']} in its config.json, several layers for one; "
+            "an ALBERT is read with inner_group_num=1, as all that are published have"
+        )
     mask, eos, pad = masked_lm.special_tokens(str(model_path), load_tokenizer(model_path), raw.get("vocab_size"))
     return PolicyAdapter(
         family=model_type,

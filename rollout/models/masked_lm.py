@@ -150,7 +150,9 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
     """transformers' class for this model type with the policy's ``forward``, under the same name."""
     original = getattr(transformers, ARCHITECTURES[model_type].class_name)
     # The module too: transformers treats classes of other packages as custom code.
-    members = {"__module__": original.__module__, "__doc__": _Policy.__doc__, "supports_gradient_checkpointing": True}
+    members: dict[str, Any] = {"__module__": original.__module__, "__doc__": _Policy.__doc__}
+    if ARCHITECTURES[model_type].layer is not None:
+        members["supports_gradient_checkpointing"] = True
     return type(original.__name__, (_Policy, original), members)
 
 
@@ -194,10 +196,11 @@ class _Policy(PreTrainedModel):
         # Its weights stay where transformers ties them, so the map itself is kept and computes otherwise.
         architecture = ARCHITECTURES[self.config.model_type]
         self.get_submodule(architecture.head_name).__class__ = Head
-        for module in self.modules():
+        layers = [module for module in self.modules() if type(module).__name__ == architecture.layer]
+        assert layers or architecture.layer is None, f"transformers has no {architecture.layer} any more"
+        for module in layers:
             layer: Any = type(module)
-            if layer.__name__ == architecture.layer:
-                module.__class__ = _recomputable(layer)
+            module.__class__ = _recomputable(layer)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

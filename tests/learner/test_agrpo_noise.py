@@ -11,7 +11,7 @@ from learner.likelihood.timesteps import inclusion_probabilities, step_table, ta
 from learner.objectives.advantages import fill_rewards, leave_one_out_advantages, total_rewards
 from learner.objectives.agrpo import Agrpo, step_advantages
 from learner.objectives.base import UpdateContext
-from learner.settings.methods.states import AgrpoConfig
+from learner.settings.methods.states import AgrpoConfig, AgrpoFillsConfig
 from learner.verification.enumeration import (
     RETIRING,
     SMALLEST,
@@ -42,6 +42,12 @@ class Fixed:
 
     def random(self, shape: tuple[int, ...] = ()) -> np.ndarray:
         return np.full(shape, self.u)
+
+
+def test_agrpo_with_fills_is_agrpo_with_what_is_tested_here() -> None:
+    named, spelled = AgrpoFillsConfig(), AgrpoConfig(k=2, draws="once", baseline="fills")
+    assert named.model_dump(exclude={"type"}) == spelled.model_dump(exclude={"type"})
+    assert named.method == spelled.method and named.fills_leave_out_diversity
 
 
 # ---- steps taken once

@@ -1,6 +1,6 @@
 """Learned proposals of timesteps: the laws are those of the norms they were shown, judged on groups they weren't.
 
-Shapes: H groups, G completions, m steps, P parameters.
+Shapes: H groups, G completions, m steps, N views of a group, P parameters.
 """
 
 import dataclasses
@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from learner.bench.estimators import mean_weights
-from learner.bench.proposals import LAWS, alike, analyse, laws_of, learned_norms, markdown
+from learner.bench.proposals import (
+    BOTH,
+    ENTROPY,
+    ITSELF,
+    LAWS,
+    STEP,
+    UNIFORM,
+    analyse,
+    cosine_sums,
+    laws_of,
+    learned_norms,
+    markdown,
+)
 from learner.bench.snapshot import GroupGradients
 from learner.likelihood.timesteps import StepTable
 from rewards.errors import DataError
@@ -65,15 +77,15 @@ def test_learned_norms_are_those_of_the_other_half():
 
 def test_the_better_a_law_knows_the_norm_the_less_noise_it_leaves():
     groups = [made(seed, power=1.0) for seed in range(30)]
-    found = analyse(groups, [1, 2], view_cost=2.0, seed=0)
+    found = analyse(groups, [1, 4], view_cost=2.0, seed=0) | {"snapshot": {"baseline": "group"}}
     noise = {(row["law"], row["design"], row["k"]): row["timestep_over_rollout"]["value"] for row in found["proposals"]}
     assert len(noise) == len(LAWS) * 2 * 2
     for design in ("group", "once"):
-        itself, both = noise["the norm itself", design, 1], noise["norms of step and entropy", design, 1]
-        step, uniform = noise["norms of the step", design, 1], noise["uniform", design, 1]
+        itself, both = noise[ITSELF, design, 1], noise[BOTH, design, 1]
+        step, uniform = noise[STEP, design, 1], noise[UNIFORM, design, 1]
         assert itself <= both < step < uniform
-    own = next(row for row in found["proposals"] if (row["law"], row["design"], row["k"]) == ("entropy", "group", 2))
-    assert own["total_x_work_ratio"]["value"] > 0
+    own = next(row for row in found["proposals"] if (row["law"], row["design"], row["k"]) == (ENTROPY, "group", 4))
+    assert own["total_x_work_ratio"]["value"] == 1.0, "the default's own row"
     assert markdown(found).count("\n| norms of step and entropy |") == 4
 
 
@@ -81,14 +93,14 @@ def test_control_entropy_says_nothing_where_the_norm_is_the_steps():
     """Learned from the step alone it is the better law, so the table tells the laws apart."""
     found = analyse([made(seed) for seed in range(30)], [1], view_cost=2.0, seed=0)
     noise = {(row["law"], row["design"]): row["timestep_over_rollout"]["value"] for row in found["proposals"]}
-    assert noise["norms of the step", "group"] < 0.5 * noise["entropy", "group"]
+    assert noise[STEP, "group"] < 0.5 * noise[ENTROPY, "group"]
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.6])
-def test_alike_is_the_cosine_of_neighbours(shared):
+def test_the_cosine_is_the_cosine_of_neighbours(shared):
     groups = [made(seed, shared=shared) for seed in range(40)]
     for lag in (1, 2):
-        inner, earlier, later = np.sum([alike(groups, lag)], axis=1)[0]
+        inner, earlier, later = np.sum([cosine_sums(groups, lag)], axis=1)[0]
         # Each direction has a random length of its own, so the expected cosine is the one of the shared part.
         assert inner / np.sqrt(earlier * later) == pytest.approx(shared * _norms(lag) if shared else 0.0, abs=0.05), lag
 
@@ -97,6 +109,31 @@ def _norms(lag: int) -> float:
     """Of pairs ``lag`` steps apart: the sum of the products of their norms over the root of the products of sums."""
     first_m, second_m = SCALE_M[:-lag], SCALE_M[lag:]
     return float(first_m @ second_m / np.sqrt((first_m**2).sum() * (second_m**2).sum()))
+
+
+def test_a_step_that_one_half_never_saw_gets_the_mean_of_all():
+    """Whatever the norms' scale is."""
+    groups = [scaled(made(seed), 1e-3) for seed in range(20)]
+    first = [without_step(group, 4) if place % 2 == 0 else group for place, group in enumerate(groups)]
+    for by_entropy in (False, True):
+        predicted_Gm = learned_norms(first, by_entropy=by_entropy)[1]
+        assert (predicted_Gm[:, 4] < 1e-2).all() and (predicted_Gm[:, 4] > 1e-4).all()
+
+
+def scaled(group: GroupGradients, factor: float) -> GroupGradients:
+    return dataclasses.replace(group, gram_NN=group.gram_NN * factor**2, mean_P=group.mean_P * factor)
+
+
+def without_step(group: GroupGradients, step: int) -> GroupGradients:
+    left_N = group.steps_N != step
+    gram_NN = group.gram_NN[np.ix_(left_N, left_N)]
+    return dataclasses.replace(group, rows_N=group.rows_N[left_N], steps_N=group.steps_N[left_N], gram_NN=gram_NN)
+
+
+def test_steps_that_are_never_so_far_apart_have_no_cosine():
+    groups = [without_step(without_step(made(seed), 0), 4) for seed in range(4)]
+    found = analyse(groups, [1], view_cost=2.0, seed=0)
+    assert found["cosines"].keys() == {"1", "2"}
 
 
 def test_groups_without_a_signal_take_part_and_half_of_them_empty_is_refused():

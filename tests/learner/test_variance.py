@@ -5,6 +5,7 @@ Shapes: G completions, m steps, N views of a group, P parameters, D sampled draw
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -385,6 +386,12 @@ def test_proposals_are_judged_on_a_run(run, tmp_path, capsys):
     found = json.loads((tmp_path / "proposals.json").read_text())
     assert found["snapshot"]["baseline"] == "fills" and len(found["proposals"]) == 2 * len(proposals.LAWS)
     assert (tmp_path / "proposals.md").read_text() == capsys.readouterr().out
+    settings = json.loads((run / "config.json").read_text())
+    settings["objective"]["beta"] = 0.1
+    with_kl = shutil.copytree(run, tmp_path / "run")
+    (with_kl / "config.json").write_text(json.dumps(settings))
+    assert proposals.main([str(with_kl), "--out", str(tmp_path / "none")]) == 2
+    assert "give a run with objective.beta=0" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_groups_are_a_function_of_the_seed(run):

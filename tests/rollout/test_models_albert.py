@@ -1,12 +1,17 @@
 """ALBERT, whose layers are one layer over and over: one adapter for all of them, and all are computed again."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rollout.adapters import adapter_parameters, load_state
+from learner.export import export_merged
+from rewards.errors import ConfigError
+from rollout.adapters import adapter_parameters, load_state, pack, write_peft_folder
 from rollout.models.family import policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
@@ -33,6 +38,33 @@ def test_one_layer_stands_for_all(shared):
     assert len(layers) == 1 and model.config.num_hidden_layers == LAYERS
     plain = AutoModelForMaskedLM.from_pretrained(folder)
     assert not any(isinstance(module, GradientCheckpointingLayer) for module in plain.modules()), "transformers' own"
+
+
+@torch.no_grad()
+def test_adapter_and_merged_model_go_back_to_plain_transformers(shared, tmp_path):
+    folder, original = shared
+    model = attach_lora(load_model(folder), policy_adapter(folder), LORA)
+    load_state(model, acting_adapter(model, scale=0.2))
+    logits = model(input_ids=IDS).logits
+    assert (logits - original(IDS).logits).abs().max() > 0.01, "control: the adapter does something"
+    peft_config = {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in model.peft_config["default"].to_dict().items()
+    }
+    (adapter := tmp_path / "adapter").mkdir()
+    write_peft_folder(adapter, pack(adapter_parameters(model)), peft_config)
+    export_merged(adapter, tmp_path / "merged")
+    merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", attn_implementation="sdpa")
+    torch.testing.assert_close(merged(IDS).logits, logits, atol=1e-5, rtol=0)
+
+
+def test_several_layers_in_one_are_refused(shared, tmp_path):
+    folder, _ = shared
+    copied = shutil.copytree(folder, tmp_path / "several")
+    config = json.loads((copied / "config.json").read_text()) | {"inner_group_num": 2}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="inner_group_num=2"):
+        policy_adapter(copied)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

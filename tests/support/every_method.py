@@ -22,6 +22,7 @@ VARIANTS: dict[str, type[ObjectiveSection]] = {
     v.model_fields["type"].default: v for v in get_args(get_args(ObjectiveConfig)[0])
 }
 FORMS = {
+    "agrpo_fills_no_kl": ("agrpo_fills", {"beta": 0}),
     "diffpo_thresholds": ("diffpo", {"threshold_lr": 0.02}),
     "diffpo_weights": ("diffpo", {"importance": "completion", "importance_cap": 1e4, "beta": 0}),
     "dmpo_unbiased": ("dmpo", {"centering": "unbiased", "alpha": 0.5}),

@@ -84,16 +84,18 @@ class AgrpoConfig(ObjectiveSection):
 
 class AgrpoFillsConfig(AgrpoConfig):
     """AGRPO with fills (ours): no step is drawn twice, and a step is credited with what came after it. The expected
-    gradient is AGRPO's, with less noise (docs/variance.md, docs/comparison-sudoku.md)."""
+    gradient is G/(G-1) times AGRPO's, with less noise (docs/variance.md, docs/comparison-sudoku.md)."""
 
     type: Literal["agrpo_fills"] = "agrpo_fills"  # type: ignore[assignment]  # the variant's own name
     """The method."""
     k: PositiveInt = 2
     """Denoising steps taken per completion and update, on average."""
     draws: Literal["repeated", "once"] = "once"
-    """As AGRPO's."""
+    """once: each step at most once, with a probability in proportion to the law and to the size of its advantage;
+    repeated: k draws of each completion, as AGRPO's."""
     baseline: Literal["group", "fills"] = "fills"
-    """As AGRPO's."""
+    """fills: what is taken from the reward is in part the reward of the likeliest fill of the state before the step;
+    group: the mean over the completions of the prompt, as AGRPO's."""
 
 
 class D2Config(ObjectiveSection):
