@@ -6,7 +6,7 @@ which every completion draws one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rewards.errors import DataError
 
@@ -55,16 +55,19 @@ def infill(
         infill("EVQLVESGG", 12, "WGQGTLVTVSS", form="single")
 
     Raises:
-        DataError: there is no gap, a length below 1, or no text between two gaps.
+        DataError: there is no gap, a length that is no whole number of 1 or more, no text between two gaps, or no such
+            form.
     """
+    if form not in get_args(PromptForm):
+        raise DataError(f"a prompt of the form {form!r}; take {', '.join(get_args(PromptForm))}")
     found: list[str | Span] = []
     for part in parts:
         if isinstance(part, str):
             found.append(part)
             continue
-        lengths = (part,) if isinstance(part, int) else tuple(part)
-        if not lengths or min(lengths) < 1:
-            raise DataError(f"a gap of {part!r} tokens; give 1 or more, or a list of such lengths")
+        lengths = tuple(part) if isinstance(part, Sequence) else (part,)
+        if not lengths or any(type(length) is not int or length < 1 for length in lengths):
+            raise DataError(f"a gap of {part!r} tokens; give a whole number of 1 or more, or a list of them")
         if found and isinstance(found[-1], Span):
             raise DataError(f"no text between two gaps, of {list(found[-1].lengths)} and {part!r} tokens; make it one")
         found.append(Span(lengths))

@@ -31,6 +31,13 @@ def knows_molecules() -> bool:
     return _chemistry() is not None
 
 
+def told_by() -> str:
+    """By what two texts are compared here, in a few words."""
+    if not knows_molecules():
+        return "the same text, since RDKit isn't installed"
+    return f"the same molecules, by RDKit {importlib.import_module('rdkit').__version__}"
+
+
 def canonical(smiles: str) -> str | None:
     """RDKit's canonical SMILES of what the text means; None when it means no molecule. Needs RDKit."""
     chemistry = _chemistry()

@@ -120,6 +120,10 @@ class Task(ABC):
         """Grades one completion: returns for any string, within ``time_limit_s``. Raises DataError when ``fields`` make
         no problem."""
 
+    def verdicts_by(self) -> str | None:
+        """What decides verdicts on this machine, in a few words, where it may be another on the next one; else None."""
+        return None
+
     def prepare(self) -> None:  # noqa: B027 - most tasks have nothing to prepare
         """Called once by a process before it grades: starts what the first verdict would otherwise wait for."""
 

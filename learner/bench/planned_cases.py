@@ -113,7 +113,7 @@ CASES = {
     "no truncation": Case("engine", _wordy(rows=20, **_DRAW | {"vocabulary": 50_000, "top_k": None, "top_p": 1.0})),
     "chosen positions": Case("engine", _scored(rows=24, position_rule="decoupled_confidence")),
     "drawn branches": Case(
-        "engine", _scored(vocabulary=126_464, rows=24, steps=32), method="dispo", settings=("objective.degree=0",)
+        "engine", _scored(vocabulary=126_464, rows=32, steps=32), method="dispo", settings=("objective.degree=0",)
     ),
     "greedy branches": Case("engine", _scored(rows=20), method="egspo", settings=("objective.k=4",)),
     "activations": _agrpo(_wide(views_per_forward=4)),

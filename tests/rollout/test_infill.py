@@ -24,9 +24,10 @@ from rollout.models.tokenizer import build_tokenizer
 from rollout.spans import Gap, places, positions_needed, prompt_places
 from rollout.trajectory import GroupSpec, SamplerSpec, TrajectoryGroup
 from tests.support.gapped import Gapped
-from tests.support.small_masked_lms import masked_tokenizer
+from tests.support.small_masked_lms import SIZES, masked_tokenizer, write_masked_lm
 from tests.support.small_policies import FAMILIES, write_policy
 
+MASKED = tuple(family for family in SIZES if family not in FAMILIES)
 GAPS = (Gap(2, (3, 5)), Gap(4, (4,)))
 PROMPT = [10, 11, 12, 13, 14]
 SAMPLER = SamplerSpec(12, 12, 6, "random", 0.8, 20, 0.95)
@@ -41,12 +42,20 @@ SAMPLER = SamplerSpec(12, 12, 6, "random", 0.8, 20, 0.95)
         (("a", "b"), "without a gap"),
         (("a", 0), "a gap of 0 tokens"),
         (("a", []), "a gap of \\[\\] tokens"),
+        (("a", 3.5), "a gap of 3.5 tokens; give a whole number"),
+        (("a", ["3"]), "a gap of \\['3'\\] tokens"),
+        (("a", True), "a gap of True tokens"),
         (("a", 3, [2, 4], "b"), "no text between two gaps, of \\[3\\] and \\[2, 4\\] tokens"),
     ],
 )
 def test_a_text_that_has_no_sense_as_one_with_gaps_is_refused(parts: tuple[Any, ...], fault: str) -> None:
     with pytest.raises(DataError, match=fault):
         infill(*parts)
+
+
+def test_a_form_that_is_none_is_refused() -> None:
+    with pytest.raises(DataError, match="of the form 'sinlge'; take chat, plain, single"):
+        infill("a", 3, form="sinlge")  # type: ignore[arg-type]
 
 
 def test_what_people_see_of_a_prompt() -> None:
@@ -126,9 +135,12 @@ def test_lengths_are_drawn_alike_and_by_the_completions_own_key() -> None:
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    folders = {family: tmp_path_factory.mktemp(family) for family in (*FAMILIES, *MASKED)}
     for family, folder in folders.items():
-        write_policy(folder, family)
+        if family in FAMILIES:
+            write_policy(folder, family)
+        else:
+            write_masked_lm(folder, family)
     return {family: str(folder) for family, folder in folders.items()}
 
 
@@ -138,18 +150,19 @@ def drawn(path: str, sampler: SamplerSpec = SAMPLER) -> tuple[TorchEngine, list[
     return engine, engine.generate(specs, [PROMPT, [9, *PROMPT], PROMPT[:3]], sampler, gaps=[GAPS, GAPS, ()])
 
 
-def replay_error(engine: TorchEngine, groups: list[TrajectoryGroup]) -> float:
+def replay_error(engine: TorchEngine, groups: list[TrajectoryGroup], *, sees_pads: bool = False) -> float:
     """Of recorded log-probs, the largest."""
     family = engine.family
     views = recorded_states(groups)
     batch = build_batch(views, groups, mask_id=family.mask_token_id, pad_id=family.pad_token_id)
+    batch = dataclasses.replace(batch, attention_mask=None) if sees_pads else batch
     with torch.no_grad():
         scores = score(engine.model, batch, family=family)
     assert batch.logp is not None and batch.logp.size == sum(int(group.drawn.sum()) for group in groups)
     return float(np.abs(scores.logp_N.numpy() - batch.logp).max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *MASKED))
 def test_every_family_fills_gaps_and_the_learner_finds_its_log_probs_again(
     policies: dict[str, str], family: str
 ) -> None:
@@ -158,6 +171,7 @@ def test_every_family_fills_gaps_and_the_learner_finds_its_log_probs_again(
         group.validate()
     assert groups[2].places is None and groups[0].places is not None
     assert replay_error(engine, groups) < 1e-5
+    assert replay_error(engine, groups, sees_pads=True) > 1e-3, "a control: texts have other lengths"
     # Controls: other text on the right of the gaps, or the same tokens elsewhere, are found out.
     for group in groups[:2]:
         ids = group.prompt_ids.copy()

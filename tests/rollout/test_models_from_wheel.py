@@ -110,6 +110,9 @@ def test_another_wheel_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch)
 
 def test_a_folder_that_holds_the_model_is_left_alone(tmp_path, capsys):
     (tmp_path / "origin.json").write_text(json.dumps({"sha256": SOURCES["rxnfp"].sha256}))
+    assert main(["rxnfp", "--out", str(tmp_path)]) == 2, "without its weights it is another folder"
+    capsys.readouterr()
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert main(["rxnfp", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path} holds rxnfp already\n"
     assert main(["antiberty", "--out", str(tmp_path)]) == 2
