@@ -5,7 +5,11 @@ from typing import Literal
 
 import ray
 
+from rewards.errors import ConfigError, DataError, RayLost, WeightMismatch
 from rollout.messages import GroupRef, LeaseReport
+
+FATAL = (ConfigError, DataError, WeightMismatch, RayLost)
+"""What an actor's task may fail by so that repeating it would end the same way."""
 
 Cause = Literal["died", "hung", "late", "preempted", "invalid"]
 """Of the loss of an actor. hung: its process did not answer; late: what it was asked took too long; preempted: its node

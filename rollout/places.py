@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from rewards.errors import WorkerLost
 from rollout.messages import EvalReport, EvalResult, Weights
 from rollout.pulse import Pulse, Trouble
 from rollout.trajectory import Lease, SamplerSpec
@@ -159,3 +160,24 @@ class Resize:
     over: bool = False
     error: str | None = None
     """Why the size that was there ``before`` is kept."""
+
+
+class Failures:
+    """Actors that were lost, or deliveries refused, in a row: without any work done in between.
+
+    Args:
+        of_each: how many of them an actor may have.
+    """
+
+    def __init__(self, of_each: int) -> None:
+        self._of_each, self._count = of_each, 0
+
+    def over(self) -> None:
+        """Work was done."""
+        self._count = 0
+
+    def note(self, error: str, actors: int) -> None:
+        """One more. Raises WorkerLost when that is too many for so many actors."""
+        self._count += 1
+        if self._count > self._of_each * max(1, actors):
+            raise WorkerLost(f"{self._count} rollout actors in a row were lost without any work done; last: {error}")

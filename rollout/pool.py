@@ -13,19 +13,16 @@ from typing import Any, Literal
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from rewards.errors import ConfigError, DataError, TrajectoryError, UnmaskError, WaitTimeout, WeightMismatch, WorkerLost
+from rewards.errors import TrajectoryError, UnmaskError, WaitTimeout
 from rewards.task import Problem
 from rollout.actor import ActorSettings, RolloutActor
 from rollout.arrival import Arrival, Arrivals, report_problem
-from rollout.events import ActorLost, Cause, Delivery, Event, Refused, sentence_of
+from rollout.events import FATAL, ActorLost, Cause, Delivery, Event, Refused, sentence_of
 from rollout.messages import EvalReport, EvalResult, Weights
-from rollout.places import STATES, Evaluation, Place, Resize, Task
+from rollout.places import STATES, Evaluation, Failures, Place, Resize, Task
 from rollout.starting import Starter, draining_nodes
 from rollout.trajectory import BranchSpec, Lease, SamplerSpec
 from rollout.waits import bounded_get, bounded_wait, end_actor
-
-# Repeating the task would end the same way.
-FATAL = (ConfigError, DataError, WeightMismatch)
 
 MOST_REFUSED = 3
 """Deliveries of one actor that are refused; then it is not used any more, nor is its node if there is another."""
@@ -70,12 +67,11 @@ class RolloutPool:
     ) -> None:
         self._starter = Starter(self.actor_class, settings, resources, environment, start_timeout_s, placement)
         self._start_timeout_s = start_timeout_s
-        self._max_restarts = max_restarts
         self._least = least
         self._heartbeat_s = heartbeat_s
         self._places: list[Place] = []
         self._started = 0
-        self._failures = 0
+        self._failures = Failures(max_restarts)
         self._events: list[Event] = []
         self._evaluation = Evaluation()
         self._resize: Resize | None = None
@@ -141,6 +137,10 @@ class RolloutPool:
         self._pump(0.0 if self._events else timeout_s)
         while not self._events and self._arrivals.awaited and (left := deadline - time.monotonic()) > 0:
             self._pump(left)  # what was delivered is being looked at
+        return self.untold()
+
+    def untold(self) -> list[Event]:
+        """What ``poll`` didn't return: where that raised, the last of it is why."""
         events, self._events = self._events, []
         return events
 
@@ -206,8 +206,7 @@ class RolloutPool:
         When one of the new actors is not ready in time, or fails while it starts, all new ones go and the others stay.
         """
         assert size >= 1 and self._resize is None, "one change of size at a time, and never to none"
-        before = len(self._staying())
-        self._resize = Resize(size, before)
+        self._resize = Resize(size, before := len(self._staying()))
         for _ in range(before, size):
             place = self._add()
             place.on_trial = True
@@ -233,7 +232,10 @@ class RolloutPool:
 
     def _pump(self, timeout_s: float) -> None:
         """Wait for an answer, then settle all that are there and replace the actors that are overdue."""
-        awaited = [place.awaited for place in self._places if place.awaited is not None] + self._arrivals.awaited
+        if timeout_s > 0 and not self._awaited() and any(place.leaving is not None for place in self._places):
+            self._look_around()  # those that are idle on a drained node are started elsewhere
+            timeout_s = timeout_s if self._awaited() else 0.0
+        awaited = self._awaited()
         assert awaited or timeout_s == 0, "waiting for actors that have nothing to do: it would never end"
         done, _ = bounded_wait(awaited, who="rollout actors", timeout_s=timeout_s)
         all_done, _ = bounded_wait(awaited if done else (), who="actors", timeout_s=0.0, num_returns=len(awaited))
@@ -251,6 +253,9 @@ class RolloutPool:
         if time.monotonic() - self._looked_around >= _TICK_S:
             self._look_around()
         self._see_resize()
+
+    def _awaited(self) -> list[ray.ObjectRef[Any]]:
+        return [place.awaited for place in self._places if place.awaited is not None] + self._arrivals.awaited
 
     def _settle(self, place: Place, answered: ray.ObjectRef[Any]) -> None:
         try:
@@ -289,7 +294,7 @@ class RolloutPool:
     def _settle_chunk(self, place: Place, task: Task, answer: Any) -> None:
         assert task.chunk is not None, "a lease or a chunk"
         if isinstance(answer, EvalReport):
-            self._failures = 0
+            self._failures.over()
             self._evaluation.take(task.chunk, answer)
         else:
             self._repeat(task)
@@ -298,7 +303,7 @@ class RolloutPool:
     def _accept(self, arrival: Arrival) -> None:
         """A delivery that was looked at."""
         if arrival.problem is None:
-            self._failures = 0
+            self._failures.over()
             self._events.append(Delivery(arrival.report, arrival.groups))
             return
         place = next((place for place in self._places if place.handle is arrival.handle), None)
@@ -307,7 +312,7 @@ class RolloutPool:
             return
         cause: Literal["lost", "invalid"] = "lost" if arrival.lost else "invalid"
         self._events.append(Refused(arrival.report.actor_id, arrival.lease.lease_id, arrival.problem, cause))
-        self._count_failure(arrival.problem)
+        self._failures.note(arrival.problem, len(self._places))
 
     def _refuse(self, place: Place, lease: Lease | None, problem: str) -> None:
         what = "an evaluation" if lease is None else f"lease {lease.lease_id}"
@@ -320,16 +325,11 @@ class RolloutPool:
             text = f"{place.name} on {node} is given up after {place.refused} deliveries that were refused; {problem}"
             self._replace(place, text, "invalid")
         else:
-            self._count_failure(problem)
+            self._failures.note(problem, len(self._places))
 
     def _repeat(self, task: Task) -> None:
         if task.chunk is not None:
             self._evaluation.waiting.appendleft(task.chunk)
-
-    def _count_failure(self, error: str) -> None:
-        self._failures += 1
-        if self._failures > self._max_restarts * max(1, len(self._places)):
-            raise WorkerLost(f"{self._failures} rollout actors in a row were lost without any work done; last: {error}")
 
     def _replace(self, place: Place, error: str, cause: Cause = "died", silent_s: float = 0.0) -> None:
         if place.on_trial:
@@ -339,7 +339,7 @@ class RolloutPool:
             self._repeat(place.task)
         self._events.append(ActorLost(place.name, place.lease_id, error, cause, silent_s))
         if cause != "preempted":
-            self._count_failure(error)
+            self._failures.note(error, len(self._places))
         if place.retiring:
             self._remove(place)
             return
@@ -393,7 +393,7 @@ class RolloutPool:
 
     def _idle_places(self) -> list[Place]:
         """Fastest first; of what isn't known the best is thought."""
-        idle = [place for place in self._places if place.state == "idle" and place.leaving is None]
+        idle = (place for place in self._places if place.state == "idle" and place.leaving is None)
         return sorted(idle, key=lambda place: place.pace_s or 0.0)
 
     def _staying(self) -> list[Place]:

@@ -19,7 +19,8 @@ import ray
 from learner.control.commands import Commands
 from learner.control.opening import BegunRun
 from learner.control.subject import Grounds
-from learner.control.training import Training, update_metrics
+from learner.control.training import Training
+from learner.control.update_metrics import update_metrics
 from learner.evaluation.intervals import has_fallen
 from learner.objectives import make_objective
 from learner.objectives.base import FinalCredit
@@ -133,6 +134,9 @@ class Controller(Training):
         self.feed.take_in(timeout_s=0.0)
         super().rest()
         return self.feed.replay.ledger.counts()["leased"] == 0
+
+    def tell_last_faults(self) -> None:
+        self.feed.tell_last_faults()
 
     def finish(self) -> dict[str, Any]:
         """Leave adapter, summary and plots behind; returns the summary."""

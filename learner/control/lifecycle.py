@@ -11,6 +11,7 @@ from learner.reporting.reporter import Reporter
 from learner.runs.ray_watch import RayWatch
 from learner.runs.stopping import StopFlag, StopRequested
 from rewards.errors import TrainingDiverged
+from services.store.faults import Cause
 
 
 def see_through(
@@ -24,6 +25,12 @@ def see_through(
 def _watched(
     watch: RayWatch, start: Callable[[], Training], reporter: Reporter, stop: StopFlag, commands: Commands
 ) -> dict[str, Any] | None:
+    def lost_while_starting(why: str, cause: Cause, silent_s: float) -> None:
+        reporter.fault("ray", cause, why, silent_s=silent_s)
+        reporter.store.status("failed")
+        reporter.flush()
+
+    watch.on_lost = lost_while_starting
     try:
         training = start()
         watch.on_lost = training.ray_lost
@@ -51,11 +58,13 @@ def _watched(
     except TrainingDiverged:
         raise  # from here it would end again at once
     except Exception as error:
+        training.tell_last_faults()
         if (unsaved := training.save_at_the_end()) is not None:
             error.add_note(unsaved)
         elif training.saved is not None:
             reporter.event("info", "checkpoint", f"resume=auto will go on after iteration {training.saved.iteration}")
         raise
+    watch.finishing = training.finishing = True
     summary = training.finish()
     text = f"finished: {summary['iterations']} iterations, {summary['train_seconds']:.0f} s of training"
     reporter.store.event("info", "finished", text)

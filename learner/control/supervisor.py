@@ -121,7 +121,11 @@ class _Passing:
                         flush=True,
                     )
                     self._working.kill()
-                    status = self._working.wait(timeout=_KILLED_S)
+                    try:
+                        status = self._working.wait(timeout=_KILLED_S)
+                    except subprocess.TimeoutExpired:
+                        print(f"error: process {self._working.pid} doesn't end, although it was killed", flush=True)
+                        return 1
                     break
         self._working = None
         return 128 - status if status < 0 else status

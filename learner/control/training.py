@@ -16,7 +16,6 @@ import ray
 
 from learner.control.commands import Commands
 from learner.control.opening import BegunRun
-from learner.objectives.statistics import Statistics
 from learner.ranks.group import GroupState, LearnerGroup, RanksLost
 from learner.ranks.optim import learning_rate
 from learner.ranks.rank import GroupConfig, PublishedAdapter, UpdateReport
@@ -85,7 +84,7 @@ class Training(ABC):
         self._resumed = self.saved
         self._stands_at = self.progress
         """The progress that ``state`` belongs to."""
-        self._losses = 0
+        self._losses, self.finishing = 0, False
         self._standing = threading.Lock()
         """For ``progress``, ``state`` and what is saved, which belong together."""
 
@@ -140,8 +139,9 @@ class Training(ABC):
     def ray_lost(self, why: str, cause: Cause, silent_s: float) -> None:
         """In another thread: Ray is gone, and may end this process with it. What the controller holds is written."""
         self.reporter.fault("ray", cause, why, silent_s=silent_s)
-        self.save_at_the_end()
-        self.reporter.store.status("failed")
+        if not self.finishing:
+            self.save_at_the_end()
+            self.reporter.store.status("failed")
         self.reporter.flush()
 
     def save_at_the_end(self) -> str | None:
@@ -229,6 +229,9 @@ class Training(ABC):
             text = f"the best evaluation so far: {measured} after iteration {iteration}"
             self.reporter.store.event("info", "best", text, progress.best)
 
+    def tell_last_faults(self) -> None:  # noqa: B027 - fine-tuning has no actors
+        """Those that nobody was told of yet, because the run ends by them."""
+
     def _ledger(self) -> dict[str, Any]:
         """The ledger's state, of a run that has one."""
         return {}
@@ -258,12 +261,15 @@ class Training(ABC):
             self._losses += 1
             # What took too long will hardly be quicker the next time.
             if self._losses > (1 if error.cause == "late" else MAX_LOSSES):
+                self.reporter.fault("rank", error.cause, f"{error}; the run ends", silent_s=error.silent_s)
                 raise WorkerLost(f"ranks were lost {self._losses} times in a row; last: {error}") from error
             self.reporter.event("warning", "rank", f"{error}; the ranks are started again")
             try:
                 self.learner = self._start_ranks(self.state)
                 break
             except RanksLost as again:
+                text = f"{error}; those that were started in their place were lost too"
+                self.reporter.fault("rank", error.cause, text, silent_s=error.silent_s)
                 error = again
         self.workers.learner = self.learner
         if back:
@@ -385,16 +391,3 @@ class Training(ABC):
         folder = self.run_dir.checkpoints_dir
         paths = {name: checkpoints.place(folder, iteration) for name, iteration in at.items() if iteration}
         return {name: str(path.relative_to(self.run_dir.path)) for name, path in paths.items() if path.is_dir()}
-
-
-def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
-    """Of an iteration's updates."""
-    return {
-        **reports[0].plan_statistics,
-        **Statistics.merged(report.statistics for report in reports).values(),
-        "loss": sum(report.loss for report in reports) / len(reports),
-        "grad_norm": reports[-1].grad_norm,
-        "lr": reports[-1].learning_rate,
-        "updates/applied": float(sum(report.applied for report in reports)),
-        "updates/forwards": float(sum(report.forwards for report in reports)),
-    }

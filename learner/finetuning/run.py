@@ -18,7 +18,8 @@ import ray
 from learner.control.commands import Commands
 from learner.control.lifecycle import see_through
 from learner.control.opening import About, BegunRun, FoundRun, begun_run, found_run
-from learner.control.training import Training, update_metrics
+from learner.control.training import Training
+from learner.control.update_metrics import update_metrics
 from learner.finetuning.data import Demonstrations, load_demonstrations
 from learner.finetuning.rank import SftGroup, UpdateBatch
 from learner.finetuning.settings import SftConfig, check_resources

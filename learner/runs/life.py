@@ -9,6 +9,8 @@ import time
 _VARIABLE = "UNMASK_LIFE_FD"
 """In the environment of the process that works: the end of a pipe to write to."""
 _EVERY_S = 1.0
+_IMPORTS_S = 600.0
+"""For a process that starts to give its first sign: packages on a slow file system take minutes."""
 _ENDS_S = 0.05
 """From the end of a process's files to its own."""
 
@@ -26,7 +28,7 @@ class LifeLine:
         self._end = os.fdopen(self.theirs, "wb", buffering=0)  # a number may be another file's by the second close
         os.set_blocking(self.theirs, False)  # who writes mustn't wait for one that is stopped and doesn't read
         self.environment = {_VARIABLE: str(self.theirs)}
-        self._seen: float | None = None
+        self._seen = time.monotonic() + _IMPORTS_S
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -38,13 +40,13 @@ class LifeLine:
         self._end.close()
 
     def silent_s(self, wait_s: float) -> float:
-        """Seconds since its last sign, when ``wait_s`` more are over or one comes; 0 until the first: a process that
-        starts is busy with imports."""
+        """Seconds since its last sign, when ``wait_s`` more are over or one comes; until the first, since the time that
+        imports may take is over."""
         if select.select([self._ours], [], [], wait_s)[0]:
             if not os.read(self._ours, 1 << 16):
                 time.sleep(_ENDS_S)
             self._seen = time.monotonic()
-        return 0.0 if self._seen is None else time.monotonic() - self._seen
+        return max(0.0, time.monotonic() - self._seen)
 
 
 def show_life() -> None:

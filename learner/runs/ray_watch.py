@@ -28,6 +28,10 @@ _AWAY_S = 15.0
 """For so long either may give no answer: a GCS elsewhere may start again. After a minute Ray ends its drivers."""
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _LEAVE_S = 15.0
+_TELL_S = 120.0
+"""For what is saved: the disk may not answer either."""
+_FINISH_S = 300.0
+"""For a run that is over to leave its results."""
 
 
 class RayWatch:
@@ -39,6 +43,8 @@ class RayWatch:
     """
 
     on_lost: Callable[[str, Cause, float], None] | None = None
+    finishing: bool = False
+    """The run needs Ray no more and leaves its results: the process may go on with that, and how it ends is its own."""
 
     def __init__(self) -> None:
         self._over = threading.Event()
@@ -67,6 +73,15 @@ class RayWatch:
             os.close(end)
 
     def _look(self) -> None:
+        while not self._over.is_set():
+            try:
+                self._look_on()
+                return
+            except Exception as error:  # whatever it is, somebody must go on looking
+                print(f"warning: the watch of Ray's processes failed, and begins again: {error!r}", file=sys.stderr)
+                self._over.wait(_AWAY_S)
+
+    def _look_on(self) -> None:
         answered = dict.fromkeys(self._asked, time.monotonic())
         while not self._over.is_set():
             if ended := self._ends.poll(_LOOK_S * 1000):
@@ -82,13 +97,18 @@ class RayWatch:
 
     def _lost(self, why: str, cause: Cause = "died", silent_s: float = 0.0) -> None:
         give_ray_up(why)
-        try:
-            if self.on_lost is not None:
-                self.on_lost(why, cause, silent_s)
-        finally:
-            time.sleep(_LEAVE_S)  # the main thread may be inside Ray, and never come back
-            print(f"error: {why}", file=sys.stderr, flush=True)
-            os._exit(1)
+        if self.on_lost is not None:
+            telling = threading.Thread(
+                target=self.on_lost, args=(why, cause, silent_s), name="ray is lost", daemon=True
+            )
+            telling.start()
+            telling.join(_TELL_S)
+            if telling.is_alive():
+                print(f"warning: what the run holds wasn't saved within {_TELL_S:g} s", file=sys.stderr, flush=True)
+        # The main thread may be inside Ray, and never come back.
+        time.sleep(_FINISH_S if self.finishing else _LEAVE_S)
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _raylet_address() -> str:

@@ -234,8 +234,10 @@ class StopFlag:
             _restore(self._before)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if signum in _INSISTING and self._signum in _INSISTING:
+        # A person's wish to stop is no signal: what a batch system sends then is the first one.
+        if signum in _INSISTING and self._signum in _INSISTING and self._who is None:
             _interrupt(signum, frame)
+        self._who = None
         if self._signum is None:
             self._asked_at = time.monotonic()
         if self._signum is None or signum in _INSISTING:

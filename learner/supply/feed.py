@@ -147,6 +147,12 @@ class Feed:
             for group in event.report.groups:
                 self._take_grading(group)
 
+    def tell_last_faults(self) -> None:
+        """What the pool couldn't return any more, because it had to raise."""
+        for event in self.pool.untold():
+            if isinstance(event, ActorLost | Refused):
+                self._take_fault(event)
+
     def _take_grading(self, group: GroupReport) -> None:
         """What failed over its verdicts; one without a reward was dropped for the first of them."""
         self.verdicts.note(fault for fault in group.faults if fault.cause in ("died", "hung"))

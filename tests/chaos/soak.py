@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from learner.runs.directory import RunDirectory
+from learner.settings.saved import starts
 from tests.chaos.injections import HOW, LIMIT_S, TARGETS, Injected, inject
 from tests.support.real_runs import LEDGER_STATES, Runs, adapter_digest, rows, training_rows
 
@@ -39,6 +40,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 ALL = [(part, how) for part in TARGETS for how in HOW]
 ALL.remove(("controller", "exits"))  # a SIGTERM asks it to stop, which it does
 RARE = ("controller", "gcs", "raylet")
+"""Those that end the run's process, which is then started again."""
 
 
 def draws(draw: random.Random) -> Iterator[tuple[str, str]]:
@@ -81,9 +83,12 @@ def told(done: Injected) -> str:
     return f"{fault}, {noticed}, {went_on}, {done.repeated} iterations done again"
 
 
-def losses(run_dir: RunDirectory, whole: RunDirectory) -> list[str]:
-    """What isn't as in the run that nothing happened to."""
+def losses(run_dir: RunDirectory, whole: RunDirectory, faults: Sequence[Injected] = ()) -> list[str]:
+    """What isn't as in the run that nothing happened to, or was started again for a fault that must not end it."""
     found = []
+    again, ending = len(starts(run_dir.path)) - 1, sum(each.part in RARE for each in faults)
+    if again > ending:
+        found.append(f"the run was started again {again} times, for {ending} faults that end its process")
     if rows(run_dir) != rows(whole):
         found.append("rows of metrics.jsonl differ")
     if adapter_digest(run_dir) != adapter_digest(whole):
@@ -123,7 +128,7 @@ def soak(
         name = f"chaos-{number}-{method}"
         faced, failed = disturbed(runs, name, METHODS[method], faults, draw, count)
         done += faced
-        lost += failed or [f"{name}: {what}" for what in losses(runs[name], runs[f"whole-{method}"])]
+        lost += failed or [f"{name}: {what}" for what in losses(runs[name], runs[f"whole-{method}"], faced)]
         number += 1
     return done, lost
 

@@ -30,6 +30,12 @@ def test_a_loss_is_seen(runs: Runs, undisturbed: RunDirectory) -> None:
     assert losses(undisturbed, undisturbed) == []
     assert losses(runs["other-seed"], undisturbed) == ["rows of metrics.jsonl differ", "the adapter differs"]
     assert "groups were learned from twice, or not at all" in losses(runs["shorter"], undisturbed)
+    runs.train("twice", "run.iterations=5")
+    runs.train("twice", "resume=auto")
+    killed = Injected("actor", "killed", iteration=3, noticed_s=0.1, went_on_s=5.0, repeated=0)
+    told = "the run was started again 1 times, for 0 faults that end its process"
+    assert told in losses(runs["twice"], undisturbed, [killed])
+    assert told not in losses(runs["twice"], undisturbed, [replace(killed, part="controller")])
 
 
 def test_the_verdict_is_of_what_was_seen() -> None:

@@ -7,6 +7,8 @@ any layout's gradient 3e-7 to 9e-7 from the one computed in float64, and two lay
 """
 
 import dataclasses
+import os
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -458,6 +460,35 @@ def test_a_group_that_is_gone_is_told_as_a_loss(groups, adapter, batch, refs):
         group.update([*refs[:3], gone], 0, LR)
     assert lost.value.cause == "lost"
     assert group.update(refs, 0, LR).applied
+
+
+class Told:
+    """In a rank's place: what it does when it is asked."""
+
+    def fail(self) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def die(self, after_s: float) -> None:
+        time.sleep(after_s)
+        os._exit(1)
+
+    def answer(self) -> int:
+        return 7
+
+
+def test_a_rank_that_misses_a_dead_one_is_no_fault_of_its_own(groups, adapter):
+    """Its answer, that the exchange failed, may come before Ray has heard of the death."""
+    group = groups[1].restart(at(1), adapter)
+    first, second = (ray.remote(Told).options(num_cpus=0).remote() for _ in range(2))
+    assert ray.get([first.answer.remote(), second.answer.remote()], timeout=120) == [7, 7]
+    for other in ("answer", "fail"):  # controls: nobody is dead, so it is a fault, and told soon
+        began = time.monotonic()
+        with pytest.raises(ray.exceptions.RayTaskError, match="Connection closed by peer"):
+            group._answers([first.fail.remote(), getattr(second, other).remote()], "update", 60.0)
+        assert time.monotonic() - began < 9.0, "all have answered, so nobody is waited for"
+    refs = [first.fail.remote(), second.die.remote(2.0)]
+    with pytest.raises(RanksLost, match="learner rank 1 died during 'update'"):
+        group._answers(refs, "update", 60.0)
 
 
 def test_optimizer_state_of_another_layout_is_refused(groups, adapter, refs):

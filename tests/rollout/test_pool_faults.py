@@ -214,7 +214,7 @@ def test_actor_leaves_a_node_that_is_drained(start: Callable[..., RolloutPool], 
             events = happened(pool)
             while len(events) < 2:
                 events += happened(pool)
-            delivery, left = events
+            delivery, left = sorted(events, key=lambda event: isinstance(event, ActorLost))  # in either order
             assert isinstance(delivery, Delivery) and delivery.report.lease_id == 0
             assert isinstance(left, ActorLost) and (left.cause, left.lease_id) == ("preempted", None)
             pool.wait_ready()
@@ -224,3 +224,22 @@ def test_actor_leaves_a_node_that_is_drained(start: Callable[..., RolloutPool], 
             drain(new, 0.5)
             (event,) = happened(pool)
             assert isinstance(event, ActorLost) and (event.cause, event.lease_id) == ("preempted", 1)
+
+
+def test_waiting_for_an_idle_actor_of_a_drained_node_starts_it_elsewhere(
+    start: Callable[..., RolloutPool],
+    cluster: dict[str, str],  # noqa: F811
+) -> None:
+    """The last actor at work has just finished its lease there, and nobody has looked around since."""
+    with far_node(cluster):
+        pool = start(1, resources={"far": 1})
+        (old,) = {worker["node_id"] for worker in pool.workers()}
+        with far_node(cluster):
+            drain(old, 120.0)
+            pool._places[0].leaving = time.time() + 120.0
+            pool._looked_around = time.monotonic()
+            assert pool.idle() == 0
+            (left,) = pool.poll(1.0)
+            assert isinstance(left, ActorLost) and left.cause == "preempted"
+            pool.wait_ready()
+            assert pool.idle() == 1 and {worker["node_id"] for worker in pool.workers()} != {old}

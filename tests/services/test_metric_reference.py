@@ -17,7 +17,7 @@ WHOLE = (
 NOT_FIGURES = {"elbo", "eubo", "mixture", "zero"}
 FUNCTIONS = {
     "learner/control/controller.py": ("_iterate", "_metrics", "_evaluate", "unupdated_metrics"),
-    "learner/control/training.py": ("update_metrics",),
+    "learner/control/update_metrics.py": ("update_metrics",),
     "learner/finetuning/run.py": ("_iterate",),
     "learner/finetuning/rank.py": ("_loss", "held_out", "_renamed"),
     "learner/reporting/reporter.py": ("iteration",),
