@@ -245,7 +245,7 @@ def require_equal_terms(config: ComparisonConfig) -> None:
             if run.rollout.sampler.threshold is not None:
                 problems.append(
                     f"method {method} samples with rollout.sampler.threshold={run.rollout.sampler.threshold}, and "
-                    "how many forward passes that took is not known afterwards; take steps"
+                    "what a comparison plans and evaluates is in steps; take steps"
                 )
             own = overrides.flat(run.model_dump(mode="json"))
             if others := [key for key in {**shared, **own} if shared.get(key) != own.get(key) and not _may_differ(key)]:

@@ -44,6 +44,17 @@ class Tuning(Found):
     """Forward-equivalents."""
 
 
+class GradientNoise(Found):
+    """Of a method's gradient, where it was measured and found."""
+
+    value: float | None = None
+    """Noise over signal of an update; null: the signal was lost in so few batches, or it failed."""
+    interval: tuple[float | None, float | None] | None = None
+    """Without an end where too few batches were drawn."""
+    signal_fe: float | None = None
+    """Forward-equivalents for as much signal as noise."""
+
+
 def _texts(point: Any) -> Any:
     return {key: json.dumps(value) for key, value in point.items()} if isinstance(point, dict) else point
 
@@ -67,6 +78,7 @@ class Method(Found):
     curve: Curve
     failed: dict[str, str]
     """Why, by run."""
+    gradient_noise: GradientNoise | None = None
 
 
 class Machine(Found):

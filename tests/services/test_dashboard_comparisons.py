@@ -24,6 +24,10 @@ def leave_comparisons(runs: Path) -> dict[str, Any]:
     config = plan("statistics.resamples=200")
     found = all_done(config, {"agrpo": 0.75, "wd1": 0.5})
     report = written(runs, config, found)
+    noise = {"batches": 8, "value": 12.5, "interval": [9.0, None], "signal_fe": 25_000.0, "update_fe": 2000.0}
+    report["methods"]["agrpo"]["gradient_noise"] = noise
+    report["methods"]["wd1"]["gradient_noise"] = {"failed": "it ran out of time"}
+    (runs / "results.json").write_text(json.dumps(report))
     tuning = tuning_cells(config, "agrpo")
     part = {cell.name: found[cell.name] for cell in tuning}
     bad = tuning_cells(config, "wd1")[0]
@@ -104,6 +108,8 @@ def test_the_api_tells_what_was_found(service: Dashboard) -> None:
             assert told[part] == method[part]
         assert told["curve"]["solve_rate"] == method["curve"]["solve_rate"]
         assert told["point"] == {"learner.lr": "0.001"}
+    noise = [answer["methods"][name]["gradient_noise"] for name in ("agrpo", "wd1")]
+    assert [each["value"] for each in noise] == [12.5, None] and noise[0]["interval"] == [9.0, None]
     assert "solved" not in json.dumps(answer), "each problem's outcome stays in the file"
     for name in ("nowhere", "nan", "list", "..", "%2e%2e", "part%2fresults.json"):
         assert service.get(f"/api/v1/comparisons/{name}").status_code == 404, name
@@ -122,6 +128,8 @@ def test_the_page_shows_tables_and_curves(browser: Any, service: Dashboard, phon
         page.shows("[data-chart=by-time] .main-svg")
         first = page.shows("tbody tr", "agrpo").text_content()
         assert "75.0%" in first and "lr 0.001" in first
+        noisy = page.shows("table:has-text('Noise / signal') tbody tr", "agrpo").text_content()
+        assert "12.5 9.00 to no end" in noisy and "25,000" in noisy
         assert "-25.0%" in page.text("tbody tr:nth-child(2)").replace("−", "-")
         assert page.overflow() <= 0
         page.open("/comparisons/part")

@@ -96,11 +96,21 @@ function rates(comparison) {
 
 function costs(comparison) {
   const titles = [["Method"], ["Iterations", "num"], ["FE a run", "num"], ["FE of tuning", "num"], ["Training", "num"], ["At equal time", "num"], ["Learner's peak", "num"]];
+  const noisy = Object.values(comparison.methods).some((method) => method.gradient_noise);
+  if (noisy) titles.push(["Noise / signal", "num"], ["FE for as much signal", "num"]);
   return table(titles, ranked(comparison).map(([name, method]) => {
     const machine = comparison.machine.methods[name];
     const spent = method.spent === null ? "–" : count(Math.round(method.spent));
-    return [name, method.iterations.join("–") || "–", spent, count(Math.round(method.tuning.spent)), duration(machine?.train_s), percent(machine?.solve_rate_at_equal_seconds ?? null), bytes(machine?.peak_rank_bytes)];
+    return [name, method.iterations.join("–") || "–", spent, count(Math.round(method.tuning.spent)), duration(machine?.train_s), percent(machine?.solve_rate_at_equal_seconds ?? null), bytes(machine?.peak_rank_bytes), ...(noisy ? noise(method.gradient_noise) : [])];
   }));
+}
+
+function noise(found) {
+  const [low, high] = found?.interval ?? [null, null];
+  const end = (value) => (value === null ? "no end" : value.toPrecision(3));
+  const ratio = found?.value ?? null;
+  if (ratio === null) return [low === null ? "–" : `above ${end(low)}`, "–"];
+  return [h("span", null, `${ratio.toPrecision(3)} `, h("span.muted", null, `${end(low)} to ${end(high)}`)), found.signal_fe === null ? "–" : count(Math.round(found.signal_fe))];
 }
 
 function failures({ methods, unfinished }) {
