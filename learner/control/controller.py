@@ -262,7 +262,10 @@ class Controller(Training):
         self._check_finite(reports)
 
     def _record(self, iteration: int, refs: Sequence[GroupRef], reports: Sequence[UpdateReport]) -> None:
-        """Keep completions for playback, which isn't worth a run: none of groups that are gone."""
+        """Keep completions for playback, which isn't worth a run: none of groups that are gone. The outlines of all are
+        fetched, since the map of their orders is of all."""
+        if not self.config.samples_per_iteration:
+            return
         try:
             groups = self._meanwhile(partial(self._groups, [ref.outline for ref in refs]))
         except (ray.exceptions.ObjectLostError, WaitTimeout) as error:

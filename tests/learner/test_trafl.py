@@ -127,31 +127,39 @@ def test_with_exact_scores_the_residual_is_0_for_every_completion_of_the_tilted_
     assert wrong.item() > 1e-3, "control: a tilt by b in place of b times the length"
 
 
-def test_on_its_own_completions_the_expected_gradient_is_the_kl_minus_the_reward_but_for_the_groups_means():
-    """Groups of two, each completion drawn from the policy: all pairs with their probabilities."""
+@pytest.mark.parametrize("length", [1, 2])
+def test_on_its_own_completions_the_expected_gradient_is_the_kl_minus_the_reward_but_for_the_groups_means(length):
+    """(2 / C^2) times the gradient of KL - b C E r, by exact scores. Groups of two, each completion drawn from the
+    policy: all pairs with their probabilities."""
     tokens, b = 3, 0.6
-    logits = torch.tensor(np.random.default_rng(2).normal(size=tokens), requires_grad=True)
-    base = np.random.default_rng(1).dirichlet(np.ones(tokens))
-    rewards = np.random.default_rng(7).random(tokens)
+    every = np.array(list(itertools.product(range(2, 2 + tokens), repeat=length)))
+    logits = torch.tensor(np.random.default_rng(2).normal(size=len(every)), requires_grad=True)
+    base = np.random.default_rng(1).dirichlet(np.ones(len(every)))
+    rewards = np.random.default_rng(7).random(len(every))
     objective = Trafl(profiled(b=b, masks="independent", samples=1))
     pi = logits.detach().softmax(-1).numpy()
     total = torch.zeros((), dtype=torch.float64)
-    for pair in itertools.product(range(tokens), repeat=2):
-        ids = np.array(pair)[:, None] + 2
+    for pair in itertools.product(range(len(every)), repeat=2):
+        ids = every[list(pair)]
         group = make_group(ids, np.zeros_like(ids), steps=1, rewards=rewards[list(pair)][:, None])
         batch = batch_of(objective, [group])
-        logp_N = logits.log_softmax(-1)[list(pair)]
-        loss, _ = objective.loss(scored(logp_N, reference_N=torch.from_numpy(np.log(base[list(pair)]))), batch)
+        of_N = np.array(pair)[np.array([view.row for view in batch.views])[batch.view_of_score]]
+        logp_N, base_N = logits.log_softmax(-1)[of_N] / length, torch.from_numpy(np.log(base[of_N])) / length
+        loss, _ = objective.loss(scored(logp_N, reference_N=base_N), batch)
         total = total + float(np.prod(pi[list(pair)])) * loss / 2
     law = logits.softmax(-1)
     kl = (law * (law.log() - torch.from_numpy(np.log(base)))).sum()
-    stated, untilted = kl - b * (law * torch.from_numpy(rewards)).sum(), kl
-    found, exact, wrong = (
-        torch.autograd.grad(value, logits, retain_graph=True)[0].numpy() for value in (total, stated, untilted)
+    reward = (law * torch.from_numpy(rewards)).sum()
+    found, exact, untilted, per_token = (
+        torch.autograd.grad(value, logits, retain_graph=True)[0].numpy()
+        for value in (total, kl - b * length * reward, kl, kl - b * reward)
     )
-    np.testing.assert_allclose(found, 2 * exact * (1 - 1 / 2), rtol=1e-6)
-    assert abs(found - 2 * exact).max() > 1e-3, "control: without the factor (G-1)/G"
-    assert abs(found - wrong).max() > 1e-3, "control: without the reward"
+    factor = 2 / length**2
+    np.testing.assert_allclose(found, factor * exact * (1 - 1 / 2), rtol=1e-6)
+    assert abs(found - factor * exact).max() > 1e-3, "control: without the factor (G-1)/G"
+    assert abs(found - factor * untilted * (1 - 1 / 2)).max() > 1e-3, "control: without the reward"
+    if length > 1:
+        assert abs(found - factor * per_token * (1 - 1 / 2)).max() > 1e-3, "control: b in place of b C"
 
 
 # ---- the learned normaliser
