@@ -126,7 +126,7 @@ def test_a_rows_measured_sum_is_its_bound_and_unmasked_copies_score_nothing():
 
 
 def test_the_gradient_is_that_of_the_weighted_cross_entropy_over_all_masks():
-    """All masks of two positions, each with its probability, against finite differences of the stated loss."""
+    """All masks of two positions, weighed alike, against finite differences of the stated loss."""
     group = group_of([0.0, 1.0, 0.3], C=2)
     objective = Dmpo(DmpoConfig(alpha=0.5))
     (credit,) = objective.credit([group])
