@@ -117,7 +117,7 @@ MISTAKES = {
     "empty list": (["evaluation.step_divisors=[]"], ["at least 1"]),
     "broken YAML": (["learner.betas=[1"], ["learner.betas", "not valid YAML"]),
     "key twice": (["run={seed: 1, seed: 2}"], ["'seed' is given twice"]),
-    "unknown recipe": (["recipe=sudok"], ["'sudok'", "sudoku, sudoku_async"]),
+    "unknown recipe": (["recipe=sudok"], ["'sudok'", ", sudoku_async"]),
     "missing recipe file": (["recipe=nowhere/x.yaml"], ["nowhere/x.yaml"]),
     "two recipes": (["recipe=sudoku", "recipe=smoke"], ["2 times", "give one"]),
     "name with a folder": (["run.name=../x"], ["run.name=../x", "letters"]),
