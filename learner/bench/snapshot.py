@@ -51,7 +51,7 @@ class Snapshot:
         if not isinstance(self.config.objective, AgrpoConfig):
             raise ConfigError(
                 f"{self.path} was trained with objective.type={self.config.objective.type}, and the estimators "
-                "compared here are AGRPO's; give a run with objective.type=agrpo or agrpo_fills"
+                "compared here are AGRPO's; give a run with objective.type=agrpo"
             )
         return self.config.objective
 
