@@ -6,7 +6,7 @@ which every completion draws one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rewards.errors import DataError
 
@@ -65,7 +65,7 @@ def infill(
         if isinstance(part, str):
             found.append(part)
             continue
-        lengths = tuple(part) if isinstance(part, Sequence) else (part,)
+        lengths: tuple[Any, ...] = tuple(part) if isinstance(part, Sequence) else (part,)
         if not lengths or any(type(length) is not int or length < 1 for length in lengths):
             raise DataError(f"a gap of {part!r} tokens; give a whole number of 1 or more, or a list of them")
         if found and isinstance(found[-1], Span):
