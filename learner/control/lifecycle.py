@@ -47,6 +47,7 @@ def _watched(
         with contextlib.suppress(RanksLost):  # then what the controller holds is saved
             training.checkpoint()
         training.save()
+        watch.finishing = training.finishing = True
         saved = training.saved
         at_saved = f"after iteration {saved.iteration}" if saved is not None else "from the start"
         reporter.event("info", "stop", f"resume=auto will go on {at_saved}")
@@ -58,11 +59,14 @@ def _watched(
     except TrainingDiverged:
         raise  # from here it would end again at once
     except Exception as error:
-        training.tell_last_faults()
         if (unsaved := training.save_at_the_end()) is not None:
             error.add_note(unsaved)
         elif training.saved is not None:
             reporter.event("info", "checkpoint", f"resume=auto will go on after iteration {training.saved.iteration}")
+        try:
+            training.tell_last_faults()
+        except Exception as second:  # it must not take the place of the first
+            error.add_note(f"the last faults could not be told: {second!r}")
         raise
     watch.finishing = training.finishing = True
     summary = training.finish()

@@ -141,6 +141,7 @@ class Training(ABC):
         self.reporter.fault("ray", cause, why, silent_s=silent_s)
         if not self.finishing:
             self.save_at_the_end()
+        if not self.finishing:  # by now
             self.reporter.store.status("failed")
         self.reporter.flush()
 

@@ -19,7 +19,7 @@ from learner.ranks.rendezvous import meeting_host
 from learner.ranks.trajectories import LearnerRank
 from learner.runs.checkpoint import Checkpoint
 from learner.runs.stopping import StopRequested
-from rewards.errors import UnmaskError, WaitTimeout, WorkerLost, first_line
+from rewards.errors import WaitTimeout, WorkerLost, first_line
 from rollout.adapters import AdapterState
 from rollout.given_up import ray_given_up
 from rollout.pulse import Pulse, with_pulse
@@ -27,9 +27,9 @@ from rollout.waits import bounded_get, bounded_wait, end_actor
 from services.store.faults import Cause
 
 _TICK_S = 1.0
+"""How often a wait for the ranks calls ``on_tick``."""
 _DEATH_IS_HEARD_S = 10.0
 """After another rank has found that it can't reach the dead one."""
-"""How often a wait for the ranks calls ``on_tick``."""
 
 
 class RanksLost(WorkerLost):
@@ -262,21 +262,24 @@ class LearnerGroup:
             if (trouble := pulse.trouble(f"learner rank {rank} ('{method}')")) is not None:
                 raise RanksLost(*trouble)
 
-    def _blame_a_dead_one(self, refs: list[ray.ObjectRef[Any]], rank: int, method: str, error: Exception) -> None:
+    def _blame_a_dead_one(
+        self, refs: list[ray.ObjectRef[Any]], rank: int, method: str, error: Exception, on_tick: Callable[[], None]
+    ) -> None:
         """Raises RanksLost when another rank turns out to be dead: what failed is the exchange with it, and this may be
         heard before Ray has heard of the death."""
         pending, deadline = [ref for ref in refs if ref is not refs[rank]], time.monotonic() + _DEATH_IS_HEARD_S
         while pending and time.monotonic() < deadline:
             done, pending = bounded_wait(pending, who="learner ranks", timeout_s=_TICK_S)
+            on_tick()
             self._require_pulse(method)
             for other in map(refs.index, done):
                 try:
                     bounded_get(refs[other], who=f"learner rank {other} ({method})", timeout_s=_TICK_S)
                 except ray.exceptions.RayActorError as dead:
                     text = f"learner rank {other} died during '{method}': {first_line(dead)}"
-                    raise RanksLost(text) from error
-                except (UnmaskError, ray.exceptions.RayError):
-                    continue  # it fails as this one does
+                    raise RanksLost(f"{text}; rank {rank} said: {first_line(error)}") from error
+                except (ray.exceptions.RayError, WaitTimeout):
+                    continue  # it fails as this one does; an error of ours says more, and is raised
 
     def _answers(
         self, refs: list[ray.ObjectRef[Any]], method: str, timeout_s: float, on_tick: Callable[[], None] = lambda: None
@@ -303,7 +306,7 @@ class LearnerGroup:
                 text = f"what learner rank {rank} was given or gave in '{method}' is gone"
                 raise RanksLost(f"{text}: {first_line(error)}", "lost") from error
             except ray.exceptions.RayTaskError as error:
-                self._blame_a_dead_one(refs, rank, method, error)
+                self._blame_a_dead_one(refs, rank, method, error, on_tick)
                 raise
         self.heard = time.time()
         return [answers[rank] for rank in range(len(refs))]

@@ -96,19 +96,24 @@ class RayWatch:
                     return
 
     def _lost(self, why: str, cause: Cause = "died", silent_s: float = 0.0) -> None:
-        give_ray_up(why)
-        if self.on_lost is not None:
-            telling = threading.Thread(
-                target=self.on_lost, args=(why, cause, silent_s), name="ray is lost", daemon=True
-            )
-            telling.start()
-            telling.join(_TELL_S)
-            if telling.is_alive():
-                print(f"warning: what the run holds wasn't saved within {_TELL_S:g} s", file=sys.stderr, flush=True)
-        # The main thread may be inside Ray, and never come back.
-        time.sleep(_FINISH_S if self.finishing else _LEAVE_S)
-        print(f"error: {why}", file=sys.stderr, flush=True)
-        os._exit(1)
+        """Ends the process, whatever else fails."""
+        try:
+            give_ray_up(why)
+            if self.on_lost is not None:
+                lost = (why, cause, silent_s)
+                telling = threading.Thread(target=self.on_lost, args=lost, name="ray is lost", daemon=True)
+                telling.start()
+                telling.join(_TELL_S)
+                if telling.is_alive():
+                    text = f"warning: what the run holds wasn't saved within {_TELL_S:g} s"
+                    print(text, file=sys.stderr, flush=True)
+            # The main thread may be inside Ray, and never come back.
+            begin = time.monotonic()
+            while time.monotonic() - begin < (_FINISH_S if self.finishing else _LEAVE_S):
+                time.sleep(_LOOK_S)
+            print(f"error: {why}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
 
 
 def _raylet_address() -> str:

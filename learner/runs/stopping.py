@@ -235,10 +235,10 @@ class StopFlag:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # A person's wish to stop is no signal: what a batch system sends then is the first one.
-        if signum in _INSISTING and self._signum in _INSISTING and self._who is None:
+        by_person, self._who = self._who is not None, None
+        if signum in _INSISTING and self._signum in _INSISTING and not by_person:
             _interrupt(signum, frame)
-        self._who = None
         if self._signum is None:
             self._asked_at = time.monotonic()
-        if self._signum is None or signum in _INSISTING:
+        if self._signum is None or by_person or signum in _INSISTING:
             self._signum = signum
