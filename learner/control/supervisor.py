@@ -117,8 +117,8 @@ class _Passing:
             while (status := self._working.poll()) is None:  # as long as the run lasts; its own waits end
                 if line.silent_s(_LOOK_S) > silent_s:
                     print(
-                        f"the run gave no sign of life for {silent_s:g} s (timeouts.heartbeat; ten minutes more for the "
-                        "first): it is killed",
+                        f"the run gave no sign of life for {silent_s:g} s (timeouts.heartbeat; ten minutes more for "
+                        "the first): it is killed",
                         flush=True,
                     )
                     self._working.kill()
