@@ -36,7 +36,7 @@ from rich.progress import track
 
 from learner.bench.estimators import DESIGNS, Design, Estimator
 from learner.bench.snapshot import GroupGradients, add_arguments, group_gradients, snapshot_of
-from learner.bench.variance import Measured, interval, measure, resamples, rollout_variance, told
+from learner.bench.variance import Measured, figures_of, interval, measure, resamples, rollout_variance, told
 from learner.likelihood.timesteps import TimestepSampling
 from learner.runs.atomic import atomic_write_text, disk_errors
 from learner.runs.stopping import exit_status
@@ -198,16 +198,9 @@ def analyse(groups: Sequence[GroupGradients], ks: Sequence[int], *, view_cost: f
 
 
 def _figures(measured: Measured, counts_RH: np.ndarray, view_cost: float) -> dict[str, np.ndarray]:
-    """[R, E] each."""
-    H = len(measured.gram_NN)
-    rollout_R1 = rollout_variance(measured.gram_NN, counts_RH)[:, None]
-    timestep_RE, views_RE = counts_RH @ measured.timestep_EN.T / H, counts_RH @ measured.views_EN.T / H
-    forwards_R1 = counts_RH @ measured.forwards_N[:, None] / H
-    return {
-        "views": views_RE,
-        "timestep_over_rollout": timestep_RE / rollout_R1,
-        "total_x_work": (rollout_R1 + timestep_RE) * (forwards_R1 + view_cost * views_RE),
-    }
+    """[R, E] each: those that are told here."""
+    found = figures_of(measured, rollout_variance(measured.gram_NN, counts_RH), counts_RH, view_cost)
+    return {name: found[name] for name in ("views", "timestep_over_rollout", "total_x_work")}
 
 
 def markdown(found: dict[str, Any]) -> str:

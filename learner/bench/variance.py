@@ -130,18 +130,8 @@ def analyse(measured: Measured, own: Estimator, *, view_cost: float, seed: int) 
         raise DataError(f"none of the {N} groups has a signal (a gradient): take another snapshot, or more --groups")
     counts_RN = resamples(N, seed)
     rollout_R = rollout_variance(measured.gram_NN, counts_RN)
-    timestep_RE = counts_RN @ measured.timestep_EN.T / N
-    views_RE = counts_RN @ measured.views_EN.T / N
-    forwards_R1 = counts_RN @ measured.forwards_N[:, None] / N
-    total_RE = rollout_R[:, None] + timestep_RE
-    figures = {
-        "views": views_RE,
-        "timestep_variance": timestep_RE,
-        "timestep_over_rollout": timestep_RE / rollout_R[:, None],
-        "timestep_x_views": timestep_RE * views_RE,
-        "total_x_views": total_RE * views_RE,
-        "total_x_work": total_RE * (forwards_R1 + view_cost * views_RE),
-    }
+    figures = figures_of(measured, rollout_R, counts_RN, view_cost)
+    timestep_RE = figures["timestep_variance"]
     index = measured.estimators.index(own)
     for name in ("timestep_x_views", "total_x_views", "total_x_work"):
         figures[f"{name}_ratio"] = figures[name] / figures[name][:, [index]]
@@ -174,6 +164,25 @@ def analyse(measured: Measured, own: Estimator, *, view_cost: float, seed: int) 
         "forwards_per_completion": float(measured.forwards_N.mean()),
         "view_cost": view_cost,
         "estimators": rows,
+    }
+
+
+def figures_of(
+    measured: Measured, rollout_R: np.ndarray, counts_RN: np.ndarray, view_cost: float
+) -> dict[str, np.ndarray]:
+    """[R, E] each, by name; ``rollout_R`` as ``rollout_variance`` gives it for these resamples."""
+    N = len(measured.gram_NN)
+    timestep_RE = counts_RN @ measured.timestep_EN.T / N
+    views_RE = counts_RN @ measured.views_EN.T / N
+    forwards_R1 = counts_RN @ measured.forwards_N[:, None] / N
+    total_RE = rollout_R[:, None] + timestep_RE
+    return {
+        "views": views_RE,
+        "timestep_variance": timestep_RE,
+        "timestep_over_rollout": timestep_RE / rollout_R[:, None],
+        "timestep_x_views": timestep_RE * views_RE,
+        "total_x_views": total_RE * views_RE,
+        "total_x_work": total_RE * (forwards_R1 + view_cost * views_RE),
     }
 
 

@@ -62,7 +62,7 @@ def _answer(request: dict[str, Any], namespace: dict[str, Any], kept: list[Any])
     if action == "run":
         code = compile(request["text"], "<program>", "exec", dont_inherit=True)
         request["compiled"] = True
-        exec(code, namespace)
+        exec(code, namespace)  # the sandboxed process: this is what it is for
         return None
     if action == "global":
         return namespace[request["name"]]
