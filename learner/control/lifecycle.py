@@ -33,7 +33,7 @@ def _watched(
     watch.on_lost = lost_while_starting
     try:
         training = start()
-        watch.on_lost = training.ray_lost
+        watch.on_lost, watch.finishing = training.ray_lost, lambda: training.finishing
     except StopRequested:
         reporter.event("info", "stop", f"asked to stop by {stop.name} while the run's processes were starting")
         reporter.store.status("stopped")
@@ -47,7 +47,7 @@ def _watched(
         with contextlib.suppress(RanksLost):  # then what the controller holds is saved
             training.checkpoint()
         training.save()
-        watch.finishing = training.finishing = True
+        training.finishing = True
         saved = training.saved
         at_saved = f"after iteration {saved.iteration}" if saved is not None else "from the start"
         reporter.event("info", "stop", f"resume=auto will go on {at_saved}")
@@ -68,7 +68,7 @@ def _watched(
         except Exception as second:  # it must not take the place of the first
             error.add_note(f"the last faults could not be told: {second!r}")
         raise
-    watch.finishing = training.finishing = True
+    training.finishing = True
     summary = training.finish()
     text = f"finished: {summary['iterations']} iterations, {summary['train_seconds']:.0f} s of training"
     reporter.store.event("info", "finished", text)

@@ -84,7 +84,9 @@ class Training(ABC):
         self._resumed = self.saved
         self._stands_at = self.progress
         """The progress that ``state`` belongs to."""
-        self._losses, self.finishing = 0, False
+        self._losses = 0
+        self.finishing = False
+        """All is learned, or the run was stopped and has saved: what is left is to leave results."""
         self._standing = threading.Lock()
         """For ``progress``, ``state`` and what is saved, which belong together."""
 

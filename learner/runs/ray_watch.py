@@ -40,17 +40,18 @@ class RayWatch:
     Attributes:
         on_lost: called once, in another thread, with a sentence that says what has gone, whether it died or hangs, and
             for how many seconds it has been silent.
+        finishing: whether the run needs Ray no more and leaves its results: then the process may go on with that, and
+            how it ends is its own.
     """
 
     on_lost: Callable[[str, Cause, float], None] | None = None
-    finishing: bool = False
-    """The run needs Ray no more and leaves its results: the process may go on with that, and how it ends is its own."""
 
     def __init__(self) -> None:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="ray watch", daemon=True)
         self._ends = select.poll()
         self._names: dict[int, str] = {}
+        self.finishing: Callable[[], bool] = lambda: False
 
     def __enter__(self) -> "RayWatch":
         processes = core_processes()
@@ -109,7 +110,7 @@ class RayWatch:
                     print(text, file=sys.stderr, flush=True)
             # The main thread may be inside Ray, and never come back.
             begin = time.monotonic()
-            while time.monotonic() - begin < (_FINISH_S if self.finishing else _LEAVE_S):
+            while time.monotonic() - begin < (_FINISH_S if self.finishing() else _LEAVE_S):
                 time.sleep(_LOOK_S)
             print(f"error: {why}", file=sys.stderr, flush=True)
         finally:
